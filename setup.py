@@ -1,0 +1,74 @@
+"""Packaging of sglang-streamfp8; tool configuration is in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# torch is left out on purpose: SGLang pins the build it was compiled for, and a second opinion here could only replace it.
+RUNTIME = [
+    "click>=8.1",
+    "packaging>=23",
+    "psutil>=5.9",
+    "rich>=13",
+    "tqdm>=4.66",
+]
+CHART = ["matplotlib>=3.8"]
+TEST = [
+    "hypothesis>=6.100",
+    "jsonschema>=4.20",
+    "openai>=1.50",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+]
+DEV = [
+    "mypy>=1.15",
+    "ruff>=0.11",
+    "types-jsonschema",
+    "types-psutil",
+    "types-tqdm",
+]
+
+setup(
+    name="sglang-streamfp8",
+    version="0.1.0",
+    description="Load bf16 checkpoints into SGLang as FP8, tensor by tensor, within the FP8 model's own memory",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["sglang", "fp8", "quantization", "llm", "inference", "model loading"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["sglang_overlay", "sglang_overlay.*"]),
+    package_data={"sglang_overlay": ["py.typed", "**/*.json"]},
+    install_requires=RUNTIME,
+    extras_require={
+        "chart": CHART,
+        "dev": DEV + TEST + CHART,
+        "sglang": ["sglang==0.5.23"],
+        "test": TEST + CHART,
+    },
+    entry_points={
+        "sglang.srt.platforms": [
+            "streamfp8_cpu = sglang_overlay.cpu_reference.plugin:platform",
+        ],
+        "sglang.srt.plugins": [
+            "streamfp8 = sglang_overlay.upstream.plugin:activate",
+            "streamfp8_cpu_reference = sglang_overlay.cpu_reference.plugin:activate",
+        ],
+    },
+)
