@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error this package raises on purpose. Messages name the layer, the parameter and the next step to take."""
+
+from __future__ import annotations
+
+
+class StreamFP8Error(Exception):
+    """Base of all errors raised by sglang-streamfp8."""
+
+
+class SettingsError(StreamFP8Error):
+    """An environment variable has a value this package does not know."""
+
+
+class StreamingUnavailableError(StreamFP8Error):
+    """``SGLANG_STREAMFP8=require`` was asked for and an fp8 load cannot be streamed."""
+
+
+class UnsupportedWriteError(StreamFP8Error):
+    """A weight loader touched a parameter in a way that cannot be captured; the layer must take stock's path."""
+
+
+class LayerNotStreamableError(StreamFP8Error):
+    """A weight loader turned out to be uncapturable after part of its layer had already been quantized."""
+
+
+class IncompleteLoadError(StreamFP8Error):
+    """Loading ended with quantization units that were never completely written."""
+
+
+class PlaceholderLeakError(StreamFP8Error):
+    """Loading ended with a tensor that was computed from a placeholder and so holds no data."""

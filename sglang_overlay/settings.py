@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment variables of this package, read in this module and nowhere else.
+
+========================== ============================ ===========================================================
+variable                   values                       meaning
+========================== ============================ ===========================================================
+``SGLANG_STREAMFP8``       ``1`` (default)              stream fp8 loads
+..                         ``0``                        stock behaviour exactly
+..                         ``require``                  an fp8 load that cannot be streamed is an error
+``SGLANG_STREAMFP8_REPORT`` a folder                    write one JSON load report per rank there
+========================== ============================ ===========================================================
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_overlay.errors import SettingsError
+
+MODE_VARIABLE = "SGLANG_STREAMFP8"
+REPORT_VARIABLE = "SGLANG_STREAMFP8_REPORT"
+
+
+class Mode(enum.Enum):
+    """Whether fp8 loads are streamed; the value is the text of ``SGLANG_STREAMFP8``."""
+
+    OFF = "0"
+    ON = "1"
+    REQUIRE = "require"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, validated."""
+
+    mode: Mode = Mode.ON
+    report_folder: Path | None = None
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """Read and validate the settings.
+
+    Args:
+        environ: usually ``os.environ``.
+
+    Raises:
+        SettingsError: a variable has an unknown value; the message lists the valid ones.
+    """
+    return Settings(mode=_mode(environ.get(MODE_VARIABLE, "")), report_folder=_folder(environ.get(REPORT_VARIABLE, "")))
+
+
+def _mode(text: str) -> Mode:
+    text = text.strip().lower()
+    if not text:
+        return Mode.ON
+    try:
+        return Mode(text)
+    except ValueError:
+        valid = ", ".join(f"{MODE_VARIABLE}={mode.value}" for mode in Mode)
+        raise SettingsError(f"{MODE_VARIABLE}={text!r} is not a known value. Use one of: {valid}.") from None
+
+
+def _folder(text: str) -> Path | None:
+    return Path(text) if text.strip() else None
