@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m sglang_overlay``: is streaming active here, and what did a load cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sglang_overlay import __version__
+from sglang_overlay.errors import StreamFP8Error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sglang_overlay.observe.chart import Curve
+    from sglang_overlay.observe.report import LoadReport
+
+    Loads = Sequence[LoadReport]
+    Named = tuple[str, Loads]
+
+Result = TypeVar("Result")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="sglang-streamfp8")
+def main() -> None:
+    """Stream FP8 loading for SGLang: see whether it is active and what your loads cost.
+
+    There is nothing to start: once installed next to SGLang, the server you already run streams.
+
+    \b
+    Examples:
+      # Is streaming active in this environment? Exit code 0 if so, 1 if not.
+      python -m sglang_overlay check
+    \b
+      # Have a server write a report for each rank, then look at them.
+      SGLANG_STREAMFP8_REPORT=reports python -m sglang.launch_server --model-path MODEL --quantization fp8
+      python -m sglang_overlay report reports
+    \b
+      # Compare with stock SGLang, and draw memory over time.
+      SGLANG_STREAMFP8=0 SGLANG_STREAMFP8_REPORT=stock python -m sglang.launch_server ...
+      python -m sglang_overlay report stock reports --png memory.png
+    """
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/check, version 1).")
+def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
+    """Say whether streaming is active, for which SGLang, and the state of every hook.
+
+    Loads SGLang's plugins in this process, as a server would, so it takes as long as importing SGLang does.
+    Exit code 0: an fp8 load would be streamed. Exit code 1: it would not, and the problems say why.
+
+    \b
+    Hook states:
+      active     applied in this process
+      ready      fits this SGLang, but is not applied
+      missing    SGLang has nothing of that name
+      signature  SGLang's function takes other parameters than expected
+
+    \b
+    Examples:
+      python -m sglang_overlay check
+      python -m sglang_overlay check --json | jq .problems
+    """
+    from sglang_overlay.observe import activation, terminal
+
+    found = activation.inspect_activation(os.environ)
+    if as_json:
+        click.echo(json.dumps(activation.to_json(found), indent=2))
+    else:
+        terminal.print_activation(terminal.console(), found)
+    sys.exit(0 if found.active else 1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("other_folder", required=False, type=click.Path(path_type=Path))
+@click.option("--png", type=click.Path(path_type=Path), help="Draw memory over time into this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the reports and their comparison as JSON.")
+def report(folder: Path, other_folder: Path | None, png: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Show the load reports in FOLDER, or compare those in FOLDER and OTHER_FOLDER.
+
+    A server writes them when SGLANG_STREAMFP8_REPORT names a folder. Of two folders, the one with stock loads is
+    what the other is compared with. Peaks are above the memory at the start of the load.
+
+    \b
+    Examples:
+      python -m sglang_overlay report reports
+      python -m sglang_overlay report stock reports --png memory.png
+      python -m sglang_overlay report stock reports --json | jq .comparison
+    """
+    named = _or_exit(lambda: _read([folder] if other_folder is None else [folder, other_folder]))
+    if png is not None:
+        _or_exit(lambda: _draw(named, png))
+    if as_json:
+        click.echo(json.dumps(_as_json(named), indent=2))
+        return
+    _print(named)
+    if png is not None:
+        click.echo(f"\nmemory over time: {png}")
+
+
+def _or_exit(work: Callable[[], Result]) -> Result:
+    try:
+        return work()
+    except StreamFP8Error as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _read(folders: list[Path]) -> list[Named]:
+    from sglang_overlay.observe.compare import stock_first
+    from sglang_overlay.observe.report import read_folder
+
+    named: list[Named] = [(str(folder), read_folder(folder)) for folder in folders]
+    if len(named) == 2 and not stock_first(named[0][1], named[1][1]):
+        named.reverse()
+    return named
+
+
+def _print(named: list[Named]) -> None:
+    from sglang_overlay.observe import terminal
+
+    out = terminal.console()
+    for index, (name, loads) in enumerate(named):
+        out.print("" if index else None, end="\n" if index else "")
+        terminal.print_reports(out, f"{name}: {_subject(loads)}", loads)
+    if len(named) == 2:
+        out.print()
+        terminal.print_comparison(out, (named[0][0], named[1][0]), named[0][1], named[1][1])
+
+
+def _as_json(named: list[Named]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from sglang_overlay.observe.compare import pair_up
+    from sglang_overlay.observe.report import to_json
+
+    pairs = pair_up(named[0][1], named[1][1]) if len(named) == 2 else []
+    return {
+        "folders": [{"folder": name, "reports": [to_json(load) for load in loads]} for name, loads in named],
+        "comparison": [
+            {
+                "ranks": asdict(pair.first.ranks),
+                "role": pair.first.role,
+                "seconds_ratio": pair.seconds_ratio,
+                "peak_ratio": pair.peak_ratio,
+            }
+            for pair in pairs
+        ],
+    }
+
+
+def _draw(named: list[Named], file: Path) -> Path:
+    from sglang_overlay.observe import chart
+
+    return chart.draw(_curves(named), file, f"Memory while loading {_subject(named[0][1])}")
+
+
+def _curves(named: list[Named]) -> list[Curve]:
+    """A curve for each mode and role of each folder, named by the folder too where modes alone would not do."""
+    from sglang_overlay.observe.chart import Curve
+
+    groups: dict[tuple[str, str, str], list[LoadReport]] = {}
+    for name, loads in named:
+        for load in loads:
+            groups.setdefault((name, load.mode, load.role), []).append(load)
+    kinds = [(mode, role) for _, mode, role in groups]
+    curves = []
+    for (name, mode, role), loads in groups.items():
+        label = mode if role == "target" else f"{mode}, {role} model"
+        curves.append(Curve(label if kinds.count((mode, role)) == 1 else f"{name} ({label})", tuple(loads)))
+    return curves
+
+
+def _subject(loads: Loads) -> str:
+    """What was loaded, by what: 'qwen3-moe, SGLang 0.5.23'."""
+    models = dict.fromkeys(Path(load.model_path).name for load in loads)
+    found = dict.fromkeys(load.release for load in loads)
+    return f"{', '.join(models)}, SGLang {', '.join(found)}"

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is streaming active in the processes SGLang starts from this environment? Answered by doing what they do.
+
+SGLang logs and swallows whatever goes wrong in a plugin, so a plugin that is installed may still be idle. Here
+``load_plugins()`` runs in this process, and then every touch point is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from sglang_overlay import __version__, settings
+from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.upstream import releases, touch_point
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from sglang_overlay.upstream.touch_point import PointState, TouchPoint
+
+SCHEMA = "sglang-streamfp8/check"
+VERSION = 1
+PLUGIN_GROUP = "sglang.srt.plugins"
+PLUGIN_NAME = "streamfp8"
+_WATCHED_LOGGERS = ("sglang.srt.plugins", "sglang_overlay")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One touch point and its state in this process ('ready' means it fits but is not applied)."""
+
+    target: str
+    kind: str
+    state: str
+    detail: str
+    why: str
+    related: tuple[str, ...]
+    remove_when: str
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What was found. ``problems`` says what keeps streaming from being active, each with the next step to take."""
+
+    release: str | None
+    supported: tuple[str, ...]
+    mode: str | None
+    report_folder: str | None
+    streaming: tuple[Hook, ...]
+    cpu_reference: tuple[Hook, ...]
+    problems: tuple[str, ...]
+    messages: tuple[str, ...]
+    overlay_version: str = __version__
+
+    @property
+    def active(self) -> bool:
+        """Whether an fp8 load in this environment would be streamed."""
+        return not self.problems
+
+
+def to_json(found: Activation) -> dict[str, Any]:
+    """``found`` as plain JSON data, with schema name, version and the verdict first."""
+    return {"schema": SCHEMA, "version": VERSION, "active": found.active, **asdict(found)}
+
+
+def inspect_activation(environ: Mapping[str, str]) -> Activation:
+    """Load SGLang's plugins as a server would and report what became of each touch point. Imports SGLang: seconds."""
+    mode, folder, problems = _read_settings(environ)
+    problems += _installation_problems(environ)
+    streaming: tuple[Hook, ...] = ()
+    cpu_reference: tuple[Hook, ...] = ()
+    messages: list[str] = []
+    if importlib.util.find_spec("sglang") is not None:
+        # Whatever SGLang prints while it is imported must not end up inside --json.
+        with contextlib.redirect_stdout(sys.stderr), _heard(messages):
+            problems += _load_plugins()
+            streaming, cpu_reference = _hooks()
+    if not problems:
+        problems += _hook_problems(streaming)
+    return Activation(
+        release=releases.installed(),
+        supported=releases.supported(),
+        mode=mode,
+        report_folder=folder,
+        streaming=streaming,
+        cpu_reference=cpu_reference,
+        problems=tuple(problems),
+        messages=tuple(messages),
+    )
+
+
+def _read_settings(environ: Mapping[str, str]) -> tuple[str | None, str | None, list[str]]:
+    try:
+        found = settings.load_settings(environ)
+    except StreamFP8Error as error:
+        return None, None, [str(error)]
+    folder = None if found.report_folder is None else str(found.report_folder)
+    if found.mode is settings.Mode.OFF:
+        off = f"{settings.MODE_VARIABLE}=0 switches streaming off; unset it, or set it to 1"
+        return found.mode.value, folder, [off]
+    return found.mode.value, folder, []
+
+
+def _installation_problems(environ: Mapping[str, str]) -> list[str]:
+    if releases.installed() is None:
+        return [f'SGLang is not installed for {sys.executable}; run: pip install "sglang-streamfp8[sglang]"']
+    problems = []
+    reason = releases.unsupported_reason()
+    if reason is not None:
+        problems.append(f"{reason}; install one of those, or a newer sglang-streamfp8")
+    if PLUGIN_NAME not in metadata.entry_points(group=PLUGIN_GROUP).names:
+        problems.append(
+            f"no entry point {PLUGIN_NAME!r} in {PLUGIN_GROUP}, so SGLang does not know this plugin; run: "
+            f"{sys.executable} -m pip install sglang-streamfp8 (from a clone: pip install -e .)"
+        )
+    allowed = [name.strip() for name in environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if allowed and PLUGIN_NAME not in allowed:
+        problems.append(
+            f"SGLANG_PLUGINS={','.join(allowed)} leaves {PLUGIN_NAME!r} out; unset it, or set "
+            f"SGLANG_PLUGINS={','.join([*allowed, PLUGIN_NAME])}"
+        )
+    return problems
+
+
+def _load_plugins() -> list[str]:
+    try:
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+    except (Exception, SystemExit) as error:
+        return [f"SGLang's plugins could not be loaded: {type(error).__name__}: {error}"]
+    return []
+
+
+def _hooks() -> tuple[tuple[Hook, ...], tuple[Hook, ...]]:
+    from sglang_overlay.cpu_reference import catalogue as cpu_reference
+    from sglang_overlay.upstream import catalogue as upstream
+
+    return _states(upstream.STREAMING), _states(cpu_reference.POINTS)
+
+
+def _states(points: Iterable[TouchPoint]) -> tuple[Hook, ...]:
+    return tuple(_hook(found) for found in touch_point.inspect_points(points))
+
+
+def _hook(found: PointState) -> Hook:
+    point = found.point
+    return Hook(
+        target=point.target,
+        kind=point.kind.value,
+        state=found.state.value,
+        detail=found.detail,
+        why=point.why,
+        related=point.related,
+        remove_when=point.remove_when,
+    )
+
+
+def _hook_problems(hooks: Iterable[Hook]) -> list[str]:
+    return [
+        f"{hook.target} is not patched (state: {hook.state}{': ' + hook.detail if hook.detail else ''}); see the "
+        "messages below, and reinstall SGLang if its files were edited"
+        for hook in hooks
+        if hook.state != touch_point.State.ACTIVE.value
+    ]
+
+
+class _Collector(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = record.exc_info[1] if record.exc_info else None
+        suffix = f": {type(cause).__name__}: {cause}" if cause is not None else ""
+        self._messages.append(f"{record.levelname}: {record.getMessage()}{suffix}")
+
+
+@contextlib.contextmanager
+def _heard(messages: list[str]) -> Iterator[None]:
+    """Collect what the plugin system and this package warn about, instead of letting it go to standard error."""
+    handler = _Collector(messages)
+    loggers = [logging.getLogger(name) for name in _WATCHED_LOGGERS]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.propagate = propagate

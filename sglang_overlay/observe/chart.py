@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory over time as a PNG: one line per load, stock beside streaming, the loaded model's size as a dashed line.
+
+Needs matplotlib, which serving does not, so it is the optional extra ``chart``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.observe.formats import GIGABYTE, bytes_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang_overlay.observe.report import LoadReport
+
+# Vermilion, blue, green and purple of Okabe and Ito's palette: told apart with every form of colour blindness, and on a
+# grey printout by lightness.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
+_INK = "#333333"
+_GRID = "#E3E3E3"
+
+
+class ChartError(StreamFP8Error):
+    """The chart could not be drawn or written."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loads drawn in one colour, under one name: the ranks of one server, say."""
+
+    label: str
+    reports: tuple[LoadReport, ...]
+
+    @property
+    def peak(self) -> int:
+        """Highest peak above start among the loads, in bytes."""
+        return max(report.memory.peak_above_start for report in self.reports)
+
+
+def draw(curves: Sequence[Curve], file: Path | str, title: str) -> Path:
+    """Draw ``curves`` into the PNG ``file`` and return its path.
+
+    ChartError without matplotlib, without a single sample, or if the file cannot be written.
+    """
+    if not any(report.memory.samples for curve in curves for report in curve.reports):
+        raise ChartError("these reports hold no memory samples, so there is nothing to draw")
+    figure = _figure(curves, title)
+    target = Path(file)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, format="png", dpi=160)
+    except OSError as error:
+        raise ChartError(f"the chart could not be written to {target}: {error}") from error
+    return target
+
+
+def _figure(curves: Sequence[Curve], title: str) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ChartError(
+            'a chart needs matplotlib, which is an extra: pip install "sglang-streamfp8[chart]"'
+        ) from error
+    # Not through pyplot: its global state and window toolkits are no business of a server process.
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, curve in enumerate(curves):
+        _draw_curve(axes, curve, _COLOURS[index % len(_COLOURS)])
+    _draw_model_size(axes, curves)
+    _dress(axes, curves, title)
+    return figure
+
+
+def _draw_curve(axes: Any, curve: Curve, colour: str) -> None:
+    """All ranks as lines; the one with the highest peak stands out, because it decides whether the model fits."""
+    highest = max(curve.reports, key=lambda report: report.memory.peak_above_start)
+    for report in curve.reports:
+        if report is not highest:
+            axes.plot(*_points(report), color=colour, linewidth=1.0, alpha=0.5, zorder=3)
+    ranks = f" (highest of {len(curve.reports)} loads)" if len(curve.reports) > 1 else ""
+    label = f"{curve.label}: peak +{bytes_text(curve.peak)}{ranks}"
+    seconds, sizes = _points(highest)
+    axes.plot(seconds, sizes, color=colour, linewidth=1.8, label=label, zorder=4)
+    axes.fill_between(seconds, sizes, color=colour, alpha=0.08, linewidth=0, zorder=2)
+    _mark_peak(axes, highest, colour)
+
+
+def _points(report: LoadReport) -> tuple[list[float], list[float]]:
+    """Seconds, and GB above start."""
+    samples = report.memory.samples
+    return [second for second, _ in samples], [above / GIGABYTE for _, above in samples]
+
+
+def _mark_peak(axes: Any, report: LoadReport, colour: str) -> None:
+    if not report.memory.samples:
+        return
+    second, above = max(report.memory.samples, key=lambda sample: sample[1])
+    axes.plot([second], [above / GIGABYTE], "o", color=colour, markersize=6, markeredgecolor="white", zorder=5)
+
+
+def _draw_model_size(axes: Any, curves: Sequence[Curve]) -> None:
+    """Dashed: where a load that wasted nothing would end. One line for each distinct size among ranks and roles."""
+    sizes = sorted({report.final_bytes for curve in curves for report in curve.reports})
+    label: str | None = f"loaded model: {' and '.join(bytes_text(size) for size in sizes[:3])}"
+    for size in sizes:
+        axes.axhline(size / GIGABYTE, color=_INK, linestyle=(0, (6, 4)), linewidth=1.2, label=label, zorder=1)
+        label = None
+
+
+def _dress(axes: Any, curves: Sequence[Curve], title: str) -> None:
+    metrics = sorted({report.memory.metric for curve in curves for report in curve.reports})
+    axes.set_title(title, loc="left", color=_INK, fontsize=12)
+    axes.set_xlabel("seconds since the load began", color=_INK)
+    axes.set_ylabel(f"memory above start, GB ({', '.join(metrics)})", color=_INK)
+    axes.set_xlim(left=0)
+    highest = max(max(curve.peak, *(report.final_bytes for report in curve.reports)) for curve in curves)
+    axes.set_ylim(0, 1.12 * highest / GIGABYTE or 1)
+    axes.grid(visible=True, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="best", labelcolor=_INK)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load report: what one load on one rank did and cost, as JSON that other programs may rely on.
+
+The format is published in ``load_report.schema.json`` beside this module (JSON Schema 2020-12). Within one version,
+fields are only ever added; a reader ignores those it does not know. Sizes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.observe.formats import bytes_text, count_text, seconds_text
+from sglang_overlay.observe.memory import MemoryUsage  # noqa: TC001 - get_type_hints looks it up when reading
+
+SCHEMA = "sglang-streamfp8/load-report"
+VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("load_report.schema.json")
+_PATTERN = "load-*.json"
+
+Mode = Literal["stock", "streaming"]
+Role = Literal["target", "draft"]
+Record = TypeVar("Record")
+
+
+class ReportError(StreamFP8Error):
+    """A report could not be written or read."""
+
+
+@dataclass(frozen=True)
+class ParallelRank:
+    """Place of this process in one kind of parallelism."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Tensor, pipeline and expert parallelism."""
+
+    tp: ParallelRank = field(default_factory=ParallelRank)
+    pp: ParallelRank = field(default_factory=ParallelRank)
+    ep: ParallelRank = field(default_factory=ParallelRank)
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """Quantization units of this rank.
+
+    streamed: quantized while the checkpoint was being read
+    direct: of those, how many came whole from one checkpoint tensor and so needed no staging memory
+    """
+
+    streamed: int = 0
+    direct: int = 0
+
+
+@dataclass(frozen=True)
+class StagingUsage:
+    """High-precision memory held for units whose tensors had not all arrived."""
+
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LayerNote:
+    """A layer that was not streamed, by its name in the model, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Layers of this rank that fp8 quantization applies to.
+
+    streamed: how many were quantized unit by unit
+    deferred: kept in high precision until upstream was done with them, then quantized (MLA's kv_b_proj)
+    fallback: loaded the way stock SGLang does
+    """
+
+    streamed: int = 0
+    deferred: tuple[LayerNote, ...] = ()
+    fallback: tuple[LayerNote, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """One load on one rank. ``final_bytes``: storage of the loaded model's parameters and buffers on this rank."""
+
+    release: str
+    overlay_version: str
+    model_path: str
+    load_format: str
+    mode: Mode
+    seconds: float
+    memory: MemoryUsage
+    final_bytes: int
+    role: Role = "target"
+    ranks: Ranks = field(default_factory=Ranks)
+    units: UnitCounts = field(default_factory=UnitCounts)
+    staging: StagingUsage = field(default_factory=StagingUsage)
+    layers: LayerCounts = field(default_factory=LayerCounts)
+    warnings: tuple[str, ...] = ()
+
+
+def to_json(report: LoadReport) -> dict[str, Any]:
+    """``report`` as plain JSON data, with schema name and version first."""
+    return {"schema": SCHEMA, "version": VERSION, **asdict(report)}
+
+
+def from_json(data: object) -> LoadReport:
+    """The report in ``data``; ReportError says which field is missing or wrong, or that the version is unknown."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ReportError(f'not a load report: the top level should be an object with "schema": "{SCHEMA}"')
+    if data.get("version") != VERSION:
+        raise ReportError(
+            f"load report version {data.get('version')!r}, and this sglang-streamfp8 reads version {VERSION}; "
+            "read it with the sglang-streamfp8 that wrote it, or a newer one"
+        )
+    return _record(LoadReport, data, "")
+
+
+def write(report: LoadReport, folder: Path | str) -> Path:
+    """Write ``report`` into ``folder`` (made if missing) and return the new file's path.
+
+    A file appears complete or not at all, and never replaces another: loads of one rank (a restarted server, stock and
+    streaming, data-parallel replicas in one folder) get consecutive numbers. ReportError if it cannot be written.
+    """
+    target = Path(folder)
+    text = _text(report)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        return _write_numbered(text, target, _stem(report))
+    except OSError as error:
+        raise ReportError(
+            f"the load report could not be written to {target}: {error}; point SGLANG_STREAMFP8_REPORT at a folder "
+            "this process may write to"
+        ) from error
+
+
+def read(file: Path | str) -> LoadReport:
+    """The report in ``file``; ReportError names the file and what is wrong with it."""
+    path = Path(file)
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}; delete it or make the report again") from error
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from error
+
+
+def read_folder(folder: Path | str) -> tuple[LoadReport, ...]:
+    """All reports of ``folder``, by pipeline, tensor and expert rank, then in the order they were written."""
+    source = Path(folder)
+    if not source.is_dir():
+        raise ReportError(f"{source} is not a folder; give the one that SGLANG_STREAMFP8_REPORT named for the server")
+    files = sorted(source.glob(_PATTERN), key=_number)
+    if not files:
+        raise ReportError(
+            f"no load reports ({_PATTERN}) in {source}; start SGLang with SGLANG_STREAMFP8_REPORT={source} and load "
+            "a model"
+        )
+    reports = [read(file) for file in files]
+    return tuple(sorted(reports, key=lambda report: _order(report.ranks)))
+
+
+def summary_line(report: LoadReport) -> str:
+    """One line for the log."""
+    cost = (
+        f"{seconds_text(report.seconds)}; peak +{bytes_text(report.memory.peak_above_start)} over start; "
+        f"model {bytes_text(report.final_bytes)}"
+    )
+    if report.mode == "stock":
+        return f"StreamFP8: off, loaded as stock SGLang does; {cost}"
+    layers = report.layers
+    return (
+        f"StreamFP8: {count_text(report.units.streamed, 'unit')} in {count_text(layers.streamed, 'layer')} streamed, "
+        f"{len(layers.deferred)} deferred, {len(layers.fallback)} fell back; {cost}; "
+        f"staging peak {bytes_text(report.staging.peak_bytes)}"
+    )
+
+
+def _text(report: LoadReport) -> str:
+    text = json.dumps(to_json(report), indent=2, allow_nan=False)
+    # One sample a line. A line break never stands inside a JSON string, so only lists of two numbers can match.
+    return re.sub(r"\[\n *([-+.e\d]+),\n *(-?\d+)\n *\]", r"[\1, \2]", text) + "\n"
+
+
+def _order(ranks: Ranks) -> tuple[int, int, int]:
+    return ranks.pp.rank, ranks.tp.rank, ranks.ep.rank
+
+
+def _stem(report: LoadReport) -> str:
+    ranks = report.ranks
+    return f"load-tp{ranks.tp.rank}-pp{ranks.pp.rank}-ep{ranks.ep.rank}-{report.role}"
+
+
+def _number(file: Path) -> tuple[int, str]:
+    found = re.search(r"-(\d+)\.json$", file.name)
+    return (int(found.group(1)) if found else 0), file.name
+
+
+def _write_numbered(text: str, folder: Path, stem: str) -> Path:
+    draft = folder / f".{stem}.{os.getpid()}.tmp"
+    draft.write_text(text, encoding="utf-8")
+    try:
+        number = 1
+        while not _publish(draft, folder / f"{stem}-{number}.json"):
+            number += 1
+        return folder / f"{stem}-{number}.json"
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _publish(draft: Path, file: Path) -> bool:
+    """Give ``draft`` the name ``file`` in one step; False if that name is taken."""
+    try:
+        file.hardlink_to(draft)
+    except FileExistsError:
+        return False
+    except OSError:
+        # No hard links here (some network and FAT file systems): still all or nothing, though two processes that pick
+        # the same number in the same instant could meet.
+        if file.exists():
+            return False
+        draft.replace(file)
+    return True
+
+
+def _record(kind: type[Record], data: object, where: str) -> Record:
+    if not isinstance(data, dict):
+        raise ReportError(f"{where} should be an object, not {_shown(data)}")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for item in fields(kind):  # type: ignore[arg-type]
+        place = f"{where}.{item.name}" if where else item.name
+        if item.name not in data:
+            raise ReportError(f"{place} is missing")
+        values[item.name] = _value(hints[item.name], data[item.name], place)
+    return kind(**values)
+
+
+def _value(kind: Any, data: object, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        return _items(typing.get_args(kind), data, where)
+    if origin is Literal:
+        return _choice(typing.get_args(kind), data, where)
+    if is_dataclass(kind):
+        return _record(typing.cast(type, kind), data, where)
+    return _scalar(kind, data, where)
+
+
+def _items(kinds: tuple[Any, ...], data: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(data, list):
+        raise ReportError(f"{where} should be a list, not {_shown(data)}")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(data)
+    if len(kinds) != len(data):
+        raise ReportError(f"{where} should have {len(kinds)} items, not {len(data)}")
+    pairs = enumerate(zip(kinds, data, strict=True))
+    return tuple(_value(kind, item, f"{where}[{index}]") for index, (kind, item) in pairs)
+
+
+def _choice(choices: tuple[str, ...], data: object, where: str) -> str:
+    if data not in choices:
+        raise ReportError(f"{where} should be one of {', '.join(choices)}, not {_shown(data)}")
+    return str(data)
+
+
+def _scalar(kind: type, data: object, where: str) -> Any:
+    accepted = {float: (int, float), int: (int,), str: (str,)}[kind]
+    if not isinstance(data, accepted) or isinstance(data, bool):
+        raise ReportError(f"{where} should be {_KINDS[kind]}, not {_shown(data)}")
+    return data
+
+
+_KINDS: types.MappingProxyType[type, str] = types.MappingProxyType(
+    {float: "a number", int: "a whole number", str: "a text"}
+)
+
+
+def _shown(data: object) -> str:
+    text = json.dumps(data)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports and activation as text for a terminal; colour only where the output is one."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from sglang_overlay.observe.compare import pair_up
+from sglang_overlay.observe.formats import bytes_text, count_text, seconds_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from sglang_overlay.observe.activation import Activation, Hook
+    from sglang_overlay.observe.report import LayerNote, LoadReport, Ranks
+
+_PIPE_WIDTH = 140
+_NAMES_SHOWN = 3
+_STATE_STYLE = {"active": "green", "ready": "yellow", "missing": "red", "signature": "red"}
+_MODES = {
+    "0": "off",
+    "1": "on, stock where streaming is not possible",
+    "require": "on, an error where it is not possible",
+}
+
+
+def console() -> Console:
+    """Standard output: a terminal at its own width, a pipe or file at a fixed one and without colour."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def print_activation(out: Console, found: Activation) -> None:
+    """The verdict first, then what stands in the way, then settings and every hook."""
+    verdict = "[green]active[/green]" if found.active else "[red]not active[/red]"
+    release = f"SGLang {found.release}" if found.release else "no SGLang"
+    out.print(f"[bold]StreamFP8 {found.overlay_version}[/bold]: {verdict}, {release}")
+    for problem in found.problems:
+        out.print(Padding(f"[red]problem[/red]  {escape(problem)}", (0, 0, 0, 2)))
+    out.print(Padding(_facts(found), (1, 0, 0, 2)))
+    _print_hooks(out, "Hooks for streaming", found.streaming)
+    _print_hooks(out, "Hooks for machines without an accelerator", found.cpu_reference)
+    for message in found.messages:
+        out.print(Padding(escape(message), (0, 0, 0, 2)), style="yellow")
+
+
+def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> None:
+    """One row for each load, then the layers that were not streamed and the warnings."""
+    table = Table(
+        title=escape(title), title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False
+    )
+    for heading in ("rank", "mode"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("seconds", "peak", "model", "peak/model", "staging", "units", "layers", "deferred", "fell back"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report in reports:
+        table.add_row(*_cells(report))
+    out.print(table)
+    _print_notes(out, "deferred", [note for report in reports for note in report.layers.deferred])
+    _print_notes(out, "fell back", [note for report in reports for note in report.layers.fallback])
+    for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):
+        out.print(Padding(f"[yellow]warning[/yellow]  {escape(warning)}", (0, 0, 0, 2)))
+
+
+def print_comparison(
+    out: Console, names: tuple[str, str], first: Sequence[LoadReport], second: Sequence[LoadReport]
+) -> None:
+    """Seconds and peak of both for each rank, with the ratio of the second to the first."""
+    pairs = pair_up(first, second)
+    if not pairs:
+        out.print("No rank has a load in both folders, so there is nothing to compare.")
+        return
+    table = Table(title=f"{escape(names[1])} / {escape(names[0])}", title_justify="left", title_style="bold", box=None)
+    table.header_style = ""
+    table.pad_edge = False
+    table.add_column("rank", no_wrap=True)
+    for heading in ("seconds", "ratio", "peak", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for pair in pairs:
+        table.add_row(
+            rank_text(pair.first.ranks, pair.first.role),
+            f"{seconds_text(pair.second.seconds)} / {seconds_text(pair.first.seconds)}",
+            _ratio_text(pair.seconds_ratio),
+            f"{bytes_text(pair.second.memory.peak_above_start)} / {bytes_text(pair.first.memory.peak_above_start)}",
+            _ratio_text(pair.peak_ratio),
+        )
+    out.print(table)
+
+
+def rank_text(ranks: Ranks, role: str) -> str:
+    """Short name of a load: 'TP1/2', with PP and EP where there are any, and 'draft' for a draft model."""
+    kinds = (("TP", ranks.tp), ("PP", ranks.pp), ("EP", ranks.ep))
+    parts = [f"{name}{place.rank}/{place.size}" for name, place in kinds if place.size > 1 or name == "TP"]
+    return " ".join(parts if role == "target" else [*parts, role])
+
+
+def _facts(found: Activation) -> Table:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("supported releases", ", ".join(found.supported))
+    facts.add_row("SGLANG_STREAMFP8", escape(f"{found.mode} ({_MODES[found.mode]})") if found.mode else "invalid")
+    facts.add_row("SGLANG_STREAMFP8_REPORT", escape(found.report_folder or "not set: no JSON reports"))
+    return facts
+
+
+def _print_hooks(out: Console, title: str, hooks: Sequence[Hook]) -> None:
+    if not hooks:
+        return
+    out.print(f"\n[bold]{title}[/bold]")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for hook in hooks:
+        table.add_row(f"[{_STATE_STYLE[hook.state]}]{hook.state}[/]", f"{escape(hook.target)} [dim]({hook.kind})[/dim]")
+        for label, text in _hook_lines(hook):
+            table.add_row("", f"[dim]{label}[/dim] {escape(text)}")
+    out.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _hook_lines(hook: Hook) -> list[tuple[str, str]]:
+    lines = [
+        ("found:", hook.detail),
+        ("why:", hook.why),
+        ("related:", ", ".join(hook.related)),
+        ("can go when:", hook.remove_when),
+    ]
+    return [(label, text) for label, text in lines if text]
+
+
+def _cells(report: LoadReport) -> list[str]:
+    streamed = report.mode == "streaming"
+    layers = report.layers
+    return [
+        rank_text(report.ranks, report.role),
+        report.mode,
+        seconds_text(report.seconds),
+        f"+{bytes_text(report.memory.peak_above_start)}",
+        bytes_text(report.final_bytes),
+        _ratio_text(report.memory.peak_above_start / report.final_bytes if report.final_bytes else None),
+        bytes_text(report.staging.peak_bytes) if streamed else "-",
+        str(report.units.streamed) if streamed else "-",
+        str(layers.streamed) if streamed else "-",
+        str(len(layers.deferred)) if streamed else "-",
+        str(len(layers.fallback)) if streamed else "-",
+    ]
+
+
+def _print_notes(out: Console, label: str, notes: Iterable[LayerNote]) -> None:
+    """Layers by reason: a model of 61 layers has 61 of them with the same one."""
+    by_reason: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for note in notes:
+        by_reason[note.reason][note.layer] = None
+    for reason, layers in by_reason.items():
+        names = ", ".join(list(layers)[:_NAMES_SHOWN]) + (", ..." if len(layers) > _NAMES_SHOWN else "")
+        text = f"{label}  {count_text(len(layers), 'layer')}: {reason} ({names})"
+        out.print(Padding(escape(text), (0, 0, 0, 2)))
+
+
+def _ratio_text(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
