@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-# torch is left out on purpose: SGLang pins the build it was compiled for, and a second opinion here could only replace it.
+# torch is left out on purpose: SGLang pins the build it was compiled for, and a second pin here could only replace it.
 RUNTIME = [
     "click>=8.1",
     "packaging>=23",
