@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLA attention by SGLang's absorbed form in every phase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def select_absorbed_mla() -> None:
+    """Register the absorbed form for ``torch_native`` attention with SGLang's own registry of MLA forward methods.
+
+    In the absorbed form the query is projected into the latent space, and attention runs over the KV pool's latent rows
+    as one key head of ``kv_lora_rank + qk_rope_head_dim`` shared by all query heads, which ``torch_native`` computes
+    correctly. Unregistered backends get Triton's choice: for prefill the expanded form, whose keys and values are handed
+    to the backend without being stored, while ``torch_native`` reads only what is stored.
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    def absorbed(attention: Any, forward_batch: Any) -> AttnForwardMethod:  # noqa: ARG001 (SGLang's handler signature)
+        return AttnForwardMethod.MLA
+
+    AttentionBackendRegistry.register("torch_native", absorbed)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CPU reference platform patches in SGLang, as data. Only registered where the platform is in use.
+
+``create_weights`` and ``process_weights_after_loading`` are not among them: which scheme a layer gets on this platform,
+and every byte of the result except the quantizer's own arithmetic, is upstream's choice.
+"""
+
+from __future__ import annotations
+
+from sglang_overlay.upstream.touch_point import HookKind, TouchPoint
+
+TOUCH_POINTS = (
+    TouchPoint(
+        target="sglang.kernels.ops.quantization.fp8_kernel.scaled_fp8_quant",
+        hook="sglang_overlay.cpu_reference.quantizer:scaled_fp8_quant",
+        kind=HookKind.REPLACE,
+        parameters=("input", "scale", "num_token_padding", "use_per_token_if_dynamic"),
+        why="the kernel it calls, sgl_per_tensor_quant_fp8, is not defined without a GPU; fp8 experts are quantized by it",
+        related=(),
+        remove_when="upstream gives scaled_fp8_quant a CPU form",
+    ),
+    TouchPoint(
+        target="sglang.srt.layers.quantization.fp8_utils.apply_fp8_linear",
+        hook="sglang_overlay.cpu_reference.linear:apply_fp8_linear",
+        kind=HookKind.REPLACE,
+        parameters=("input", "weight", "weight_scale", "input_scale", "bias"),
+        why="quantizes the activation with a Triton kernel and multiplies with a GPU GEMM",
+        related=(),
+        remove_when="upstream's fp8 linear runs on a CPU without AMX",
+    ),
+    TouchPoint(
+        target="sglang.srt.layers.quantization.fp8.Fp8MoEMethod.apply",
+        hook="sglang_overlay.cpu_reference.moe:apply",
+        kind=HookKind.REPLACE,
+        parameters=("self", "layer", "dispatch_output"),
+        why="every MoE runner it knows is a GPU or AMX kernel",
+        related=(),
+        remove_when="upstream's fp8 fused experts run on a CPU without AMX",
+    ),
+)

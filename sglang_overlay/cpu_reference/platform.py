@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The out-of-tree platform: what SGLang asks of a device, answered for a plain CPU."""
+
+from __future__ import annotations
+
+import os
+import platform as host
+from typing import Any
+
+import psutil
+import torch
+from sglang.srt.platforms.device_mixin import DeviceCapability, PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+#: Tokens the KV pool holds unless ``--max-total-tokens`` says otherwise. SGLang sizes the pool to fill the device; here
+#: the device is the host's memory, which the pool would not only reserve but touch.
+KV_POOL_TOKENS = 16384
+#: Concurrent requests unless ``--max-running-requests`` says otherwise: attention runs one sequence at a time.
+RUNNING_REQUESTS = 16
+_CORES_PER_RANK = "SGLANG_CPU_OMP_THREADS_BIND"
+
+
+class CpuReferencePlatform(SRTPlatform):
+    """A plain CPU. ``is_cpu()`` stays False: for SGLang that means its own AMX engine and its kernels."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
+        memory = psutil.virtual_memory()
+        return float(memory.total - memory.available)
+
+    def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
+        return False
+
+    def get_device(self, device_id: int = 0) -> torch.device:  # type: ignore[override]
+        return torch.device("cpu")
+
+    def set_device(self, device: torch.device) -> None:
+        pass
+
+    def get_device_name(self, device_id: int = 0) -> str:
+        return f"cpu ({host.machine()})"
+
+    def get_device_uuid(self, device_id: int = 0) -> str:
+        return host.machine()
+
+    def get_device_capability(self, device_id: int = 0) -> DeviceCapability | None:
+        return None
+
+    def get_torch_distributed_backend_str(self) -> str:
+        return "gloo"
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Defaults of ``sglang.srt.server_args.ServerArgs`` for this platform; what the user set stays."""
+        for name, value in (
+            ("attention_backend", "torch_native"),
+            ("sampling_backend", "pytorch"),
+            ("max_total_tokens", KV_POOL_TOKENS),
+            ("max_running_requests", RUNNING_REQUESTS),
+        ):
+            if getattr(server_args, name) is None:
+                setattr(server_args, name, value)
+        server_args.disable_overlap_schedule = True
+        os.environ.setdefault(_CORES_PER_RANK, _cores_of_ranks(server_args.tp_size * server_args.pp_size))
+
+    def init_backend(self) -> None:
+        """Give this rank its share of the cores; SGLang calls it once in each worker."""
+        ranks = os.environ.get(_CORES_PER_RANK, "all").count("|") + 1
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Give MLA layers the absorbed form; SGLang calls it once after loading, in each worker."""
+        from sglang_overlay.cpu_reference.attention import select_absorbed_mla
+
+        select_absorbed_mla()
+
+
+def _cores_of_ranks(ranks: int) -> str:
+    """Cores of each rank in SGLang's notation, ranks separated by ``|``; SGLang refuses more ranks than NUMA nodes
+    without one. Ranks share cores where there are fewer cores than ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    groups = ([cores[(rank * share + index) % len(cores)] for index in range(share)] for rank in range(ranks))
+    return "|".join(",".join(map(str, group)) for group in groups)

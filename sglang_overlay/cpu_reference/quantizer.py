@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-tensor fp8 quantization with the arithmetic of SGLang's CUDA kernel.
+
+Source: ``sglang/kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh`` of SGLang 0.5.23 (the same arithmetic as sgl-kernel's
+earlier ``per_tensor_quant_fp8.cu``), which is built without fast-math:
+
+- absmax: ``fmaxf`` over ``float(x)``, which skips NaN, then ``scale = absmax / 448.0f``;
+- values: ``fmaxf(fminf(float(x) * (1.0f / scale), 448.0f), -448.0f)`` to e4m3, rounding to nearest even.
+
+``fminf(NaN, 448)`` is 448, so a NaN product is stored as 448. That is what makes an all-zero tensor safe: its scale is 0,
+``0 * (1 / 0)`` is NaN, every element is stored as 448, and dequantizes to ``448 * 0 = 0``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
+
+def quantize_per_tensor(tensor: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a tensor with one scale.
+
+    Args:
+        tensor: float32, float16 or bfloat16, any shape.
+        scale: float32, one element; computed from the tensor where None.
+
+    Returns:
+        The values as float8_e4m3fn, contiguous, of the tensor's shape; the scale, float32, shape ``[1]``.
+    """
+    values = tensor.float()
+    if scale is None:
+        scale = absmax(values).div_(FP8_MAX)
+    quantized = (values * scale.reciprocal()).nan_to_num_(nan=FP8_MAX).clamp_(-FP8_MAX, FP8_MAX)
+    return quantized.to(FP8), scale.reshape(1)
+
+
+def absmax(values: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude in a float32 tensor, NaN skipped, 0 where there is none; shape ``[1]``."""
+    magnitudes = values.abs().nan_to_num_(nan=0.0, posinf=torch.inf)
+    return magnitudes.max().reshape(1) if magnitudes.numel() else values.new_zeros(1)
+
+
+def scaled_fp8_quant(
+    input: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    num_token_padding: int | None = None,
+    use_per_token_if_dynamic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SGLang's ``scaled_fp8_quant`` on a CPU, for weights: per-tensor, static or dynamic, no padding.
+
+    Raises:
+        NotImplementedError: for padded or per-token quantization, which only activations get; this platform keeps
+            activations in their own dtype.
+    """
+    if input.ndim != 2:
+        raise ValueError(f"scaled_fp8_quant takes a matrix, not a tensor of shape {tuple(input.shape)}")
+    if num_token_padding or use_per_token_if_dynamic:
+        raise NotImplementedError("the CPU reference platform quantizes weights, not activations: per tensor, unpadded")
+    return quantize_per_tensor(input, scale)
