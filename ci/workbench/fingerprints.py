@@ -1,0 +1,67 @@
+"""Everything two loads of a model must agree on, tensor by tensor. Torch only."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(kind, name, tensor) of all parameters, then all buffers, then all tensors in modules' ``__dict__``."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield "parameter", name, parameter
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield "buffer", name, buffer
+    for prefix, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                for path, tensor in _tensors_in(value, f"{prefix}.{key}".lstrip(".")):
+                    yield "attribute", path, tensor
+
+
+def _tensors_in(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in `value` and in lists, tuples and dicts under it."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, (list, tuple)):
+        for position, item in enumerate(value):
+            yield from _tensors_in(item, f"{path}[{position}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors_in(item, f"{path}[{key!r}]")
+
+
+def fingerprint(kind: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """The fields of :class:`workbench.loads.TensorPrint`."""
+    return {
+        "kind": kind,
+        "dtype": str(tensor.dtype),
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()),
+        "device": str(tensor.device),
+        "sha256": hash_of(tensor),
+        "class_name": type(tensor).__name__,
+    }
+
+
+def hash_of(tensor: torch.Tensor) -> str:
+    """SHA-256 of the values in row-major order; of nothing for a meta tensor, which has none."""
+    if tensor.device.type == "meta":
+        return "meta"
+    plain = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy()).hexdigest()
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all distinct storages behind the model's tensors."""
+    storages = {}
+    for _, _, tensor in named_tensors(model):
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

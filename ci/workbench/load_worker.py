@@ -1,0 +1,270 @@
+"""The process behind :mod:`workbench.loads`: one rank that loads models in real SGLang, one after another.
+
+``python -m workbench.load_worker RANK`` reads orders from standard input, one JSON object a line:
+``{"job": <LoadJob>, "port": <rendezvous port>, "result": <file to write>}``, and ends when standard input does.
+
+A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``load_plugins()`` as in the scheduler:
+
+1. ``publish`` the job's server arguments (the last publish wins, so one process can hold many in turn);
+2. ``bootstrap.init_parallel_runtime``: process groups for this job, over gloo on the CPU;
+3. build a ``ModelRunner``, watching memory and time of its ``load_model``;
+4. fingerprint every tensor of the model; generate when asked;
+5. drop the model and destroy the groups, so that the next job starts from nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from array import array
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sglang.srt.plugins
+
+# As in every process SGLang starts: before modules that take names from those which plugins patch.
+sglang.srt.plugins.load_plugins()
+
+import torch  # noqa: E402
+from sglang.benchmark import one_batch  # noqa: E402
+from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
+from sglang.srt.distributed import bootstrap  # noqa: E402
+from sglang.srt.distributed.parallel_state import (  # noqa: E402
+    destroy_distributed_environment,
+    destroy_model_parallel,
+)
+from sglang.srt.layers.moe import initialize_moe_config  # noqa: E402
+from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config  # noqa: E402
+from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config  # noqa: E402
+from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config  # noqa: E402
+from sglang.srt.managers.schedule_batch import Req  # noqa: E402
+from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: E402
+from sglang.srt.runtime_context import SpawnRanks, get_device, publish, spawn_world_rank  # noqa: E402
+from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
+from sglang.srt.server_args import ServerArgs  # noqa: E402
+
+from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
+from workbench.fingerprints import fingerprint, hash_of, model_bytes, named_tensors  # noqa: E402
+from workbench.loads import LoadJob  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_STREAMING = "SGLANG_STREAMFP8"
+_MEMORY_INTERVAL_MS = 3.0
+
+
+class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
+    """SGLang's ModelRunner, with memory and time of ``load_model`` kept in ``memory`` and ``load_seconds``."""
+
+    memory: MemoryUsage
+    load_seconds: float
+
+    def load_model(self) -> None:
+        _give_back_memory()
+        with MemorySampler(meter_for(self.device), _MEMORY_INTERVAL_MS) as sampler:
+            begin = time.perf_counter()
+            super().load_model()
+            self.load_seconds = time.perf_counter() - begin
+        self.memory = sampler.usage
+
+
+def _give_back_memory() -> None:
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One job
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def server_args_of(job: LoadJob) -> ServerArgs:
+    fields: dict[str, Any] = {
+        "model_path": str(job.checkpoint),
+        "device": job.device,
+        "quantization": job.quantization,
+        "tp_size": job.tp_size,
+        "ep_size": job.ep_size,
+        "model_loader_extra_config": json.dumps(dict(job.loader_config)),
+        "cuda_graph_backend_decode": "disabled",
+        "cuda_graph_backend_prefill": "disabled",
+        "disable_radix_cache": True,
+        "max_total_tokens": 1024,
+        "max_running_requests": 8,
+        "random_seed": 0,
+        "log_level": "info",
+        **job.server_args,
+    }
+    return ServerArgs(**fields)
+
+
+def build_runner(job: LoadJob, rank: int, port: int) -> MeasuredModelRunner:
+    """Steps 1 to 3 of the module's docstring."""
+    server_args = server_args_of(job)
+    publish(
+        server_args,
+        role="scheduler",
+        ranks=SpawnRanks(world_rank=spawn_world_rank(server_args, tp_rank=rank, pp_rank=0), gpu_id=rank),
+    )
+    initialize_moe_config()
+    initialize_fp8_gemm_config()
+    initialize_bf16_gemm_config()
+    initialize_fp4_gemm_config()
+    model_config = ModelConfig.from_server_args(server_args)
+    bootstrap.init_parallel_runtime(server_args=server_args, device=get_device().device, dist_port=port)
+    bootstrap.init_layer_runtime(model_config=model_config)
+    return MeasuredModelRunner(
+        model_config=model_config,
+        mem_fraction_static=server_args.mem_fraction_static,
+        gpu_id=rank,
+        nccl_port=port,
+        server_args=server_args,
+    )
+
+
+def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
+    """Continue the job's prompts greedily, all in one batch, with SGLang's own batch and attention backend."""
+    runner.alloc_memory_pool()
+    runner.init_attention_backends()
+    runner.init_cuda_graphs()
+    requests = [_request(number, prompt, job.new_tokens) for number, prompt in enumerate(job.prompts)]
+    next_ids, logits, batch = one_batch.extend(requests, runner)
+    steps = [next_ids.tolist()]
+    for _ in range(job.new_tokens - 1):
+        next_ids, _ = one_batch.decode(next_ids, batch, runner)
+        steps.append(next_ids.tolist())
+    return {
+        "tokens": [list(ids) for ids in zip(*steps, strict=True)],
+        "logits_sha256": hash_of(logits.float()),
+        "logits_finite": bool(torch.isfinite(logits).all()),
+    }
+
+
+def _request(number: int, prompt: tuple[int, ...], new_tokens: int) -> Req:
+    request = Req(
+        rid=number,
+        origin_input_text="",
+        origin_input_ids=array("q", prompt),
+        sampling_params=SamplingParams(temperature=0, max_new_tokens=new_tokens),
+    )
+    request.full_untruncated_fill_ids = request.origin_input_ids
+    request.logprob_start_len = -1
+    request.extend_end = len(prompt)
+    return request
+
+
+def describe(runner: MeasuredModelRunner) -> dict[str, Any]:
+    """The parts of :class:`workbench.loads.RankResult` that belong to the loaded model."""
+    model = runner.model
+    return {
+        "tensors": {name: fingerprint(kind, tensor) for kind, name, tensor in named_tensors(model)},
+        "parameter_order": [name for name, _ in model.named_parameters()],
+        "model_bytes": model_bytes(model),
+        "load_seconds": runner.load_seconds,
+        "memory": asdict(runner.memory),
+    }
+
+
+def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
+    """Load, describe, generate when asked; all of it is freed before this returns."""
+    runner = None
+    try:
+        runner = build_runner(job, rank, port)
+        outputs = {"tokens": [], "logits_sha256": "", "logits_finite": True}
+        described = describe(runner)
+        if job.prompts:
+            outputs = generate(runner, job)
+        return {"rank": rank, **described, **outputs}
+    finally:
+        del runner
+        destroy_model_parallel()
+        destroy_distributed_environment()
+        _give_back_memory()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LogCollector(logging.Handler):
+    """Keeps warnings of any logger and everything of the overlay's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING or record.name.startswith("sglang_overlay"):
+            self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def collected_log() -> Iterator[list[str]]:
+    collector = LogCollector()
+    logging.getLogger().addHandler(collector)
+    try:
+        yield collector.lines
+    finally:
+        logging.getLogger().removeHandler(collector)
+
+
+@contextlib.contextmanager
+def changed_environ(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """`changes` laid over ``os.environ``; None removes a variable."""
+    before = dict(os.environ)
+    for name, value in changes.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def obey(order: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Run one order and return its answer; never raises an ``Exception``."""
+    job = LoadJob.from_json(order["job"])
+    begin = time.perf_counter()
+    with changed_environ({_STREAMING: job.streaming, **job.environ}), collected_log() as log:
+        try:
+            result = run_job(job, rank, order["port"])
+        except Exception:
+            return {"error": traceback.format_exc()}
+    return {**result, "job_seconds": time.perf_counter() - begin, "log": log}
+
+
+def answer_to(path: Path, answer: Mapping[str, Any]) -> None:
+    """Write `answer` so that it appears complete or not at all."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(answer))
+    draft.rename(path)
+
+
+def main() -> None:
+    rank = int(sys.argv[1])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer = obey(order, rank)
+        answer_to(Path(order["result"]), answer)
+        if "error" in answer:
+            # What a failed job leaves behind in SGLang's globals is unknown: the driver starts new processes.
+            print(answer["error"], flush=True)
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
