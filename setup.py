@@ -13,6 +13,7 @@ RUNTIME = [
     "psutil>=5.9",
     "rich>=13",
     "tqdm>=4.66",
+    "wrapt>=1.16",
 ]
 CHART = ["matplotlib>=3.8"]
 TEST = [

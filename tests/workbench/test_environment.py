@@ -1,0 +1,247 @@
+"""Environments are built for real here, less the packages, which are what takes minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from workbench import environment
+from workbench.environment import EnvironmentSetupError, Plan
+
+LOCK = """\
+# made by a tool
+alpha==1.0 \\
+    --hash=sha256:aa \\
+    --hash=sha256:ab
+    # via beta
+Beta.Kernels[extra]==2.0 ; python_version > "3" \\
+    --hash=sha256:bb
+gamma==3.0 \\
+    --hash=sha256:cc
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """A small clone with a lock of its own, and a cache of its own."""
+    return Plan(release="1.2.3", packages="cpu", clone=make_clone(tmp_path / "clone"), cache=tmp_path / "cache")
+
+
+def make_clone(root: Path, lock: str = "# empty\n", greeting: str = "hello") -> Path:
+    locks = root / "ci" / "locks"
+    locks.mkdir(parents=True)
+    (locks / "1.2.3.txt").write_text(lock)
+    (locks / "gpu_only.txt").write_text("# kernels\nbeta-kernels  # of beta\n")
+    shutil.copy(environment.CLONE / "ci" / "locks" / "uv.txt", locks)
+    (root / "pyproject.toml").write_text("")
+    (root / "setup.py").write_text("name = 1\n")
+    (root / "greeting.py").write_text(f"print({greeting!r})\n")
+    return root
+
+
+def fake_install(plan: Plan, uv: Path, target: Path, arguments: list[str]) -> None:
+    """Stands in for `uv pip install`, which needs a package index."""
+    if "--editable" in arguments:
+        (environment.site_packages(target) / "editable.pth").write_text(f"{plan.clone}\n")
+    else:
+        (environment.site_packages(target) / "shared_package.py").write_text("print('shared')\n")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Takes the package index out of the way, and counts what would have been installed."""
+    calls: list[list[str]] = []
+
+    def install(plan: Plan, uv: Path, target: Path, arguments: list[str]) -> None:
+        calls.append(arguments)
+        fake_install(plan, uv, target, arguments)
+
+    monkeypatch.setattr(environment, "install", install)
+    monkeypatch.setattr(environment, "ensure_uv", lambda plan: Path("uv"))
+    return calls
+
+
+def said_by(python: Path, module: str) -> str:
+    return subprocess.run([python, "-P", "-m", module], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_entries_are_taken_out_with_their_hashes() -> None:
+    kept = environment.without(LOCK, frozenset({"beta-kernels"}))
+    assert kept == LOCK[: LOCK.index("Beta")] + LOCK[LOCK.index("gamma") :]
+
+
+def test_names_are_compared_the_way_package_indexes_do() -> None:
+    assert environment.without("A_b.C==1 \\\n    --hash=sha256:aa\n", frozenset({"a-b-c"})) == ""
+
+
+def test_name_that_only_begins_alike_is_kept() -> None:
+    assert "gamma==3.0" in environment.without(LOCK, frozenset({"gam", "gamma-extra"}))
+
+
+def test_gpu_selection_is_the_whole_lock(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "clone", LOCK)
+    whole = Plan("1.2.3", "gpu", clone, tmp_path)
+    assert whole.requirements == LOCK
+    assert "Beta" not in dataclasses.replace(whole, packages="cpu").requirements
+
+
+def test_environment_is_used_again_without_installing(plan: Plan, offline: list[list[str]]) -> None:
+    first = environment.ensure(plan)
+    assert len(offline) == 2
+    assert environment.ensure(plan) == first
+    assert len(offline) == 2
+
+
+def test_environment_sees_the_shared_packages_and_the_clone(plan: Plan, offline: list[list[str]]) -> None:
+    python = environment.ensure(plan)
+    assert said_by(python, "shared_package") == "shared"
+    assert said_by(python, "greeting") == "hello"
+
+
+def test_two_clones_share_packages_and_never_code(plan: Plan, offline: list[list[str]], tmp_path: Path) -> None:
+    other = dataclasses.replace(plan, clone=make_clone(tmp_path / "other", greeting="good day"))
+    first, second = environment.ensure(plan), environment.ensure(other)
+    assert (said_by(first, "greeting"), said_by(second, "greeting")) == ("hello", "good day")
+    assert plan.base == other.base
+    assert len(offline) == 3
+
+
+def test_changed_lock_gets_an_environment_of_its_own(plan: Plan, offline: list[list[str]]) -> None:
+    before = environment.ensure(plan)
+    plan.lock.write_text(LOCK)
+    assert environment.ensure(plan) != before
+    assert len(offline) == 4
+
+
+def test_half_built_environment_is_built_anew(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "ensure_uv", lambda plan: Path("uv"))
+
+    def break_off(plan: Plan, uv: Path, target: Path, arguments: list[str]) -> None:
+        (environment.site_packages(target) / "debris.py").write_text("")
+        raise EnvironmentSetupError("the network went away")
+
+    monkeypatch.setattr(environment, "install", break_off)
+    with pytest.raises(EnvironmentSetupError):
+        environment.ensure(plan)
+    monkeypatch.setattr(environment, "install", fake_install)
+    python = environment.ensure(plan)
+    assert said_by(python, "shared_package") == "shared"
+    assert not (environment.site_packages(plan.base) / "debris.py").exists()
+
+
+def test_changed_packaging_installs_the_clone_again_and_nothing_else(plan: Plan, offline: list[list[str]]) -> None:
+    environment.ensure(plan)
+    (plan.clone / "setup.py").write_text("name = 2\n")
+    environment.ensure(plan)
+    assert ["--editable" in arguments for arguments in offline] == [False, True, True]
+
+
+def test_second_process_waits_for_the_first(plan: Plan, offline: list[list[str]]) -> None:
+    threads = [threading.Thread(target=environment.ensure, args=(plan,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(offline) == 2
+
+
+def test_failed_step_names_the_command_and_what_to_do(plan: Plan) -> None:
+    plan.cache.mkdir()
+    with pytest.raises(EnvironmentSetupError, match=r"failed: .*exit\(3\)(.|\n)*run the same command again"):
+        environment.step(plan, [sys.executable, "-c", "exit(3)"])
+
+
+def test_installs_are_not_redirected_by_the_callers_variables(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTHONPATH", "PIP_TARGET", "VIRTUAL_ENV"):
+        monkeypatch.setenv(name, "/elsewhere")
+    monkeypatch.setenv("PIP_CERT", "certificates.pem")
+    variables = environment.step_environment(plan)
+    assert not {"PYTHONPATH", "PIP_TARGET", "VIRTUAL_ENV"} & variables.keys()
+    assert variables["PIP_CERT"] == "certificates.pem"
+    assert variables["UV_PYTHON_DOWNLOADS"] == "never"
+
+
+def test_full_disk_is_noticed_before_anything_is_downloaded(
+    plan: Plan, offline: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(environment.BYTES_NEEDED, "cpu", 2**60)
+    with pytest.raises(EnvironmentSetupError, match="STREAMFP8_CACHE"):
+        environment.ensure(plan)
+    assert offline == []
+
+
+def test_unknown_release_lists_the_known_ones(plan: Plan) -> None:
+    with pytest.raises(EnvironmentSetupError, match=r"SGLang 9\.9(.|\n)*1\.2\.3"):
+        environment.ensure(dataclasses.replace(plan, release="9.9"))
+
+
+def test_other_machine_is_told_how_to_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.platform, "machine", lambda: "riscv64")
+    with pytest.raises(EnvironmentSetupError, match=r"riscv64(.|\n)*pip install"):
+        environment.ensure(plan)
+
+
+def test_cache_folder_follows_the_variable_then_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMFP8_CACHE", str(tmp_path / "mine"))
+    assert environment.cache_root() == tmp_path / "mine"
+    monkeypatch.delenv("STREAMFP8_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert environment.cache_root() == tmp_path / "sglang-streamfp8"
+
+
+def test_command_prints_the_interpreter_and_nothing_else(
+    plan: Plan, offline: list[list[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "planned", lambda release, packages: plan)
+    assert environment.main([]) == 0
+    assert capfd.readouterr().out == f"{environment.interpreter(plan.layer)}\n"
+
+
+def test_command_reports_failure_on_standard_error(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "planned", lambda release, packages: dataclasses.replace(plan, release=release))
+    assert environment.main(["--release", "9.9"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: There is no lock file for SGLang 9.9")
+
+
+@pytest.mark.parametrize("release", environment.releases())
+def test_every_package_of_a_lock_has_a_hash_and_no_address(release: str) -> None:
+    text = (environment.CLONE / "ci" / "locks" / f"{release}.txt").read_text()
+    entries = re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]
+    assert f"sglang=={release}" in text
+    assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
+    assert "://" not in text
+    assert "--index" not in text
+
+
+def test_every_gpu_only_name_is_in_some_lock_and_torch_stays() -> None:
+    locks = environment.CLONE / "ci" / "locks"
+    locked = "".join((locks / f"{release}.txt").read_text() for release in environment.releases())
+    names = {environment.normalized(name) for name in re.findall(r"^([\w.-]+)==", locked, flags=re.MULTILINE)}
+    gpu_only = environment.names_in(locks / "gpu_only.txt")
+    assert gpu_only <= names
+    assert not {"torch", "nvidia-nvshmem-cu13", "sglang"} & gpu_only
+
+
+def test_locks_are_made_from_what_setup_declares() -> None:
+    declared = {
+        str(requirement.name) + str(requirement.specifier)
+        for requirement in map(Requirement, importlib.metadata.requires("sglang-streamfp8") or [])
+        if requirement.name != "sglang"
+    }
+    lines = (environment.CLONE / "ci" / "locks" / "project.in").read_text().splitlines()
+    asked_for = {line for line in lines if line and not line.startswith("#")}
+    assert declared == asked_for - {"setuptools>=77", "wheel"}
