@@ -48,7 +48,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Is streaming active here?")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/check, version 1).")
 def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     """Say whether streaming is active, for which SGLang, and the state of every hook.
@@ -70,7 +70,8 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     """
     from sglang_overlay.observe import activation, terminal
 
-    found = activation.inspect_activation(os.environ)
+    with terminal.waiting("Importing SGLang and loading its plugins ..."):
+        found = activation.inspect_activation(os.environ)
     if as_json:
         click.echo(json.dumps(activation.to_json(found), indent=2))
     else:
@@ -78,7 +79,7 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     sys.exit(0 if found.active else 1)
 
 
-@main.command()
+@main.command(short_help="What did loads cost?")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("other_folder", required=False, type=click.Path(path_type=Path))
 @click.option("--png", type=click.Path(path_type=Path), help="Draw memory over time into this file.")
@@ -128,7 +129,8 @@ def _print(named: list[Named]) -> None:
 
     out = terminal.console()
     for index, (name, loads) in enumerate(named):
-        out.print("" if index else None, end="\n" if index else "")
+        if index:
+            out.print()
         terminal.print_reports(out, f"{name}: {_subject(loads)}", loads)
     if len(named) == 2:
         out.print()

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import logging
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.upstream import releases, touch_point
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sglang_overlay.upstream.touch_point import PointState, TouchPoint
 
@@ -76,13 +77,14 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
     streaming: tuple[Hook, ...] = ()
     cpu_reference: tuple[Hook, ...] = ()
     messages: list[str] = []
-    if importlib.util.find_spec("sglang") is not None:
+    # With an invalid setting the plugin refuses to start, so there is nothing to look at yet.
+    if mode is not None and importlib.util.find_spec("sglang") is not None:
         # Whatever SGLang prints while it is imported must not end up inside --json.
         with contextlib.redirect_stdout(sys.stderr), _heard(messages):
             problems += _load_plugins()
             streaming, cpu_reference = _hooks()
     if not problems:
-        problems += _hook_problems(streaming)
+        problems += _hook_problems(streaming, messages)
     return Activation(
         release=releases.installed(),
         supported=releases.supported(),
@@ -133,8 +135,11 @@ def _load_plugins() -> list[str]:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-    except (Exception, SystemExit) as error:
-        return [f"SGLang's plugins could not be loaded: {type(error).__name__}: {error}"]
+    except SystemExit as refusal:
+        # How this package's own plugin stops a server, SGLang swallowing everything milder: it says what to do.
+        return [str(refusal)]
+    except Exception as error:
+        return [f"SGLang's plugins could not be loaded: {type(error).__name__}: {error}; see that SGLang itself starts"]
     return []
 
 
@@ -142,7 +147,7 @@ def _hooks() -> tuple[tuple[Hook, ...], tuple[Hook, ...]]:
     from sglang_overlay.cpu_reference import catalogue as cpu_reference
     from sglang_overlay.upstream import catalogue as upstream
 
-    return _states(upstream.STREAMING), _states(cpu_reference.POINTS)
+    return _states(upstream.STREAMING), _states(cpu_reference.TOUCH_POINTS)
 
 
 def _states(points: Iterable[TouchPoint]) -> tuple[Hook, ...]:
@@ -162,13 +167,14 @@ def _hook(found: PointState) -> Hook:
     )
 
 
-def _hook_problems(hooks: Iterable[Hook]) -> list[str]:
-    return [
-        f"{hook.target} is not patched (state: {hook.state}{': ' + hook.detail if hook.detail else ''}); see the "
-        "messages below, and reinstall SGLang if its files were edited"
-        for hook in hooks
-        if hook.state != touch_point.State.ACTIVE.value
-    ]
+def _hook_problems(hooks: Sequence[Hook], messages: Sequence[str]) -> list[str]:
+    """One problem for all hooks together: they are registered together, so one cause keeps them all away."""
+    idle = [hook for hook in hooks if hook.state != touch_point.State.ACTIVE.value]
+    if not idle:
+        return []
+    unfit = [f"{hook.target}: {hook.state}, {hook.detail}" for hook in idle if hook.detail]
+    cause = "; ".join([*unfit, *messages]) or "SGLang's log at level INFO names the plugins it loads"
+    return [f"{len(idle)} of {len(hooks)} hooks are not applied; {cause}"]
 
 
 class _Collector(logging.Handler):
@@ -184,7 +190,10 @@ class _Collector(logging.Handler):
 
 @contextlib.contextmanager
 def _heard(messages: list[str]) -> Iterator[None]:
-    """Collect what the plugin system and this package warn about, instead of letting it go to standard error."""
+    """Collect what the plugin system and this package warn about, instead of letting it go to standard error.
+
+    What else warns while SGLang is imported (kernels that are not for this machine, say) is no answer to the question.
+    """
     handler = _Collector(messages)
     loggers = [logging.getLogger(name) for name in _WATCHED_LOGGERS]
     before = [logger.propagate for logger in loggers]
@@ -192,7 +201,9 @@ def _heard(messages: list[str]) -> Iterator[None]:
         logger.addHandler(handler)
         logger.propagate = False
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, propagate in zip(loggers, before, strict=True):
             logger.removeHandler(handler)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.observe.formats import bytes_text, count_text, seconds_text
-from sglang_overlay.observe.memory import MemoryUsage  # noqa: TC001 - get_type_hints looks it up when reading
+from sglang_overlay.observe.memory import MemoryUsage
 
 SCHEMA = "sglang-streamfp8/load-report"
 VERSION = 1
@@ -212,7 +213,7 @@ def _number(file: Path) -> tuple[int, str]:
 
 
 def _write_numbered(text: str, folder: Path, stem: str) -> Path:
-    draft = folder / f".{stem}.{os.getpid()}.tmp"
+    draft = folder / f".{stem}.{os.getpid()}-{threading.get_ident()}.tmp"
     draft.write_text(text, encoding="utf-8")
     try:
         number = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from sglang_overlay.observe.formats import bytes_text, count_text, seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from sglang_overlay.observe.activation import Activation, Hook
     from sglang_overlay.observe.report import LayerNote, LoadReport, Ranks
@@ -36,25 +38,31 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
+def waiting(what: str) -> AbstractContextManager[object]:
+    """A spinner on standard error for as long as the block runs; nothing where that is not a terminal."""
+    return Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext()
+
+
 def print_activation(out: Console, found: Activation) -> None:
     """The verdict first, then what stands in the way, then settings and every hook."""
     verdict = "[green]active[/green]" if found.active else "[red]not active[/red]"
     release = f"SGLang {found.release}" if found.release else "no SGLang"
     out.print(f"[bold]StreamFP8 {found.overlay_version}[/bold]: {verdict}, {release}")
     for problem in found.problems:
-        out.print(Padding(f"[red]problem[/red]  {escape(problem)}", (0, 0, 0, 2)))
-    out.print(Padding(_facts(found), (1, 0, 0, 2)))
+        out.print(Padding(f"[red]problem[/red]  {escape(problem)}", (0, 0, 0, 2), expand=False))
+    out.print(Padding(_facts(found), (1, 0, 0, 2), expand=False))
     _print_hooks(out, "Hooks for streaming", found.streaming)
     _print_hooks(out, "Hooks for machines without an accelerator", found.cpu_reference)
+    if found.messages:
+        out.print("\n[bold]Said while plugins were loaded[/bold]")
     for message in found.messages:
-        out.print(Padding(escape(message), (0, 0, 0, 2)), style="yellow")
+        out.print(Padding(escape(message), (0, 0, 0, 2), expand=False), style="yellow")
 
 
 def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> None:
     """One row for each load, then the layers that were not streamed and the warnings."""
-    table = Table(
-        title=escape(title), title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False
-    )
+    out.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    table = Table(header_style="dim", box=None, pad_edge=False)
     for heading in ("rank", "mode"):
         table.add_column(heading, no_wrap=True)
     for heading in ("seconds", "peak", "model", "peak/model", "staging", "units", "layers", "deferred", "fell back"):
@@ -65,7 +73,7 @@ def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> No
     _print_notes(out, "deferred", [note for report in reports for note in report.layers.deferred])
     _print_notes(out, "fell back", [note for report in reports for note in report.layers.fallback])
     for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):
-        out.print(Padding(f"[yellow]warning[/yellow]  {escape(warning)}", (0, 0, 0, 2)))
+        out.print(Padding(f"[yellow]warning[/yellow]  {escape(warning)}", (0, 0, 0, 2), expand=False))
 
 
 def print_comparison(
@@ -76,9 +84,8 @@ def print_comparison(
     if not pairs:
         out.print("No rank has a load in both folders, so there is nothing to compare.")
         return
-    table = Table(title=f"{escape(names[1])} / {escape(names[0])}", title_justify="left", title_style="bold", box=None)
-    table.header_style = ""
-    table.pad_edge = False
+    out.print(f"[bold]{escape(names[1])}[/bold] against [bold]{escape(names[0])}[/bold]", soft_wrap=True)
+    table = Table(header_style="dim", box=None, pad_edge=False)
     table.add_column("rank", no_wrap=True)
     for heading in ("seconds", "ratio", "peak", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -119,7 +126,7 @@ def _print_hooks(out: Console, title: str, hooks: Sequence[Hook]) -> None:
         table.add_row(f"[{_STATE_STYLE[hook.state]}]{hook.state}[/]", f"{escape(hook.target)} [dim]({hook.kind})[/dim]")
         for label, text in _hook_lines(hook):
             table.add_row("", f"[dim]{label}[/dim] {escape(text)}")
-    out.print(Padding(table, (0, 0, 0, 2)))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _hook_lines(hook: Hook) -> list[tuple[str, str]]:
@@ -158,7 +165,7 @@ def _print_notes(out: Console, label: str, notes: Iterable[LayerNote]) -> None:
     for reason, layers in by_reason.items():
         names = ", ".join(list(layers)[:_NAMES_SHOWN]) + (", ..." if len(layers) > _NAMES_SHOWN else "")
         text = f"{label}  {count_text(len(layers), 'layer')}: {reason} ({names})"
-        out.print(Padding(escape(text), (0, 0, 0, 2)))
+        out.print(Padding(escape(text), (0, 0, 0, 2), expand=False))
 
 
 def _ratio_text(ratio: float | None) -> str:

@@ -1,0 +1,279 @@
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib import metadata, util
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import sglang_overlay
+from sglang_overlay.cli import main
+from sglang_overlay.observe.memory import MemoryUsage
+from sglang_overlay.observe.report import (
+    LayerCounts,
+    LayerNote,
+    LoadReport,
+    ParallelRank,
+    Ranks,
+    StagingUsage,
+    UnitCounts,
+    write,
+)
+
+GB = 10**9
+ROOT = Path(sglang_overlay.__file__).parents[1]
+STOCK = LoadReport(
+    release="0.5.23",
+    overlay_version="0.1.0",
+    model_path="/somewhere/moe-1b",
+    load_format="auto",
+    mode="stock",
+    seconds=10.0,
+    memory=MemoryUsage("RssAnon", GB, 2_500_000_000, GB, ((0.0, 0), (8.0, 2_500_000_000), (10.0, GB))),
+    final_bytes=1_250_000_000,
+)
+STREAMING = replace(
+    STOCK,
+    mode="streaming",
+    seconds=6.0,
+    memory=MemoryUsage("RssAnon", GB, 1_375_000_000, GB, ((0.0, 0), (6.0, 1_375_000_000))),
+    units=UnitCounts(1234, 1000),
+    staging=StagingUsage(3_100_000),
+    layers=LayerCounts(
+        210,
+        deferred=tuple(LayerNote(f"layers.{index}.kv_b_proj", "MLA absorbs it") for index in range(61)),
+        fallback=(LayerNote("layers.7.packed", "[packed] in __init__"),),
+    ),
+    warnings=("layer layers.7.packed takes stock's path",),
+)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A folder of stock loads and one of streaming loads, two ranks each."""
+    for name, load in (("stock", STOCK), ("streaming", STREAMING)):
+        for tp in (0, 1):
+            write(replace(load, ranks=Ranks(tp=ParallelRank(tp, 2))), tmp_path / name)
+    return str(tmp_path / "stock"), str(tmp_path / "streaming")
+
+
+def _run(*arguments: str):
+    return CliRunner().invoke(main, arguments)
+
+
+def _row(output: str, start: str) -> list[str]:
+    line = next(line for line in output.splitlines() if line.startswith(start))
+    return re.split(r"\s{2,}", line.strip())
+
+
+def test_report_shows_a_row_for_each_rank(folders):
+    result = _run("report", folders[1])
+    assert result.exit_code == 0, result.output
+    assert "moe-1b, SGLang 0.5.23" in result.output
+    expected = ["streaming", "6.0 s", "+1.38 GB", "1.25 GB", "1.10x", "3.10 MB", "1234", "210", "61", "1"]
+    assert _row(result.output, "TP0/2") == ["TP0/2", *expected]
+    assert _row(result.output, "TP1/2") == ["TP1/2", *expected]
+
+
+def test_report_groups_layers_by_reason_and_repeats_warnings_once(folders):
+    output = _run("report", folders[1]).output
+    assert output.count("MLA absorbs it") == 1
+    assert (
+        "deferred  61 layers: MLA absorbs it (layers.0.kv_b_proj, layers.1.kv_b_proj, layers.2.kv_b_proj, ...)"
+        in output
+    )
+    assert "fell back  1 layer: [packed] in __init__ (layers.7.packed)" in output
+    assert output.count("warning  layer layers.7.packed takes stock's path") == 1
+
+
+def test_stock_rows_claim_nothing_about_units(folders):
+    assert _row(_run("report", folders[0]).output, "TP0/2")[-5:] == ["-"] * 5
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_folders_are_compared_with_stock_as_the_base(folders, order):
+    first, second = folders[::order]
+    output = _run("report", first, second).output
+    comparison = output[output.index(f"{folders[1]} against {folders[0]}") :]
+    assert _row(comparison, "TP1/2") == ["TP1/2", "6.0 s / 10.0 s", "0.60x", "1.38 GB / 2.50 GB", "0.55x"]
+
+
+def test_report_as_json(folders):
+    result = _run("report", *folders, "--json")
+    data = json.loads(result.output)
+    assert [folder["folder"] for folder in data["folders"]] == list(folders)
+    assert data["folders"][1]["reports"][0]["units"] == {"streamed": 1234, "direct": 1000}
+    assert data["comparison"][1]["ranks"]["tp"] == {"rank": 1, "size": 2}
+    assert data["comparison"][1]["peak_ratio"] == pytest.approx(0.55)
+
+
+def test_report_draws_a_chart_and_says_where(folders, tmp_path):
+    png = tmp_path / "memory.png"
+    result = _run("report", *folders, "--png", str(png))
+    assert str(png) in result.output
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_chart_beside_json_leaves_the_json_clean(folders, tmp_path):
+    result = _run("report", *folders, "--json", "--png", str(tmp_path / "memory.png"))
+    assert json.loads(result.stdout)["folders"]
+    assert (tmp_path / "memory.png").exists()
+
+
+def test_report_of_a_missing_folder_says_what_to_give(tmp_path):
+    result = _run("report", str(tmp_path / "nothing"))
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert "SGLANG_STREAMFP8_REPORT" in result.output
+
+
+def test_help_teaches_by_example():
+    output = _run("--help").output
+    assert "python -m sglang_overlay check" in output
+    assert "SGLANG_STREAMFP8_REPORT=reports python -m sglang.launch_server" in output
+    for command in ("check", "report"):
+        assert f"python -m sglang_overlay {command}" in _run(command, "--help").output
+
+
+def test_version():
+    assert sglang_overlay.__version__ in _run("--version").output
+    assert sglang_overlay.__version__ == metadata.version("sglang-streamfp8")
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**clean, **environment}
+    )
+
+
+def test_command_runs_as_a_module_and_piped_output_has_no_colour(folders):
+    done = _python("-m", "sglang_overlay", "report", *folders)
+    assert done.returncode == 0, done.stderr
+    assert "TP0/2" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_terminal_gets_colour(folders):
+    control, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"}
+    environment.pop("NO_COLOR", None)
+    command = [sys.executable, "-m", "sglang_overlay", "report", *folders]
+    process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, env=environment)
+    os.close(terminal)
+    output = b""
+    while select.select([control], [], [], 60)[0]:
+        try:
+            chunk = os.read(control, 65_536)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not chunk:
+            break
+        output += chunk
+    os.close(control)
+    assert process.wait(timeout=60) == 0
+    assert b"\x1b[" in output
+    assert b"TP0/2" in output
+
+
+_BOTH_FORMS = """
+import sys
+from sglang_overlay.cli import main
+
+for arguments in (["check", "--json"], ["check"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(f"exit {end.code}")
+"""
+
+
+@pytest.fixture(scope="module")
+def checks():
+    """``check`` under different settings, each in its own process: SGLang loads plugins once in a process."""
+    runs = {
+        "default": (["-c", _BOTH_FORMS], {}),
+        "off": (["-m", "sglang_overlay", "check", "--json"], {"SGLANG_STREAMFP8": "0"}),
+        "left out": (
+            ["-m", "sglang_overlay", "check", "--json"],
+            {"SGLANG_PLUGINS": "other,streamfp8_cpu_reference"},
+        ),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        started = {
+            name: pool.submit(_python, *arguments, **environment) for name, (arguments, environment) in runs.items()
+        }
+    return {name: future.result() for name, future in started.items()}
+
+
+@pytest.fixture(scope="module")
+def active(checks):
+    """What ``check`` says where streaming is active: (JSON data, text), after a look at both exit codes."""
+    as_json, text, rest = checks["default"].stdout.split("exit 0\n")
+    assert rest == "", checks["default"].stdout
+    return json.loads(as_json), text
+
+
+def test_check_says_active_with_every_hook_in_place(active):
+    found, _ = active
+    assert (found["schema"], found["version"]) == ("sglang-streamfp8/check", 1)
+    assert (found["active"], found["problems"]) == (True, [])
+    assert found["release"] == metadata.version("sglang")
+    assert found["release"] in found["supported"]
+    assert {hook["state"] for hook in found["streaming"]} == {"active"}
+    targets = [hook["target"] for hook in found["streaming"]]
+    assert "sglang.srt.layers.quantization.fp8.Fp8MoEMethod.create_weights" in targets
+
+
+def test_check_text_names_each_hook_with_its_reason_and_end(active):
+    found, text = active
+    assert "\x1b" not in text
+    assert re.match(r"StreamFP8 \S+: active, SGLang \S+", text)
+    flowing = re.sub(r"\s+", " ", text)
+    for hook in found["streaming"]:
+        assert f"active {hook['target']} ({hook['kind']})" in flowing
+        assert f"why: {hook['why']}" in flowing
+        assert f"can go when: {hook['remove_when']}" in flowing
+
+
+def test_check_names_the_variable_that_switched_streaming_off(checks):
+    done = checks["off"]
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["active"], found["mode"]) == (1, False, "0")
+    assert len(found["problems"]) == 1
+    assert "SGLANG_STREAMFP8=0" in found["problems"][0]
+    assert {hook["state"] for hook in found["streaming"]} == {"ready"}
+
+
+def test_check_reports_an_invalid_setting_at_once():
+    done = _python("-m", "sglang_overlay", "check", "--json", SGLANG_STREAMFP8="maybe")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["active"], found["mode"]) == (1, False, None)
+    assert len(found["problems"]) == 1
+    assert "maybe" in found["problems"][0]
+
+
+def test_check_sees_that_the_allowlist_leaves_the_plugin_out(checks):
+    done = checks["left out"]
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["active"]) == (1, False)
+    assert "SGLANG_PLUGINS=other,streamfp8_cpu_reference,streamfp8" in found["problems"][0]
+    assert {hook["state"] for hook in found["streaming"]} == {"ready"}
+
+
+def test_check_without_sglang_says_what_to_install(tmp_path):
+    """A Python that sees this package and what its command line needs, and nothing else."""
+    for name in ("click", "rich", "pygments", "markdown_it", "mdurl"):
+        (tmp_path / name).symlink_to(Path(util.find_spec(name).origin).parent)
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = _python("-S", "-m", "sglang_overlay", "check", PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    assert "not active, no SGLang" in done.stdout
+    assert 'pip install "sglang-streamfp8[sglang]"' in re.sub(r"\s+", " ", done.stdout)
