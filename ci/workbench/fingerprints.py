@@ -54,7 +54,7 @@ def hash_of(tensor: torch.Tensor) -> str:
     if tensor.device.type == "meta":
         return "meta"
     plain = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy()).hexdigest()
+    return hashlib.sha256(memoryview(plain.numpy())).hexdigest()  # type: ignore[arg-type]
 
 
 def model_bytes(model: torch.nn.Module) -> int:
