@@ -104,8 +104,27 @@ def register(points: Iterable[TouchPoint]) -> list[PointState]:
     states = inspect_points(points)
     for found in states:
         if found.state is State.READY and not _is_registered(found.point):
-            _registry().register(found.point.target, _hook(found.point), _hook_type(found.point))
+            _registry().register(found.point.target, _hook(found.point), _hook_type(found.point), source=_source())
     return states
+
+
+def apply(points: Iterable[TouchPoint]) -> str | None:
+    """Register hooks and apply them now, all of them or none.
+
+    Returns:
+        What is not as expected, or None.
+    """
+    found = inspect_points(points)
+    broken = [state for state in found if state.state in (State.MISSING, State.SIGNATURE)]
+    if broken:
+        from sglang_overlay.upstream import releases
+
+        listed = "; ".join(f"{state.point.target}: {state.state.value} ({state.detail})" for state in broken)
+        supported = ", ".join(releases.supported())
+        return f"SGLang {releases.installed()} is not as expected: {listed}; supported releases: {supported}"
+    register(state.point for state in found)
+    _registry().apply_hooks()
+    return None
 
 
 def _in_order(expected: tuple[str, ...], names: list[str]) -> bool:
@@ -123,6 +142,12 @@ def _hook_type(point: TouchPoint) -> Any:
     from sglang.srt.plugins.hook_registry import HookType
 
     return HookType(point.kind.value)
+
+
+def _source() -> Any:
+    from sglang.srt.plugins.hook_registry import HookSource
+
+    return HookSource(plugin_name="streamfp8", dist_name="sglang-streamfp8")
 
 
 def _hook(point: TouchPoint) -> Callable[..., Any]:

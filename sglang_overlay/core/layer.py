@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One streamed layer: its placeholders, the loader wrapped around them, and the way back to stock."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.errors import UnsupportedWriteError
+
+WeightLoader = Callable[..., Any]
+
+
+class LayerStream:
+    """The parameters of one layer that are being streamed.
+
+    Any thread may call a wrapped loader. ``_condition`` guards ``_loading`` (threads inside upstream's loader),
+    ``_returning`` and ``streaming``: the layer goes back to stock only while no thread is inside a loader.
+
+    Args:
+        name: the layer's qualified name, for messages.
+        streams: each placeholder and its stream, by parameter name.
+        on_return: called once with the layer and the reason when the layer has gone back to stock.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        streams: Mapping[str, tuple[torch.nn.Parameter, ParameterStream]],
+        on_return: Callable[[LayerStream, str], None],
+    ) -> None:
+        self.name = name
+        self.streaming = True
+        self.placeholders = {key: placeholder for key, (placeholder, _) in streams.items()}
+        self.streams = {key: stream for key, (_, stream) in streams.items()}
+        self._sinks = {storage_key(placeholder): stream for placeholder, stream in streams.values()}
+        self._on_return = on_return
+        self._condition = threading.Condition()
+        self._loading = 0
+        self._returning = False
+        self._thread = threading.local()
+
+    def wrap(self, loader: WeightLoader) -> WeightLoader:
+        """Upstream's loader, with its writes to this layer's placeholders captured.
+
+        Where the loader does something that cannot be captured, the layer goes back to stock and the loader runs again
+        on the real parameter.
+        """
+
+        @functools.wraps(loader)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            # A model may have put its own loader around an already wrapped one.
+            if getattr(self._thread, "inside", False) or not self._enter():
+                return loader(*args, **kwargs)
+            try:
+                with WriteCapture(self._sinks):
+                    return loader(*args, **kwargs)
+            except UnsupportedWriteError as error:
+                reason = str(error)
+            finally:
+                self._leave()
+            self.return_to_stock(reason)
+            return loader(*args, **kwargs)
+
+        return load
+
+    def return_to_stock(self, reason: str) -> None:
+        """Give every placeholder real memory, holding all that was written so far; its identity is kept.
+
+        Raises:
+            LayerNotStreamableError: part of the layer has been quantized already.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: not self._returning)
+            if not self.streaming:
+                return
+            self._returning = True
+            self._condition.wait_for(lambda: self._loading == 0)
+        try:
+            for key, stream in self.streams.items():
+                materialize(self.placeholders[key], stream.restore())
+            self.streaming = False
+            self._on_return(self, reason)
+        finally:
+            with self._condition:
+                self._returning = False
+                self._condition.notify_all()
+
+    def _enter(self) -> bool:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._returning)
+            self._loading += self.streaming
+            self._thread.inside = self.streaming
+            return self.streaming
+
+    def _leave(self) -> None:
+        with self._condition:
+            self._thread.inside = False
+            self._loading -= 1
+            self._condition.notify_all()
+
+
+def materialize(placeholder: torch.nn.Parameter, weight: torch.Tensor) -> None:
+    """Make ``placeholder`` hold ``weight``, in place: whoever keeps a reference sees the real parameter from now on."""
+    real = torch.nn.Parameter(weight, requires_grad=placeholder.requires_grad)
+    real.__class__ = placeholder.__class__
+    real.__dict__.update(placeholder.__dict__)
+    torch.utils.swap_tensors(placeholder, real)

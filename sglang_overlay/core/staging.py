@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""High-precision pieces of units that are not yet completely covered, and the account of their memory."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+
+from sglang_overlay.core.regions import Box, difference, shifted, slices, volume
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Values of one box of a unit.
+
+    Attributes:
+        box: where in the unit.
+        values: high precision, shape of the box.
+    """
+
+    box: Box
+    values: torch.Tensor
+
+    def without(self, hole: Box) -> list[Piece]:
+        """What is left of the piece outside ``hole``, as views of the same memory."""
+        return [Piece(box, self.values[slices(shifted(box, self.box))]) for box in difference(self.box, hole)]
+
+
+class StagingAccount:
+    """Counts bytes of staging memory. One lock guards both counters; any thread may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held = 0
+        self._peak = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes held now."""
+        return self._held
+
+    @property
+    def peak(self) -> int:
+        """The most bytes ever held at once."""
+        return self._peak
+
+    def add(self, size: int) -> None:
+        """Count ``size`` bytes more, or fewer where it is negative."""
+        with self._lock:
+            self._held += size
+            self._peak = max(self._peak, self._held)
+
+
+@dataclass
+class StagedUnit:
+    """Disjoint pieces of one unit. Used by one thread at a time: its owner marks the unit busy around each call."""
+
+    account: StagingAccount
+    pieces: list[Piece] = field(default_factory=list)
+    _bytes: int = 0
+
+    def overwrite(self, box: Box) -> None:
+        """Forget what earlier writes put into ``box``: the last write wins, as in stock."""
+        self.pieces = [part for piece in self.pieces for part in piece.without(box)]
+
+    def hold(self, piece: Piece) -> None:
+        """Keep a piece, whose memory must belong to this unit alone."""
+        self.pieces.append(piece)
+        size = piece.values.untyped_storage().nbytes()
+        self._bytes += size
+        self.account.add(size)
+
+    @property
+    def covered(self) -> int:
+        """Elements held."""
+        return sum(volume(piece.box) for piece in self.pieces)
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self.pieces = []
+        self.account.add(-self._bytes)
+        self._bytes = 0

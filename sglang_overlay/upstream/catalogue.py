@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where streaming touches SGLang. ``python -m sglang_overlay check`` prints this, tests walk it."""
+
+from __future__ import annotations
+
+from sglang_overlay.upstream.touch_point import HookKind, TouchPoint
+
+_FP8 = "sglang.srt.layers.quantization.fp8"
+_LOADER = "sglang.srt.model_loader.loader"
+_WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
+_MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-project/sglang#8337")
+
+STREAMING: tuple[TouchPoint, ...] = (
+    TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader.load_model",
+        hook="sglang_overlay.upstream.loading:load_model",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config", "device_config"),
+        why="Opens and closes the load that owns all streaming state, measures memory, reports; runs upstream's loader.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}._initialize_model",
+        hook="sglang_overlay.upstream.loading:initialize_model",
+        kind=HookKind.AROUND,
+        parameters=("model_config", "load_config", "quant_config"),
+        why="Once the model is built: finds each streamed layer's name, checks that the model left its placeholders "
+        "alone, and wraps the weight loaders. A model that repacks parameters in __init__ is built again without "
+        "streaming.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.device_loading_context",
+        hook="sglang_overlay.upstream.loading:device_loading_context",
+        kind=HookKind.AROUND,
+        parameters=("module", "target_device"),
+        why="Runs right before a layer's process_weights_after_loading: swaps the placeholders for the fp8 parameters, "
+        "since upstream moves every parameter of the layer to the device here and cannot move one without memory.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8LinearMethod.create_weights",
+        hook="sglang_overlay.upstream.linear:create_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer", "params_dtype"),
+        why="Runs upstream's code with the bf16 weight on the meta device: shape, attributes and loader, no memory.",
+        related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8LinearMethod.process_weights_after_loading",
+        hook="sglang_overlay.upstream.linear:process_weights_after_loading",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer"),
+        why="The weight is fp8 already: registers it as stock would leave it instead of quantizing.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8MoEMethod.create_weights",
+        hook="sglang_overlay.upstream.moe:create_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer", "params_dtype"),
+        why="As for linear layers: w13 and w2 on the meta device, scales and biases real.",
+        related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8MoEMethod.process_weights_after_loading",
+        hook="sglang_overlay.upstream.moe:process_weights_after_loading",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer"),
+        why="The experts are fp8 already: registers them as stock would leave them instead of quantizing.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be streamed, decided from upstream's configuration. Every ``why_not_*`` gives a reason or None."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+ABSORBED = {
+    "kv_b_proj": "MLA's post_load_weights builds w_kc and w_vc from its high-precision weight before quantization",
+}
+"""Layers whose bf16 weight upstream reads after loading, by the last part of their name, and what reads it.
+
+They keep stock's path: high precision until upstream is done with them. deepseek_v2 and its relatives (deepseek_nextn,
+longcat_flash, bailing_moe_v3, bailing_moe_linear, kimi_linear, kimi_k25_eagle3, minicpm3, sarvam_moe, gigachat35, dots3).
+"""
+
+
+def is_online_fp8(config: Any) -> bool:
+    """Whether this is SGLang's own fp8 config over a high-precision checkpoint.
+
+    Subclasses and look-alikes (w4afp8, compressed-tensors, modelopt, quark, nvfp4) have rules of their own, and so have
+    fp8-serialized checkpoints, mxfp8 and fp4 experts.
+    """
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    return (
+        type(config) is Fp8Config
+        and not config.is_checkpoint_fp8_serialized
+        and not config.use_mxfp8
+        and not config.is_fp4_experts
+        and config.weight_block_size is None
+    )
+
+
+def why_not_platform() -> str | None:
+    """Platforms whose post-processing this package has never run stay on stock's path."""
+    from sglang.srt import utils
+
+    for name in ("is_hip", "is_xpu", "is_npu", "is_musa", "is_cpu"):
+        if getattr(utils, name, bool)():
+            return f"fp8 post-processing of this platform ({name.removeprefix('is_')}) is not covered yet"
+    return None
+
+
+def why_not_loader(loader: Any) -> str | None:
+    """Loaders that load in their own way (presharded, quantized RL) stay on stock's path."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    if type(loader) is DefaultModelLoader:
+        return None
+    return f"loading with {type(loader).__name__} is not covered yet"
+
+
+def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:
+    """A layer whose quantization method is wrapped by another (kt-ep, paged experts) is managed by that one."""
+    if getattr(layer, "quant_method", None) is not method:
+        wrapper = type(getattr(layer, "quant_method", None)).__name__
+        return f"its quantization method is wrapped by {wrapper}"
+    return None
+
+
+def why_deferred(name: str) -> str | None:
+    """Why a layer must stay in high precision until upstream has read it."""
+    return ABSORBED.get(name.rsplit(".", 1)[-1])

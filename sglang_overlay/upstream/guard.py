@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to an fp8 load where streaming is not available: one warning, or an error where it is required."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_overlay.errors import StreamingUnavailableError
+from sglang_overlay.settings import MODE_VARIABLE, Mode
+
+logger = logging.getLogger(__name__)
+
+_warned: set[str] = set()
+
+
+def refuse(mode: Mode, reason: str) -> None:
+    """Say, once a process, that an fp8 load is not streamed.
+
+    Raises:
+        StreamingUnavailableError: ``mode`` is ``require``.
+    """
+    if mode is Mode.REQUIRE:
+        raise StreamingUnavailableError(f"{MODE_VARIABLE}=require, but this fp8 load cannot be streamed: {reason}.")
+    if reason not in _warned:
+        _warned.add(reason)
+        logger.warning("StreamFP8: %s. The model is loaded as in stock SGLang.", reason)
+
+
+class ConfigGuard:
+    """Hook after ``Fp8Config.__init__`` for releases that cannot be streamed: only fp8 loads get to hear of it."""
+
+    def __init__(self, mode: Mode, reason: str) -> None:
+        self._mode = mode
+        self._reason = reason
+        self.__name__ = "sglang_streamfp8_guard"
+
+    def __call__(self, _result: None, config: Any, *_args: Any, **_kwargs: Any) -> None:
+        from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+        if type(config) is Fp8Config and not config.is_checkpoint_fp8_serialized:
+            refuse(self._mode, self._reason)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers: ``Fp8LinearMethod`` of SGLang's ``fp8.py``.
+
+Stock quantizes a bf16 weight ``[N, K]`` per channel where the kernels want that (cutlass fp8, marlin:
+``per_token_group_quant_fp8(weight, K)``) and per tensor otherwise (``input_to_float8``), and keeps the transposed view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module, Parameter
+
+from sglang_overlay.core.quantizers import PerTensorQuantizer, RatioArithmetic, RowQuantizer
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.load import ParameterPlan, bound_dtype, current
+
+
+class LinearPlan:
+    """Streams ``weight``, ``[N, K]``, as stock would quantize it."""
+
+    weights = frozenset({"weight"})
+
+    def __init__(self, method: Any) -> None:
+        self._per_channel = method.cutlass_fp8_supported or method.use_marlin
+
+    def parameter(self, name: str, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+        from sglang.srt.layers.quantization import fp8
+
+        weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
+        rows, columns = placeholder.shape
+        if self._per_channel:
+            scale = torch.empty(rows, dtype=torch.float32, device=device)
+            quantizer = RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, columns))
+            return ParameterPlan(UnitGrid.per_slice((rows, columns)), quantizer, Storage(weight, scale))
+        scale = torch.empty(1, dtype=torch.float32, device=device)
+        tensor_quantizer = PerTensorQuantizer(RatioArithmetic(torch.finfo(fp8.fp8_dtype).max))
+        storage = Storage(weight.unsqueeze(0), scale)
+        return ParameterPlan(UnitGrid.one((rows, columns)), tensor_quantizer, storage)
+
+    def register(self, layer: Module, storages: dict[str, Storage]) -> None:
+        storage = storages["weight"]
+        rows, columns = storage.weight.shape[-2:]
+        scale = storage.scale.view(1, rows) if self._per_channel else storage.scale.view(())
+        layer.weight = Parameter(storage.weight.view(rows, columns).t(), requires_grad=False)
+        layer.weight_scale = Parameter(scale, requires_grad=False)
+        layer.input_scale = None
+
+
+def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
+    """Around ``Fp8LinearMethod.create_weights``."""
+    load = current()
+    if load is None or not load.admits(method.quant_config):
+        return original(method, layer, *args, **kwargs)
+    reason = eligibility.why_not_layer(method, layer)
+    if reason is not None:
+        load.leave(layer, reason)
+        return original(method, layer, *args, **kwargs)
+    return load.create_weights(
+        lambda: original(method, layer, *args, **kwargs),
+        layer,
+        bound_dtype(original, (method, layer, *args), kwargs),
+        LinearPlan(method),
+    )
+
+
+def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
+    """Around ``Fp8LinearMethod.process_weights_after_loading``: what upstream does after quantizing."""
+    load = current()
+    if load is None or not load.finish(layer):
+        return original(method, layer)
+    if method.use_marlin:
+        from sglang.srt.layers.quantization.fp8 import prepare_fp8_layer_for_marlin
+
+        prepare_fp8_layer_for_marlin(layer, not method.block_quant)
+        del layer.input_scale
+    return None

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model load: the owner of every streamed layer from ``create_weights`` to the end of loading."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.layer import LayerStream, materialize
+from sglang_overlay.core.placeholders import PlaceholderAllocation
+from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.stream import ParameterStream, Storage
+from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.errors import IncompleteLoadError, PlaceholderLeakError
+from sglang_overlay.observe.progress import Progress, SilentProgress
+from sglang_overlay.settings import Mode
+from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.guard import refuse
+
+logger = logging.getLogger(__name__)
+
+MAX_LISTED = 8
+"""How many names an error message lists before it says how many more there are."""
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """How one parameter is quantized and where the result goes."""
+
+    grid: UnitGrid
+    quantizer: UnitQuantizer
+    storage: Storage
+
+
+class LayerPlan(Protocol):
+    """What a kind of layer (linear, experts) knows about being streamed."""
+
+    weights: frozenset[str]
+    """Names of the parameters that upstream creates in high precision and quantizes."""
+
+    def parameter(self, name: str, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+        """Plan one of ``weights``, allocating its final storage on ``device``."""
+
+    def register(self, layer: torch.nn.Module, storages: dict[str, Storage]) -> None:
+        """Put the fp8 parameters on the layer as stock's quantization would leave them."""
+
+
+@dataclass(frozen=True)
+class PendingLayer:
+    """A layer whose placeholders exist, before its name in the model is known."""
+
+    plan: LayerPlan
+    device: torch.device
+    placeholders: dict[str, torch.nn.Parameter]
+    storage_keys: dict[str, int]
+
+
+class ModelLoad:
+    """State of one load. Belongs to the loading thread; loader threads reach only the streams, which lock themselves.
+
+    Args:
+        mode: what the user asked for.
+        obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
+    """
+
+    def __init__(self, mode: Mode, obstacle: str | None = None) -> None:
+        self.mode = mode
+        self.account = StagingAccount()
+        self.deferred: dict[str, str] = {}
+        self.fallback: dict[str, str] = {}
+        self.abandoned = "switched off" if mode is Mode.OFF else None
+        self.progress: Progress = SilentProgress()
+        self.units = 0
+        self.direct_units = 0
+        self.layers = 0
+        self._obstacle = obstacle
+        self._pending: dict[torch.nn.Module, PendingLayer] = {}
+        self._unnamed: list[tuple[torch.nn.Module, str]] = []
+        self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
+        self._incomplete: dict[str, tuple[int, int]] = {}
+
+    # -- building the model ------------------------------------------------------------------------------------------
+
+    def admits(self, config: Any) -> bool:
+        """Whether layers of this quantization config are to be streamed.
+
+        Raises:
+            StreamingUnavailableError: streaming is required, and something stands against it.
+        """
+        if self.abandoned or not eligibility.is_online_fp8(config):
+            return False
+        if self._obstacle is not None:
+            self.abandon(self._obstacle)
+            refuse(self.mode, self._obstacle)
+        return not self.abandoned
+
+    def create_weights(
+        self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan
+    ) -> None:
+        """Run upstream's ``create_weights`` with the weights of ``plan`` as placeholders."""
+        allocation = PlaceholderAllocation(dtype)
+        with allocation:
+            create()
+        made = {name: value for name, value in layer._parameters.items() if value is not None and value.is_meta}
+        if set(made) != plan.weights or allocation.device is None:
+            self.leave(layer, f"upstream created {sorted(made)} where {sorted(plan.weights)} were expected")
+            create()
+            return
+        keys = {name: storage_key(value) for name, value in made.items()}
+        self._pending[layer] = PendingLayer(plan, allocation.device, made, keys)
+
+    def leave(self, layer: torch.nn.Module, reason: str) -> None:
+        """Note that a layer takes stock's path."""
+        self._unnamed.append((layer, reason))
+
+    def adopt(self, model: torch.nn.Module) -> str | None:
+        """Start streaming the layers of a model that has just been built.
+
+        Returns:
+            Why the model cannot be streamed at all, or None.
+        """
+        names = {module: name for name, module in model.named_modules()}
+        for layer, pending in self._pending.items():
+            changed = _changed(layer, pending)
+            if changed is not None:
+                return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
+        for layer, reason in self._unnamed:
+            self._fall_back(names.get(layer, type(layer).__name__), reason)
+        for layer, pending in self._pending.items():
+            self._start(layer, names.get(layer), pending)
+        self._pending.clear()
+        self._unnamed.clear()
+        return None
+
+    def abandon(self, reason: str) -> None:
+        """Load the whole model as stock does."""
+        self.abandoned = reason
+        self._pending.clear()
+        self._unnamed.clear()
+
+    @property
+    def building(self) -> bool:
+        """Whether any placeholder has been made."""
+        return bool(self._pending)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Size of all fp8 weights to be filled."""
+        streams = (stream for layer, _ in self._streams.values() for stream in layer.streams.values())
+        return sum(stream.storage.weight.nbytes for stream in streams)
+
+    # -- after the weights are read ----------------------------------------------------------------------------------
+
+    def finish(self, layer: torch.nn.Module) -> bool:
+        """Replace a layer's placeholders by its fp8 parameters.
+
+        Returns:
+            Whether the layer was streamed, now or by an earlier call; if not, upstream has to quantize it.
+        """
+        if layer not in self._streams:
+            return False
+        stream, plan = self._streams[layer]
+        if stream.streaming and stream.streams:
+            self._settle(stream)
+            plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
+            stream.streams.clear()
+            stream.placeholders.clear()
+            self.layers += 1
+        return stream.streaming
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Make sure that everything was written and nothing still refers to a placeholder.
+
+        Raises:
+            IncompleteLoadError: units were never completely written.
+            PlaceholderLeakError: the model holds a tensor without memory.
+        """
+        if self._incomplete:
+            listed = [f"{name} ({missing} of {total} units)" for name, (missing, total) in self._incomplete.items()]
+            raise IncompleteLoadError(
+                "the checkpoint does not contain all weights; never completely written: "
+                f"{_shortened(listed)}. Stock SGLang would serve uninitialized memory here. Check the checkpoint's "
+                "index for these layers."
+            )
+        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
+        if leaks and not self.abandoned:
+            raise PlaceholderLeakError(
+                f"these tensors were computed from a weight that was being streamed and hold no data: {_shortened(leaks)}. "
+                "Set SGLANG_STREAMFP8=0 to load this model as stock SGLang does, and report the model."
+            )
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
+        if name is None:
+            # Not part of the module tree, so stock would never quantize it either.
+            self._materialize(pending)
+            return
+        reason = eligibility.why_deferred(name)
+        if reason is not None:
+            self._materialize(pending)
+            self.deferred[name] = reason
+            return
+        streams = {}
+        for key, placeholder in pending.placeholders.items():
+            plan = pending.plan.parameter(key, placeholder, pending.device)
+            stream = ParameterStream(
+                f"{name}.{key}", placeholder, plan.grid, plan.quantizer, plan.storage, self.account, self._quantized
+            )
+            streams[key] = (placeholder, stream)
+        layer_stream = LayerStream(name, streams, lambda stream, why: self._fall_back(stream.name, why))
+        for placeholder in pending.placeholders.values():
+            _wrap_loader(placeholder, layer_stream)
+        self._streams[layer] = (layer_stream, pending.plan)
+
+    def _materialize(self, pending: PendingLayer) -> None:
+        for placeholder in pending.placeholders.values():
+            materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
+
+    def _quantized(self, size: int) -> None:
+        self.progress.advance(size)
+
+    def _fall_back(self, name: str, reason: str) -> None:
+        self.fallback[name] = reason
+        logger.warning("StreamFP8: %s is loaded as in stock SGLang: %s.", name, reason)
+
+    def _settle(self, stream: LayerStream) -> None:
+        for part in stream.streams.values():
+            missing = len(part.incomplete())
+            self.units += part.units - missing
+            self.direct_units += part.direct_units
+            if missing:
+                self._incomplete[part.name] = (missing, part.units)
+            part.release()
+
+
+_current: ContextVar[ModelLoad | None] = ContextVar("streamfp8_load", default=None)
+
+
+def current() -> ModelLoad | None:
+    """The load that is under way in this thread and may stream, or None."""
+    return _current.get()
+
+
+@contextmanager
+def under_way(load: ModelLoad) -> Iterator[None]:
+    """Make ``load`` the current one."""
+    token = _current.set(load)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter, buffer and tensor attribute (MLA's ``w_kc``) of a model, with its name."""
+    for prefix, module in model.named_modules():
+        for values in (module._parameters, module._buffers, vars(module)):
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{prefix}.{name}" if prefix else name, value
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all memory that the model's tensors hold, shared memory counted once."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for _, t in tensors_of(model))}
+    return sum(storages.values())
+
+
+def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:
+    for name, placeholder in pending.placeholders.items():
+        if layer._parameters.get(name) is not placeholder or storage_key(placeholder) != pending.storage_keys[name]:
+            return name
+    return None
+
+
+def _wrap_loader(placeholder: torch.nn.Parameter, stream: LayerStream) -> None:
+    # SGLang's own parameter classes have weight_loader as a read-only property over _weight_loader.
+    attribute = (
+        "_weight_loader" if isinstance(getattr(type(placeholder), "weight_loader", None), property) else "weight_loader"
+    )
+    setattr(placeholder, attribute, stream.wrap(placeholder.weight_loader))
+
+
+def _shortened(names: list[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def bound_dtype(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
+    """The ``params_dtype`` that a call of ``create_weights`` passes."""
+    dtype: torch.dtype = inspect.signature(original).bind(*args, **kwargs).arguments["params_dtype"]
+    return dtype

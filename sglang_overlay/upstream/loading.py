@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loader: ``DefaultModelLoader`` and its helpers in SGLang's ``model_loader/loader.py``."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sglang_overlay.observe.memory import MemorySampler, meter_for
+from sglang_overlay.observe.progress import quantization_progress
+from sglang_overlay.observe.report import summary_line, write
+from sglang_overlay.settings import Mode, load_settings
+from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.guard import refuse
+from sglang_overlay.upstream.load import ModelLoad, current, under_way
+from sglang_overlay.upstream.summary import parallel_ranks, summarize
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
+    """Around ``DefaultModelLoader.load_model``."""
+    settings = load_settings(os.environ)
+    if model_config.quantization != "fp8" and settings.report_folder is None:
+        return original(loader, model_config=model_config, device_config=device_config)
+    load = ModelLoad(settings.mode, eligibility.why_not_platform() or eligibility.why_not_loader(loader))
+    began = time.perf_counter()
+    with MemorySampler(meter_for(torch.device(device_config.device))) as sampler, under_way(load):
+        try:
+            model = original(loader, model_config=model_config, device_config=device_config)
+            load.check(model)
+        finally:
+            load.progress.close()
+    seconds = time.perf_counter() - began
+    report = summarize(load, model, model_config, loader.load_config, seconds, sampler.usage)
+    if load.layers or settings.report_folder is not None:
+        logger.info("%s", summary_line(report))
+    if settings.report_folder is not None:
+        write(report, settings.report_folder)
+    return model
+
+
+def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``_initialize_model``: build the model with placeholders, or again without where it cannot take them."""
+    load = current()
+    call = inspect.signature(original).bind(*args, **kwargs).arguments
+    if load is None:
+        _refuse_other_loader(call)
+    if load is None or load.abandoned:
+        return original(*args, **kwargs)
+    try:
+        model = original(*args, **kwargs)
+        reason = load.adopt(model)
+    except Exception as error:
+        if not load.building:
+            raise
+        reason = f"building it with placeholders fails ({type(error).__name__}: {error})"
+    if reason is not None:
+        model = None
+        load.abandon(reason)
+        refuse(load.mode, f"{_architecture(call)} cannot be streamed: {reason}")
+        return original(*args, **kwargs)
+    load.progress = quantization_progress(load.streamed_bytes, parallel_ranks().tp.rank)
+    return model
+
+
+def device_loading_context(original: Callable[..., Any], module: torch.nn.Module, target_device: torch.device) -> Any:
+    """Around ``device_loading_context``."""
+    load = current()
+    if load is not None:
+        load.finish(module)
+    return original(module, target_device)
+
+
+def _refuse_other_loader(call: Mapping[str, Any]) -> None:
+    """A load that did not come through ``load_model`` above fills its parameters in another way."""
+    mode = load_settings(os.environ).mode
+    if mode is not Mode.OFF and eligibility.is_online_fp8(call.get("quant_config")):
+        load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)
+        refuse(mode, f"load format {load_format} is not streamed")
+
+
+def _architecture(call: Mapping[str, Any]) -> str:
+    return ", ".join(getattr(call["model_config"].hf_config, "architectures", None) or ["this model"])

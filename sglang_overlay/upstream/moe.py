@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert layers: ``Fp8MoEMethod`` of SGLang's ``fp8.py``.
+
+Stock quantizes each expert's w13 ``[2 * intermediate, hidden]`` and w2 ``[hidden, intermediate]`` per tensor
+(``scaled_fp8_quant``); scales are ``[E]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module, Parameter
+
+from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, UnitQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.load import ParameterPlan, bound_dtype, current
+
+
+class ExpertsPlan:
+    """Streams ``w13_weight`` and ``w2_weight``, one expert of each a unit."""
+
+    weights = frozenset({"w13_weight", "w2_weight"})
+
+    def parameter(self, name: str, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+        from sglang.srt.layers.quantization import fp8
+
+        weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
+        scale = torch.ones(placeholder.shape[0], dtype=torch.float32, device=device)
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), _quantizer(device), Storage(weight, scale))
+
+    def register(self, layer: Module, storages: dict[str, Storage]) -> None:
+        w13, w2 = storages["w13_weight"], storages["w2_weight"]
+        layer.w13_weight_scale = Parameter(w13.scale, requires_grad=False)
+        layer.w2_weight_scale.data = w2.scale
+        layer.w13_weight = Parameter(w13.weight, requires_grad=False)
+        layer.w2_weight = Parameter(w2.weight, requires_grad=False)
+
+
+def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
+    """Around ``Fp8MoEMethod.create_weights``."""
+    load = current()
+    if load is None or not load.admits(method.quant_config):
+        return original(method, layer, *args, **kwargs)
+    reason = eligibility.why_not_layer(method, layer)
+    if reason is not None:
+        load.leave(layer, reason)
+        return original(method, layer, *args, **kwargs)
+    return load.create_weights(
+        lambda: original(method, layer, *args, **kwargs),
+        layer,
+        bound_dtype(original, (method, layer, *args), kwargs),
+        ExpertsPlan(),
+    )
+
+
+def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
+    """Around ``Fp8MoEMethod.process_weights_after_loading``: what upstream does after quantizing."""
+    load = current()
+    if load is None or not load.finish(layer):
+        return original(method, layer)
+    _prepare_backend(method, layer)
+    if hasattr(layer, "dispatcher"):
+        kernel = getattr(layer, "w13_kernel", None)
+        wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
+        found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
+        layer.dispatcher.set_quant_config(found if wanted is None else wanted)
+    return None
+
+
+def _prepare_backend(method: Any, layer: Module) -> None:
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    backend = get_moe_runner_backend()
+    if (backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()) and method._owns_moe_runner:
+        method._prepare_flashinfer_trtllm_activation_params(layer)
+    if backend.is_hpc_ops():
+        method._prepare_hpc_ops_weights(layer)
+
+
+def _quantizer(device: torch.device) -> UnitQuantizer:
+    from sglang.srt.layers.quantization import fp8
+
+    if device.type == "cpu":
+        return PerTensorQuantizer(KernelArithmetic(torch.finfo(fp8.fp8_dtype).max))
+    return WholeUnitQuantizer(fp8.scaled_fp8_quant)

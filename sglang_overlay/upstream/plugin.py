@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of ``sglang.srt.plugins``: puts the hooks in place, or sees to it that fp8 loads say why not.
+
+Hooks are applied when SGLang imports the module they belong to. The launcher and the detokenizer never import it, and
+importing it for their sake would cost them seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import groupby
+from types import ModuleType
+
+from sglang_overlay.errors import SettingsError
+from sglang_overlay.settings import Mode, load_settings
+
+FP8_MODULE = "sglang.srt.layers.quantization.fp8"
+
+
+def activate() -> None:
+    """Called by ``load_plugins()`` in every process SGLang starts.
+
+    Raises:
+        SystemExit: a setting is invalid. ``load_plugins()`` logs and swallows every ``Exception``, so nothing milder
+            would stop the server.
+    """
+    try:
+        settings = load_settings(os.environ)
+    except SettingsError as error:
+        sys.exit(f"sglang-streamfp8: {error}")
+    if settings.mode is Mode.OFF and settings.report_folder is None:
+        return
+    from sglang_overlay.upstream import releases
+
+    reason = releases.unsupported_reason()
+    if reason is not None:
+        _guard(settings.mode, reason)
+        return
+    _patch_when_imported(settings.mode)
+
+
+def _patch_when_imported(mode: Mode) -> None:
+    import wrapt
+
+    from sglang_overlay.upstream.catalogue import STREAMING
+    from sglang_overlay.upstream.touch_point import TouchPoint
+
+    def patch(points: tuple[TouchPoint, ...]) -> None:
+        from sglang_overlay.upstream.touch_point import apply
+
+        mismatch = apply(points)
+        if mismatch is not None:
+            _guard(mode, mismatch)
+
+    by_module = groupby(sorted(STREAMING, key=lambda point: point.module), key=lambda point: point.module)
+    for module, points in by_module:
+        bound = tuple(points)
+        wrapt.register_post_import_hook(lambda _module, bound=bound: patch(bound), module)
+
+
+def _guard(mode: Mode, reason: str) -> None:
+    import wrapt
+
+    def install(module: ModuleType) -> None:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        from sglang_overlay.upstream.guard import ConfigGuard
+
+        if not hasattr(module, "Fp8Config"):
+            sys.exit(
+                f"sglang-streamfp8: {reason}, and {FP8_MODULE}.Fp8Config is not there to tell fp8 loads from others"
+            )
+        HookRegistry.register(f"{FP8_MODULE}.Fp8Config.__init__", ConfigGuard(mode, reason), HookType.AFTER)
+        HookRegistry.apply_hooks()
+
+    wrapt.register_post_import_hook(install, FP8_MODULE)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a finished load into its report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_overlay import __version__
+from sglang_overlay.observe.memory import MemoryUsage
+from sglang_overlay.observe.report import (
+    LayerCounts,
+    LayerNote,
+    LoadReport,
+    ParallelRank,
+    Ranks,
+    StagingUsage,
+    UnitCounts,
+)
+from sglang_overlay.upstream import releases
+from sglang_overlay.upstream.load import ModelLoad, stored_bytes
+
+
+def summarize(
+    load: ModelLoad, model: torch.nn.Module, model_config: Any, load_config: Any, seconds: float, memory: MemoryUsage
+) -> LoadReport:
+    """The report of a load that has ended."""
+    return LoadReport(
+        release=releases.installed() or "unknown",
+        overlay_version=__version__,
+        model_path=str(model_config.model_path),
+        load_format=str(getattr(load_config.load_format, "value", load_config.load_format)),
+        mode="streaming" if load.layers else "stock",
+        seconds=seconds,
+        memory=memory,
+        final_bytes=stored_bytes(model),
+        role="draft" if getattr(model_config, "is_draft_model", False) else "target",
+        ranks=parallel_ranks(),
+        units=UnitCounts(streamed=load.units, direct=load.direct_units),
+        staging=StagingUsage(peak_bytes=load.account.peak),
+        layers=LayerCounts(streamed=load.layers, deferred=_notes(load.deferred), fallback=_notes(load.fallback)),
+        warnings=(load.abandoned,) if load.abandoned else (),
+    )
+
+
+def parallel_ranks() -> Ranks:
+    """This process's place; rank 0 of 1 in every kind of parallelism that is not set up."""
+    from sglang.srt.distributed import parallel_state
+
+    return Ranks(
+        tp=_rank(parallel_state, "get_tp_group"),
+        pp=_rank(parallel_state, "get_pp_group"),
+        ep=_rank(parallel_state, "get_moe_ep_group"),
+    )
+
+
+def _rank(parallel_state: Any, getter: str) -> ParallelRank:
+    try:
+        group = getattr(parallel_state, getter)()
+        return ParallelRank(group.rank_in_group, group.world_size)
+    except (AttributeError, AssertionError, RuntimeError):
+        return ParallelRank()
+
+
+def _notes(reasons: dict[str, str]) -> tuple[LayerNote, ...]:
+    return tuple(LayerNote(layer, reason) for layer, reason in reasons.items())
