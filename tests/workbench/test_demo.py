@@ -1,0 +1,97 @@
+"""What the demo makes of two trials; the servers themselves are tried by running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from workbench import demo, serving
+from workbench.demo import Comparison, DemoError, Mode, Subject, Trial
+
+from sglang_overlay.observe.memory import MemoryUsage
+from sglang_overlay.observe.report import LoadReport
+
+
+def make_report(mode: Mode, peak: int, seconds: float, final: int = 500_000_000) -> LoadReport:
+    samples = ((0.0, 0), (seconds / 2, peak), (seconds, final))
+    memory = MemoryUsage(metric="RssAnon", start=10, peak_above_start=peak, end_above_start=final, samples=samples)
+    return LoadReport("0.5.23", "0.1.0", "models/m", "auto", mode, seconds, memory, final)
+
+
+def make_trial(mode: Mode, peak: int, seconds: float, answer: str = "yes") -> Trial:
+    return Trial(mode, answer, (make_report(mode, peak, seconds),))
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    stock, streaming = make_trial("stock", 1_000_000_000, 10.0), make_trial("streaming", 550_000_000, 6.0)
+    return Comparison(Subject("m", "models/m"), stock, streaming, Path("memory.png"))
+
+
+def test_trial_counts_the_worst_of_its_ranks() -> None:
+    reports = (make_report("stock", 100, 9.0, final=70), make_report("stock", 300, 4.0, final=50))
+    trial = Trial("stock", "", reports)
+    assert (trial.peak, trial.seconds, trial.final_bytes) == (300, 9.0, 70)
+
+
+def test_rows_set_streaming_against_stock_and_the_model(comparison: Comparison) -> None:
+    assert demo.rows_of(comparison) == [
+        ("m", "stock", "1.00 GB", "2.00", "", "10.0 s", "", ""),
+        ("FP8 model: 500 MB", "streaming", "550 MB", "1.10", "0.55", "6.0 s", "0.60", "equal"),
+    ]
+
+
+def test_different_answers_stand_out_everywhere(comparison: Comparison) -> None:
+    other = dataclasses.replace(comparison, streaming=make_trial("streaming", 1, 1.0, answer="no"))
+    assert "DIFFERENT" in demo.markdown_of([other])
+    assert json.loads(demo.facts_of([other]))[0]["answers_equal"] is False
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(demo.table_of([other]))
+    assert "DIFFERENT" in console.export_text()
+
+
+def test_markdown_has_one_cell_for_each_heading(comparison: Comparison) -> None:
+    lines = demo.markdown_of([comparison]).splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {len(demo.HEADINGS) + 1}
+
+
+def test_load_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("plugin left out\n")
+    launch = serving.Launch((), 1, log)
+    demo.check_mode(make_trial("streaming", 1, 1.0), launch)
+    stock_in_disguise = Trial("streaming", "", (make_report("streaming", 1, 1.0), make_report("stock", 1, 1.0)))
+    with pytest.raises(DemoError, match=r"loaded as stock(.|\n)*plugin left out"):
+        demo.check_mode(stock_in_disguise, launch)
+
+
+def test_both_servers_get_the_users_arguments_and_their_own_switch(tmp_path: Path) -> None:
+    subject = Subject("m", "models/m", ("--tp", "2"))
+    stock, streaming = (demo.launch_of(subject, mode, tmp_path / mode) for mode in demo.SWITCH)
+    for launch in (stock, streaming):
+        text = " ".join(launch.command)
+        assert "-m sglang.launch_server --model-path models/m" in text
+        assert "--quantization fp8" in text
+        assert text.endswith("--tp 2")
+        assert launch.variables["SGLANG_STREAMFP8_REPORT"] == str(launch.log.parent / "reports")
+    assert [launch.variables["SGLANG_STREAMFP8"] for launch in (stock, streaming)] == ["0", "1"]
+
+
+def test_users_folder_becomes_absolute_and_a_hub_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with demo.subjects(demo.Screen(), "mine", (), tmp_path) as found:
+        assert found == [Subject("mine", str(tmp_path / "mine"))]
+    with demo.subjects(demo.Screen(), "somebody/model", (), tmp_path) as found:
+        assert found == [Subject("model", "somebody/model")]
+
+
+def test_results_are_written_where_they_can_be_copied_from(comparison: Comparison, tmp_path: Path) -> None:
+    demo.publish(demo.Screen(), [comparison], tmp_path)
+    assert (tmp_path / "table.md").read_text() == demo.markdown_of([comparison])
+    assert json.loads((tmp_path / "results.json").read_text())[0]["streaming"]["peak_bytes"] == 550_000_000
