@@ -183,7 +183,7 @@ def summary_line(report: LoadReport) -> str:
         f"model {bytes_text(report.final_bytes)}"
     )
     if report.mode == "stock":
-        return f"StreamFP8: off, loaded as stock SGLang does; {cost}"
+        return f"StreamFP8: nothing streamed, loaded as stock SGLang does; {cost}"
     layers = report.layers
     return (
         f"StreamFP8: {count_text(report.units.streamed, 'unit')} in {count_text(layers.streamed, 'layer')} streamed, "

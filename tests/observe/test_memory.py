@@ -119,7 +119,7 @@ def test_end_below_start_is_negative():
 
 def test_watching_a_long_load_keeps_a_bounded_buffer_and_its_peak(monkeypatch):
     monkeypatch.setattr(memory, "_BUFFER_SAMPLES", 64)
-    meter = _Scripted(*range(30), 1_000_000, *range(400))
+    meter = _Scripted(*range(500, 530), 1_000_500, *range(500, 900))
     with MemorySampler(meter, interval_ms=0.2) as sampler:
         deadline = time.monotonic() + 30
         while len(meter._figures) > 1 and time.monotonic() < deadline:
@@ -127,6 +127,7 @@ def test_watching_a_long_load_keeps_a_bounded_buffer_and_its_peak(monkeypatch):
             assert len(sampler._bytes) <= 64
     assert sampler.usage.peak_above_start == 1_000_000
     assert max(above for _, above in sampler.usage.samples) == 1_000_000
+    assert min(above for _, above in sampler.usage.samples) == 0
     assert len(sampler.usage.samples) <= 64
 
 

@@ -279,4 +279,7 @@ def test_summary_of_a_streamed_load():
 
 def test_summary_of_a_stock_load_claims_no_streaming():
     line = summary_line(LoadReport(**{**vars(STREAMED), "mode": "stock"}))
-    assert line == "StreamFP8: off, loaded as stock SGLang does; 5.6 s; peak +1.37 GB over start; model 1.29 GB"
+    assert (
+        line
+        == "StreamFP8: nothing streamed, loaded as stock SGLang does; 5.6 s; peak +1.37 GB over start; model 1.29 GB"
+    )
