@@ -24,6 +24,10 @@ class LayerNotStreamableError(StreamFP8Error):
     """A weight loader turned out to be uncapturable after part of its layer had already been quantized."""
 
 
+class ConflictingWriteError(StreamFP8Error):
+    """Part of a unit was written again, with other values, after the unit had been quantized."""
+
+
 class IncompleteLoadError(StreamFP8Error):
     """Loading ended with quantization units that were never completely written."""
 

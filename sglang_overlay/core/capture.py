@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Catch what a weight loader writes into a placeholder.
 
-A placeholder is a parameter on the meta device: it has the shape the loader expects and no memory. While the loader runs
-unchanged, ``WriteCapture`` sees each operation it dispatches; a write whose destination shares a placeholder's storage
-is handed to that placeholder's sink instead of being executed.
+A placeholder is a parameter on the meta device: it has the shape the loader expects and no memory. While the loader
+runs unchanged, ``WriteCapture`` sees each operation it dispatches; a write whose destination shares a placeholder's
+storage is handed to that placeholder's sink instead of being executed.
 
-Related: PyTorch's ``TorchDispatchMode``; SGLang's ``CopyNumelCounter`` (``online_quantization.py``, PR #18005) counts the
-elements of ``copy_`` in the same way, but neither where they go nor what they are.
+Related: PyTorch's ``TorchDispatchMode``; SGLang's ``CopyNumelCounter`` (``online_quantization.py``, PR #18005) counts
+the elements of ``copy_`` in the same way, but neither where they go nor what they are.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class WriteCapture(TorchDispatchMode):
     """
 
     def __init__(self, sinks: Mapping[int, WriteSink]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sinks = sinks
 
     def __torch_dispatch__(

@@ -20,7 +20,7 @@ class PlaceholderAllocation(TorchDispatchMode):
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._dtype = dtype
         self.device: torch.device | None = None
         """Where upstream wanted the weights, once one has been created."""

@@ -123,8 +123,8 @@ class RatioArithmetic:
 class KernelArithmetic:
     """Multiply by ``1 / (absmax / fp8_max)`` and store ``absmax / fp8_max``; NaN counts for nothing and saturates.
 
-    The arithmetic of SGLang's CUDA kernel ``per_tensor_quant_fp8`` (``fmaxf`` and ``fminf`` drop NaN), in the same order
-    and precision. An all-zero unit gets scale 0 and the values 448, which dequantize to 0, as there.
+    The arithmetic of SGLang's CUDA kernel ``per_tensor_quant_fp8`` (``fmaxf`` and ``fminf`` drop NaN), in the same
+    order and precision. An all-zero unit gets scale 0 and the values 448, which dequantize to 0, as there.
     """
 
     def __init__(self, fp8_max: float) -> None:

@@ -77,7 +77,7 @@ class Placement:
 
     def __init__(self, view: torch.Tensor, shape: torch.Size) -> None:
         strides = _contiguous_strides(shape)
-        starts = _start(view.storage_offset(), strides)
+        starts = _start(int(view.storage_offset()), strides)
         sizes = [1] * len(shape)
         axes: list[int] = []
         parts: list[int] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sglang_overlay.core.regions import Box, difference, shifted, slices, volume
+from sglang_overlay.core.regions import Box, difference, extent, intersection, shifted, slices, volume
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,18 @@ class Piece:
 
     box: Box
     values: torch.Tensor
+
+    @property
+    def is_fill(self) -> bool:
+        """Whether all values are one element of memory: what ``zero_`` and ``fill_`` write."""
+        return bool(self.box) and not any(self.values.stride())
+
+    def copied(self, dtype: torch.dtype, device: torch.device) -> Piece:
+        """The same values in memory of their own, however little of it they need."""
+        if self.is_fill:
+            element = self.values[(0,) * len(self.box)].to(dtype=dtype, device=device, copy=True)
+            return Piece(self.box, element.expand(extent(self.box)))
+        return Piece(self.box, torch.empty(extent(self.box), dtype=dtype, device=device).copy_(self.values))
 
     def without(self, hole: Box) -> list[Piece]:
         """What is left of the piece outside ``hole``, as views of the same memory."""
@@ -55,14 +67,23 @@ class StagingAccount:
 
 @dataclass
 class StagedUnit:
-    """Disjoint pieces of one unit. Used by one thread at a time: its owner marks the unit busy around each call."""
+    """Disjoint pieces of one unit. Used by one thread at a time: its owner marks the unit busy around each call.
+
+    Attributes:
+        pieces: what has been written and not been overwritten since.
+        has_background: a fill has been partly overwritten. The loader clears first and writes afterwards, so a covered
+            unit need not be a finished one.
+    """
 
     account: StagingAccount
     pieces: list[Piece] = field(default_factory=list)
+    has_background: bool = False
     _bytes: int = 0
 
     def overwrite(self, box: Box) -> None:
         """Forget what earlier writes put into ``box``: the last write wins, as in stock."""
+        touched = [piece for piece in self.pieces if intersection(piece.box, box) is not None]
+        self.has_background |= any(piece.is_fill for piece in touched)
         self.pieces = [part for piece in self.pieces for part in piece.without(box)]
 
     def hold(self, piece: Piece) -> None:

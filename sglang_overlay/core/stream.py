@@ -3,27 +3,18 @@
 
 from __future__ import annotations
 
-import enum
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from sglang_overlay.core.quantizers import UnitQuantizer
-from sglang_overlay.core.regions import Box, Placement, extent, slices, volume
+from sglang_overlay.core.regions import Placement, slices, volume
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.errors import LayerNotStreamableError
-
-
-class UnitState(enum.IntEnum):
-    """Where a unit is between its first write and its fp8 values."""
-
-    EMPTY = 0
-    STAGED = 1
-    DONE = 2
+from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError
 
 
 @dataclass(frozen=True)
@@ -42,9 +33,9 @@ class Storage:
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
-    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, with its
-    state and staging; that thread copies and quantizes without holding the lock, so different units of a parameter are
-    quantized at the same time.
+    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, with
+    its state and staging; that thread copies and quantizes without holding the lock, so different units of a
+    parameter are quantized at the same time.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.
@@ -76,7 +67,7 @@ class ParameterStream:
         self._account = account
         self._quantized = quantized
         self._condition = threading.Condition()
-        self._states = bytearray(grid.count)
+        self._done = bytearray(grid.count)
         self._direct = bytearray(grid.count)
         self._staged: dict[int, StagedUnit] = {}
         self._busy: set[int] = set()
@@ -94,24 +85,35 @@ class ParameterStream:
         (first, last), box = self._grid.divide(placement.box)
         if not self._grid.sliced:
             values = values.unsqueeze(0)
-        if box == self._grid.full:
+        if box == self._grid.full and any(values.stride()):
             self._write_whole(first, last, values)
             return
         for unit in range(first, last):
-            self._write_part(unit, box, values[unit - first])
+            self._write_part(unit, Piece(box, values[unit - first]))
 
-    def incomplete(self) -> list[int]:
-        """Units that are not completely written, in order."""
-        return [unit for unit, state in enumerate(self._states) if state != UnitState.DONE]
+    def settle(self) -> list[int]:
+        """Quantize what was only waiting for the end of loading, and release all staging memory.
+
+        To be called once, when no loader runs any more.
+
+        Returns:
+            Units that were never completely written, in order.
+
+        Raises:
+            ConflictingWriteError: part of a quantized unit was written again, with other values.
+        """
+        for unit, staged in self._staged.items():
+            if staged.covered == self._grid.unit_volume:
+                self._quantize(unit, staged.pieces)
+            elif self._done[unit]:
+                self._compare(unit, staged.pieces)
+        self.release()
+        return [unit for unit, done in enumerate(self._done) if not done]
 
     @property
     def direct_units(self) -> int:
         """Units that came whole in one write, at least once, and needed no staging."""
         return sum(self._direct)
-
-    def untouched(self) -> bool:
-        """Whether nothing was ever written."""
-        return not any(self._states)
 
     def restore(self) -> torch.Tensor:
         """Everything written so far, in high precision on the storage's device, as stock would hold it. Ends streaming.
@@ -119,10 +121,8 @@ class ParameterStream:
         Raises:
             LayerNotStreamableError: some units have been quantized, and their high-precision values are gone.
         """
-        if UnitState.DONE in self._states:
-            raise LayerNotStreamableError(
-                f"{self.name}: {self._states.count(UnitState.DONE)} units are quantized already"
-            )
+        if any(self._done):
+            raise LayerNotStreamableError(f"{self.name}: {sum(self._done)} of {self.units} units are quantized already")
         weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
         units = weight if self._grid.sliced else weight.unsqueeze(0)
         for unit, staged in self._staged.items():
@@ -144,26 +144,43 @@ class ParameterStream:
             self._quantizer.quantize_run(
                 self._on_device(values), self.storage.weight[first:last], self.storage.scale[first:last]
             )
-            self._states[first:last] = bytes([UnitState.DONE]) * (last - first)
-            self._direct[first:last] = bytes([1]) * (last - first)
-        self._count(first, last)
+            self._done[first:last] = self._direct[first:last] = bytes([1]) * (last - first)
+        self._count(last - first)
 
-    def _write_part(self, unit: int, box: Box, values: torch.Tensor) -> None:
+    def _write_part(self, unit: int, piece: Piece) -> None:
         with self._owned((unit,)):
             staged = self._staged.setdefault(unit, StagedUnit(self._account))
-            staged.overwrite(box)
-            if staged.covered + volume(box) < self._grid.unit_volume:
-                self._states[unit] = UnitState.STAGED
-                staged.hold(Piece(box, self._copy(box, values)))
+            staged.overwrite(piece.box)
+            if not self._completes(staged, piece):
+                staged.hold(piece.copied(self._dtype, self.storage.weight.device))
                 return
-            pieces = [*staged.pieces, Piece(box, self._on_device(values))]
-            self._quantizer.quantize(pieces, self.storage.weight[unit], self.storage.scale[unit])
+            self._quantize(unit, [*staged.pieces, Piece(piece.box, self._on_device(piece.values))])
             self._drop(unit)
-            self._states[unit] = UnitState.DONE
-        self._count(unit, unit + 1)
 
-    def _count(self, first: int, last: int) -> None:
-        self._quantized((last - first) * self._grid.unit_volume * self.storage.weight.element_size())
+    def _completes(self, staged: StagedUnit, piece: Piece) -> bool:
+        if staged.covered + volume(piece.box) < self._grid.unit_volume or staged.has_background:
+            return False
+        return not (piece.is_fill and all(held.is_fill for held in staged.pieces))
+
+    def _quantize(self, unit: int, pieces: Sequence[Piece]) -> None:
+        self._quantizer.quantize(pieces, self.storage.weight[unit], self.storage.scale[unit])
+        self._done[unit] = 1
+        self._count(1)
+
+    def _compare(self, unit: int, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            stored = self.storage.weight[unit][slices(piece.box)].float() * self.storage.scale[unit]
+            smallest = torch.finfo(self.storage.weight.dtype).smallest_normal * self.storage.scale[unit]
+            # Half a step of e4m3: 2**-4 of the value, or of the smallest normal number below that.
+            allowed = piece.values.float().abs().clamp(min=float(smallest)) * 2**-4
+            if ((stored - piece.values.float()).abs() > allowed * 1.01).any():
+                raise ConflictingWriteError(
+                    f"{self.name}: part of unit {unit} was written again with other values after it had been quantized. "
+                    "A tensor is in the checkpoint twice: remove one of the two."
+                )
+
+    def _count(self, units: int) -> None:
+        self._quantized(units * self._grid.unit_volume * self.storage.weight.element_size())
 
     def _drop(self, unit: int) -> None:
         staged = self._staged.pop(unit, None)
@@ -173,11 +190,6 @@ class ParameterStream:
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         # Stock casts to the parameter's dtype first and quantizes that; a float32 checkpoint must do the same.
         return values.to(device=self.storage.weight.device, dtype=self._dtype)
-
-    def _copy(self, box: Box, values: torch.Tensor) -> torch.Tensor:
-        # A loader may reuse the source's memory once it returns, so what is kept is always a copy.
-        held = torch.empty(extent(box), dtype=self._dtype, device=self.storage.weight.device)
-        return held.copy_(values)
 
     @contextmanager
     def _owned(self, units: Iterable[int]) -> Iterator[None]:

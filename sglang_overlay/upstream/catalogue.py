@@ -16,7 +16,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         hook="sglang_overlay.upstream.loading:load_model",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "device_config"),
-        why="Opens and closes the load that owns all streaming state, measures memory, reports; runs upstream's loader.",
+        why="Opens and closes the load that owns all streaming state, measures memory and reports.",
         related=_MEMORY_ISSUES,
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),

@@ -13,7 +13,8 @@ ABSORBED = {
 """Layers whose bf16 weight upstream reads after loading, by the last part of their name, and what reads it.
 
 They keep stock's path: high precision until upstream is done with them. deepseek_v2 and its relatives (deepseek_nextn,
-longcat_flash, bailing_moe_v3, bailing_moe_linear, kimi_linear, kimi_k25_eagle3, minicpm3, sarvam_moe, gigachat35, dots3).
+longcat_flash, bailing_moe_v3, bailing_moe_linear, kimi_linear, kimi_k25_eagle3, minicpm3, sarvam_moe, gigachat35,
+dots3).
 """
 
 

@@ -28,7 +28,7 @@ class LinearPlan:
     def __init__(self, method: Any) -> None:
         self._per_channel = method.cutlass_fp8_supported or method.use_marlin
 
-    def parameter(self, name: str, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+    def parameter(self, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
         from sglang.srt.layers.quantization import fp8
 
         weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
@@ -48,7 +48,7 @@ class LinearPlan:
         scale = storage.scale.view(1, rows) if self._per_channel else storage.scale.view(())
         layer.weight = Parameter(storage.weight.view(rows, columns).t(), requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
-        layer.input_scale = None
+        layer.input_scale = None  # type: ignore[assignment]
 
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:

@@ -47,7 +47,7 @@ class LayerPlan(Protocol):
     weights: frozenset[str]
     """Names of the parameters that upstream creates in high precision and quantizes."""
 
-    def parameter(self, name: str, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+    def parameter(self, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
         """Plan one of ``weights``, allocating its final storage on ``device``."""
 
     def register(self, layer: torch.nn.Module, storages: dict[str, Storage]) -> None:
@@ -194,8 +194,8 @@ class ModelLoad:
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
         if leaks and not self.abandoned:
             raise PlaceholderLeakError(
-                f"these tensors were computed from a weight that was being streamed and hold no data: {_shortened(leaks)}. "
-                "Set SGLANG_STREAMFP8=0 to load this model as stock SGLang does, and report the model."
+                "these tensors were computed from a weight that was being streamed and hold no data: "
+                f"{_shortened(leaks)}. Set SGLANG_STREAMFP8=0 to load this model as stock SGLang does, and report the model."
             )
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class ModelLoad:
             return
         streams = {}
         for key, placeholder in pending.placeholders.items():
-            plan = pending.plan.parameter(key, placeholder, pending.device)
+            plan = pending.plan.parameter(placeholder, pending.device)
             stream = ParameterStream(
                 f"{name}.{key}", placeholder, plan.grid, plan.quantizer, plan.storage, self.account, self._quantized
             )
@@ -235,12 +235,11 @@ class ModelLoad:
 
     def _settle(self, stream: LayerStream) -> None:
         for part in stream.streams.values():
-            missing = len(part.incomplete())
+            missing = len(part.settle())
             self.units += part.units - missing
             self.direct_units += part.direct_units
             if missing:
                 self._incomplete[part.name] = (missing, part.units)
-            part.release()
 
 
 _current: ContextVar[ModelLoad | None] = ContextVar("streamfp8_load", default=None)

@@ -25,7 +25,7 @@ class ExpertsPlan:
 
     weights = frozenset({"w13_weight", "w2_weight"})
 
-    def parameter(self, name: str, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+    def parameter(self, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
         from sglang.srt.layers.quantization import fp8
 
         weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
@@ -63,11 +63,12 @@ def process_weights_after_loading(original: Callable[..., None], method: Any, la
     if load is None or not load.finish(layer):
         return original(method, layer)
     _prepare_backend(method, layer)
-    if hasattr(layer, "dispatcher"):
+    dispatcher: Any = getattr(layer, "dispatcher", None)
+    if dispatcher is not None:
         kernel = getattr(layer, "w13_kernel", None)
         wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
         found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
-        layer.dispatcher.set_quant_config(found if wanted is None else wanted)
+        dispatcher.set_quant_config(found if wanted is None else wanted)
     return None
 
 

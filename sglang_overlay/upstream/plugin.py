@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from itertools import groupby
 from types import ModuleType
 
@@ -46,7 +47,7 @@ def _patch_when_imported(mode: Mode) -> None:
     from sglang_overlay.upstream.catalogue import STREAMING
     from sglang_overlay.upstream.touch_point import TouchPoint
 
-    def patch(points: tuple[TouchPoint, ...]) -> None:
+    def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
         from sglang_overlay.upstream.touch_point import apply
 
         mismatch = apply(points)
@@ -55,8 +56,7 @@ def _patch_when_imported(mode: Mode) -> None:
 
     by_module = groupby(sorted(STREAMING, key=lambda point: point.module), key=lambda point: point.module)
     for module, points in by_module:
-        bound = tuple(points)
-        wrapt.register_post_import_hook(lambda _module, bound=bound: patch(bound), module)
+        wrapt.register_post_import_hook(partial(patch, tuple(points)), module)
 
 
 def _guard(mode: Mode, reason: str) -> None:

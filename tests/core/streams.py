@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builders shared by the tests of the core: a stream over a placeholder, and what one-shot quantization gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.quantizers import PerTensorQuantizer, RatioArithmetic, RowQuantizer
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.stream import ParameterStream, Storage
+from sglang_overlay.core.units import UnitGrid
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
+
+def quantize_unit(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale for all of ``unit``, in one go and without the project's own code."""
+    amax = unit.abs().max().float().clamp(min=1e-12)
+    scale = FP8_MAX / amax
+    return (unit.float() * scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale.reciprocal()
+
+
+def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale a row."""
+    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+    return (rows.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+@dataclass
+class Streamed:
+    """A parameter that is being streamed, with everything a test wants to look at."""
+
+    stream: ParameterStream
+    placeholder: torch.nn.Parameter
+    account: StagingAccount
+    progress: list[int] = field(default_factory=list)
+
+    def capture(self) -> WriteCapture:
+        return WriteCapture({storage_key(self.placeholder): self.stream})
+
+    def equals(self, weight: torch.Tensor) -> bool:
+        """Whether the result is, to the bit, that of quantizing ``weight`` unit by unit in one go."""
+        values, scales = expected(self.stream, weight)
+        stored = self.stream.storage
+        return same_bytes(stored.weight, values) and same_bytes(stored.scale, scales)
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def expected(stream: ParameterStream, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(stream._quantizer, RowQuantizer):
+        values, scales = quantize_rows(weight)
+        return values, scales.reshape(-1)
+    units = weight if stream._grid.sliced else weight.unsqueeze(0)
+    quantized = [quantize_unit(unit) for unit in units]
+    return torch.stack([values.view(torch.uint8) for values, _ in quantized]).view(FP8), torch.stack(
+        [scale for _, scale in quantized]
+    )
+
+
+def per_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
+    """The whole parameter is one unit."""
+    return _streamed(shape, dtype, UnitGrid.one(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), (1, *shape))
+
+
+def per_expert(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
+    """Each index of the first dimension is a unit with one scale."""
+    return _streamed(shape, dtype, UnitGrid.per_slice(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), shape)
+
+
+def per_channel(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Streamed:
+    """Each row is a unit with one scale."""
+    return _streamed(shape, dtype, UnitGrid.per_slice(shape), RowQuantizer(quantize_rows), shape)
+
+
+def _streamed(shape, dtype, grid, quantizer, stored) -> Streamed:
+    placeholder = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    storage = Storage(torch.zeros(stored, dtype=FP8), torch.zeros(stored[0], dtype=torch.float32))
+    account, progress = StagingAccount(), []
+    stream = ParameterStream("layer.weight", placeholder, grid, quantizer, storage, account, progress.append)
+    return Streamed(stream, placeholder, account, progress)

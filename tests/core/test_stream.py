@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever the order, the split, the duplicates and the threads: the result is that of one-shot quantization."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from core.streams import per_channel, per_expert, per_tensor
+from sglang_overlay.core.regions import slices
+from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedWriteError
+
+BUILDERS = {"per-tensor": per_tensor, "per-expert": per_expert, "per-channel": per_channel}
+
+
+def weight_of(shape, seed=0, dtype=torch.bfloat16):
+    """Values whose magnitude differs per unit and per row, so that a swapped slice or a shared scale shows."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator)
+    spread = torch.randn(*shape[:-1], 1, generator=generator).mul_(3).exp_()
+    return (values * spread).to(dtype)
+
+
+def is_untouched(streamed):
+    return streamed.stream.settle() == list(range(streamed.stream.units)) and streamed.account.peak == 0
+
+
+@st.composite
+def splits(draw, box):
+    """Disjoint boxes that together are ``box``."""
+    axis = draw(st.integers(0, len(box) - 1))
+    start, stop = box[axis]
+    if stop - start < 2 or not draw(st.booleans()):
+        return [box]
+    cut = draw(st.integers(start + 1, stop - 1))
+    low = (*box[:axis], (start, cut), *box[axis + 1 :])
+    high = (*box[:axis], (cut, stop), *box[axis + 1 :])
+    return draw(splits(low)) + draw(splits(high))
+
+
+@st.composite
+def plans(draw):
+    kind = draw(st.sampled_from(sorted(BUILDERS)))
+    rank = 3 if kind == "per-expert" else 2
+    shape = tuple(draw(st.integers(1, 6)) for _ in range(rank))
+    parts = draw(splits(tuple((0, size) for size in shape)))
+    duplicates = draw(st.lists(st.sampled_from(parts), max_size=3))
+    return kind, shape, draw(st.permutations(parts + duplicates)), draw(st.integers(0, 1 << 16))
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(plans())
+def test_any_order_split_and_duplicate_gives_the_one_shot_result(plan):
+    kind, shape, parts, seed = plan
+    weight = weight_of(shape, seed)
+    streamed = BUILDERS[kind](shape)
+    with streamed.capture():
+        for part in parts:
+            streamed.placeholder.data[slices(part)].copy_(weight[slices(part)])
+    assert streamed.stream.settle() == []
+    assert streamed.equals(weight)
+    assert streamed.account.held == 0
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(plans())
+def test_any_order_split_and_duplicate_gives_the_one_shot_result(plan):
+    kind, shape, parts, seed = plan
+    weight = weight_of(shape, seed)
+    streamed = BUILDERS[kind](shape)
+    with streamed.capture():
+        for part in parts:
+            streamed.placeholder.data[slices(part)].copy_(weight[slices(part)])
+    assert streamed.stream.settle() == []
+    assert streamed.equals(weight)
+    assert streamed.account.held == 0
+
+
+def _missing_after_duplicates(kind, shape, parts):
+    """A unit that is written again after it was complete is complete once all of it has come again."""
+    return [tuple((0, size) for size in shape)] if len(parts) != len(set(parts)) else []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(plans(), st.integers(2, 4))
+def test_threads_give_the_one_shot_result(plan, threads):
+    kind, shape, parts, seed = plan
+    parts = list(dict.fromkeys(parts))
+    weight = weight_of(shape, seed)
+    streamed = BUILDERS[kind](shape)
+    barrier = threading.Barrier(threads)
+
+    def write(mine):
+        barrier.wait()
+        with streamed.capture():
+            for part in mine:
+                streamed.placeholder.data[slices(part)].copy_(weight[slices(part)])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, [parts[index::threads] for index in range(threads)]))
+    assert streamed.stream.settle() == []
+    assert streamed.equals(weight)
+    assert streamed.account.held == 0
+
+
+def test_two_threads_may_complete_the_same_unit_again_and_again():
+    shape = (2, 8, 16)
+    weight = weight_of(shape)
+    streamed = per_expert(shape)
+    halves = [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))]
+
+    def write(seed):
+        chance = random.Random(seed)
+        with streamed.capture():
+            for _ in range(100):
+                half = chance.choice(halves)
+                streamed.placeholder.data[half].copy_(weight[half])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    with streamed.capture():
+        streamed.placeholder.data.copy_(weight)
+    assert streamed.equals(weight)
+    assert streamed.account.held == 0
+
+
+def test_expert_unit_waits_for_both_shards():
+    weight = weight_of((3, 4, 8))
+    streamed = per_expert((3, 4, 8))
+    with streamed.capture():
+        streamed.placeholder.data[1].narrow(0, 0, 2).copy_(weight[1, :2])
+        assert streamed.progress == []
+        assert streamed.account.held == 2 * 8 * 2
+        streamed.placeholder.data[1].narrow(0, 2, 2).copy_(weight[1, 2:])
+    assert streamed.account.held == 0
+    assert streamed.stream.settle() == [0, 2]
+    assert streamed.account.peak == 2 * 8 * 2
+    assert streamed.progress == [4 * 8]
+
+
+def test_unit_that_comes_whole_needs_no_staging():
+    weight = weight_of((3, 4, 8))
+    streamed = per_expert((3, 4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.copy_(weight)
+    assert streamed.equals(weight)
+    assert streamed.account.peak == 0
+    assert streamed.stream.direct_units == 3
+
+
+def test_padding_counts_as_written():
+    # Upstream pads with zero_() (narrow_padded_param_and_loaded_weight) and with fill_().
+    weight = weight_of((6, 8))
+    weight[4:] = 0
+    streamed = per_tensor((6, 8))
+    with streamed.capture():
+        streamed.placeholder.data.narrow(0, 4, 1).zero_()
+        streamed.placeholder.data.narrow(0, 5, 1).fill_(0)
+        streamed.placeholder.data.narrow(0, 0, 4).copy_(weight[:4])
+    assert streamed.equals(weight)
+
+
+def test_last_write_wins_within_a_unit():
+    weight, wrong = weight_of((4, 8)), weight_of((4, 8), seed=1)
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data[0:3].copy_(wrong[0:3])
+        streamed.placeholder.data[1:2].copy_(weight[1:2])
+        streamed.placeholder.data[:, 0:4][0].copy_(weight[0, :4])
+        streamed.placeholder.data[0, 4:].copy_(weight[0, 4:])
+        streamed.placeholder.data[2:4].copy_(weight[2:4])
+    assert streamed.equals(weight)
+    assert streamed.account.held == 0
+
+
+def test_clearing_first_and_writing_afterwards_is_not_complete_too_early():
+    weight = weight_of((2, 6, 8))
+    weight[:, 5:] = 0
+    streamed = per_expert((2, 6, 8))
+    with streamed.capture():
+        streamed.placeholder.data.zero_()
+        streamed.placeholder.data[:, :3].copy_(weight[:, :3])
+        streamed.placeholder.data[:, 3:5].copy_(weight[:, 3:5])
+    assert streamed.stream.settle() == []
+    assert streamed.equals(weight)
+    assert streamed.account.held == 0
+
+
+def test_unit_that_is_only_cleared_is_quantized_at_the_end():
+    streamed = per_expert((2, 6, 8))
+    with streamed.capture():
+        streamed.placeholder.data.zero_()
+    assert streamed.progress == []
+    assert streamed.stream.settle() == []
+    assert streamed.equals(torch.zeros(2, 6, 8, dtype=torch.bfloat16))
+
+
+def test_part_that_comes_again_with_other_values_is_an_error():
+    weight = weight_of((4, 8))
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.copy_(weight)
+        streamed.placeholder.data[:2].copy_(weight[:2] * 2)
+    with pytest.raises(ConflictingWriteError, match="twice"):
+        streamed.stream.settle()
+
+
+def test_source_may_be_overwritten_after_the_loader_returns():
+    weight = weight_of((4, 8))
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        for row in range(4):
+            buffer = weight[row].clone()
+            streamed.placeholder.data[row].copy_(buffer)
+            buffer.fill_(1e6)
+    assert streamed.equals(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_other_checkpoint_dtypes_are_cast_as_stock_casts_them(dtype):
+    weight = weight_of((4, 8), dtype=torch.float64).clamp_(-1e4, 1e4).to(dtype)
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data[:2].copy_(weight[:2])
+        streamed.placeholder.data[2:].copy_(weight[2:])
+    assert streamed.equals(weight.to(torch.bfloat16))
+
+
+def test_transposed_write_lands_where_it_belongs():
+    weight = weight_of((4, 8))
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.t().copy_(weight.t().contiguous())
+    assert streamed.equals(weight)
+
+
+def test_broadcast_write_is_expanded():
+    row = weight_of((1, 8))
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.copy_(row)
+    assert streamed.stream.settle() == []
+    assert streamed.equals(row.expand(4, 8))
+
+
+def test_scalar_assignment_keeps_its_value():
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data[:, 0:4] = 3.0
+        streamed.placeholder.data[:, 4:] = 0.5
+    assert streamed.stream.settle() == []
+    weight = torch.full((4, 8), 0.5, dtype=torch.bfloat16)
+    weight[:, :4] = 3.0
+    assert streamed.equals(weight)
+
+
+def test_empty_write_is_no_write():
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.narrow(0, 4, 0).copy_(torch.zeros_like(streamed.placeholder.data.narrow(0, 4, 0)))
+    assert is_untouched(streamed)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        pytest.param(lambda data: data.mul_(2), id="changed in place"),
+        pytest.param(lambda data: data.__setitem__(torch.tensor([0, 2]), torch.ones(2, 8)), id="indexed by a tensor"),
+        pytest.param(lambda data: data.sum().item(), id="read"),
+        pytest.param(lambda data: torch.empty(4, 8).copy_(data), id="copied out"),
+        pytest.param(lambda data: data.copy_(torch.empty(4, 8, device="meta")), id="written from nothing"),
+        pytest.param(lambda data: torch.add(data, 1, out=data), id="given as out"),
+        pytest.param(lambda data: data[:, ::2].copy_(torch.ones(4, 4)), id="written with a step"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(touch):
+    streamed = per_tensor((4, 8))
+    with streamed.capture(), pytest.raises(UnsupportedWriteError):
+        touch(streamed.placeholder.data)
+    assert is_untouched(streamed)
+
+
+def test_other_tensors_are_left_alone():
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        other = torch.empty(4, 8, device="meta")
+        other.copy_(torch.ones(4, 8))
+        real = torch.zeros(4, 8)
+        real[1] = 2.0
+    assert is_untouched(streamed)
+    assert real.sum() == 16
+
+
+def test_restore_gives_back_what_was_written():
+    weight = weight_of((3, 4, 8))
+    streamed = per_expert((3, 4, 8))
+    with streamed.capture():
+        streamed.placeholder.data[0, :2].copy_(weight[0, :2])
+        streamed.placeholder.data[2, 1:].copy_(weight[2, 1:])
+    restored = streamed.stream.restore()
+    assert torch.equal(restored[0, :2], weight[0, :2])
+    assert torch.equal(restored[2, 1:], weight[2, 1:])
+    assert streamed.account.held == 0
+
+
+def test_restore_refuses_once_a_unit_is_quantized():
+    streamed = per_expert((3, 4, 8))
+    with streamed.capture():
+        streamed.placeholder.data[1].copy_(weight_of((4, 8)))
+    with pytest.raises(LayerNotStreamableError, match="1 of 3 units"):
+        streamed.stream.restore()
