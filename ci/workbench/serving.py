@@ -29,9 +29,6 @@ STOP_SECONDS = 30.0
 ANSWER_SECONDS = 600.0
 TAIL_LINES = 40
 
-# Requests go to this machine, and a proxy set for the outside world would answer in the server's place.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
 
 class ServerError(RuntimeError):
     """The server did not start, or did not answer; the message ends with the tail of its log."""
@@ -137,8 +134,10 @@ def _wait_until_ready(
 
 
 def _answers(launch: Launch) -> bool:
+    # Requests go to this machine, and a proxy set for the outside world would answer in the server's place.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with _DIRECT.open(launch.url + launch.ready, timeout=30) as response:
+        with direct.open(launch.url + launch.ready, timeout=30) as response:
             return bool(response.status == http.HTTPStatus.OK)
     except (urllib.error.URLError, http.client.HTTPException, OSError):
         return False

@@ -159,6 +159,13 @@ def test_failed_step_names_the_command_and_what_to_do(plan: Plan) -> None:
         environment.step(plan, [sys.executable, "-c", "exit(3)"])
 
 
+def test_output_of_a_step_leaves_standard_output_to_the_result(plan: Plan, capfd: pytest.CaptureFixture[str]) -> None:
+    plan.cache.mkdir()
+    environment.step(plan, [sys.executable, "-c", "print('downloading')"])
+    printed = capfd.readouterr()
+    assert (printed.out, "downloading" in printed.err) == ("", True)
+
+
 def test_installs_are_not_redirected_by_the_callers_variables(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTHONPATH", "PIP_TARGET", "VIRTUAL_ENV"):
         monkeypatch.setenv(name, "/elsewhere")
