@@ -8,14 +8,19 @@ generates with SGLang's own model code, loaders, scheduler and HTTP server. What
 1. *Platform facts* (``platform.py``): memory sizes, gloo, no pinned memory, ``torch_native`` attention, no graphs, a
    small KV pool, one group of cores per tensor-parallel rank. Being out of tree also selects the native rope, which
    otherwise asks for vLLM's kernels.
-2. *Per-tensor fp8 quantizer* (``quantizer.py``): SGLang's ``scaled_fp8_quant`` calls a CUDA kernel that has no CPU form.
+2. *Per-tensor fp8 quantizer* (``quantizer.py``): SGLang's ``scaled_fp8_quant`` calls a CUDA kernel without a CPU form.
    Only the quantizer is replaced; which scheme a layer gets and what is done with it stays SGLang's.
-3. *fp8 linear and fp8 experts* (``linear.py``, ``moe.py``): SGLang multiplies fp8 by fp8 in CUDA or Triton kernels. Here
-   the weight is dequantized to the activation's dtype and multiplied there (W8A16), so activations are not quantized.
+3. *fp8 linear and fp8 experts* (``linear.py``, ``moe.py``): SGLang multiplies fp8 by fp8 in CUDA or Triton kernels.
+   Here the weight is dequantized to the activation's dtype and multiplied there (W8A16): activations stay as they are.
+   Qwen2-MoE's gated shared expert, a Triton kernel, is spelled out in torch.
 4. *MLA attention* (``attention.py``): SGLang's MLA kernels are CUDA. Here every MLA layer takes SGLang's own absorbed
    form, whose attention is then ordinary attention with one key head.
 
-Limitations: (1) block-wise and MX formats have no reference here; (2) one sequence at a time in attention; (3) no CUDA
-graphs, no overlap schedule, no speculative decoding; (4) ``SGLANG_PLUGINS``, SGLang's allowlist, covers platforms too: a
-list that leaves out ``streamfp8_cpu`` or ``streamfp8_cpu_reference`` leaves out this package.
+Limitations:
+
+1. Block-wise and MX formats, biased or clamped experts have no reference here; they raise ``NotImplementedError``.
+2. Attention runs one sequence at a time.
+3. No graphs, no overlap schedule, no speculative decoding.
+4. ``SGLANG_PLUGINS``, SGLang's allowlist, covers platforms too: a list without ``streamfp8_cpu`` and
+   ``streamfp8_cpu_reference`` leaves this package out.
 """

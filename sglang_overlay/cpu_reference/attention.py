@@ -11,8 +11,8 @@ def select_absorbed_mla() -> None:
 
     In the absorbed form the query is projected into the latent space, and attention runs over the KV pool's latent rows
     as one key head of ``kv_lora_rank + qk_rope_head_dim`` shared by all query heads, which ``torch_native`` computes
-    correctly. Unregistered backends get Triton's choice: for prefill the expanded form, whose keys and values are handed
-    to the backend without being stored, while ``torch_native`` reads only what is stored.
+    correctly. Unregistered backends get Triton's choice: for prefill the expanded form, whose keys and values reach the
+    backend without being stored, while ``torch_native`` reads only what is stored.
     """
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod

@@ -15,7 +15,7 @@ TOUCH_POINTS = (
         hook="sglang_overlay.cpu_reference.quantizer:scaled_fp8_quant",
         kind=HookKind.REPLACE,
         parameters=("input", "scale", "num_token_padding", "use_per_token_if_dynamic"),
-        why="the kernel it calls, sgl_per_tensor_quant_fp8, is not defined without a GPU; fp8 experts are quantized by it",
+        why="the kernel it calls, sgl_per_tensor_quant_fp8, is undefined without a GPU; fp8 experts need it",
         related=(),
         remove_when="upstream gives scaled_fp8_quant a CPU form",
     ),
@@ -36,5 +36,14 @@ TOUCH_POINTS = (
         why="every MoE runner it knows is a GPU or AMX kernel",
         related=(),
         remove_when="upstream's fp8 fused experts run on a CPU without AMX",
+    ),
+    TouchPoint(
+        target="sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",
+        hook="sglang_overlay.cpu_reference.moe:add_gated_shared_experts",
+        kind=HookKind.REPLACE,
+        parameters=("hidden_states", "gate_weight", "shared_output", "final_hidden_states"),
+        why="Qwen2-MoE adds its shared expert with a Triton kernel on every platform but AMX and NPU",
+        related=(),
+        remove_when="upstream takes its torch path (F.sigmoid) where Triton has no driver",
     ),
 )

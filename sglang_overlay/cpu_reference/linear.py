@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 
@@ -19,17 +21,13 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
 
 
 def apply_fp8_linear(
-    input: torch.Tensor,
+    input: torch.Tensor,  # noqa: A002 (SGLang's callers name it)
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None = None,
-    input_scale_ub: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,  # noqa: ARG001
+    input_scale_ub: torch.Tensor | None = None,  # noqa: ARG001
     bias: torch.Tensor | None = None,
-    cutlass_fp8_supported: bool = False,
-    use_per_token_if_dynamic: bool = False,
-    pad_output: bool | None = None,
-    compressed_tensor_quant: bool = False,
-    pre_quant_output_dtype: torch.dtype | None = None,
+    **gpu_choices: Any,  # noqa: ARG001
 ) -> torch.Tensor:
     """SGLang's ``apply_fp8_linear`` on a CPU. The activation is not quantized, so its scales are not used.
 
@@ -37,7 +35,9 @@ def apply_fp8_linear(
         input: ``[..., K]`` in the model's dtype.
         weight: ``[K, N]`` float8_e4m3fn, SGLang's transposed view.
         weight_scale: float32; one element (per tensor) or N (per output channel, any shape).
+        input_scale: not used, see above; nor is input_scale_ub.
         bias: ``[N]`` or None.
+        gpu_choices: SGLang's switches between GPU kernels.
 
     Returns:
         ``[..., N]`` in the input's dtype.

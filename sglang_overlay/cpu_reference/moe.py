@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import gelu, linear, silu
 
 from sglang_overlay.cpu_reference.linear import dequantize
 
-_ACTIVATIONS = {"silu": silu, "gelu": gelu}
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu, "gelu": gelu}
 
 
 def apply(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
@@ -36,8 +37,8 @@ def apply(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
         dispatch_output.hidden_states,
         weights,
         ids,
-        (layer.w13_weight, layer.w13_weight_scale),
-        (layer.w2_weight, layer.w2_weight_scale),
+        (layer.get_parameter("w13_weight"), layer.get_parameter("w13_weight_scale")),
+        (layer.get_parameter("w2_weight"), layer.get_parameter("w2_weight_scale")),
         activation=config.activation,
         weight_input=config.apply_router_weight_on_input,
     )
@@ -85,6 +86,26 @@ def experts(
     return output.to(tokens.dtype)
 
 
+def add_gated_shared_experts(
+    hidden_states: torch.Tensor,
+    gate_weight: torch.Tensor,
+    shared_output: torch.Tensor,
+    final_hidden_states: torch.Tensor,
+) -> None:
+    """SGLang's ``fused_gate_sigmoid_mul_add`` on a CPU: add ``sigmoid(hidden . gate) * shared`` in place.
+
+    Computed in float32 and rounded once, as the Triton kernel does.
+
+    Args:
+        hidden_states: ``[T, H]``.
+        gate_weight: ``[H]``.
+        shared_output: ``[T, H]``, the shared expert's output.
+        final_hidden_states: ``[T, H]``, the routed experts' output; added to.
+    """
+    gate = torch.sigmoid(hidden_states.float() @ gate_weight.float()).unsqueeze(-1)
+    final_hidden_states.copy_(final_hidden_states.float() + gate * shared_output.float())
+
+
 def _gated(tokens: torch.Tensor, w13: torch.Tensor, scale: torch.Tensor, activation: str) -> torch.Tensor:
     gate, up = linear(tokens, dequantize(w13, scale, tokens.dtype)).chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
@@ -96,6 +117,7 @@ def _check(method: Any, config: Any) -> None:
     plain = config.is_gated and config.gemm1_alpha is None and config.swiglu_limit is None and not method.with_bias
     if not plain or config.activation not in _ACTIVATIONS:
         raise NotImplementedError(
-            f"the CPU reference platform has gated {'/'.join(_ACTIVATIONS)} experts without bias or clamping; this layer "
-            f"has activation {config.activation!r}, is_gated={config.is_gated}, swiglu_limit={config.swiglu_limit}"
+            f"the CPU reference platform has gated {'/'.join(_ACTIVATIONS)} experts without bias or clamping; layer "
+            f"{config.layer_id} has activation {config.activation!r}, is_gated={config.is_gated}, "
+            f"swiglu_limit={config.swiglu_limit}, with_bias={method.with_bias}"
         )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The out-of-tree platform: what SGLang asks of a device, answered for a plain CPU."""
 
+# ruff: noqa: ARG002 (the signatures are SGLang's)
+
 from __future__ import annotations
 
 import os
@@ -20,7 +22,7 @@ RUNNING_REQUESTS = 16
 _CORES_PER_RANK = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
-class CpuReferencePlatform(SRTPlatform):
+class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     """A plain CPU. ``is_cpu()`` stays False: for SGLang that means its own AMX engine and its kernels."""
 
     _enum = PlatformEnum.OOT
@@ -42,7 +44,7 @@ class CpuReferencePlatform(SRTPlatform):
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         return False
 
-    def get_device(self, device_id: int = 0) -> torch.device:  # type: ignore[override]
+    def get_device(self, device_id: int = 0) -> torch.device:
         return torch.device("cpu")
 
     def set_device(self, device: torch.device) -> None:

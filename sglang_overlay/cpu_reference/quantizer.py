@@ -7,8 +7,8 @@ earlier ``per_tensor_quant_fp8.cu``), which is built without fast-math:
 - absmax: ``fmaxf`` over ``float(x)``, which skips NaN, then ``scale = absmax / 448.0f``;
 - values: ``fmaxf(fminf(float(x) * (1.0f / scale), 448.0f), -448.0f)`` to e4m3, rounding to nearest even.
 
-``fminf(NaN, 448)`` is 448, so a NaN product is stored as 448. That is what makes an all-zero tensor safe: its scale is 0,
-``0 * (1 / 0)`` is NaN, every element is stored as 448, and dequantizes to ``448 * 0 = 0``.
+``fminf(NaN, 448)`` is 448, so a NaN product is stored as 448. That is what makes an all-zero tensor safe: its scale is
+0, ``0 * (1 / 0)`` is NaN, every element is stored as 448, and dequantizes to ``448 * 0 = 0``.
 """
 
 from __future__ import annotations
@@ -29,24 +29,28 @@ def quantize_per_tensor(tensor: torch.Tensor, scale: torch.Tensor | None = None)
     Returns:
         The values as float8_e4m3fn, contiguous, of the tensor's shape; the scale, float32, shape ``[1]``.
     """
-    values = tensor.float()
+    values = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     if scale is None:
-        scale = absmax(values).div_(FP8_MAX)
-    quantized = (values * scale.reciprocal()).nan_to_num_(nan=FP8_MAX).clamp_(-FP8_MAX, FP8_MAX)
-    return quantized.to(FP8), scale.reshape(1)
+        scale = absmax(tensor).div_(FP8_MAX)
+    values.mul_(scale.reciprocal()).nan_to_num_(nan=FP8_MAX).clamp_(-FP8_MAX, FP8_MAX)
+    return values.to(FP8), scale.reshape(1)
 
 
-def absmax(values: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude in a float32 tensor, NaN skipped, 0 where there is none; shape ``[1]``."""
-    magnitudes = values.abs().nan_to_num_(nan=0.0, posinf=torch.inf)
-    return magnitudes.max().reshape(1) if magnitudes.numel() else values.new_zeros(1)
+def absmax(tensor: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude in a tensor, NaN skipped, 0 where there is none; float32, shape ``[1]``."""
+    if not tensor.numel():
+        return torch.zeros(1)
+    smallest, largest = tensor.aminmax()
+    if smallest.isnan():
+        smallest, largest = tensor.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).aminmax()
+    return torch.maximum(smallest.abs(), largest.abs()).float().reshape(1)
 
 
 def scaled_fp8_quant(
-    input: torch.Tensor,
+    input: torch.Tensor,  # noqa: A002 (SGLang's callers may name it)
     scale: torch.Tensor | None = None,
     num_token_padding: int | None = None,
-    use_per_token_if_dynamic: bool = False,
+    use_per_token_if_dynamic: bool = False,  # noqa: FBT001
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SGLang's ``scaled_fp8_quant`` on a CPU, for weights: per-tensor, static or dynamic, no padding.
 
