@@ -278,7 +278,7 @@ SIZES: dict[Family, dict[str, Config]] = {
         "demo": _deepseek_moe_dims(_mla_dims(6, 1024, 16, 64, 256), 64, 4, 512, 2),
     },
     "deepseek_v3": {
-        "tiny": _v3(_deepseek_moe_dims(_mla_dims(3, 256, 4, 64, 128), 8, 2, 128, 1), 96, 4, 2),
+        "tiny": _v3(_deepseek_moe_dims(_mla_dims(3, 256, 4, 64, 128), 8, 2, 128, 1), 128, 4, 2),
         "demo": _v3(_deepseek_moe_dims(_mla_dims(6, 1024, 16, 64, 256), 64, 4, 512, 1), 512, 8, 4),
         "bench_2g": _v3(_deepseek_moe_dims(_mla_dims(9, 1024, 16, 64, 512), 64, 8, 768, 1), 512, 8, 4),
         "bench_4g": _v3(_deepseek_moe_dims(_mla_dims(8, 2048, 16, 128, 512), 64, 8, 768, 1), 768, 8, 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,17 +37,41 @@ def _tensors_in(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors_in(item, f"{path}[{key!r}]")
 
 
-def fingerprint(kind: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """The fields of :class:`workbench.loads.TensorPrint`."""
-    return {
-        "kind": kind,
-        "dtype": str(tensor.dtype),
-        "shape": list(tensor.shape),
-        "stride": list(tensor.stride()),
-        "device": str(tensor.device),
-        "sha256": hash_of(tensor),
-        "class_name": type(tensor).__name__,
-    }
+@dataclass(frozen=True)
+class TensorPrint:
+    """What two loads must agree on about one tensor.
+
+    Args:
+        kind: ``parameter``, ``buffer``, or ``attribute`` for a tensor found in a module's ``__dict__``.
+        sha256: of the values in row-major order, so it does not depend on strides; those are compared beside it.
+        class_name: of the Python object, e.g. ``Parameter`` or ``ModelWeightParameter``. Not compared.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: str
+    sha256: str
+    class_name: str
+
+
+def fingerprint(kind: str, tensor: torch.Tensor) -> TensorPrint:
+    """The print of `tensor`."""
+    return TensorPrint(
+        kind=kind,
+        dtype=str(tensor.dtype),
+        shape=tuple(tensor.shape),
+        stride=tensor.stride(),
+        device=str(tensor.device),
+        sha256=hash_of(tensor),
+        class_name=type(tensor).__name__,
+    )
+
+
+def model_prints(model: torch.nn.Module) -> dict[str, TensorPrint]:
+    """Name -> print, parameters in ``named_parameters`` order, then buffers, then attributes."""
+    return {name: fingerprint(kind, tensor) for kind, name, tensor in named_tensors(model)}
 
 
 def hash_of(tensor: torch.Tensor) -> str:

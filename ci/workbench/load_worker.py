@@ -1,8 +1,5 @@
 """The process behind :mod:`workbench.loads`: one rank that loads models in real SGLang, one after another.
 
-``python -m workbench.load_worker RANK`` reads orders from standard input, one JSON object a line:
-``{"job": <LoadJob>, "port": <rendezvous port>, "result": <file to write>}``, and ends when standard input does.
-
 A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``load_plugins()`` as in the scheduler:
 
 1. ``publish`` the job's server arguments (the last publish wins, so one process can hold many in turn);
@@ -17,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import logging
 import os
-import sys
 import time
 import traceback
 from array import array
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sglang.srt.plugins
@@ -58,14 +53,26 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
-from workbench.fingerprints import fingerprint, hash_of, model_bytes, named_tensors  # noqa: E402
-from workbench.loads import LoadJob  # noqa: E402
+from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
+from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+
+# Otherwise every forked worker would import them for itself in its first job.
+for _model in ("qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2"):
+    importlib.import_module(f"sglang.srt.models.{_model}")
+
+# Every collection would otherwise walk the objects of all of SGLang, near a second each time.
+gc.collect()
+gc.freeze()
 
 _STREAMING = "SGLANG_STREAMFP8"
 _MEMORY_INTERVAL_MS = 3.0
+
+#: First thing a worker says.
+READY = "ready"
 
 
 class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
@@ -150,7 +157,7 @@ def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
         next_ids, _ = one_batch.decode(next_ids, batch, runner)
         steps.append(next_ids.tolist())
     return {
-        "tokens": [list(ids) for ids in zip(*steps, strict=True)],
+        "tokens": tuple(zip(*steps, strict=True)),
         "logits_sha256": hash_of(logits.float()),
         "logits_finite": bool(torch.isfinite(logits).all()),
     }
@@ -173,11 +180,11 @@ def describe(runner: MeasuredModelRunner) -> dict[str, Any]:
     """The parts of :class:`workbench.loads.RankResult` that belong to the loaded model."""
     model = runner.model
     return {
-        "tensors": {name: fingerprint(kind, tensor) for kind, name, tensor in named_tensors(model)},
-        "parameter_order": [name for name, _ in model.named_parameters()],
+        "tensors": model_prints(model),
+        "parameter_order": tuple(name for name, _ in model.named_parameters()),
         "model_bytes": model_bytes(model),
         "load_seconds": runner.load_seconds,
-        "memory": asdict(runner.memory),
+        "memory": runner.memory,
     }
 
 
@@ -186,11 +193,11 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     runner = None
     try:
         runner = build_runner(job, rank, port)
-        outputs = {"tokens": [], "logits_sha256": "", "logits_finite": True}
+        outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
         described = describe(runner)
         if job.prompts:
             outputs = generate(runner, job)
-        return {"rank": rank, **described, **outputs}
+        return {**described, **outputs}
     finally:
         del runner
         destroy_model_parallel()
@@ -226,55 +233,28 @@ def collected_log() -> Iterator[list[str]]:
         logging.getLogger().removeHandler(collector)
 
 
-@contextlib.contextmanager
-def changed_environ(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """`changes` laid over ``os.environ``; None removes a variable."""
-    before = dict(os.environ)
-    for name, value in changes.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def obey(order: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """Run one order and return its answer; never raises an ``Exception``."""
-    job = LoadJob.from_json(order["job"])
+def obey(order: Order, rank: int) -> RankResult | RankError:
+    """Run one order; a failure is an answer too."""
     begin = time.perf_counter()
-    with changed_environ({_STREAMING: job.streaming, **job.environ}), collected_log() as log:
+    with changed_environ({_STREAMING: order.job.streaming, **order.job.environ}), collected_log() as log:
         try:
-            result = run_job(job, rank, order["port"])
+            fields = run_job(order.job, rank, order.port)
         except Exception:
-            return {"error": traceback.format_exc()}
-    return {**result, "job_seconds": time.perf_counter() - begin, "log": log}
+            return RankError(rank, traceback.format_exc())
+    return RankResult(rank=rank, job_seconds=time.perf_counter() - begin, log=tuple(log), **fields)
 
 
-def answer_to(path: Path, answer: Mapping[str, Any]) -> None:
-    """Write `answer` so that it appears complete or not at all."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(answer))
-    draft.rename(path)
-
-
-def main() -> None:
-    rank = int(sys.argv[1])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Every collection would otherwise walk the objects of all of SGLang, near a second each time.
-    gc.collect()
-    gc.freeze()
-    for line in sys.stdin:
-        order = json.loads(line)
-        answer = obey(order, rank)
-        answer_to(Path(order["result"]), answer)
-        if "error" in answer:
-            # What a failed job leaves behind in SGLang's globals is unknown: the driver starts new processes.
-            print(answer["error"], flush=True)
-            os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
+def serve(rank: int, orders: Connection, log_path: str) -> None:
+    """Answer orders until the other side closes or a job fails: what that leaves in SGLang's globals is unknown."""
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    orders.send(READY)
+    with contextlib.suppress(EOFError):
+        while True:
+            answer = obey(orders.recv(), rank)
+            orders.send(answer)
+            if isinstance(answer, RankError):
+                print(answer.traceback, flush=True)
+                return

@@ -5,33 +5,42 @@
         stream = workers.load(LoadJob(path, streaming="1", quantization="fp8", prompts=PROMPTS))
     assert compare(stock, stream) == []
 
-Importing SGLang takes far longer than loading a tiny model, so :class:`LoadWorkers` keeps one process a rank alive for
-each TP size and sends it one job after another (:mod:`workbench.load_worker` is the process). A failed job costs its
-processes; the next job starts new ones.
+Importing SGLang takes far longer than loading a tiny model, so it is done once: Python's fork server imports
+:mod:`workbench.load_worker` and every worker process is forked from there. :class:`LoadWorkers` keeps one process a
+rank alive for each TP size and sends it one job after another. A failed job costs its processes; the next job starts
+new ones.
+
+Processes are started by ``multiprocessing``, so a script that uses this needs its ``if __name__ == "__main__":``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from multiprocessing.context import ForkServerContext, SpawnContext
     from types import TracebackType
+
+    from sglang_overlay.observe.memory import MemoryUsage
+    from workbench.fingerprints import TensorPrint
 
 #: Token ids every tiny vocabulary has; lengths differ so that a batch is ragged.
 PROMPTS: tuple[tuple[int, ...], ...] = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9), (259, 4, 300))
 
-_POLL_SECONDS = 0.02
+StartMethod = Literal["forkserver", "spawn"]
+
+_WORKER_MODULE = "workbench.load_worker"
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[1])
+_START_SECONDS = 300.0
 _GRACE_SECONDS = 5.0
 
 
@@ -71,44 +80,6 @@ class LoadJob:
     device: str = "cpu"
     timeout_seconds: float = 300.0
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "checkpoint": str(self.checkpoint)}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> LoadJob:
-        prompts = tuple(tuple(prompt) for prompt in content["prompts"])
-        return cls(**{**content, "checkpoint": Path(content["checkpoint"]), "prompts": prompts})
-
-
-@dataclass(frozen=True)
-class TensorPrint:
-    """What two loads must agree on about one tensor.
-
-    Args:
-        kind: ``parameter``, ``buffer``, or ``attribute`` for a tensor found in a module's ``__dict__``.
-        sha256: of the values in row-major order, so it does not depend on strides; those are compared beside it.
-        class_name: of the Python object, e.g. ``Parameter`` or ``ModelWeightParameter``. Not compared.
-    """
-
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    device: str
-    sha256: str
-    class_name: str
-
-
-@dataclass(frozen=True)
-class LoadMemory:
-    """Memory of one process around the load, in bytes. See ``sglang_overlay.observe.memory.MemoryUsage``."""
-
-    metric: str
-    start: int
-    peak_above_start: int
-    end_above_start: int
-    samples: tuple[tuple[float, int], ...]
-
 
 @dataclass(frozen=True)
 class RankResult:
@@ -119,6 +90,7 @@ class RankResult:
         parameter_order: names as ``named_parameters`` gives them.
         model_bytes: of all distinct storages the model holds.
         load_seconds: wall time of ``ModelRunner.load_model``.
+        memory: of the process during ``load_model``, read every 3 ms.
         job_seconds: wall time of the whole job in the process.
         tokens: generated ids, one tuple a prompt.
         logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
@@ -132,30 +104,19 @@ class RankResult:
     model_bytes: int
     load_seconds: float
     job_seconds: float
-    memory: LoadMemory
+    memory: MemoryUsage
     tokens: tuple[tuple[int, ...], ...]
     logits_sha256: str
     logits_finite: bool
     log: tuple[str, ...]
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> RankResult:
-        tensors = {
-            name: TensorPrint(**{**found, "shape": tuple(found["shape"]), "stride": tuple(found["stride"])})
-            for name, found in content["tensors"].items()
-        }
-        memory = content["memory"]
-        samples = tuple((second, value) for second, value in memory["samples"])
-        return cls(
-            **{
-                **content,
-                "tensors": tensors,
-                "parameter_order": tuple(content["parameter_order"]),
-                "memory": LoadMemory(**{**memory, "samples": samples}),
-                "tokens": tuple(tuple(ids) for ids in content["tokens"]),
-                "log": tuple(content["log"]),
-            }
-        )
+
+@dataclass(frozen=True)
+class RankError:
+    """What a rank answers when its job failed."""
+
+    rank: int
+    traceback: str
 
 
 @dataclass(frozen=True)
@@ -230,6 +191,14 @@ def _compare_outputs(first: RankResult, second: RankResult) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Order:
+    """What a worker is sent: a job, and the port at which its ranks meet."""
+
+    job: LoadJob
+    port: int
+
+
 def free_port() -> int:
     """A TCP port that is free now on the loopback interface."""
     with socket.socket() as probe:
@@ -244,78 +213,109 @@ def _core_binding(ranks: int) -> str:
     return "|".join(",".join(map(str, share)) for share in shares)
 
 
-class _RankProcess:
-    """One worker process: jobs go in as lines of JSON, results come back as files."""
+@contextlib.contextmanager
+def changed_environ(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """`changes` laid over ``os.environ``; None removes a variable."""
+    before = dict(os.environ)
+    for name, value in changes.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
-    def __init__(self, rank: int, folder: Path, environ: Mapping[str, str]) -> None:
+
+def _context(start_method: StartMethod) -> ForkServerContext | SpawnContext:
+    if start_method == "spawn":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_WORKER_MODULE])
+    # Python 3.11's fork server ignores the sys.path it is given, and then that the module cannot be found.
+    with changed_environ({"PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])}):
+        forkserver.ensure_running()
+    return context
+
+
+def _serve(rank: int, orders: connection.Connection, log_path: str, environ: dict[str, str]) -> None:
+    """A worker process, from its first line: `environ` first, then SGLang, unless the fork server has it already."""
+    os.environ.clear()
+    os.environ.update(environ)
+    from workbench.load_worker import serve
+
+    serve(rank, orders, log_path)
+
+
+class _RankProcess:
+    """One worker process: an :class:`Order` in, a :class:`RankResult` or :class:`RankError` out."""
+
+    def __init__(self, rank: int, folder: Path, environ: Mapping[str, str], start_method: StartMethod) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rank = rank
         self.log_path = folder / f"rank{rank}.log"
-        self._folder = folder
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "workbench.load_worker", str(rank)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(environ),
-                start_new_session=True,
-            )
+        context = _context(start_method)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve,
+            args=(rank, theirs, str(self.log_path), dict(environ)),
+            name=f"load-rank{rank}",
+            daemon=True,
+        )
+        with changed_environ(dict(environ)):
+            self.process.start()
+        theirs.close()
 
-    def send(self, number: int, job: LoadJob, port: int) -> None:
-        assert self._process.stdin is not None
-        order = {"job": job.to_json(), "port": port, "result": str(self.result_path(number))}
+    def send(self, order: Order) -> None:
+        # A dead process shows when its answer is waited for, with its log.
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
+            self.pipe.send(order)
 
-    def result_path(self, number: int) -> Path:
-        return self._folder / f"job{number}-rank{self.rank}.json"
-
-    def answer(self, number: int) -> dict[str, Any] | None:
-        """The worker's answer; None while it is working; an error when it died without one."""
-        ended = self._process.poll()
-        path = self.result_path(number)
-        if path.exists():
-            answer: dict[str, Any] = json.loads(path.read_text())
-            return answer
-        if ended is None:
-            return None
-        return {"error": f"the process ended with status {ended}\n{self._tail()}"}
+    def receive(self) -> RankResult | RankError:
+        """The answer, once :attr:`pipe` is ready; an error where the process died without one."""
+        try:
+            answer: RankResult | RankError = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(_GRACE_SECONDS)
+            return RankError(self.rank, f"the process ended with exit code {self.process.exitcode}\n{self._tail()}")
+        return answer
 
     def _tail(self) -> str:
+        if not self.log_path.exists():
+            return "(it wrote no log)"
         return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-40:])
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        self.pipe.close()
+        self.process.join(_GRACE_SECONDS)
+        self.kill()
 
     def kill(self) -> None:
-        # The worker leads its own session, so this reaches what it started and nothing else.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
 
 class LoadWorkers:
     """Worker processes, one a rank and a TP size, started when first needed and used for many jobs.
 
     Args:
-        folder: for logs and results; made if missing.
-        environ: variables laid over this process's environment for all workers, from their start on.
+        folder: for logs; made if missing.
+        environ: variables laid over this process's environment in all workers.
+        start_method: ``forkserver``, or ``spawn`` for workers that import SGLang themselves: needed where a variable
+            in `environ` is read when SGLang is imported or plugins are loaded (``SGLANG_PLUGINS``), and with CUDA,
+            which does not survive a fork.
     """
 
-    def __init__(self, folder: Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, environ: Mapping[str, str] | None = None, start_method: StartMethod = "forkserver"
+    ) -> None:
         self._folder = folder
         self._environ = dict(environ or {})
+        self._start_method: StartMethod = start_method
         self._groups: dict[int, list[_RankProcess]] = {}
         self._started = 0
-        self._jobs = 0
 
     def __enter__(self) -> LoadWorkers:
         return self
@@ -332,12 +332,11 @@ class LoadWorkers:
             LoadFailed: the job failed, or took longer than ``job.timeout_seconds``.
         """
         group = self._group(job.tp_size)
-        self._jobs += 1
-        port = free_port()
+        order = Order(job, free_port())
         for process in group:
-            process.send(self._jobs, job, port)
+            process.send(order)
         try:
-            return LoadResult(tuple(self._collect(group, job)))
+            return LoadResult(tuple(_collect(group, job.timeout_seconds)))
         except BaseException:
             self._discard(job.tp_size)
             raise
@@ -347,7 +346,8 @@ class LoadWorkers:
 
         For memory: memory which an earlier job's allocator kept makes the next job's peak look smaller than it is.
         """
-        with LoadWorkers(self._folder / f"fresh{time.monotonic_ns()}", self._environ) as workers:
+        self._started += 1
+        with LoadWorkers(self._folder / f"fresh-{self._started}", self._environ, self._start_method) as workers:
             return workers.load(job)
 
     def load_all(self, jobs: Sequence[LoadJob]) -> list[LoadResult]:
@@ -365,45 +365,44 @@ class LoadWorkers:
         if ranks not in self._groups:
             self._started += 1
             folder = self._folder / f"tp{ranks}-{self._started}"
-            environ = self._environ_of(ranks)
-            self._groups[ranks] = [_RankProcess(rank, folder, environ) for rank in range(ranks)]
+            environ = {"SGLANG_CPU_OMP_THREADS_BIND": _core_binding(ranks), **os.environ, **self._environ}
+            self._groups[ranks] = [_RankProcess(rank, folder, environ, self._start_method) for rank in range(ranks)]
+            _wait_until_ready(self._groups[ranks])
         return self._groups[ranks]
-
-    def _environ_of(self, ranks: int) -> dict[str, str]:
-        package_root = str(Path(__file__).resolve().parents[1])
-        path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {
-            "SGLANG_CPU_OMP_THREADS_BIND": _core_binding(ranks),
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            **self._environ,
-        }
-
-    def _collect(self, group: list[_RankProcess], job: LoadJob) -> list[RankResult]:
-        answers = self._wait_for(group, self._jobs, job.timeout_seconds)
-        return [RankResult.from_json(answer) for answer in answers]
-
-    def _wait_for(self, group: list[_RankProcess], number: int, seconds: float) -> list[dict[str, Any]]:
-        """All ranks' answers; a rank which failed is not waited for, as its peers may wait for it for ever."""
-        deadline = time.monotonic() + seconds
-        answers: dict[int, dict[str, Any]] = {}
-        while len(answers) < len(group):
-            for process in group:
-                answer = process.answer(number) if process.rank not in answers else None
-                if answer is not None:
-                    _raise_error(process, answer)
-                    answers[process.rank] = answer
-            if time.monotonic() > deadline:
-                logs = ", ".join(str(process.log_path) for process in group)
-                raise LoadFailed(f"no answer within {seconds:.0f} s; logs: {logs}")
-            time.sleep(_POLL_SECONDS)
-        return [answers[process.rank] for process in group]
 
     def _discard(self, ranks: int) -> None:
         for process in self._groups.pop(ranks, ()):
             process.kill()
 
 
-def _raise_error(process: _RankProcess, answer: Mapping[str, Any]) -> None:
-    if "error" in answer:
-        raise LoadFailed(f"rank {process.rank} failed, its log is {process.log_path}:\n{answer['error']}")
+def _wait_until_ready(group: list[_RankProcess]) -> None:
+    """Importing SGLang is not a job's time: each process says when it has it."""
+    for process in group:
+        if not process.pipe.poll(_START_SECONDS):
+            raise LoadFailed(f"rank {process.rank} did not start within {_START_SECONDS:.0f} s: {process.log_path}")
+        answer = process.receive()
+        if isinstance(answer, RankError):
+            raise LoadFailed(f"rank {process.rank} did not start:\n{answer.traceback}")
+
+
+def _collect(group: list[_RankProcess], seconds: float) -> list[RankResult]:
+    """All ranks' results in rank order; a rank that failed ends the wait, as its peers may wait for it for ever."""
+    deadline = time.monotonic() + seconds
+    waiting = {process.pipe: process for process in group}
+    results: dict[int, RankResult] = {}
+    while waiting:
+        ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            logs = ", ".join(str(process.log_path) for process in group)
+            raise LoadFailed(f"no answer within {seconds:.0f} s; logs: {logs}")
+        for pipe in ready:
+            process = waiting.pop(pipe)  # type: ignore[call-overload]
+            results[process.rank] = _result_of(process)
+    return [results[process.rank] for process in group]
+
+
+def _result_of(process: _RankProcess) -> RankResult:
+    answer = process.receive()
+    if isinstance(answer, RankError):
+        raise LoadFailed(f"rank {process.rank} failed, its log is {process.log_path}:\n{answer.traceback}")
+    return answer
