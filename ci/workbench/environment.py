@@ -162,7 +162,7 @@ def ensure(plan: Plan) -> Path:
         if not is_complete(plan.base):
             build_base(plan)
     with exclusive(plan.layer):
-        if marker_of(plan.layer).get("fingerprint") != fingerprint(plan):
+        if not is_complete(plan.layer) or marker_of(plan.layer).get("fingerprint") != fingerprint(plan):
             build_layer(plan)
     return interpreter(plan.layer)
 
@@ -205,8 +205,8 @@ def marker_of(environment: Path) -> dict[str, object]:
 
 
 def is_complete(environment: Path) -> bool:
-    """Whether `environment` was built to the end."""
-    return bool(marker_of(environment))
+    """Whether `environment` was built to the end, and the interpreter it was made with is still there."""
+    return bool(marker_of(environment)) and interpreter(environment).exists()
 
 
 def complete(environment: Path, **facts: object) -> None:

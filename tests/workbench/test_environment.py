@@ -137,6 +137,15 @@ def test_half_built_environment_is_built_anew(plan: Plan, monkeypatch: pytest.Mo
     assert not (environment.site_packages(plan.base) / "debris.py").exists()
 
 
+def test_environment_whose_interpreter_went_away_is_built_anew(plan: Plan, offline: list[list[str]]) -> None:
+    environment.ensure(plan)
+    for part in (plan.base, plan.layer):
+        environment.interpreter(part).unlink()
+        environment.interpreter(part).symlink_to(plan.cache / "uninstalled")
+    assert said_by(environment.ensure(plan), "greeting") == "hello"
+    assert environment.interpreter(plan.base).exists()
+
+
 def test_changed_packaging_installs_the_clone_again_and_nothing_else(plan: Plan, offline: list[list[str]]) -> None:
     environment.ensure(plan)
     (plan.clone / "setup.py").write_text("name = 2\n")
