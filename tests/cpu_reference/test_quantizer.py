@@ -56,6 +56,12 @@ def test_ties_round_to_even() -> None:
     assert quantized.float().tolist() == [[448.0, 16.0, 20.0, -16.0]]
 
 
+def test_values_are_multiplied_by_the_reciprocal_not_divided() -> None:
+    # 0.80859375 / scale is 336, half-way between 320 and 352; times the rounded reciprocal it is a little more.
+    quantized, _ = quantize_per_tensor(torch.tensor([[1.078125, 0.80859375]], dtype=torch.bfloat16))
+    assert quantized.float().tolist() == [[448.0, 352.0]]
+
+
 def test_all_zero_tensor_dequantizes_to_zero() -> None:
     quantized, scale = quantize_per_tensor(torch.zeros(8, 16, dtype=torch.bfloat16))
     assert scale.item() == 0.0
