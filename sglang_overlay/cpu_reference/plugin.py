@@ -5,8 +5,15 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from sglang_overlay.upstream.touch_point import TouchPoint
 
 logger = logging.getLogger(__name__)
 
@@ -19,21 +26,28 @@ def platform() -> str | None:
 
 
 def activate() -> None:
-    """Entry point of ``sglang.srt.plugins``: register the hooks, where the reference platform is the one in use."""
+    """Entry point of ``sglang.srt.plugins``: patch SGLang, where the reference platform is the one in use.
+
+    Each patch is applied when SGLang imports the module it belongs to: not all of its processes do, and importing those
+    modules takes seconds.
+    """
     if not is_wanted() or not _is_current():
         return
-    from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
-    from sglang_overlay.upstream.touch_point import State, register
+    import wrapt
 
-    for found in register(TOUCH_POINTS):
-        if found.state in (State.MISSING, State.SIGNATURE):
-            logger.warning(
-                "streamfp8: the CPU reference platform cannot patch %s (%s: %s); models that need it will not run. "
-                "`python -m sglang_overlay check` lists every patch.",
-                found.point.target,
-                found.state.value,
-                found.detail,
-            )
+    from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
+
+    for module in dict.fromkeys(point.module for point in TOUCH_POINTS):
+        points = tuple(point for point in TOUCH_POINTS if point.module == module)
+        wrapt.register_post_import_hook(partial(_patch, points), module)
+
+
+def _patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
+    from sglang_overlay.upstream.touch_point import apply
+
+    mismatch = apply(points)
+    if mismatch is not None:
+        logger.warning("streamfp8: the CPU reference platform is incomplete, models may fail on it: %s", mismatch)
 
 
 def is_wanted() -> bool:
