@@ -270,7 +270,7 @@ def facts_of(comparisons: list[Comparison]) -> str:
             {
                 "model": found.subject.name,
                 "answers_equal": found.same_answer,
-                "chart": found.picture.name,
+                "chart": f"{found.picture.parent.name}/{found.picture.name}",
                 **{
                     trial.mode: {
                         "answer": trial.answer,
@@ -294,13 +294,25 @@ def has_cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
+def given_subject(model: str, arguments: tuple[str, ...]) -> Subject:
+    """The user's own model: a folder, made absolute because servers run elsewhere, or a name on the hub.
+
+    Raises:
+        DemoError: it can only be a folder, and there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Subject(path.resolve().name, str(path.resolve()), arguments)
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise DemoError(f"There is no folder {model}. --model takes a checkpoint's folder, or its name on the hub.")
+    return Subject(path.name, model, arguments)
+
+
 @contextmanager
 def subjects(screen: Screen, model: str | None, arguments: tuple[str, ...], scratch: Path) -> Iterator[list[Subject]]:
     """The user's model, or the two that are made for the demo."""
     if model is not None:
-        path = Path(model).expanduser()
-        given = str(path.resolve()) if path.exists() else model
-        yield [Subject(Path(given).name, given, arguments)]
+        yield [given_subject(model, arguments)]
         return
     made = []
     for spec in SPECS:

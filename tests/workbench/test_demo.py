@@ -91,6 +91,15 @@ def test_users_folder_becomes_absolute_and_a_hub_name_stays(tmp_path: Path, monk
         assert found == [Subject("model", "somebody/model")]
 
 
+@pytest.mark.parametrize("model", ["./missing", "missing/of/mine", "~/missing"])
+def test_folder_that_is_not_there_is_said_before_a_server_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DemoError, match=f"no folder {model}"):
+        demo.given_subject(model, ())
+
+
 def test_results_are_written_where_they_can_be_copied_from(comparison: Comparison, tmp_path: Path) -> None:
     demo.publish(demo.Screen(), [comparison], tmp_path)
     assert (tmp_path / "table.md").read_text() == demo.markdown_of([comparison])
