@@ -29,6 +29,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     device_name = "cpu"
     device_type = "cpu"
     capabilities = PlatformCapabilities()
+    _cores_bound: str | None = None
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
         return int(psutil.virtual_memory().total)
@@ -82,7 +83,7 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
             if getattr(server_args, name) is None:
                 setattr(server_args, name, value)
         server_args.disable_overlap_schedule = True
-        os.environ.setdefault(_CORES_PER_RANK, _cores_of_ranks(server_args.tp_size * server_args.pp_size))
+        self._bind_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
 
     def init_backend(self) -> None:
         """Give this rank its share of the cores; SGLang calls it once in each worker."""
@@ -94,6 +95,11 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         from sglang_overlay.cpu_reference.attention import select_absorbed_mla
 
         select_absorbed_mla()
+
+    def _bind_cores(self, ranks: int) -> None:
+        # The value set for an earlier engine of this process is not the user's choice: ranks may differ.
+        if os.environ.get(_CORES_PER_RANK) in (None, self._cores_bound):
+            self._cores_bound = os.environ[_CORES_PER_RANK] = _cores_of_ranks(ranks)
 
 
 def _cores_of_ranks(ranks: int) -> str:

@@ -31,7 +31,8 @@ Capture = dict[str, Any]
 def captures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Capture]:
     folder = tmp_path_factory.mktemp("layers")
     out, log = folder / "captured.pt", folder / "log"
-    environ = {**os.environ, "PYTHONPATH": str(HERE.parents[1] / "ci"), "SGLANG_STREAMFP8": "0"}
+    paths = [str(HERE.parents[1] / "ci"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SGLANG_STREAMFP8": "0"}
     environ.pop("SGLANG_USE_CPU_ENGINE", None)
     command = [sys.executable, str(HERE / "layer_capture.py"), str(build(SPEC, folder)), str(out)]
     with log.open("w") as file:

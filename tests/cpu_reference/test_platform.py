@@ -25,7 +25,7 @@ def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def server_args(**given: object) -> SimpleNamespace:
     names = ("attention_backend", "sampling_backend", "max_total_tokens", "max_running_requests")
-    defaults = {**dict.fromkeys(names), "tp_size": 1, "pp_size": 1, "disable_overlap_schedule": False}
+    defaults = {**dict.fromkeys(names), "tp_size": 1, "pp_size": 1, "dp_size": 1, "disable_overlap_schedule": False}
     return SimpleNamespace(**{**defaults, **given})
 
 
@@ -70,6 +70,15 @@ def test_a_binding_the_user_chose_stays(platform: module.CpuReferencePlatform, m
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "7")
     platform.apply_server_args_defaults(server_args())
     assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "7"
+
+
+def test_a_second_engine_may_have_other_ranks(
+    platform: module.CpuReferencePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    platform.apply_server_args_defaults(server_args())
+    platform.apply_server_args_defaults(server_args(tp_size=2))
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
 
 
 def test_a_rank_uses_its_share_of_threads(
