@@ -8,13 +8,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
-from sglang_overlay.observe.report import summary_line, write
+from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.settings import Mode, load_settings
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.guard import refuse
@@ -42,7 +43,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if load.layers or settings.report_folder is not None:
         logger.info("%s", summary_line(report))
     if settings.report_folder is not None:
-        write(report, settings.report_folder)
+        _write_report(report, settings.report_folder)
     return model
 
 
@@ -76,6 +77,14 @@ def device_loading_context(original: Callable[..., Any], module: torch.nn.Module
     if load is not None:
         load.finish(module)
     return original(module, target_device)
+
+
+def _write_report(report: LoadReport, folder: Path) -> None:
+    try:
+        write(report, folder)
+    except ReportError as error:
+        # The model is loaded and right; a report is not worth losing it.
+        logger.warning("StreamFP8: %s.", error)
 
 
 def _refuse_other_loader(call: Mapping[str, Any]) -> None:

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming serves the same weights as stock: every parameter, buffer and MLA tensor, bytes, dtype, shape and stride.
+
+Both run in real SGLang, in the same process, over real checkpoints. Checkpoints of one family hold the same tensors
+whatever their files look like, so one stock load is the measure for all layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+from workbench.checkpoints import FAMILIES
+from workbench.loads import PROMPTS, LoadJob, compare
+
+from sglang_overlay.observe.report import read_folder
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the checkpoint lies on disk and how it is read."""
+
+    files: dict[str, Any] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=dict)
+    loader_config: dict[str, Any] = field(default_factory=dict)
+
+
+MANY = {"files": 7, "assignment": "round_robin"}
+VARIANTS = {
+    "one file": Variant(),
+    "many files, an expert's shards apart": Variant(files=MANY),
+    "files staggered by rank": Variant(files=MANY, environ={"SGLANG_SORT_WEIGHT_FILES": "1"}),
+    "tensors and files shuffled": Variant(files={"files": 7, "assignment": "shuffled", "file_names": "shuffled"}),
+    "one loading thread": Variant(files=MANY, loader_config={"enable_multithread_load": False}),
+    "eight loading threads": Variant(files=MANY, loader_config={"enable_multithread_load": True, "num_threads": 8}),
+}
+
+
+@pytest.fixture(scope="session")
+def stock(workers, checkpoint):
+    """The stock load of a family at one parallel layout, with greedy outputs; loaded once."""
+
+    @cache
+    def load(family, tp_size, ep_size):
+        job = LoadJob(checkpoint(family), streaming="0", tp_size=tp_size, ep_size=ep_size, prompts=PROMPTS)
+        return workers.load(job)
+
+    return load
+
+
+@pytest.fixture
+def stream(workers, checkpoint, tmp_path):
+    """A streaming load and its reports, one a rank."""
+
+    def load(family, variant, tp_size=1, ep_size=1, **fields):
+        job = LoadJob(
+            checkpoint(family, **variant.files),
+            streaming="require",
+            tp_size=tp_size,
+            ep_size=ep_size,
+            environ={**variant.environ, "SGLANG_STREAMFP8_REPORT": str(tmp_path)},
+            loader_config=variant.loader_config,
+            **fields,
+        )
+        return workers.load(job), read_folder(tmp_path)
+
+    return load
+
+
+def assert_streamed(reports, ranks):
+    assert len(reports) == ranks
+    for report in reports:
+        assert report.mode == "streaming"
+        assert report.units.streamed > report.layers.streamed > 0 or report.layers.streamed == report.units.streamed > 0
+        assert report.layers.fallback == ()
+        assert all(note.layer.endswith("kv_b_proj") for note in report.layers.deferred)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_greedy_outputs_equal_stock(family, tp_size, stock, stream):
+    result, reports = stream(family, Variant(files=MANY), tp_size=tp_size, prompts=PROMPTS)
+    assert compare(stock(family, tp_size, 1), result) == []
+    assert result.tokens
+    assert_streamed(reports, tp_size)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_layout_on_disk_gives_stock_weights(family, variant, stock, stream):
+    result, reports = stream(family, VARIANTS[variant])
+    assert compare(stock(family, 1, 1), result) == []
+    assert_streamed(reports, 1)
+
+
+@pytest.mark.parametrize("variant", ["files staggered by rank", "tensors and files shuffled"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+def test_any_layout_on_disk_gives_stock_weights_on_two_ranks(family, variant, stock, stream):
+    result, reports = stream(family, VARIANTS[variant], tp_size=2)
+    assert compare(stock(family, 2, 1), result) == []
+    assert_streamed(reports, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_expert_parallel_gives_stock_weights_and_outputs(family, stock, stream):
+    result, reports = stream(family, Variant(files=MANY), tp_size=2, ep_size=2, prompts=PROMPTS)
+    assert compare(stock(family, 2, 2), result) == []
+    assert_streamed(reports, 2)
