@@ -60,9 +60,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
-# Otherwise every forked worker would import them for itself in its first job.
-for _model in ("qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2"):
-    importlib.import_module(f"sglang.srt.models.{_model}")
+# Imports every model, seconds which each forked worker would otherwise spend in its first job.
+importlib.import_module("sglang.srt.models.registry")
 
 # Every collection would otherwise walk the objects of all of SGLang, near a second each time.
 gc.collect()
