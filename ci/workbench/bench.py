@@ -47,7 +47,11 @@ class Run:
 
 
 def alternate(
-    workers: LoadWorkers, checkpoint: Path, rounds: int, tp_size: int = 1, done: Callable[[Run], None] = lambda run: None
+    workers: LoadWorkers,
+    checkpoint: Path,
+    rounds: int,
+    tp_size: int = 1,
+    done: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
     """A warm-up of each contender that is not counted, then ``rounds`` times each in turn."""
     runs = []

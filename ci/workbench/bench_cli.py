@@ -17,7 +17,7 @@ from workbench.checkpoints import SIZES, CheckpointSpec, build
 from workbench.environment import cache_root
 from workbench.loads import LoadWorkers
 
-console = Console()
+console = Console(width=120)
 
 
 @click.command()
@@ -29,9 +29,7 @@ console = Console()
 @click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run to this file.")
-def main(
-    family: str, size: str, files: int, file_names: str, rounds: int, tp: int, json_file: Path | None
-) -> None:
+def main(family: str, size: str, files: int, file_names: str, rounds: int, tp: int, json_file: Path | None) -> None:
     """Compare peak memory and load time of stock bf16, stock fp8 and streaming in alternating runs."""
     spec = CheckpointSpec(family, size=size, files=files, file_names=file_names)  # type: ignore[arg-type]
     checkpoint = build(spec, cache_root() / "checkpoints")
@@ -48,7 +46,17 @@ def _say(run: Run) -> None:
 
 def _table(runs: list[Run], title: str) -> Table:
     table = Table(title=title)
-    for heading in ("", "seconds", "min to max", "peak", "model", "peak / model", "peak / stock", "time / stock", "/ bf16"):
+    for heading in (
+        "",
+        "seconds",
+        "min to max",
+        "peak",
+        "model",
+        "peak / model",
+        "peak / stock",
+        "time / stock",
+        "/ bf16",
+    ):
         table.add_column(heading, justify="left" if not heading else "right")
     stock, bf16 = CONTENDERS[1].name, CONTENDERS[0].name
     for name, found in figures(runs).items():

@@ -12,6 +12,7 @@ the elements of ``copy_`` in the same way, but neither where they go nor what th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -61,7 +62,7 @@ class WriteCapture(TorchDispatchMode):
             if sink is not None:
                 sink.write(args[0], _SOURCES[func](args))
                 return args[0]
-        elif func._schema.is_mutable:
+        elif _is_mutable(func):
             self._refuse_change(func, args, kwargs)
         elif func is aten.scalar_tensor.default and _is_meta(kwargs.get("device")):
             # ``parameter[...] = 1.0`` makes its scalar on the destination's device, where the value would be lost.
@@ -71,6 +72,11 @@ class WriteCapture(TorchDispatchMode):
         except (RuntimeError, NotImplementedError) as error:
             self._explain(func, args, error)
             raise
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Loaders are never compiled, and torch's guard against that would cost more than all else done here.
+        return False
 
     def _sink(self, tensor: torch.Tensor) -> WriteSink | None:
         return self._sinks.get(storage_key(tensor)) if tensor.is_meta else None
@@ -86,11 +92,17 @@ class WriteCapture(TorchDispatchMode):
             raise UnsupportedWriteError(f"{func} needs the contents of a parameter that is being streamed") from error
 
 
+@cache
+def _is_mutable(func: Any) -> bool:
+    mutable: bool = func._schema.is_mutable
+    return mutable
+
+
 def _copied(args: tuple[Any, ...]) -> torch.Tensor:
     destination, source = args[0], args[1]
     if source.is_meta and source.numel():
         raise UnsupportedWriteError(f"a tensor of shape {tuple(source.shape)} without data is written")
-    expanded: torch.Tensor = source.expand(destination.shape)
+    expanded: torch.Tensor = source if source.shape == destination.shape else source.expand(destination.shape)
     return expanded
 
 

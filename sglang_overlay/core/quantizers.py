@@ -7,7 +7,9 @@ parameter's high-precision dtype and lie on the parameter's device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,9 +17,8 @@ import torch
 from sglang_overlay.core.regions import slices, whole
 from sglang_overlay.core.staging import Piece
 
-CHUNK_ELEMENTS = 1 << 15
-"""Elements cast at once: 128 KiB of float32, which stays in cache, and no more than torch's own grain size, so that
-no chunk wakes a thread team. On a busy machine waiting for that team costs far more than the cast."""
+CHUNK_ELEMENTS = 1 << 17
+"""Elements cast at once: 512 KiB of float32, so that the intermediate stays in a core's cache."""
 
 
 class UnitQuantizer(Protocol):
@@ -88,10 +89,16 @@ class RowQuantizer:
 
 
 class PerTensorArithmetic(Protocol):
-    """How one scale is made and applied. Everything is float32."""
+    """How one scale is made and applied, in float32.
 
-    def absmax(self, values: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude, 0-d; the largest of several tensors' results is their common one."""
+    Attributes:
+        smallest: from this absmax up, and if that is finite, each product rounds into the fp8 range by itself.
+    """
+
+    smallest: float
+
+    def absmax(self, values: torch.Tensor) -> float:
+        """Largest magnitude where NaN may be among the values."""
 
     def factors(self, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What values are multiplied by, and the scale that is stored; both 0-d."""
@@ -106,12 +113,13 @@ class RatioArithmetic:
     The arithmetic of SGLang's ``input_to_float8`` (``fp8_utils.py``), in the same order and precision.
     """
 
+    smallest = 0.0
+
     def __init__(self, fp8_max: float) -> None:
         self._fp8_max = fp8_max
 
-    def absmax(self, values: torch.Tensor) -> torch.Tensor:
-        low, high = values.aminmax()
-        return torch.maximum(low.abs(), high.abs()).float()
+    def absmax(self, values: torch.Tensor) -> float:
+        return _largest(values)
 
     def factors(self, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         multiplier = self._fp8_max / absmax.clamp(min=1e-12)
@@ -130,13 +138,11 @@ class KernelArithmetic:
 
     def __init__(self, fp8_max: float) -> None:
         self._fp8_max = fp8_max
+        # The scale must be a normal number: the reciprocal of a subnormal one is off by more than rounding, or infinite.
+        self.smallest = 2 * fp8_max * torch.finfo(torch.float32).smallest_normal
 
-    def absmax(self, values: torch.Tensor) -> torch.Tensor:
-        low, high = values.aminmax()
-        found = torch.maximum(low.abs(), high.abs()).float()
-        if found.isnan():
-            return values.float().abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax()
-        return found
+    def absmax(self, values: torch.Tensor) -> float:
+        return float(values.float().abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax())
 
     def factors(self, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = absmax / self._fp8_max
@@ -150,27 +156,60 @@ class PerTensorQuantizer:
     """Per-tensor, without ever joining the pieces: the largest of the pieces' maxima is the unit's.
 
     Needs no memory beyond one cache-sized chunk. Bit-identical to quantizing the whole unit, since a maximum does not
-    depend on grouping and each element is cast alone.
+    depend on grouping and each element is cast alone. For the CPU: elsewhere, reading the maximum would wait for the
+    device.
     """
 
     def __init__(self, arithmetic: PerTensorArithmetic) -> None:
         self._arithmetic = arithmetic
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> None:
-        absmax = torch.stack([self._arithmetic.absmax(piece.values) for piece in pieces]).amax()
-        multiplier, stored = self._arithmetic.factors(absmax)
+        absmax = _most(_largest(piece.values) for piece in pieces)
+        cast: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = _cast
+        if not self._arithmetic.smallest <= absmax < math.inf:
+            absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
+            cast = partial(_cast_saturating, saturate_=self._arithmetic.saturate_)
+        multiplier, stored = self._arithmetic.factors(torch.tensor(absmax, dtype=torch.float32))
         for piece in pieces:
-            self._cast(piece.values, multiplier, weight[slices(piece.box)])
+            # One dimension or more, not zero: a 0-d factor would not promote bf16 values to float32.
+            factor = multiplier.reshape((1,) * piece.values.dim())
+            for values, out in _chunks(piece.values, weight[slices(piece.box)]):
+                cast(values, factor, out)
         scale.copy_(stored.reshape(scale.shape))
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
         for unit, out, factor in zip(values, weight, scale, strict=True):
             self.quantize([Piece(whole(unit.shape), unit)], out, factor)
 
-    def _cast(self, values: torch.Tensor, multiplier: torch.Tensor, out: torch.Tensor) -> None:
-        limit = torch.finfo(out.dtype).max
-        rows = max(1, CHUNK_ELEMENTS // max(1, values[0].numel()))
-        # One dimension or more, not zero: a 0-d factor would not promote bf16 values to float32.
-        factor = multiplier.reshape((1,) * values.dim())
-        for chunk, target in zip(values.split(rows), out.split(rows), strict=True):
-            target.copy_(self._arithmetic.saturate_(torch.mul(chunk, factor), limit))
+
+def _largest(values: torch.Tensor) -> float:
+    """Largest magnitude; NaN where any value is."""
+    low, high = values.aminmax()
+    return max(abs(float(low)), abs(float(high)))
+
+
+def _most(values: Iterable[float]) -> float:
+    """The largest; NaN where any is, which ``max`` alone would not see."""
+    found = list(values)
+    return math.nan if any(math.isnan(value) for value in found) else max(found)
+
+
+def _chunks(values: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if values.numel() <= CHUNK_ELEMENTS:
+        yield values, out
+        return
+    rows = max(1, CHUNK_ELEMENTS // values[0].numel())
+    yield from zip(values.split(rows), out.split(rows), strict=True)
+
+
+def _cast(values: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(torch.mul(values, factor))
+
+
+def _cast_saturating(
+    values: torch.Tensor,
+    factor: torch.Tensor,
+    out: torch.Tensor,
+    saturate_: Callable[[torch.Tensor, float], torch.Tensor],
+) -> None:
+    out.copy_(saturate_(torch.mul(values, factor), torch.finfo(out.dtype).max))

@@ -98,7 +98,8 @@ class Placement:
         """View ``source``, which has the shape of the view, with the shape of the box."""
         if self._permutation is not None:
             source = source.reshape(self._parts).permute(self._permutation)
-        return source.reshape(extent(self.box))
+        shape = extent(self.box)
+        return source if source.shape == shape else source.reshape(shape)
 
 
 def _contiguous_strides(shape: Sequence[int]) -> list[int]:

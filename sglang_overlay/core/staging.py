@@ -93,6 +93,10 @@ class StagedUnit:
         self._bytes += size
         self.account.add(size)
 
+    def refer(self, piece: Piece) -> None:
+        """Keep a piece whose memory costs nothing: a view of a checkpoint file that is mapped."""
+        self.pieces.append(piece)
+
     @property
     def covered(self) -> int:
         """Elements held."""

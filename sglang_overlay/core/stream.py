@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.regions import Placement, slices, volume
+from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError
@@ -33,9 +36,9 @@ class Storage:
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
-    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, with
-    its state and staging; that thread copies and quantizes without holding the lock, so different units of a
-    parameter are quantized at the same time.
+    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, or to
+    the job it submitted, with its state and staging; copying and quantizing happen without the lock, so different units
+    of a parameter are quantized at the same time.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.
@@ -45,6 +48,8 @@ class ParameterStream:
         storage: where the results go; its device is where staging lies.
         account: counts staging memory.
         quantized: called with the bytes of fp8 written, each time units are done; from any thread.
+        sources: tells which sources stay as they are when a loader has returned.
+        pipeline: where units from such sources are quantized.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class ParameterStream:
         storage: Storage,
         account: StagingAccount,
         quantized: Callable[[int], None],
+        sources: CheckpointSources,
+        pipeline: Pipeline,
     ) -> None:
         self.name = name
         self.storage = storage
@@ -66,6 +73,8 @@ class ParameterStream:
         self._quantizer = quantizer
         self._account = account
         self._quantized = quantized
+        self._sources = sources
+        self._pipeline = pipeline
         self._condition = threading.Condition()
         self._done = bytearray(grid.count)
         self._direct = bytearray(grid.count)
@@ -102,7 +111,8 @@ class ParameterStream:
         Raises:
             ConflictingWriteError: part of a quantized unit was written again, with other values.
         """
-        for unit, staged in self._staged.items():
+        self._finish_jobs()
+        for unit, staged in list(self._staged.items()):
             if staged.covered == self._grid.unit_volume:
                 self._quantize(unit, staged.pieces)
             elif self._done[unit]:
@@ -121,6 +131,7 @@ class ParameterStream:
         Raises:
             LayerNotStreamableError: some units have been quantized, and their high-precision values are gone.
         """
+        self._finish_jobs()
         if any(self._done):
             raise LayerNotStreamableError(f"{self.name}: {sum(self._done)} of {self.units} units are quantized already")
         weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
@@ -138,32 +149,67 @@ class ParameterStream:
         self._staged.clear()
 
     def _write_whole(self, first: int, last: int, values: torch.Tensor) -> None:
-        with self._owned(range(first, last)):
-            for unit in range(first, last):
+        units = range(first, last)
+        self._claim(units)
+        with self._released_on_error(units):
+            for unit in units:
                 self._drop(unit)
-            self._quantizer.quantize_run(
-                self._on_device(values), self.storage.weight[first:last], self.storage.scale[first:last]
-            )
-            self._done[first:last] = self._direct[first:last] = bytes([1]) * (last - first)
-        self._count(last - first)
+        self._run(units, values, partial(self._quantize_run, first, last, self._on_device(values)))
 
     def _write_part(self, unit: int, piece: Piece) -> None:
-        with self._owned((unit,)):
+        units = range(unit, unit + 1)
+        self._claim(units)
+        with self._released_on_error(units):
             staged = self._staged.setdefault(unit, StagedUnit(self._account))
             staged.overwrite(piece.box)
             if not self._completes(staged, piece):
-                staged.hold(piece.copied(self._dtype, self.storage.weight.device))
+                self._stage(staged, piece)
+                self._release(units)
                 return
-            self._quantize(unit, [*staged.pieces, Piece(piece.box, self._on_device(piece.values))])
-            self._drop(unit)
+            pieces = [*staged.pieces, Piece(piece.box, self._on_device(piece.values))]
+        self._run(units, piece.values, partial(self._quantize, unit, pieces))
+
+    def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
+        """Run ``job`` and release ``units``: beside the loader where ``source`` stays as it is, else at once."""
+        version = source._version
+
+        def quantize() -> None:
+            with self._released(units):
+                job()
+                if source._version != version:
+                    raise ConflictingWriteError(
+                        f"{self.name}: a checkpoint tensor was changed after its weight loader had returned."
+                    )
+
+        if self._sources.holds(source):
+            with self._released_on_error(units):
+                self._pipeline.submit(quantize)
+        else:
+            quantize()
+
+    def _stage(self, staged: StagedUnit, piece: Piece) -> None:
+        if self._sources.is_mapped(piece.values) and piece.values.dtype == self._dtype and not self._is_elsewhere():
+            staged.refer(piece)
+        else:
+            # The loader may use the source's memory again once it returns.
+            staged.hold(piece.copied(self._dtype, self.storage.weight.device))
+
+    def _is_elsewhere(self) -> bool:
+        return self.storage.weight.device.type != "cpu"
 
     def _completes(self, staged: StagedUnit, piece: Piece) -> bool:
         if staged.covered + volume(piece.box) < self._grid.unit_volume or staged.has_background:
             return False
         return not (piece.is_fill and all(held.is_fill for held in staged.pieces))
 
+    def _quantize_run(self, first: int, last: int, values: torch.Tensor) -> None:
+        self._quantizer.quantize_run(values, self.storage.weight[first:last], self.storage.scale[first:last])
+        self._done[first:last] = self._direct[first:last] = bytes([1]) * (last - first)
+        self._count(last - first)
+
     def _quantize(self, unit: int, pieces: Sequence[Piece]) -> None:
         self._quantizer.quantize(pieces, self.storage.weight[unit], self.storage.scale[unit])
+        self._drop(unit)
         self._done[unit] = 1
         self._count(1)
 
@@ -191,15 +237,33 @@ class ParameterStream:
         # Stock casts to the parameter's dtype first and quantizes that; a float32 checkpoint must do the same.
         return values.to(device=self.storage.weight.device, dtype=self._dtype)
 
-    @contextmanager
-    def _owned(self, units: Iterable[int]) -> Iterator[None]:
-        wanted = set(units)
+    def _claim(self, units: range) -> None:
         with self._condition:
-            self._condition.wait_for(lambda: self._busy.isdisjoint(wanted))
-            self._busy |= wanted
+            while not self._busy.isdisjoint(units):
+                self._condition.wait()
+            self._busy.update(units)
+
+    def _release(self, units: range) -> None:
+        with self._condition:
+            self._busy.difference_update(units)
+            self._condition.notify_all()
+
+    @contextmanager
+    def _released(self, units: range) -> Iterator[None]:
         try:
             yield
         finally:
-            with self._condition:
-                self._busy -= wanted
-                self._condition.notify_all()
+            self._release(units)
+
+    @contextmanager
+    def _released_on_error(self, units: range) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._release(units)
+            raise
+
+    def _finish_jobs(self) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._busy)
+        self._pipeline.check()

@@ -32,6 +32,16 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),
     TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
+        hook="sglang_overlay.upstream.loading:get_all_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config", "model"),
+        why="Sees the checkpoint's tensors go by: their memory stays as it is, so units can be quantized beside the "
+        "loader, which must not be done with memory that model code may use again.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
         target=f"{_LOADER}.device_loading_context",
         hook="sglang_overlay.upstream.loading:device_loading_context",
         kind=HookKind.AROUND,

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.quantizers import PerTensorQuantizer, RatioArithmetic, RowQuantizer
+from sglang_overlay.core.quantizers import (
+    PerTensorQuantizer,
+    RatioArithmetic,
+    RowQuantizer,
+    UnitQuantizer,
+    WholeUnitQuantizer,
+)
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream import eligibility
@@ -38,9 +44,7 @@ class LinearPlan:
             quantizer = RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, columns))
             return ParameterPlan(UnitGrid.per_slice((rows, columns)), quantizer, Storage(weight, scale))
         scale = torch.empty(1, dtype=torch.float32, device=device)
-        tensor_quantizer = PerTensorQuantizer(RatioArithmetic(torch.finfo(fp8.fp8_dtype).max))
-        storage = Storage(weight.unsqueeze(0), scale)
-        return ParameterPlan(UnitGrid.one((rows, columns)), tensor_quantizer, storage)
+        return ParameterPlan(UnitGrid.one((rows, columns)), _quantizer(device), Storage(weight.unsqueeze(0), scale))
 
     def register(self, layer: Module, storages: dict[str, Storage]) -> None:
         storage = storages["weight"]
@@ -49,6 +53,14 @@ class LinearPlan:
         layer.weight = Parameter(storage.weight.view(rows, columns).t(), requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.input_scale = None  # type: ignore[assignment]
+
+
+def _quantizer(device: torch.device) -> UnitQuantizer:
+    from sglang.srt.layers.quantization import fp8
+
+    if device.type == "cpu":
+        return PerTensorQuantizer(RatioArithmetic(torch.finfo(fp8.fp8_dtype).max))
+    return WholeUnitQuantizer(fp8.input_to_float8)
 
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:

@@ -15,8 +15,10 @@ import torch
 
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.layer import LayerStream, materialize
+from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.placeholders import PlaceholderAllocation
 from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.core.units import UnitGrid
@@ -69,11 +71,15 @@ class ModelLoad:
 
     Args:
         mode: what the user asked for.
+        device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
     """
 
-    def __init__(self, mode: Mode, obstacle: str | None = None) -> None:
+    def __init__(self, mode: Mode, device: torch.device, obstacle: str | None = None) -> None:
         self.mode = mode
+        self.sources = CheckpointSources()
+        self._device = device
+        self._pipeline: Pipeline | None = None
         self.account = StagingAccount()
         self.deferred: dict[str, str] = {}
         self.fallback: dict[str, str] = {}
@@ -135,8 +141,10 @@ class ModelLoad:
                 return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
         for layer, reason in self._unnamed:
             self._fall_back(names.get(layer, type(layer).__name__), reason)
+        # A device works beside the loader by itself.
+        self._pipeline = Pipeline(torch.get_num_threads() if self._device.type == "cpu" else 0)
         for layer, pending in self._pending.items():
-            self._start(layer, names.get(layer), pending)
+            self._start(layer, names.get(layer), pending, self._pipeline)
         self._pending.clear()
         self._unnamed.clear()
         return None
@@ -198,9 +206,15 @@ class ModelLoad:
                 f"{_shortened(leaks)}. Set SGLANG_STREAMFP8=0 to load this model as stock SGLang does, and report the model."
             )
 
+    def close(self) -> None:
+        """End what runs beside the load. To be called once, also when loading failed."""
+        self.progress.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
+
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
+    def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer, pipeline: Pipeline) -> None:
         if name is None:
             # Not part of the module tree, so stock would never quantize it either.
             self._materialize(pending)
@@ -214,7 +228,15 @@ class ModelLoad:
         for key, placeholder in pending.placeholders.items():
             plan = pending.plan.parameter(placeholder, pending.device)
             stream = ParameterStream(
-                f"{name}.{key}", placeholder, plan.grid, plan.quantizer, plan.storage, self.account, self._quantized
+                f"{name}.{key}",
+                placeholder,
+                plan.grid,
+                plan.quantizer,
+                plan.storage,
+                self.account,
+                self._quantized,
+                self.sources,
+                pipeline,
             )
             streams[key] = (placeholder, stream)
         layer_stream = LayerStream(name, streams, lambda stream, why: self._fall_back(stream.name, why))

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     settings = load_settings(os.environ)
     if model_config.quantization != "fp8" and settings.report_folder is None:
         return original(loader, model_config=model_config, device_config=device_config)
-    load = ModelLoad(settings.mode, eligibility.why_not_platform() or eligibility.why_not_loader(loader))
+    device = torch.device(device_config.device)
+    load = ModelLoad(settings.mode, device, eligibility.why_not_platform() or eligibility.why_not_loader(loader))
     began = time.perf_counter()
-    with MemorySampler(meter_for(torch.device(device_config.device))) as sampler, under_way(load):
+    with MemorySampler(meter_for(device)) as sampler, under_way(load):
         try:
             model = original(loader, model_config=model_config, device_config=device_config)
             load.check(model)
         finally:
-            load.progress.close()
+            load.close()
     seconds = time.perf_counter() - began
     report = summarize(load, model, model_config, loader.load_config, seconds, sampler.usage)
     if load.layers or settings.report_folder is not None:
@@ -69,6 +70,15 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
         return original(*args, **kwargs)
     load.progress = quantization_progress(load.streamed_bytes, parallel_ranks().tp.rank)
     return model
+
+
+def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Around ``DefaultModelLoader._get_all_weights``."""
+    load = current()
+    for name, tensor in original(*args, **kwargs):
+        if load is not None:
+            load.sources.offer(tensor)
+        yield name, tensor
 
 
 def device_loading_context(original: Callable[..., Any], module: torch.nn.Module, target_device: torch.device) -> Any:

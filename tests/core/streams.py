@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.quantizers import PerTensorQuantizer, RatioArithmetic, RowQuantizer
+from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.core.units import UnitGrid
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+
+PIPELINE = Pipeline(2)
 
 
 def quantize_unit(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +41,7 @@ class Streamed:
     stream: ParameterStream
     placeholder: torch.nn.Parameter
     account: StagingAccount
+    sources: CheckpointSources
     progress: list[int] = field(default_factory=list)
 
     def capture(self) -> WriteCapture:
@@ -82,6 +87,8 @@ def per_channel(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> 
 def _streamed(shape, dtype, grid, quantizer, stored) -> Streamed:
     placeholder = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
     storage = Storage(torch.zeros(stored, dtype=FP8), torch.zeros(stored[0], dtype=torch.float32))
-    account, progress = StagingAccount(), []
-    stream = ParameterStream("layer.weight", placeholder, grid, quantizer, storage, account, progress.append)
-    return Streamed(stream, placeholder, account, progress)
+    account, progress, sources = StagingAccount(), [], CheckpointSources()
+    stream = ParameterStream(
+        "layer.weight", placeholder, grid, quantizer, storage, account, progress.append, sources, PIPELINE
+    )
+    return Streamed(stream, placeholder, account, sources, progress)

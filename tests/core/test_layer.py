@@ -67,7 +67,9 @@ def test_what_was_written_before_is_kept():
     layer, _ = layer_of(streamed)
     weight = torch.randn(4, 8, dtype=torch.bfloat16)
     layer.wrap(lambda param, loaded: param.data[:2].copy_(loaded))(streamed.placeholder, weight[:2])
-    layer.wrap(lambda param, loaded: param.data[2:].index_fill_(0, torch.tensor([0, 1]), 0).add_(loaded))(streamed.placeholder, weight[2:])
+    layer.wrap(lambda param, loaded: param.data[2:].index_fill_(0, torch.tensor([0, 1]), 0).add_(loaded))(
+        streamed.placeholder, weight[2:]
+    )
     assert torch.equal(streamed.placeholder.data, weight)
     assert streamed.account.held == 0
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from core.streams import per_channel, per_expert, per_tensor
 from sglang_overlay.core.regions import slices
@@ -54,37 +55,20 @@ def plans(draw):
     return kind, shape, draw(st.permutations(parts + duplicates)), draw(st.integers(0, 1 << 16))
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(plans())
-def test_any_order_split_and_duplicate_gives_the_one_shot_result(plan):
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(plans(), st.booleans())
+def test_any_order_split_and_duplicate_gives_the_one_shot_result(plan, from_checkpoint):
     kind, shape, parts, seed = plan
     weight = weight_of(shape, seed)
     streamed = BUILDERS[kind](shape)
+    if from_checkpoint:
+        streamed.sources.offer(weight)
     with streamed.capture():
         for part in parts:
             streamed.placeholder.data[slices(part)].copy_(weight[slices(part)])
     assert streamed.stream.settle() == []
     assert streamed.equals(weight)
     assert streamed.account.held == 0
-
-
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(plans())
-def test_any_order_split_and_duplicate_gives_the_one_shot_result(plan):
-    kind, shape, parts, seed = plan
-    weight = weight_of(shape, seed)
-    streamed = BUILDERS[kind](shape)
-    with streamed.capture():
-        for part in parts:
-            streamed.placeholder.data[slices(part)].copy_(weight[slices(part)])
-    assert streamed.stream.settle() == []
-    assert streamed.equals(weight)
-    assert streamed.account.held == 0
-
-
-def _missing_after_duplicates(kind, shape, parts):
-    """A unit that is written again after it was complete is complete once all of it has come again."""
-    return [tuple((0, size) for size in shape)] if len(parts) != len(set(parts)) else []
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -113,6 +97,7 @@ def test_two_threads_may_complete_the_same_unit_again_and_again():
     shape = (2, 8, 16)
     weight = weight_of(shape)
     streamed = per_expert(shape)
+    streamed.sources.offer(weight)
     halves = [(slice(0, 2), slice(0, 4)), (slice(0, 2), slice(4, 8))]
 
     def write(seed):
@@ -126,6 +111,7 @@ def test_two_threads_may_complete_the_same_unit_again_and_again():
         list(pool.map(write, range(4)))
     with streamed.capture():
         streamed.placeholder.data.copy_(weight)
+    assert streamed.stream.settle() == []
     assert streamed.equals(weight)
     assert streamed.account.held == 0
 
@@ -220,6 +206,35 @@ def test_source_may_be_overwritten_after_the_loader_returns():
             streamed.placeholder.data[row].copy_(buffer)
             buffer.fill_(1e6)
     assert streamed.equals(weight)
+
+
+def test_piece_of_a_mapped_file_is_kept_without_memory(tmp_path):
+    save_file({"weight": weight_of((2, 8, 64))}, tmp_path / "model.safetensors")
+    mapped = load_file(tmp_path / "model.safetensors")["weight"]
+    streamed = per_expert((2, 8, 64))
+    streamed.sources.offer(mapped)
+    with streamed.capture():
+        for half in (slice(0, 4), slice(4, 8)):
+            for expert in range(2):
+                streamed.placeholder.data[expert, half].copy_(mapped[expert, half])
+    assert streamed.stream.settle() == []
+    assert streamed.equals(weight_of((2, 8, 64)))
+    assert streamed.account.peak == 0
+
+
+def test_checkpoint_tensor_that_is_changed_while_it_is_quantized_is_an_error():
+    weight = weight_of((64, 4096))
+    streamed = per_tensor((64, 4096))
+    streamed.sources.offer(weight)
+    slow = streamed.stream._quantizer.quantize_run
+    changed = threading.Event()
+    streamed.stream._quantizer.quantize_run = lambda *args: (changed.wait(10), slow(*args))
+    with streamed.capture():
+        streamed.placeholder.data.copy_(weight)
+    weight.zero_()
+    changed.set()
+    with pytest.raises(ConflictingWriteError, match="changed after its weight loader had returned"):
+        streamed.stream.settle()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3 dense, each time with one habit that streaming has to cope with."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+
+
+def _down_proj(model):
+    return model.model.layers[1].mlp.down_proj
+
+
+class RepackingForCausalLM(Qwen3ForCausalLM):
+    """Repacks weights while it is built, as ``pack_params`` of deepseek.py, xverse_moe.py and afmoe.py does."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        weights = [layer.mlp.down_proj.weight for layer in self.model.layers]
+        self.packed = torch._utils._flatten_dense_tensors(weights)
+        for weight, part in zip(weights, torch._utils._unflatten_dense_tensors(self.packed, weights), strict=True):
+            weight.data = part
+
+
+class ReadingInInitForCausalLM(Qwen3ForCausalLM):
+    """Needs a weight's contents while it is built."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm_before_loading = float(torch.nan_to_num(_down_proj(self).weight.data.float()).sum().item())
+
+
+class AddingLoaderForCausalLM(Qwen3ForCausalLM):
+    """One layer's loader does arithmetic on the parameter."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        weight = _down_proj(self).weight
+        original = weight.weight_loader
+
+        def add(param, loaded_weight):
+            original(param, torch.zeros_like(loaded_weight))
+            param.data.add_(loaded_weight)
+
+        weight._weight_loader = add
+
+
+class CustomLoaderForCausalLM(Qwen3ForCausalLM):
+    """One layer has a loader of the model's own, as qwen3_5.py and qwen3_next.py give theirs."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        weight = _down_proj(self).weight
+        original = weight.weight_loader
+        weight._weight_loader = lambda param, loaded_weight: original(param, loaded_weight)
+
+
+class ReadingAfterLoadingForCausalLM(Qwen3ForCausalLM):
+    """Derives a tensor from a quantized layer's weight inside ``load_weights``, under a name nobody knows of."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        self.derived = _down_proj(self).weight.data.transpose(0, 1).contiguous()
+
+
+class BypassingForCausalLM(Qwen3ForCausalLM):
+    """Writes a weight without calling its loader."""
+
+    def load_weights(self, weights):
+        mine = "model.layers.1.mlp.down_proj.weight"
+        kept = {}
+        super().load_weights((name, tensor) for name, tensor in weights if not self._keep(name == mine, tensor, kept))
+        _down_proj(self).weight.data.copy_(kept["weight"])
+
+    @staticmethod
+    def _keep(is_mine, tensor, kept):
+        if is_mine:
+            kept["weight"] = tensor
+        return is_mine
+
+
+EntryClass = [
+    RepackingForCausalLM,
+    ReadingInInitForCausalLM,
+    AddingLoaderForCausalLM,
+    CustomLoaderForCausalLM,
+    ReadingAfterLoadingForCausalLM,
+    BypassingForCausalLM,
+]

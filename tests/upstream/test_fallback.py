@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be streamed takes stock's path with one warning, or stops with an error; it never differs in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
+
+from sglang_overlay.observe.report import read_folder
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def odd_workers(tmp_path_factory):
+    """Workers that know the models of ``misbehaving``."""
+    with pytest.MonkeyPatch.context() as patch:
+        # A spawned process gets its parent's sys.path.
+        patch.syspath_prepend(str(HERE))
+        environ = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "misbehaving"}
+        with LoadWorkers(tmp_path_factory.mktemp("odd"), environ, start_method="spawn") as group:
+            yield group
+
+
+@pytest.fixture
+def both(odd_workers, checkpoint, tmp_path):
+    """Stock and streaming loads of a misbehaving model, and the streaming load's report."""
+
+    def load(architecture, tp_size=1):
+        path = checkpoint("qwen3", overrides=(("architectures", (architecture,)),))
+        reports = {"SGLANG_STREAMFP8_REPORT": str(tmp_path)}
+        stock = odd_workers.load(LoadJob(path, streaming="0", tp_size=tp_size, prompts=PROMPTS))
+        result = odd_workers.load(LoadJob(path, streaming="1", tp_size=tp_size, prompts=PROMPTS, environ=reports))
+        return stock, result, read_folder(tmp_path)[0]
+
+    return load
+
+
+def warnings_of(result):
+    return [line for line in result.ranks[0].log if line.startswith("WARNING") and "StreamFP8" in line]
+
+
+@pytest.mark.parametrize("architecture", ["RepackingForCausalLM", "ReadingInInitForCausalLM"])
+def test_model_that_needs_its_weights_while_it_is_built_loads_as_stock(architecture, both):
+    stock, result, report = both(architecture)
+    assert compare(stock, result) == []
+    assert report.mode == "stock"
+    assert len(warnings_of(result)) == 1
+    assert architecture in warnings_of(result)[0]
+
+
+def test_layer_with_an_unforeseen_loader_loads_as_stock_and_the_others_stream(both):
+    stock, result, report = both("AddingLoaderForCausalLM")
+    assert compare(stock, result) == []
+    assert report.mode == "streaming"
+    assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
+    assert report.layers.streamed == 11
+    assert len(warnings_of(result)) == 1
+    assert "model.layers.1.mlp.down_proj" in warnings_of(result)[0]
+    assert "add_" in warnings_of(result)[0]
+
+
+def test_loader_of_the_models_own_streams(both):
+    stock, result, report = both("CustomLoaderForCausalLM")
+    assert compare(stock, result) == []
+    assert report.layers.fallback == ()
+    assert report.layers.streamed == 12
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("ReadingAfterLoadingForCausalLM", r"hold no data: derived"),
+        ("BypassingForCausalLM", r"never completely written: model\.layers\.1\.mlp\.down_proj\.weight"),
+    ],
+)
+def test_what_would_differ_in_silence_is_an_error(architecture, message, odd_workers, checkpoint):
+    path = checkpoint("qwen3", overrides=(("architectures", (architecture,)),))
+    with pytest.raises(LoadFailed, match=message):
+        odd_workers.load(LoadJob(path, streaming="1"))
+
+
+@pytest.mark.parametrize("stored", ["fp8", "fp8_block"])
+def test_fp8_serialized_checkpoint_is_left_to_stock(stored, workers, checkpoint, tmp_path):
+    family = "qwen3" if stored == "fp8" else "qwen3_moe"
+    path = checkpoint(family, stored=stored)
+    stock = workers.load(LoadJob(path, streaming="0"))
+    result = workers.load(LoadJob(path, streaming="require", environ={"SGLANG_STREAMFP8_REPORT": str(tmp_path)}))
+    (report,) = read_folder(tmp_path)
+    assert compare(stock, result) == []
+    assert report.mode == "stock"
+    assert report.units.streamed == 0
+    assert warnings_of(result) == []
+
+
+def test_unquantized_load_is_left_to_stock(workers, checkpoint):
+    path = checkpoint("qwen3_moe")
+    stock = workers.load(LoadJob(path, streaming="0", quantization=None))
+    result = workers.load(LoadJob(path, streaming="require", quantization=None))
+    assert compare(stock, result) == []
+    assert not [line for line in result.ranks[0].log if "StreamFP8" in line]
+
+
+def test_ignored_layers_stay_in_high_precision(workers, checkpoint, tmp_path):
+    environ = {"SGLANG_FP8_IGNORED_LAYERS": "model.layers.0.mlp.experts,model.layers.1.self_attn.o_proj"}
+    path = checkpoint("qwen3_moe")
+    stock = workers.load(LoadJob(path, streaming="0", environ=environ))
+    result = workers.load(LoadJob(path, streaming="1", environ={**environ, "SGLANG_STREAMFP8_REPORT": str(tmp_path)}))
+    assert compare(stock, result) == []
+    assert read_folder(tmp_path)[0].layers.streamed == 7
+
+
+def test_other_load_formats_load_as_stock_with_one_warning(workers, checkpoint):
+    path = checkpoint("qwen3")
+    result = workers.load(LoadJob(path, streaming="1", server_args={"load_format": "dummy"}))
+    assert len(warnings_of(result)) == 1
+    assert "dummy" in warnings_of(result)[0]
+
+
+def test_other_load_formats_are_an_error_where_streaming_is_required(workers, checkpoint):
+    path = checkpoint("qwen3")
+    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require.*dummy"):
+        workers.load(LoadJob(path, streaming="require", server_args={"load_format": "dummy"}))
+
+
+def test_missing_expert_tensor_is_an_error_naming_it(workers, checkpoint, tmp_path):
+    path = _without(checkpoint("qwen3_moe"), tmp_path, "model.layers.2.mlp.experts.5.up_proj.weight")
+    with pytest.raises(LoadFailed, match=r"model\.layers\.2\.mlp\.experts\.w13_weight \(1 of 8 units\)"):
+        workers.load(LoadJob(path, streaming="1"))
+
+
+def _without(checkpoint, folder, name):
+    """A copy of a single-file checkpoint that lacks one tensor."""
+    from safetensors.torch import load_file, save_file
+
+    copy = folder / "incomplete"
+    copy.mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (copy / file.name).write_bytes(file.read_bytes())
+    (weights,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors[name]
+    save_file(tensors, copy / weights.name, metadata={"format": "pt"})
+    return copy
