@@ -51,7 +51,7 @@ def alternate(
     checkpoint: Path,
     rounds: int,
     tp_size: int = 1,
-    done: Callable[[Run], None] = lambda run: None,
+    done: Callable[[Run], None] = lambda _: None,
 ) -> list[Run]:
     """A warm-up of each contender that is not counted, then ``rounds`` times each in turn."""
     runs = []
@@ -116,7 +116,7 @@ def ratio(runs: Sequence[Run], one: str, other: str, measure: str) -> float:
         [getattr(run, measure) for run in runs if run.contender == other],
         strict=True,
     )
-    return statistics.median(a / b for a, b in pairs)
+    return float(statistics.median(a / b for a, b in pairs))
 
 
 def document(runs: Sequence[Run], checkpoint: Path, tp_size: int) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class Pipeline:
     """Runs jobs in worker threads, as many at a time as there are workers and one more waiting.
 
     Each worker computes with one thread of its own: a unit is too small to be worth waking torch's thread team for.
-    ``_slots`` bounds the jobs under way; ``_error`` is written by workers and read by whoever asks, one assignment each.
+    ``_slots`` bounds the jobs under way. ``_error`` is written by workers and read by whoever asks, each in one
+    assignment.
 
     Args:
         workers: number of threads; without any, each job runs where it is submitted.
@@ -68,7 +69,7 @@ def _start(workers: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(workers + 1)
 
     def prepare() -> None:
-        # Asking first: a thread takes over the common number when it is asked for the first time, and would do so later.
+        # Asking first: a thread takes over the common number when first asked, which must not happen afterwards.
         torch.get_num_threads()
         torch.set_num_threads(1)
         ready.wait()

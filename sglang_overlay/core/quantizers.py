@@ -138,7 +138,7 @@ class KernelArithmetic:
 
     def __init__(self, fp8_max: float) -> None:
         self._fp8_max = fp8_max
-        # The scale must be a normal number: the reciprocal of a subnormal one is off by more than rounding, or infinite.
+        # The scale must be a normal number: the reciprocal of a subnormal one is far off, or infinite.
         self.smallest = 2 * fp8_max * torch.finfo(torch.float32).smallest_normal
 
     def absmax(self, values: torch.Tensor) -> float:

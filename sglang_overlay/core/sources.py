@@ -8,11 +8,14 @@ Memory that a model's code made on the way may be used again at once.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+
+_MAPS = Path("/proc/self/maps")
+_SWEEP_AT_LEAST = 256
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,45 @@ class _Source:
     is_mapped: bool
 
 
+@dataclass(frozen=True)
+class _Mapping:
+    """Addresses of a mapped file. ``witness`` is a storage that keeps the mapping where it is while it lives."""
+
+    start: int
+    stop: int
+    witness: StorageWeakRef
+
+
+class Watch:
+    """Tells whether a tensor, or any view of the same memory, is changed from now on; keeps it alive.
+
+    By torch's version counter, so blind to tensors made in inference mode and to writes that bypass torch.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._version = self._count()
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether anything was written to the memory since."""
+        return self._count() != self._version
+
+    def _count(self) -> int:
+        return 0 if self._tensor.is_inference() else self._tensor._version
+
+
 class CheckpointSources:
-    """Remembers the checkpoint's storages without keeping them alive. ``_lock`` guards changes of ``_sources``."""
+    """Remembers the checkpoint's storages without keeping them alive.
+
+    ``_lock`` guards changes; readers see a dictionary that only grows, or a whole new one.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sources: dict[int, _Source] = {}
+        self._mapping: _Mapping | None = None
+        self._sweep_at = _SWEEP_AT_LEAST
 
     def offer(self, tensor: torch.Tensor) -> None:
         """Note that ``tensor`` comes from the checkpoint."""
@@ -34,10 +70,11 @@ class CheckpointSources:
         if storage._cdata in self._sources:
             return
         # The weak reference also keeps the number from being given to other memory.
-        found = _Source(StorageWeakRef(storage), is_file_mapped(tensor))  # type: ignore[no-untyped-call]
+        reference = StorageWeakRef(storage)
         with self._lock:
-            living = {key: source for key, source in self._sources.items() if not source.reference.expired()}
-            self._sources = {**living, storage._cdata: found}
+            self._sources[storage._cdata] = _Source(reference, self._is_mapped(tensor, reference))
+            if len(self._sources) >= self._sweep_at:
+                self._sweep()
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of memory that was offered."""
@@ -48,17 +85,37 @@ class CheckpointSources:
         source = self._sources.get(tensor.untyped_storage()._cdata)
         return source is not None and source.is_mapped
 
+    def _is_mapped(self, tensor: torch.Tensor, reference: StorageWeakRef) -> bool:
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return False
+        known, address = self._mapping, tensor.data_ptr()
+        if known is None or known.witness.expired() or not known.start <= address < known.stop:
+            found = file_mapping_at(address)
+            if found is None:
+                return False
+            known = _Mapping(*found, reference)
+        # The newest storage is the likeliest to be alive when the next one comes, and then it vouches for that one.
+        self._mapping = replace(known, witness=reference)
+        return True
 
-def is_file_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a CPU tensor's memory is a mapping of a file on disk; False where the system does not tell."""
-    maps = Path("/proc/self/maps")
-    if tensor.device.type != "cpu" or not tensor.numel() or not maps.exists():
-        return False
-    address = tensor.data_ptr()
-    for line in maps.read_text().splitlines():
+    def _sweep(self) -> None:
+        living = {key: source for key, source in self._sources.items() if not source.reference.expired()}
+        self._sources = living
+        self._sweep_at = max(_SWEEP_AT_LEAST, 2 * len(living))
+
+
+def file_mapping_at(address: int) -> tuple[int, int] | None:
+    """Start and stop of the mapping of a file on disk at ``address``; None for other memory, or where nothing tells.
+
+    Slow: the kernel writes down all mappings of the process.
+    """
+    if not _MAPS.exists():
+        return None
+    for line in _MAPS.read_text().splitlines():
         span, _, rest = line.partition(" ")
-        start, _, stop = span.partition("-")
-        if int(start, 16) <= address < int(stop, 16):
+        start, stop = (int(bound, 16) for bound in span.split("-"))
+        if start <= address < stop:
             path = rest.split(maxsplit=4)[4:]
-            return bool(path) and path[0].startswith("/") and not path[0].startswith("/dev/")
-    return False
+            is_file = bool(path) and path[0].startswith("/") and not path[0].startswith("/dev/")
+            return (start, stop) if is_file else None
+    return None

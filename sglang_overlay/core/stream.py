@@ -14,7 +14,7 @@ import torch
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.regions import Placement, slices, volume
-from sglang_overlay.core.sources import CheckpointSources
+from sglang_overlay.core.sources import CheckpointSources, Watch
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError
@@ -36,9 +36,9 @@ class Storage:
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
-    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, or to
-    the job it submitted, with its state and staging; copying and quantizing happen without the lock, so different units
-    of a parameter are quantized at the same time.
+    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, or
+    to the job it submitted, with its state and staging; copying and quantizing happen without the lock, so different
+    units of a parameter are quantized at the same time.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.
@@ -95,10 +95,10 @@ class ParameterStream:
         if not self._grid.sliced:
             values = values.unsqueeze(0)
         if box == self._grid.full and any(values.stride()):
-            self._write_whole(first, last, values)
+            self._write_whole(first, last, values, source)
             return
         for unit in range(first, last):
-            self._write_part(unit, Piece(box, values[unit - first]))
+            self._write_part(unit, Piece(box, values[unit - first]), source)
 
     def settle(self) -> list[int]:
         """Quantize what was only waiting for the end of loading, and release all staging memory.
@@ -113,6 +113,7 @@ class ParameterStream:
         """
         self._finish_jobs()
         for unit, staged in list(self._staged.items()):
+            self._refuse_changed(staged.references)
             if staged.covered == self._grid.unit_volume:
                 self._quantize(unit, staged.pieces)
             elif self._done[unit]:
@@ -137,6 +138,7 @@ class ParameterStream:
         weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
         units = weight if self._grid.sliced else weight.unsqueeze(0)
         for unit, staged in self._staged.items():
+            self._refuse_changed(staged.references)
             for piece in staged.pieces:
                 units[unit][slices(piece.box)].copy_(piece.values)
         self.release()
@@ -148,38 +150,35 @@ class ParameterStream:
             staged.release()
         self._staged.clear()
 
-    def _write_whole(self, first: int, last: int, values: torch.Tensor) -> None:
+    def _write_whole(self, first: int, last: int, values: torch.Tensor, source: torch.Tensor) -> None:
         units = range(first, last)
         self._claim(units)
         with self._released_on_error(units):
             for unit in units:
                 self._drop(unit)
-        self._run(units, values, partial(self._quantize_run, first, last, self._on_device(values)))
+        self._run(units, source, [], partial(self._quantize_run, first, last, self._on_device(values)))
 
-    def _write_part(self, unit: int, piece: Piece) -> None:
+    def _write_part(self, unit: int, piece: Piece, source: torch.Tensor) -> None:
         units = range(unit, unit + 1)
         self._claim(units)
         with self._released_on_error(units):
             staged = self._staged.setdefault(unit, StagedUnit(self._account))
             staged.overwrite(piece.box)
             if not self._completes(staged, piece):
-                self._stage(staged, piece)
+                self._stage(staged, piece, source)
                 self._release(units)
                 return
             pieces = [*staged.pieces, Piece(piece.box, self._on_device(piece.values))]
-        self._run(units, piece.values, partial(self._quantize, unit, pieces))
+        self._run(units, source, staged.references, partial(self._quantize, unit, pieces))
 
-    def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
+    def _run(self, units: range, source: torch.Tensor, earlier: Sequence[Watch], job: Callable[[], None]) -> None:
         """Run ``job`` and release ``units``: beside the loader where ``source`` stays as it is, else at once."""
-        version = source._version
+        watches = [*earlier, Watch(source)]
 
         def quantize() -> None:
             with self._released(units):
                 job()
-                if source._version != version:
-                    raise ConflictingWriteError(
-                        f"{self.name}: a checkpoint tensor was changed after its weight loader had returned."
-                    )
+                self._refuse_changed(watches)
 
         if self._sources.holds(source):
             with self._released_on_error(units):
@@ -187,9 +186,15 @@ class ParameterStream:
         else:
             quantize()
 
-    def _stage(self, staged: StagedUnit, piece: Piece) -> None:
-        if self._sources.is_mapped(piece.values) and piece.values.dtype == self._dtype and not self._is_elsewhere():
-            staged.refer(piece)
+    def _refuse_changed(self, watches: Sequence[Watch]) -> None:
+        if any(watch.has_changed for watch in watches):
+            raise ConflictingWriteError(
+                f"{self.name}: a checkpoint tensor was changed after its weight loader had returned."
+            )
+
+    def _stage(self, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
+        if self._sources.is_mapped(source) and piece.values.dtype == self._dtype and not self._is_elsewhere():
+            staged.refer(piece, source)
         else:
             # The loader may use the source's memory again once it returns.
             staged.hold(piece.copied(self._dtype, self.storage.weight.device))
@@ -221,8 +226,8 @@ class ParameterStream:
             allowed = piece.values.float().abs().clamp(min=float(smallest)) * 2**-4
             if ((stored - piece.values.float()).abs() > allowed * 1.01).any():
                 raise ConflictingWriteError(
-                    f"{self.name}: part of unit {unit} was written again with other values after it had been quantized. "
-                    "A tensor is in the checkpoint twice: remove one of the two."
+                    f"{self.name}: part of unit {unit} was written again with other values after it had been "
+                    "quantized. A tensor is in the checkpoint twice: remove one of the two."
                 )
 
     def _count(self, units: int) -> None:

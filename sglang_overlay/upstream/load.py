@@ -203,7 +203,8 @@ class ModelLoad:
         if leaks and not self.abandoned:
             raise PlaceholderLeakError(
                 "these tensors were computed from a weight that was being streamed and hold no data: "
-                f"{_shortened(leaks)}. Set SGLANG_STREAMFP8=0 to load this model as stock SGLang does, and report the model."
+                f"{_shortened(leaks)}. Set SGLANG_STREAMFP8=0 to load this model as stock SGLang does, and report "
+                "the model."
             )
 
     def close(self) -> None:
@@ -309,7 +310,7 @@ def _wrap_loader(placeholder: torch.nn.Parameter, stream: LayerStream) -> None:
     attribute = (
         "_weight_loader" if isinstance(getattr(type(placeholder), "weight_loader", None), property) else "weight_loader"
     )
-    setattr(placeholder, attribute, stream.wrap(placeholder.weight_loader))
+    setattr(placeholder, attribute, stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
 
 
 def _shortened(names: list[str]) -> str:

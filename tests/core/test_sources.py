@@ -3,10 +3,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_overlay.core.sources import CheckpointSources, is_file_mapped
+from sglang_overlay.core import sources as sources_module
+from sglang_overlay.core.sources import CheckpointSources, Watch, file_mapping_at
+
+
+def is_mapped(tensor):
+    sources = CheckpointSources()
+    sources.offer(tensor)
+    return sources.is_mapped(tensor)
 
 
 def test_sources_know_views_and_forget_nothing_that_lives():
@@ -15,19 +23,19 @@ def test_sources_know_views_and_forget_nothing_that_lives():
     sources.offer(tensor)
     assert sources.holds(tensor[1:3].t())
     assert not sources.holds(tensor.clone())
-    for _ in range(50):
+    for _ in range(1000):
         sources.offer(torch.randn(16))
     assert sources.holds(tensor)
     assert not any(sources.holds(torch.randn(16)) for _ in range(50))
-    assert len(sources._sources) <= 3
+    assert len(sources._sources) < 600
 
 
 def test_mapped_checkpoint_is_told_from_a_copy_of_it(tmp_path):
     save_file({"weight": torch.randn(64, 64), "other": torch.randn(8)}, tmp_path / "model.safetensors")
     mapped = load_file(tmp_path / "model.safetensors")["weight"]
-    assert is_file_mapped(mapped)
-    assert is_file_mapped(mapped[3:5].t())
-    assert not is_file_mapped(mapped.clone())
+    assert is_mapped(mapped)
+    assert is_mapped(mapped[3:5].t())
+    assert not is_mapped(mapped.clone())
     sources = CheckpointSources()
     sources.offer(mapped)
     assert sources.is_mapped(mapped[1])
@@ -35,6 +43,52 @@ def test_mapped_checkpoint_is_told_from_a_copy_of_it(tmp_path):
 
 
 def test_anonymous_and_empty_memory_is_not_mapped():
-    assert not is_file_mapped(torch.zeros(1 << 20))
-    assert not is_file_mapped(torch.zeros(0))
-    assert not is_file_mapped(torch.empty(4, device="meta"))
+    assert not is_mapped(torch.zeros(1 << 20))
+    assert not is_mapped(torch.zeros(0))
+    assert not is_mapped(torch.empty(4, device="meta"))
+
+
+@pytest.fixture
+def lookups(monkeypatch):
+    """Addresses for which the process's mappings were read."""
+    asked = []
+    monkeypatch.setattr(
+        sources_module, "file_mapping_at", lambda address: asked.append(address) or file_mapping_at(address)
+    )
+    return asked
+
+
+def test_mappings_are_read_once_a_file(tmp_path, lookups):
+    for file in ("a", "b"):
+        save_file({str(n): torch.randn(256) for n in range(50)}, tmp_path / file)
+    sources = CheckpointSources()
+    for file in ("a", "b"):
+        for tensor in load_file(tmp_path / file).values():
+            sources.offer(tensor)
+            assert sources.is_mapped(tensor)
+    assert len(lookups) == 2
+
+
+def test_mapping_that_may_be_gone_is_looked_up_again(tmp_path, lookups):
+    save_file({"weight": torch.randn(256), "other": torch.randn(256)}, tmp_path / "model.safetensors")
+    sources = CheckpointSources()
+    for name in ("weight", "other"):
+        tensor = load_file(tmp_path / "model.safetensors")[name]
+        sources.offer(tensor)
+        assert sources.is_mapped(tensor)
+        del tensor
+    assert len(lookups) == 2
+
+
+def test_watch_sees_changes_through_any_view():
+    tensor = torch.randn(4, 8)
+    row = tensor[1]
+    watch = Watch(tensor[2:])
+    assert not watch.has_changed
+    row.zero_()
+    assert watch.has_changed
+
+
+def test_watch_takes_tensors_of_inference_mode():
+    with torch.inference_mode():
+        assert not Watch(torch.randn(4)).has_changed
