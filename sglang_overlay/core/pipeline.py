@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,35 +14,44 @@ import torch
 MOST_WORKERS = 8
 """More threads than this wait for memory, not for each other."""
 
+_WAITING = 2
+"""Jobs that may wait for each worker, so that none is idle while the caller does a job itself."""
+
 
 class Pipeline:
-    """Runs jobs in worker threads, as many at a time as there are workers and one more waiting.
+    """Runs jobs in worker threads; a caller that finds enough of them under way does its job itself.
 
-    Each worker computes with one thread of its own: a unit is too small to be worth waking torch's thread team for.
-    ``_slots`` bounds the jobs under way. ``_error`` is written by workers and read by whoever asks, each in one
-    assignment.
+    So a machine's cores are busy without more threads than cores, and the sources that jobs keep alive are bounded.
+    Every job computes with one thread: a unit is too small to be worth waking torch's thread team for.
+
+    ``_slots`` counts the jobs that may still be put under way. ``_error`` is written by workers and read by whoever
+    asks, each in one assignment.
 
     Args:
         workers: number of threads; without any, each job runs where it is submitted.
     """
 
     def __init__(self, workers: int) -> None:
-        self._pool = _start(min(workers, MOST_WORKERS)) if workers else None
-        self._slots = threading.Semaphore(min(workers, MOST_WORKERS) + 1)
+        workers = min(workers, MOST_WORKERS)
+        self._threads = torch.get_num_threads()
+        self._pool = _start(workers, self._threads) if workers else None
+        self._slots = threading.Semaphore(workers * (1 + _WAITING))
         self._error: BaseException | None = None
 
     def submit(self, job: Callable[[], Any]) -> None:
-        """Run ``job`` soon; waits while too many are under way.
+        """Run ``job`` soon, or now.
 
         Raises:
-            BaseException: what an earlier job raised.
+            BaseException: what this or an earlier job raised.
         """
         self.check()
         if self._pool is None:
             job()
-            return
-        self._slots.acquire()
-        self._pool.submit(self._run, job)
+        elif self._slots.acquire(blocking=False):
+            self._pool.submit(self._run, job)
+        else:
+            with self._one_thread():
+                job()
 
     def check(self) -> None:
         """Raise what a job has raised, once."""
@@ -62,10 +72,18 @@ class Pipeline:
         finally:
             self._slots.release()
 
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            # Not what this thread had before: that may be the 1 which another caller has set for new threads.
+            torch.set_num_threads(self._threads)
 
-def _start(workers: int) -> ThreadPoolExecutor:
+
+def _start(workers: int, threads: int) -> ThreadPoolExecutor:
     """A pool whose threads are all there and compute with one thread each."""
-    threads = torch.get_num_threads()
     ready = threading.Barrier(workers + 1)
 
     def prepare() -> None:

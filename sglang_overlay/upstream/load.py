@@ -141,8 +141,8 @@ class ModelLoad:
                 return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
         for layer, reason in self._unnamed:
             self._fall_back(names.get(layer, type(layer).__name__), reason)
-        # A device works beside the loader by itself.
-        self._pipeline = Pipeline(torch.get_num_threads() if self._device.type == "cpu" else 0)
+        # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that compute.
+        self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
         for layer, pending in self._pending.items():
             self._start(layer, names.get(layer), pending, self._pipeline)
         self._pending.clear()

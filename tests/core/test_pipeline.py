@@ -11,30 +11,30 @@ import torch
 from sglang_overlay.core.pipeline import Pipeline
 
 
-def test_jobs_under_way_are_bounded():
+def test_caller_does_its_job_itself_once_enough_are_under_way():
     pipeline, gate = Pipeline(2), threading.Event()
-    running, most, lock = [], [], threading.Lock()
-
-    def job():
-        with lock:
-            running.append(1)
-            most.append(len(running))
-        gate.wait(10)
-        with lock:
-            running.pop()
-
-    for _ in range(3):
-        pipeline.submit(job)
-    blocked = threading.Thread(target=lambda: pipeline.submit(job))
-    blocked.start()
-    blocked.join(0.2)
-    assert blocked.is_alive()
+    threads = torch.get_num_threads()
+    for _ in range(6):
+        pipeline.submit(lambda: gate.wait(10))
+    seen = []
+    pipeline.submit(lambda: seen.append((threading.current_thread(), torch.get_num_threads())))
+    assert seen == [(threading.current_thread(), 1)]
+    assert torch.get_num_threads() == threads
     gate.set()
-    blocked.join(10)
     pipeline.close()
-    assert not blocked.is_alive()
-    assert len(most) == 4
-    assert max(most) == 2
+
+
+def test_error_of_the_callers_own_job_is_raised_at_once_and_gives_its_threads_back():
+    pipeline, gate = Pipeline(1), threading.Event()
+    threads = torch.get_num_threads()
+    for _ in range(3):
+        pipeline.submit(lambda: gate.wait(10))
+    with pytest.raises(ZeroDivisionError):
+        pipeline.submit(lambda: 1 / 0)
+    assert torch.get_num_threads() == threads
+    gate.set()
+    pipeline.close()
+    pipeline.check()
 
 
 def test_error_of_a_job_surfaces_once():
