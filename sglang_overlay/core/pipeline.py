@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -34,9 +34,10 @@ class Pipeline:
     def __init__(self, workers: int) -> None:
         workers = min(workers, MOST_WORKERS)
         self._threads = torch.get_num_threads()
-        self._pool = _start(workers, self._threads) if workers else None
+        self._jobs: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._slots = threading.Semaphore(workers * (1 + _WAITING))
         self._error: BaseException | None = None
+        self._workers = self._start(workers)
 
     def submit(self, job: Callable[[], Any]) -> None:
         """Run ``job`` soon, or now.
@@ -45,10 +46,10 @@ class Pipeline:
             BaseException: what this or an earlier job raised.
         """
         self.check()
-        if self._pool is None:
+        if not self._workers:
             job()
         elif self._slots.acquire(blocking=False):
-            self._pool.submit(self._run, job)
+            self._jobs.put(job)
         else:
             with self._one_thread():
                 job()
@@ -60,17 +61,39 @@ class Pipeline:
             raise error
 
     def close(self) -> None:
-        """Wait for all jobs and end the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        """Wait for all jobs and end the threads. May be called again."""
+        for _ in self._workers:
+            self._jobs.put(None)
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
 
-    def _run(self, job: Callable[[], Any]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._slots.release()
+    def _work(self, ready: threading.Barrier) -> None:
+        # Asking first: a thread takes over the common number when first asked, which must not happen afterwards.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        ready.wait()
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except BaseException as error:
+                self._error = error
+            finally:
+                del job
+                self._slots.release()
+
+    def _start(self, count: int) -> list[threading.Thread]:
+        ready = threading.Barrier(count + 1)
+        workers = [
+            threading.Thread(target=self._work, args=(ready,), name=f"streamfp8-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for worker in workers:
+            worker.start()
+        ready.wait()
+        # torch keeps the number per thread, and what it gives new threads in one place: this puts the latter back.
+        torch.set_num_threads(self._threads)
+        return workers
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
@@ -80,22 +103,3 @@ class Pipeline:
         finally:
             # Not what this thread had before: that may be the 1 which another caller has set for new threads.
             torch.set_num_threads(self._threads)
-
-
-def _start(workers: int, threads: int) -> ThreadPoolExecutor:
-    """A pool whose threads are all there and compute with one thread each."""
-    ready = threading.Barrier(workers + 1)
-
-    def prepare() -> None:
-        # Asking first: a thread takes over the common number when first asked, which must not happen afterwards.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="streamfp8", initializer=prepare)
-    for _ in range(workers):
-        pool.submit(int)
-    ready.wait()
-    # torch keeps the number per thread, and what it gives new threads in one place: this puts the latter back.
-    torch.set_num_threads(threads)
-    return pool
