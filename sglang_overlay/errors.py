@@ -21,10 +21,21 @@ class UnsupportedWriteError(StreamFP8Error):
 
 
 class LayerNotStreamableError(StreamFP8Error):
-    """A weight loader turned out to be uncapturable after part of its layer had already been quantized."""
+    """A layer cannot be streamed, and part of it has been quantized already: it must be loaded anew, as in stock.
+
+    Attributes:
+        layer: the layer's qualified name.
+        reason: what stands against it.
+    """
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        super().__init__(f"{parameter}: {reason}")
+        self.parameter = parameter
+        self.layer = parameter.rpartition(".")[0]
+        self.reason = reason
 
 
-class ConflictingWriteError(StreamFP8Error):
+class ConflictingWriteError(LayerNotStreamableError):
     """Part of a unit was written again, with other values, after the unit had been quantized."""
 
 

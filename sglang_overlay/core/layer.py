@@ -12,7 +12,7 @@ import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
 from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.errors import UnsupportedWriteError
+from sglang_overlay.errors import LayerNotStreamableError, UnsupportedWriteError
 
 WeightLoader = Callable[..., Any]
 
@@ -84,13 +84,20 @@ class LayerStream:
             self._condition.wait_for(lambda: self._loading == 0)
         try:
             for key, stream in self.streams.items():
-                materialize(self.placeholders[key], stream.restore())
+                materialize(self.placeholders[key], self._restored(stream, reason))
             self.streaming = False
             self._on_return(self, reason)
         finally:
             with self._condition:
                 self._returning = False
                 self._condition.notify_all()
+
+    @staticmethod
+    def _restored(stream: ParameterStream, reason: str) -> torch.Tensor:
+        try:
+            return stream.restore()
+        except LayerNotStreamableError as error:
+            raise LayerNotStreamableError(error.parameter, f"{reason}, and {error.reason}") from error
 
     def _enter(self) -> bool:
         with self._condition:

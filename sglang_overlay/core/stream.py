@@ -134,7 +134,7 @@ class ParameterStream:
         """
         self._finish_jobs()
         if any(self._done):
-            raise LayerNotStreamableError(f"{self.name}: {sum(self._done)} of {self.units} units are quantized already")
+            raise LayerNotStreamableError(self.name, f"{sum(self._done)} of {self.units} units are quantized already")
         weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
         units = weight if self._grid.sliced else weight.unsqueeze(0)
         for unit, staged in self._staged.items():
@@ -188,9 +188,7 @@ class ParameterStream:
 
     def _refuse_changed(self, watches: Sequence[Watch]) -> None:
         if any(watch.has_changed for watch in watches):
-            raise ConflictingWriteError(
-                f"{self.name}: a checkpoint tensor was changed after its weight loader had returned."
-            )
+            raise ConflictingWriteError(self.name, "a checkpoint tensor was changed after its weight loader returned")
 
     def _stage(self, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
         if self._sources.is_mapped(source) and piece.values.dtype == self._dtype and not self._is_elsewhere():
@@ -226,8 +224,9 @@ class ParameterStream:
             allowed = piece.values.float().abs().clamp(min=float(smallest)) * 2**-4
             if ((stored - piece.values.float()).abs() > allowed * 1.01).any():
                 raise ConflictingWriteError(
-                    f"{self.name}: part of unit {unit} was written again with other values after it had been "
-                    "quantized. A tensor is in the checkpoint twice: remove one of the two."
+                    self.name,
+                    f"part of unit {unit} was written again with other values after it had been quantized; a tensor "
+                    "may be in the checkpoint twice",
                 )
 
     def _count(self, units: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -73,9 +74,16 @@ class ModelLoad:
         mode: what the user asked for.
         device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
+        excluded: why certain layers, by name, must take stock's path.
     """
 
-    def __init__(self, mode: Mode, device: torch.device, obstacle: str | None = None) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        device: torch.device,
+        obstacle: str | None = None,
+        excluded: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.mode = mode
         self.sources = CheckpointSources()
         self._device = device
@@ -89,6 +97,7 @@ class ModelLoad:
         self.direct_units = 0
         self.layers = 0
         self._obstacle = obstacle
+        self._excluded = excluded
         self._pending: dict[torch.nn.Module, PendingLayer] = {}
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
         self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
@@ -202,9 +211,7 @@ class ModelLoad:
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
         if leaks and not self.abandoned:
             raise PlaceholderLeakError(
-                "these tensors were computed from a weight that was being streamed and hold no data: "
-                f"{_shortened(leaks)}. Set SGLANG_STREAMFP8=0 to load this model as stock SGLang does, and report "
-                "the model."
+                f"computed from a weight that was being streamed, these tensors hold no data: {_shortened(leaks)}"
             )
 
     def close(self) -> None:
@@ -224,6 +231,10 @@ class ModelLoad:
         if reason is not None:
             self._materialize(pending)
             self.deferred[name] = reason
+            return
+        if name in self._excluded:
+            self._materialize(pending)
+            self._fall_back(name, self._excluded[name])
             return
         streams = {}
         for key, placeholder in pending.placeholders.items():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import logging
 import os
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.errors import LayerNotStreamableError, PlaceholderLeakError
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
@@ -31,14 +34,14 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if model_config.quantization != "fp8" and settings.report_folder is None:
         return original(loader, model_config=model_config, device_config=device_config)
     device = torch.device(device_config.device)
-    load = ModelLoad(settings.mode, device, eligibility.why_not_platform() or eligibility.why_not_loader(loader))
+    obstacle = eligibility.why_not_platform() or eligibility.why_not_loader(loader)
     began = time.perf_counter()
-    with MemorySampler(meter_for(device)) as sampler, under_way(load):
-        try:
-            model = original(loader, model_config=model_config, device_config=device_config)
-            load.check(model)
-        finally:
-            load.close()
+    with MemorySampler(meter_for(device)) as sampler:
+        load, model = _load(
+            lambda: original(loader, model_config=model_config, device_config=device_config),
+            lambda why, excluded: ModelLoad(settings.mode, device, why, excluded),
+            obstacle,
+        )
     seconds = time.perf_counter() - began
     report = summarize(load, model, model_config, loader.load_config, seconds, sampler.usage)
     if load.layers or settings.report_folder is not None:
@@ -46,6 +49,35 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if settings.report_folder is not None:
         _write_report(report, settings.report_folder)
     return model
+
+
+def _load(
+    read: Callable[[], torch.nn.Module],
+    begin: Callable[[str | None, Mapping[str, str]], ModelLoad],
+    obstacle: str | None,
+) -> tuple[ModelLoad, torch.nn.Module]:
+    """Load a model; where it turns out too late that something cannot be streamed, load it anew as stock does.
+
+    The first time only the layer in question takes stock's path, the second time the whole model.
+    """
+    excluded: dict[str, str] = {}
+    while True:
+        load = begin(obstacle, excluded)
+        try:
+            with under_way(load), contextlib.closing(load):
+                model = read()
+                load.check(model)
+            return load, model
+        except (LayerNotStreamableError, PlaceholderLeakError) as error:
+            if isinstance(error, LayerNotStreamableError) and not excluded:
+                excluded[error.layer] = f"{error.reason}; the model was loaded anew"
+            elif obstacle is None:
+                obstacle = f"{error}; the model was loaded anew"
+            else:
+                raise
+        # Out of the except block, whose traceback keeps the first model's memory.
+        del load
+        gc.collect()
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

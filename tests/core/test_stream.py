@@ -233,7 +233,7 @@ def test_checkpoint_tensor_that_is_changed_while_it_is_quantized_is_an_error():
         streamed.placeholder.data.copy_(weight)
     weight.zero_()
     changed.set()
-    with pytest.raises(ConflictingWriteError, match="changed after its weight loader had returned"):
+    with pytest.raises(ConflictingWriteError, match="changed after its weight loader returned"):
         streamed.stream.settle()
 
 

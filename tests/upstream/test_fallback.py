@@ -69,16 +69,36 @@ def test_loader_of_the_models_own_streams(both):
     assert report.layers.streamed == 12
 
 
+def test_layer_that_is_quantized_when_its_loader_does_something_unforeseen_is_loaded_anew(both):
+    stock, result, report = both("LateAddingLoaderForCausalLM")
+    assert compare(stock, result) == []
+    assert report.mode == "streaming"
+    assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
+    assert report.layers.streamed == 11
+    assert len(warnings_of(result)) == 1
+    assert "loaded anew" in warnings_of(result)[0]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "message"),
-    [
-        ("ReadingAfterLoadingForCausalLM", r"hold no data: derived"),
-        ("BypassingForCausalLM", r"never completely written: model\.layers\.1\.mlp\.down_proj\.weight"),
-    ],
+    ("architecture", "warnings"), [("ReadingAfterLoadingForCausalLM", 1), ("ManyLateAddingLoadersForCausalLM", 2)]
 )
-def test_what_would_differ_in_silence_is_an_error(architecture, message, odd_workers, checkpoint):
-    path = checkpoint("qwen3", overrides=(("architectures", (architecture,)),))
-    with pytest.raises(LoadFailed, match=message):
+def test_model_of_which_more_than_a_layer_cannot_be_streamed_is_loaded_anew_as_stock(architecture, warnings, both):
+    stock, result, report = both(architecture)
+    assert compare(stock, result) == []
+    assert report.mode == "stock"
+    assert len(warnings_of(result)) == warnings
+    assert "The model is loaded as in stock SGLang" in warnings_of(result)[-1]
+
+
+def test_model_that_cannot_be_streamed_is_an_error_where_streaming_is_required(odd_workers, checkpoint):
+    path = checkpoint("qwen3", overrides=(("architectures", ("ReadingAfterLoadingForCausalLM",)),))
+    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require(.|\n)*hold no data: derived"):
+        odd_workers.load(LoadJob(path, streaming="require"))
+
+
+def test_weight_written_without_its_loader_is_an_error(odd_workers, checkpoint):
+    path = checkpoint("qwen3", overrides=(("architectures", ("BypassingForCausalLM",)),))
+    with pytest.raises(LoadFailed, match=r"never completely written: model\.layers\.1\.mlp\.down_proj\.weight"):
         odd_workers.load(LoadJob(path, streaming="1"))
 
 

@@ -30,19 +30,45 @@ class ReadingInInitForCausalLM(Qwen3ForCausalLM):
         self.norm_before_loading = float(torch.nan_to_num(_down_proj(self).weight.data.float()).sum().item())
 
 
+def _load_by_adding(weight):
+    original = weight.weight_loader
+
+    def add(param, loaded_weight):
+        original(param, torch.zeros_like(loaded_weight))
+        param.data.add_(loaded_weight)
+
+    weight._weight_loader = add
+
+
 class AddingLoaderForCausalLM(Qwen3ForCausalLM):
     """One layer's loader does arithmetic on the parameter."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         weight = _down_proj(self).weight
-        original = weight.weight_loader
 
         def add(param, loaded_weight):
-            original(param, torch.zeros_like(loaded_weight))
+            param.data.zero_()
             param.data.add_(loaded_weight)
 
         weight._weight_loader = add
+
+
+class LateAddingLoaderForCausalLM(Qwen3ForCausalLM):
+    """One layer's loader does arithmetic on the parameter after all of it has been written once."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _load_by_adding(_down_proj(self).weight)
+
+
+class ManyLateAddingLoadersForCausalLM(Qwen3ForCausalLM):
+    """Several layers do that."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for layer in self.model.layers:
+            _load_by_adding(layer.mlp.down_proj.weight)
 
 
 class CustomLoaderForCausalLM(Qwen3ForCausalLM):
@@ -83,6 +109,8 @@ EntryClass = [
     RepackingForCausalLM,
     ReadingInInitForCausalLM,
     AddingLoaderForCausalLM,
+    LateAddingLoaderForCausalLM,
+    ManyLateAddingLoadersForCausalLM,
     CustomLoaderForCausalLM,
     ReadingAfterLoadingForCausalLM,
     BypassingForCausalLM,
