@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sglang_overlay.errors import SettingsError
+from sglang_overlay.settings import Mode, Settings, load_settings
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [("", Mode.ON), ("1", Mode.ON), ("0", Mode.OFF), ("require", Mode.REQUIRE), (" Require ", Mode.REQUIRE)],
+)
+def test_switch_takes_its_three_values_and_is_on_without_one(text, mode):
+    assert load_settings({"SGLANG_STREAMFP8": text}).mode is mode
+
+
+@pytest.mark.parametrize("text", ["2", "true", "on", "off", "required"])
+def test_any_other_value_is_an_error_that_lists_the_valid_ones(text):
+    with pytest.raises(SettingsError, match=rf"'{text}'.*=0, .*=1, .*=require"):
+        load_settings({"SGLANG_STREAMFP8": text})
+
+
+def test_reports_are_written_only_where_a_folder_is_given():
+    assert load_settings({}) == Settings(mode=Mode.ON, report_folder=None)
+    assert load_settings({"SGLANG_STREAMFP8_REPORT": " "}).report_folder is None
+    assert load_settings({"SGLANG_STREAMFP8_REPORT": "reports"}).report_folder == Path("reports")

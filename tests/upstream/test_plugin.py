@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin in a process of SGLang's: for every value of its variable, and where SGLang is not as expected."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROLOGUE = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING, format="LOG %(levelname)s %(name)s: %(message)s")
+"""
+EPILOGUE = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+assert "sglang.srt.layers.quantization.fp8" not in sys.modules, "the plugin imports SGLang's layers"
+from sglang.srt.layers.quantization import fp8
+from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.upstream.touch_point import State, inspect_points
+import sglang.srt.model_loader.loader
+print("ACTIVE", sum(found.state is State.ACTIVE for found in inspect_points(STREAMING)), "of", len(STREAMING))
+fp8.Fp8Config(is_checkpoint_fp8_serialized=True)
+print("SERIALIZED")
+for _ in range(2):
+    fp8.Fp8Config()
+print("ONLINE")
+"""
+OTHER_RELEASE = """
+from sglang_overlay.upstream import releases
+releases.installed = lambda: "0.4.1"
+"""
+OTHER_SIGNATURE = """
+import wrapt
+def change(module):
+    module.Fp8LinearMethod.create_weights = lambda self, layer: None
+wrapt.register_post_import_hook(change, "sglang.srt.layers.quantization.fp8")
+"""
+
+
+def run(change="", **variables):
+    """A process that loads SGLang's plugins, and then makes an fp8 config as a model load does."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    return subprocess.run(
+        [sys.executable, "-c", PROLOGUE + change + EPILOGUE],
+        env={**environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def warnings_of(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("LOG ") and "StreamFP8" in line]
+
+
+@pytest.mark.parametrize(("value", "active"), [("0", 0), ("1", 8), ("require", 8)])
+def test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone(value, active):
+    result = run(SGLANG_STREAMFP8=value)
+    assert result.returncode == 0, result.stderr
+    assert f"ACTIVE {active} of 8" in result.stdout
+    assert warnings_of(result) == []
+
+
+def test_unknown_value_ends_the_process_with_the_valid_ones():
+    result = run(SGLANG_STREAMFP8="yes")
+    assert result.returncode == 1
+    assert "ACTIVE" not in result.stdout
+    assert "SGLANG_STREAMFP8='yes' is not a known value" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param(OTHER_RELEASE, "SGLang 0.4.1 is not a supported release (supported: 0.5.23", id="release"),
+        pytest.param(OTHER_SIGNATURE, "Fp8LinearMethod.create_weights: signature", id="signature"),
+    ],
+)
+class TestSGLangThatIsNotAsExpected:
+    def test_is_left_as_it_is_with_one_warning_at_the_first_fp8_load(self, change, said):
+        result = run(change)
+        assert result.returncode == 0, result.stderr
+        assert "Fp8MoEMethod" not in result.stdout
+        (warning,) = warnings_of(result)
+        assert said in warning
+        assert "supported" in warning
+
+    def test_is_an_error_of_the_fp8_load_alone_where_streaming_is_required(self, change, said):
+        result = run(change, SGLANG_STREAMFP8="require")
+        assert result.returncode == 1
+        assert "SERIALIZED" in result.stdout
+        assert "ONLINE" not in result.stdout
+        assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
+        assert said in result.stderr
