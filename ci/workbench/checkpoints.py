@@ -270,7 +270,7 @@ SIZES: dict[Family, dict[str, Config]] = {
     "qwen3_moe": {
         "tiny": _qwen_moe_dims(_QWEN_TINY, 8, 2, 128),
         "demo": _qwen_moe_dims(_QWEN_1024, 48, 4, 512),
-        "bench_2g": _qwen_moe_dims({**_QWEN_1024, "num_hidden_layers": 8}, 64, 8, 768),
+        "bench_2g": _qwen_moe_dims(_qwen_dims(4, 2048, 32, 4, 128), 64, 8, 768),
         "bench_4g": _qwen_moe_dims(_qwen_dims(7, 2048, 32, 4, 128), 64, 8, 768),
     },
     "deepseek_v2": {

@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 from workbench.loads import LoadJob
 
+pytestmark = pytest.mark.memory
+
 
 @pytest.fixture(scope="module")
 def loads(workers, checkpoint):

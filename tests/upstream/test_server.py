@@ -11,6 +11,8 @@ from workbench import serving
 
 from sglang_overlay.observe.report import read_folder
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def launch(checkpoint, tmp_path):
