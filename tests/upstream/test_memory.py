@@ -9,10 +9,10 @@ from workbench.loads import LoadJob
 pytestmark = pytest.mark.memory
 
 
-@pytest.fixture(scope="module")
-def loads(workers, checkpoint):
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
+def loads(request, workers, checkpoint):
     """A stock and a streaming load of a bf16 MoE model with 64 experts a layer, each in a process of its own."""
-    path = checkpoint("qwen3_moe", size="bench_2g", files=4)
+    path = checkpoint(request.param, size="bench_2g", files=4)
     assert sum(file.stat().st_size for file in path.glob("*.safetensors")) > 2e9
     return {mode: workers.load_fresh(LoadJob(path, streaming=mode)).ranks[0] for mode in ("0", "require")}
 
