@@ -40,12 +40,7 @@ class Pipeline:
         self._workers = self._start(workers)
 
     def submit(self, job: Callable[[], Any]) -> None:
-        """Run ``job`` soon, or now.
-
-        Raises:
-            BaseException: what this or an earlier job raised.
-        """
-        self.check()
+        """Run ``job`` soon, or now; what it raises surfaces in ``check``, or here."""
         if not self._workers:
             job()
         elif self._slots.acquire(blocking=False):
@@ -55,7 +50,7 @@ class Pipeline:
                 job()
 
     def check(self) -> None:
-        """Raise what a job has raised, once."""
+        """Raise what a job has raised, once. Certain to know of a job only after ``close``."""
         error, self._error = self._error, None
         if error is not None:
             raise error

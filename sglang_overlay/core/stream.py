@@ -180,9 +180,10 @@ class ParameterStream:
                 job()
                 self._refuse_changed(watches)
 
+        with self._released_on_error(units):
+            self._pipeline.check()
         if self._sources.holds(source):
-            with self._released_on_error(units):
-                self._pipeline.submit(quantize)
+            self._pipeline.submit(quantize)
         else:
             quantize()
 

@@ -200,7 +200,12 @@ class ModelLoad:
         Raises:
             IncompleteLoadError: units were never completely written.
             PlaceholderLeakError: the model holds a tensor without memory.
+            LayerNotStreamableError: a layer has to be loaded anew.
         """
+        if self._pipeline is not None:
+            # First: a unit whose job failed is incomplete too.
+            self._pipeline.close()
+            self._pipeline.check()
         if self._incomplete:
             listed = [f"{name} ({missing} of {total} units)" for name, (missing, total) in self._incomplete.items()]
             raise IncompleteLoadError(

@@ -55,6 +55,12 @@ def test_error_of_a_job_surfaces_once():
     pipeline.check()
 
 
+def test_pipeline_can_be_closed_twice():
+    pipeline = Pipeline(1)
+    pipeline.close()
+    pipeline.close()
+
+
 def test_without_workers_a_job_runs_where_it_is_submitted():
     where = []
     pipeline = Pipeline(0)
