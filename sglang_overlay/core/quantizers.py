@@ -8,8 +8,8 @@ parameter's high-precision dtype and lie on the parameter's device.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from sglang_overlay.core.regions import slices, whole
 from sglang_overlay.core.staging import Piece
 
 CHUNK_ELEMENTS = 1 << 18
-"""Elements cast at once: 1 MiB of float32, so that the intermediate stays in a core's cache."""
+"""Elements cast at once: 1 MiB of float32, so that the intermediate stays in cache."""
 
 
 class UnitQuantizer(Protocol):
@@ -165,16 +165,15 @@ class PerTensorQuantizer:
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> None:
         absmax = _most(_largest(piece.values) for piece in pieces)
-        cast: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = _cast
+        saturate_ = _unchanged
         if not self._arithmetic.smallest <= absmax < math.inf:
             absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
-            cast = partial(_cast_saturating, saturate_=self._arithmetic.saturate_)
+            saturate_ = self._arithmetic.saturate_
         multiplier, stored = self._arithmetic.factors(torch.tensor(absmax, dtype=torch.float32))
         for piece in pieces:
-            # One dimension or more, not zero: a 0-d factor would not promote bf16 values to float32.
-            factor = multiplier.reshape((1,) * piece.values.dim())
             for values, out in _chunks(piece.values, weight[slices(piece.box)]):
-                cast(values, factor, out)
+                products = _scratch(values.shape).copy_(values).mul_(multiplier)
+                out.copy_(saturate_(products, torch.finfo(out.dtype).max))
         scale.copy_(stored.reshape(scale.shape))
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
@@ -202,14 +201,17 @@ def _chunks(values: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Ten
     yield from zip(values.split(rows), out.split(rows), strict=True)
 
 
-def _cast(values: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(torch.mul(values, factor))
+def _unchanged(products: torch.Tensor, _limit: float) -> torch.Tensor:
+    return products
 
 
-def _cast_saturating(
-    values: torch.Tensor,
-    factor: torch.Tensor,
-    out: torch.Tensor,
-    saturate_: Callable[[torch.Tensor, float], torch.Tensor],
-) -> None:
-    out.copy_(saturate_(torch.mul(values, factor), torch.finfo(out.dtype).max))
+_buffers = threading.local()
+
+
+def _scratch(shape: torch.Size) -> torch.Tensor:
+    """Float32 memory of this thread's own, used again for each chunk: fresh memory would cost a page fault a page."""
+    needed = math.prod(shape)
+    buffer: torch.Tensor | None = getattr(_buffers, "chunk", None)
+    if buffer is None or buffer.numel() < needed:
+        buffer = _buffers.chunk = torch.empty(max(needed, CHUNK_ELEMENTS), dtype=torch.float32)
+    return buffer[:needed].view(shape)
