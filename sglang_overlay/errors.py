@@ -8,6 +8,14 @@ class StreamFP8Error(Exception):
     """Base of all errors raised by sglang-streamfp8."""
 
 
+def annotate(error: BaseException, note: str) -> None:
+    """Add a line to what an error says, whoever raised it."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.args = (*error.args, note)
+
+
 class SettingsError(StreamFP8Error):
     """An environment variable has a value this package does not know."""
 
@@ -37,6 +45,18 @@ class LayerNotStreamableError(StreamFP8Error):
 
 class ConflictingWriteError(LayerNotStreamableError):
     """Part of a unit was written again, with other values, after the unit had been quantized."""
+
+
+class UnsupportedDtypeError(StreamFP8Error):
+    """A checkpoint tensor of integers was to be written into a weight: it is quantized already, by something else."""
+
+
+class StagingMemoryError(StreamFP8Error):
+    """Memory ran out while a weight was streamed. Caused by torch's own error."""
+
+
+class NonFiniteWeightError(StreamFP8Error):
+    """``SGLANG_STREAMFP8=require`` was asked for and the checkpoint holds NaN or Inf."""
 
 
 class IncompleteLoadError(StreamFP8Error):

@@ -8,6 +8,8 @@ variable                   values                       meaning
 ..                         ``0``                        stock behaviour exactly
 ..                         ``require``                  an fp8 load that cannot be streamed is an error
 ``SGLANG_STREAMFP8_REPORT`` a folder                    write one JSON load report per rank there
+``SGLANG_STREAMFP8_ALLOW_MISSING`` ``0`` (default)      weights that the checkpoint lacks are an error
+..                         ``1``                        they are a warning, and zero in the model
 ========================== ============================ ===========================================================
 """
 
@@ -22,6 +24,7 @@ from sglang_overlay.errors import SettingsError
 
 MODE_VARIABLE = "SGLANG_STREAMFP8"
 REPORT_VARIABLE = "SGLANG_STREAMFP8_REPORT"
+ALLOW_MISSING_VARIABLE = "SGLANG_STREAMFP8_ALLOW_MISSING"
 
 
 class Mode(enum.Enum):
@@ -38,6 +41,7 @@ class Settings:
 
     mode: Mode = Mode.ON
     report_folder: Path | None = None
+    allow_missing: bool = False
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -49,7 +53,11 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     Raises:
         SettingsError: a variable has an unknown value; the message lists the valid ones.
     """
-    return Settings(mode=_mode(environ.get(MODE_VARIABLE, "")), report_folder=_folder(environ.get(REPORT_VARIABLE, "")))
+    return Settings(
+        mode=_mode(environ.get(MODE_VARIABLE, "")),
+        report_folder=_folder(environ.get(REPORT_VARIABLE, "")),
+        allow_missing=_switch(ALLOW_MISSING_VARIABLE, environ.get(ALLOW_MISSING_VARIABLE, "")),
+    )
 
 
 def _mode(text: str) -> Mode:
@@ -61,6 +69,15 @@ def _mode(text: str) -> Mode:
     except ValueError:
         valid = ", ".join(f"{MODE_VARIABLE}={mode.value}" for mode in Mode)
         raise SettingsError(f"{MODE_VARIABLE}={text!r} is not a known value. Use one of: {valid}.") from None
+
+
+def _switch(variable: str, text: str) -> bool:
+    text = text.strip()
+    if text in ("", "0"):
+        return False
+    if text == "1":
+        return True
+    raise SettingsError(f"{variable}={text!r} is not a known value. Use one of: {variable}=0, {variable}=1.")
 
 
 def _folder(text: str) -> Path | None:

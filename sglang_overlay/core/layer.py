@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
 from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.errors import LayerNotStreamableError, UnsupportedWriteError
+from sglang_overlay.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
 
 WeightLoader = Callable[..., Any]
 
@@ -63,6 +63,9 @@ class LayerStream:
                     return loader(*args, **kwargs)
             except UnsupportedWriteError as error:
                 reason = str(error)
+            except Exception as error:
+                annotate(error, self._describe_call([*args, *kwargs.values()]))
+                raise
             finally:
                 self._leave()
             self.return_to_stock(reason)
@@ -99,6 +102,24 @@ class LayerStream:
         except LayerNotStreamableError as error:
             raise LayerNotStreamableError(error.parameter, f"{reason}, and {error.reason}") from error
 
+    def release(self) -> None:
+        """Give all staging memory back, when no loader runs any more."""
+        for stream in self.streams.values():
+            stream.release()
+
+    def _describe_call(self, arguments: Sequence[Any]) -> str:
+        """Upstream's loaders assert shapes without a word: say what was being loaded, and into what."""
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        keys = [key for key, placeholder in self.placeholders.items() if any(placeholder is value for value in tensors)]
+        stream = self.streams.get(keys[0]) if keys else None
+        into = f"{self.name}.{keys[0]} {_shape(self.placeholders[keys[0]])}" if keys else self.name
+        loaded = [
+            f"{(stream and stream.origin_of(value)) or 'a tensor'} {_shape(value)}"
+            for value in tensors
+            if not any(value is placeholder for placeholder in self.placeholders.values())
+        ]
+        return f"StreamFP8: raised while loading {', '.join(loaded) or 'nothing'} into {into}"
+
     def _enter(self) -> bool:
         with self._condition:
             self._condition.wait_for(lambda: not self._returning)
@@ -111,6 +132,10 @@ class LayerStream:
             self._thread.inside = False
             self._loading -= 1
             self._condition.notify_all()
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"({str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)})"
 
 
 def materialize(placeholder: torch.nn.Parameter, weight: torch.Tensor) -> None:

@@ -24,17 +24,26 @@ CHUNK_ELEMENTS = 1 << 18
 class UnitQuantizer(Protocol):
     """Quantizes units of one parameter. Must be safe to call from several threads for different units."""
 
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> None:
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Quantize one unit.
 
         Args:
             pieces: the unit's values, shape of each its box.
             weight: fp8 output, shape of the unit.
             scale: float32 output, the unit's slice of the scale.
+
+        Returns:
+            The largest magnitude of the unit; NaN or Inf where any of its values is. May be on the device, not awaited.
         """
 
-    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        """Quantize several whole units at once; the first dimension of each argument counts them."""
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Quantize several whole units at once; the first dimension of arguments and result counts them."""
+
+
+def magnitude(unit: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude; NaN or Inf where any value is. Scales do not tell: the kernels' maximum drops NaN."""
+    low, high = unit.aminmax()
+    return torch.maximum(low.neg(), high)
 
 
 def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
@@ -57,16 +66,16 @@ class WholeUnitQuantizer:
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._function = function
 
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> None:
-        values, factor = self._function(assemble(pieces, weight))
-        weight.copy_(values)
-        scale.copy_(factor.reshape(scale.shape))
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        unit = assemble(pieces, weight)
+        return self.quantize_run(unit.unsqueeze(0), weight.unsqueeze(0), scale.unsqueeze(0))[0]
 
-    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         for unit, out, factor in zip(values, weight, scale, strict=True):
             quantized, unit_scale = self._function(unit.contiguous())
             out.copy_(quantized)
             factor.copy_(unit_scale.reshape(factor.shape))
+        return torch.stack([magnitude(unit) for unit in values])
 
 
 class RowQuantizer:
@@ -79,13 +88,15 @@ class RowQuantizer:
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._function = function
 
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> None:
-        self.quantize_run(assemble(pieces, weight).unsqueeze(0), weight.unsqueeze(0), scale.reshape(1))
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.quantize_run(assemble(pieces, weight).unsqueeze(0), weight.unsqueeze(0), scale.reshape(1))[0]
 
-    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         quantized, factors = self._function(values.contiguous())
         weight.copy_(quantized)
         scale.copy_(factors.reshape(scale.shape))
+        low, high = values.aminmax(dim=1)
+        return torch.maximum(low.neg(), high)
 
 
 class PerTensorArithmetic(Protocol):
@@ -163,8 +174,8 @@ class PerTensorQuantizer:
     def __init__(self, arithmetic: PerTensorArithmetic) -> None:
         self._arithmetic = arithmetic
 
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> None:
-        absmax = _most(_largest(piece.values) for piece in pieces)
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        absmax = found = _most(_largest(piece.values) for piece in pieces)
         saturate_ = _unchanged
         if not self._arithmetic.smallest <= absmax < math.inf:
             absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
@@ -175,10 +186,13 @@ class PerTensorQuantizer:
                 products = _scratch(values.shape).copy_(values).mul_(multiplier)
                 out.copy_(saturate_(products, torch.finfo(out.dtype).max))
         scale.copy_(stored.reshape(scale.shape))
+        return torch.tensor(found, dtype=torch.float32)
 
-    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        for unit, out, factor in zip(values, weight, scale, strict=True):
-            self.quantize([Piece(whole(unit.shape), unit)], out, factor)
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        units = zip(values, weight, scale, strict=True)
+        return torch.stack(
+            [self.quantize([Piece(whole(unit.shape), unit)], out, factor) for unit, out, factor in units]
+        )
 
 
 def _largest(values: torch.Tensor) -> float:

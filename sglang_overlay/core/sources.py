@@ -22,6 +22,7 @@ _SWEEP_AT_LEAST = 256
 class _Source:
     reference: StorageWeakRef
     is_mapped: bool
+    name: str
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,26 @@ class CheckpointSources:
         self._mapping: _Mapping | None = None
         self._sweep_at = _SWEEP_AT_LEAST
 
-    def offer(self, tensor: torch.Tensor) -> None:
-        """Note that ``tensor`` comes from the checkpoint."""
+    def offer(self, tensor: torch.Tensor, name: str = "") -> None:
+        """Note that ``tensor`` comes from the checkpoint, under ``name`` there."""
         storage = tensor.untyped_storage()
         if storage._cdata in self._sources:
             return
         # The weak reference also keeps the number from being given to other memory.
         reference = StorageWeakRef(storage)
         with self._lock:
-            self._sources[storage._cdata] = _Source(reference, self._is_mapped(tensor, reference))
+            self._sources[storage._cdata] = _Source(reference, self._is_mapped(tensor, reference), name)
             if len(self._sources) >= self._sweep_at:
                 self._sweep()
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of memory that was offered."""
         return tensor.untyped_storage()._cdata in self._sources
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """The name in the checkpoint of the tensor that ``tensor`` is a view of; empty for other memory."""
+        source = self._sources.get(tensor.untyped_storage()._cdata)
+        return "" if source is None else source.name
 
     def is_mapped(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of offered memory that is a mapped file: keeping it costs no memory."""

@@ -42,12 +42,23 @@ class Piece:
 
 
 class StagingAccount:
-    """Counts bytes of staging memory. One lock guards both counters; any thread may call."""
+    """Counts bytes of staging memory, and of the fp8 storage beside it. One lock guards them; any thread may call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held = 0
         self._peak = 0
+        self._stored = 0
+
+    @property
+    def stored(self) -> int:
+        """Bytes of fp8 weights and scales allocated."""
+        return self._stored
+
+    def store(self, size: int) -> None:
+        """Count ``size`` bytes of fp8 storage."""
+        with self._lock:
+            self._stored += size
 
     @property
     def held(self) -> int:

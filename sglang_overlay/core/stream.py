@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +13,12 @@ import torch
 
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.quantizers import UnitQuantizer
-from sglang_overlay.core.regions import Placement, slices, volume
+from sglang_overlay.core.regions import Box, Placement, slices, volume
+from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources, Watch
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError
+from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedDtypeError
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,27 @@ class ParameterStream:
         self._direct = bytearray(grid.count)
         self._staged: dict[int, StagedUnit] = {}
         self._busy: set[int] = set()
+        self._magnitude = torch.zeros(grid.count, dtype=torch.float32, device=storage.weight.device)
+        self._origins: dict[Box, str] = {}
+        self._rewritten: set[str] = set()
+        account.store(storage.weight.nbytes + storage.scale.nbytes)
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Take a write of ``source`` to the view ``destination`` of the placeholder. Shapes are equal.
 
         Raises:
             UnsupportedWriteError: the view is no box of the parameter.
+            UnsupportedDtypeError: the source holds integers.
+            StagingMemoryError: memory ran out.
         """
         if not destination.numel():
             return
+        self._refuse_integers(source)
         placement = Placement(destination, self._shape)
         values = placement.lay_out(source)
+        origin = self._sources.name_of(source)
+        if origin:
+            self._origins[placement.box] = origin
         (first, last), box = self._grid.divide(placement.box)
         if not self._grid.sliced:
             values = values.unsqueeze(0)
@@ -103,7 +114,7 @@ class ParameterStream:
     def settle(self) -> list[int]:
         """Quantize what was only waiting for the end of loading, and release all staging memory.
 
-        To be called once, when no loader runs any more.
+        To be called once, when no loader runs any more. What was never written is zero afterwards.
 
         Returns:
             Units that were never completely written, in order.
@@ -118,8 +129,32 @@ class ParameterStream:
                 self._quantize(unit, staged.pieces)
             elif self._done[unit]:
                 self._compare(unit, staged.pieces)
+        missing = [unit for unit, done in enumerate(self._done) if not done]
+        for unit in missing:
+            self._quantize_missing(unit)
         self.release()
-        return [unit for unit, done in enumerate(self._done) if not done]
+        return missing
+
+    def not_finite(self) -> list[int]:
+        """Units that were given NaN or Inf, in order. Waits for the device."""
+        found: list[int] = (~torch.isfinite(self._magnitude)).nonzero().flatten().tolist()
+        return found
+
+    def origins(self, units: Sequence[int] | None = None) -> list[str]:
+        """Names of the checkpoint tensors that were written into ``units``, or anywhere, where they are known."""
+        if units is None:
+            return list(dict.fromkeys(self._origins.values()))
+        wanted = set(units)
+        return list(dict.fromkeys(name for box, name in self._origins.items() if self._touches(box, wanted)))
+
+    def origin_of(self, tensor: torch.Tensor) -> str:
+        """The checkpoint's name for the tensor that ``tensor`` is a view of; empty where it is unknown."""
+        return self._sources.name_of(tensor)
+
+    @property
+    def rewritten(self) -> list[str]:
+        """Checkpoint tensors (or the parameter, where unknown) that replaced other values of whole units."""
+        return sorted(self._rewritten)
 
     @property
     def direct_units(self) -> int:
@@ -156,7 +191,7 @@ class ParameterStream:
         with self._released_on_error(units):
             for unit in units:
                 self._drop(unit)
-        self._run(units, source, [], partial(self._quantize_run, first, last, self._on_device(values)))
+        self._run(units, source, [], partial(self._quantize_run, first, last, self._on_device(values), source))
 
     def _write_part(self, unit: int, piece: Piece, source: torch.Tensor) -> None:
         units = range(unit, unit + 1)
@@ -169,14 +204,14 @@ class ParameterStream:
                 self._release(units)
                 return
             pieces = [*staged.pieces, Piece(piece.box, self._on_device(piece.values))]
-        self._run(units, source, staged.references, partial(self._quantize, unit, pieces))
+        self._run(units, source, staged.references, partial(self._quantize, unit, pieces, source))
 
     def _run(self, units: range, source: torch.Tensor, earlier: Sequence[Watch], job: Callable[[], None]) -> None:
         """Run ``job`` and release ``units``: beside the loader where ``source`` stays as it is, else at once."""
         watches = [*earlier, Watch(source)]
 
         def quantize() -> None:
-            with self._released(units):
+            with self._released(units), self._shortage_explained("to quantize", units):
                 job()
                 self._refuse_changed(watches)
 
@@ -196,7 +231,9 @@ class ParameterStream:
             staged.refer(piece, source)
         else:
             # The loader may use the source's memory again once it returns.
-            staged.hold(piece.copied(self._dtype, self.storage.weight.device))
+            size = volume(piece.box) * self._dtype.itemsize
+            with shortage_explained(f"to stage a piece of {self.name}", size, self._account):
+                staged.hold(piece.copied(self._dtype, self.storage.weight.device))
 
     def _is_elsewhere(self) -> bool:
         return self.storage.weight.device.type != "cpu"
@@ -206,16 +243,42 @@ class ParameterStream:
             return False
         return not (piece.is_fill and all(held.is_fill for held in staged.pieces))
 
-    def _quantize_run(self, first: int, last: int, values: torch.Tensor) -> None:
-        self._quantizer.quantize_run(values, self.storage.weight[first:last], self.storage.scale[first:last])
+    def _quantize_run(self, first: int, last: int, values: torch.Tensor, source: torch.Tensor) -> None:
+        weight, scale = self.storage.weight[first:last], self.storage.scale[first:last]
+        with self._rewriting_noted(range(first, last), source):
+            self._magnitude[first:last] = self._quantizer.quantize_run(values, weight, scale)
         self._done[first:last] = self._direct[first:last] = bytes([1]) * (last - first)
         self._count(last - first)
 
-    def _quantize(self, unit: int, pieces: Sequence[Piece]) -> None:
-        self._quantizer.quantize(pieces, self.storage.weight[unit], self.storage.scale[unit])
+    def _quantize(self, unit: int, pieces: Sequence[Piece], source: torch.Tensor | None = None) -> None:
+        with self._rewriting_noted(range(unit, unit + 1), source):
+            self._magnitude[unit] = self._quantizer.quantize(
+                pieces, self.storage.weight[unit], self.storage.scale[unit]
+            )
         self._drop(unit)
         self._done[unit] = 1
         self._count(1)
+
+    def _quantize_missing(self, unit: int) -> None:
+        staged = self._staged.get(unit)
+        values = torch.zeros(self._grid.shape, dtype=self._dtype, device=self.storage.weight.device)
+        for piece in staged.pieces if staged else ():
+            values[slices(piece.box)].copy_(piece.values)
+        whole_unit = [Piece(self._grid.full, values)]
+        self._magnitude[unit] = self._quantizer.quantize(
+            whole_unit, self.storage.weight[unit], self.storage.scale[unit]
+        )
+
+    @contextmanager
+    def _rewriting_noted(self, units: range, source: torch.Tensor | None) -> Iterator[None]:
+        """Note where whole units that were quantized before get other values: the last write wins, as in stock."""
+        if not any(self._done[units.start : units.stop]):
+            yield
+            return
+        before = self._stored(units)
+        yield
+        if before != self._stored(units):
+            self._rewritten.add((source is not None and self._sources.name_of(source)) or self.name)
 
     def _compare(self, unit: int, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
@@ -224,14 +287,37 @@ class ParameterStream:
             # Half a step of e4m3: 2**-4 of the value, or of the smallest normal number below that.
             allowed = piece.values.float().abs().clamp(min=float(smallest)) * 2**-4
             if ((stored - piece.values.float()).abs() > allowed * 1.01).any():
+                names = ", ".join(self.origins([unit])) or "a tensor"
                 raise ConflictingWriteError(
                     self.name,
-                    f"part of unit {unit} was written again with other values after it had been quantized; a tensor "
-                    "may be in the checkpoint twice",
+                    f"part of unit {unit} was written again with other values after it had been quantized; {names} may "
+                    "be in the checkpoint twice",
                 )
 
     def _count(self, units: int) -> None:
         self._quantized(units * self._grid.unit_volume * self.storage.weight.element_size())
+
+    def _stored(self, units: range) -> list[bytes]:
+        parts = (self.storage.weight, self.storage.scale)
+        return [part[units.start : units.stop].cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in parts]
+
+    def _touches(self, box: Box, units: set[int]) -> bool:
+        (first, last), _ = self._grid.divide(box)
+        return not units.isdisjoint(range(first, last))
+
+    def _refuse_integers(self, source: torch.Tensor) -> None:
+        # A fill's single element is no checkpoint tensor, and exact in any dtype.
+        if source.is_floating_point() or not any(source.stride()):
+            return
+        raise UnsupportedDtypeError(
+            f"{self.name} was to be filled from {self._sources.name_of(source) or 'a tensor'} of dtype {source.dtype}. "
+            "A checkpoint whose weights are integers is quantized already: stock SGLang would take the integers for "
+            "weights. Use the unquantized checkpoint, or the --quantization that belongs to this one."
+        )
+
+    def _shortage_explained(self, purpose: str, units: range) -> AbstractContextManager[None]:
+        size = len(units) * self._grid.unit_volume * self._dtype.itemsize
+        return shortage_explained(f"{purpose} {self.name}", size, self._account)
 
     def _drop(self, unit: int) -> None:
         staged = self._staged.pop(unit, None)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -19,20 +20,19 @@ from sglang_overlay.core.layer import LayerStream, materialize
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.placeholders import PlaceholderAllocation
 from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.errors import IncompleteLoadError, PlaceholderLeakError
+from sglang_overlay.errors import PlaceholderLeakError
 from sglang_overlay.observe.progress import Progress, SilentProgress
-from sglang_overlay.settings import Mode
+from sglang_overlay.settings import Mode, Settings
 from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.findings import Findings, shortened
 from sglang_overlay.upstream.guard import refuse
 
 logger = logging.getLogger(__name__)
-
-MAX_LISTED = 8
-"""How many names an error message lists before it says how many more there are."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class ModelLoad:
         self._pending: dict[torch.nn.Module, PendingLayer] = {}
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
         self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
-        self._incomplete: dict[str, tuple[int, int]] = {}
+        self._findings = Findings()
+        self._seen: set[str] = set()
 
     # -- building the model ------------------------------------------------------------------------------------------
 
@@ -164,6 +165,16 @@ class ModelLoad:
         self._pending.clear()
         self._unnamed.clear()
 
+    def see(self, name: str, tensor: torch.Tensor) -> None:
+        """Note a tensor of the checkpoint, before the model gets it."""
+        self._seen.add(name)
+        self.sources.offer(tensor, name)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was found wrong with the checkpoint, and is served all the same."""
+        return self._findings.warnings
+
     @property
     def building(self) -> bool:
         """Whether any placeholder has been made."""
@@ -194,11 +205,12 @@ class ModelLoad:
             self.layers += 1
         return stream.streaming
 
-    def check(self, model: torch.nn.Module) -> None:
-        """Make sure that everything was written and nothing still refers to a placeholder.
+    def check(self, model: torch.nn.Module, settings: Settings, folder: Path) -> None:
+        """Make sure that everything was written from ``folder`` and nothing still refers to a placeholder.
 
         Raises:
             IncompleteLoadError: units were never completely written.
+            NonFiniteWeightError: a weight is not finite, where streaming is required.
             PlaceholderLeakError: the model holds a tensor without memory.
             LayerNotStreamableError: a layer has to be loaded anew.
         """
@@ -206,17 +218,11 @@ class ModelLoad:
             # First: a unit whose job failed is incomplete too.
             self._pipeline.close()
             self._pipeline.check()
-        if self._incomplete:
-            listed = [f"{name} ({missing} of {total} units)" for name, (missing, total) in self._incomplete.items()]
-            raise IncompleteLoadError(
-                "the checkpoint does not contain all weights; never completely written: "
-                f"{_shortened(listed)}. Stock SGLang would serve uninitialized memory here. Check the checkpoint's "
-                "index for these layers."
-            )
+        self._findings.conclude(settings, self._seen, folder)
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
         if leaks and not self.abandoned:
             raise PlaceholderLeakError(
-                f"computed from a weight that was being streamed, these tensors hold no data: {_shortened(leaks)}"
+                f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
             )
 
     def close(self) -> None:
@@ -224,6 +230,8 @@ class ModelLoad:
         self.progress.close()
         if self._pipeline is not None:
             self._pipeline.close()
+        for stream, _ in self._streams.values():
+            stream.release()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
@@ -243,7 +251,9 @@ class ModelLoad:
             return
         streams = {}
         for key, placeholder in pending.placeholders.items():
-            plan = pending.plan.parameter(placeholder, pending.device)
+            size = placeholder.numel() * torch.float8_e4m3fn.itemsize
+            with shortage_explained(f"for the fp8 storage of {name}.{key}", size, self.account):
+                plan = pending.plan.parameter(placeholder, pending.device)
             stream = ParameterStream(
                 f"{name}.{key}",
                 placeholder,
@@ -274,11 +284,10 @@ class ModelLoad:
 
     def _settle(self, stream: LayerStream) -> None:
         for part in stream.streams.values():
-            missing = len(part.settle())
-            self.units += part.units - missing
+            missing = part.settle()
+            self.units += part.units - len(missing)
             self.direct_units += part.direct_units
-            if missing:
-                self._incomplete[part.name] = (missing, part.units)
+            self._findings.note(stream.name, part, missing)
 
 
 _current: ContextVar[ModelLoad | None] = ContextVar("streamfp8_load", default=None)
@@ -327,11 +336,6 @@ def _wrap_loader(placeholder: torch.nn.Parameter, stream: LayerStream) -> None:
         "_weight_loader" if isinstance(getattr(type(placeholder), "weight_loader", None), property) else "weight_loader"
     )
     setattr(placeholder, attribute, stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
-
-
-def _shortened(names: list[str]) -> str:
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def bound_dtype(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.errors import LayerNotStreamableError, PlaceholderLeakError
+from sglang_overlay.errors import LayerNotStreamableError, PlaceholderLeakError, annotate
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.settings import Mode, load_settings
 from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.checkpoint_files import file_problems
 from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import ModelLoad, current, under_way
 from sglang_overlay.upstream.summary import parallel_ranks, summarize
@@ -41,6 +42,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
             lambda: original(loader, model_config=model_config, device_config=device_config),
             lambda why, excluded: ModelLoad(settings.mode, device, why, excluded),
             obstacle,
+            lambda load, model: load.check(model, settings, Path(model_config.model_path)),
         )
     seconds = time.perf_counter() - began
     report = summarize(load, model, model_config, loader.load_config, seconds, sampler.usage)
@@ -55,6 +57,7 @@ def _load(
     read: Callable[[], torch.nn.Module],
     begin: Callable[[str | None, Mapping[str, str]], ModelLoad],
     obstacle: str | None,
+    check: Callable[[ModelLoad, torch.nn.Module], None],
 ) -> tuple[ModelLoad, torch.nn.Module]:
     """Load a model; where it turns out too late that something cannot be streamed, load it anew as stock does.
 
@@ -66,7 +69,7 @@ def _load(
         try:
             with under_way(load), contextlib.closing(load):
                 model = read()
-                load.check(model)
+                check(load, model)
             return load, model
         except (LayerNotStreamableError, PlaceholderLeakError) as error:
             if isinstance(error, LayerNotStreamableError) and not excluded:
@@ -107,10 +110,19 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Around ``DefaultModelLoader._get_all_weights``."""
     load = current()
-    for name, tensor in original(*args, **kwargs):
-        if load is not None:
-            load.sources.offer(tensor)
-        yield name, tensor
+    if load is None:
+        yield from original(*args, **kwargs)
+        return
+    try:
+        for name, tensor in original(*args, **kwargs):
+            load.see(name, tensor)
+            yield name, tensor
+    except Exception as error:
+        # Not what the model raises: that ends this generator with GeneratorExit.
+        folder = Path(inspect.signature(original).bind(*args, **kwargs).arguments["model_config"].model_path)
+        for problem in file_problems(folder):
+            annotate(error, f"StreamFP8: {folder}: {problem}")
+        raise
 
 
 def device_loading_context(original: Callable[..., Any], module: torch.nn.Module, target_device: torch.device) -> Any:

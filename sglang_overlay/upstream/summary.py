@@ -40,7 +40,7 @@ def summarize(
         units=UnitCounts(streamed=load.units, direct=load.direct_units),
         staging=StagingUsage(peak_bytes=load.account.peak),
         layers=LayerCounts(streamed=load.layers, deferred=_notes(load.deferred), fallback=_notes(load.fallback)),
-        warnings=(load.abandoned,) if load.abandoned else (),
+        warnings=(*([load.abandoned] if load.abandoned else []), *load.warnings),
     )
 
 

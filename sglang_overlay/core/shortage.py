@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Say what streaming held when memory ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.errors import StagingMemoryError
+
+_CPU_ALLOCATOR = "can't allocate memory"
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error is torch's way to say that memory ran out, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+
+
+@contextmanager
+def shortage_explained(purpose: str, size: int, account: StagingAccount) -> Iterator[None]:
+    """Turn a memory shortage into an error that says what was needed and what streaming had allocated.
+
+    Args:
+        purpose: what the memory is for, with the parameter's name.
+        size: bytes needed for it.
+        account: of the load.
+
+    Raises:
+        StagingMemoryError: memory ran out inside the block; caused by torch's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        raise StagingMemoryError(
+            f"memory ran out: {_mib(size)} were needed {purpose}. Streaming had allocated {_mib(account.stored)} of "
+            f"fp8 weights and scales, and held {_mib(account.held)} of staging (at most {_mib(account.peak)} so far). "
+            "Leave more memory to this process, or spread the model over more ranks (--tp-size, --pp-size, --ep-size)."
+        ) from error
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a checkpoint's files, from their names and headers alone.
+
+SGLang loads what files there are, whatever the index says, and errors of the safetensors library name no file.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+_INDEX = "*.index.json"
+_LENGTH = 8
+"""Bytes in front of a safetensors header that say how long it is."""
+
+
+def file_problems(folder: Path) -> list[str]:
+    """Missing, empty, truncated and unreadable files of a local checkpoint; none for a path that is no folder."""
+    return [*_missing(folder), *_damaged(folder)]
+
+
+def _missing(folder: Path) -> Iterator[str]:
+    for index in sorted(folder.glob(_INDEX)):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            yield f"{index.name} is no index of weights ({type(error).__name__}: {error})"
+            continue
+        for name in sorted(str(name) for name in named):
+            if not (folder / name).exists():
+                yield f"{index.name} names {name}, which is not there"
+
+
+def _damaged(folder: Path) -> Iterator[str]:
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        try:
+            problem = _header_problem(file) if file.suffix == ".safetensors" else _size_problem(file)
+        except OSError as error:
+            problem = f"cannot be read ({error})"
+        if problem is not None:
+            yield f"{file.name} {problem}"
+
+
+def _size_problem(file: Path) -> str | None:
+    return None if file.stat().st_size else "is empty"
+
+
+def _header_problem(file: Path) -> str | None:
+    size = file.stat().st_size
+    if size < _LENGTH:
+        return f"is empty or cut off: it has {size} bytes"
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(_LENGTH))
+        if length > size - _LENGTH:
+            return f"is cut off or no safetensors file: its header should have {length} bytes, the file has {size}"
+        header = opened.read(length)
+    try:
+        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        described = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return f"has a damaged header ({type(error).__name__}: {error})"
+    held = size - _LENGTH - length
+    return None if held == described else f"holds {held} bytes of tensors, and its header describes {described}"
