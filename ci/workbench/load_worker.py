@@ -81,7 +81,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
     load_seconds: float
 
     def load_model(self) -> None:
-        _give_back_memory()
+        give_back_memory()
         with MemorySampler(meter_for(self.device), _MEMORY_INTERVAL_MS) as sampler:
             begin = time.perf_counter()
             super().load_model()
@@ -89,7 +89,8 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
         self.memory = sampler.usage
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
+    """Collect garbage and return what malloc kept, so that the next reading is of what is held."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -202,7 +203,7 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
         destroy_model_parallel()
         destroy_distributed_environment()
         reset_context()
-        _give_back_memory()
+        give_back_memory()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -228,7 +228,8 @@ def changed_environ(changes: Mapping[str, str | None]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _context(start_method: StartMethod) -> ForkServerContext | SpawnContext:
+def process_context(start_method: StartMethod) -> ForkServerContext | SpawnContext:
+    """What starts processes; with ``forkserver`` they have SGLang and :mod:`workbench.load_worker` imported."""
     if start_method == "spawn":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -255,7 +256,7 @@ class _RankProcess:
         folder.mkdir(parents=True, exist_ok=True)
         self.rank = rank
         self.log_path = folder / f"rank{rank}.log"
-        context = _context(start_method)
+        context = process_context(start_method)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve,

@@ -11,14 +11,14 @@ import torch
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.errors import StagingMemoryError
 
-_CPU_ALLOCATOR = "can't allocate memory"
+_SHORTAGES = ("can't allocate memory", "can't start new thread", "Cannot allocate memory")
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error is torch's way to say that memory ran out, on any device."""
+    """Whether an error is a way of torch, the system or Python to say that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in _SHORTAGES)
 
 
 @contextmanager
@@ -35,14 +35,19 @@ def shortage_explained(purpose: str, size: int, account: StagingAccount) -> Iter
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_shortage(error):
             raise
-        raise StagingMemoryError(
-            f"memory ran out: {_mib(size)} were needed {purpose}. Streaming had allocated {_mib(account.stored)} of "
-            f"fp8 weights and scales, and held {_mib(account.held)} of staging (at most {_mib(account.peak)} so far). "
-            "Leave more memory to this process, or spread the model over more ranks (--tp-size, --pp-size, --ep-size)."
-        ) from error
+        raise StagingMemoryError(f"memory ran out: {_mib(size)} were needed {purpose}. {told(account)}") from error
+
+
+def told(account: StagingAccount) -> str:
+    """What streaming has allocated, and what to do about it."""
+    return (
+        f"Streaming had allocated {_mib(account.stored)} of fp8 weights and scales, and held {_mib(account.held)} of "
+        f"staging (at most {_mib(account.peak)} so far). Leave more memory to this process, or spread the model over "
+        "more ranks (--tp-size, --pp-size, --ep-size)."
+    )
 
 
 def _mib(size: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.core.shortage import is_shortage, told
 from sglang_overlay.errors import LayerNotStreamableError, PlaceholderLeakError, annotate
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
@@ -68,7 +69,7 @@ def _load(
         load = begin(obstacle, excluded)
         try:
             with under_way(load), contextlib.closing(load):
-                model = read()
+                model = _read(read, load)
                 check(load, model)
             return load, model
         except (LayerNotStreamableError, PlaceholderLeakError) as error:
@@ -81,6 +82,15 @@ def _load(
         # Out of the except block, whose traceback keeps the first model's memory.
         del load
         gc.collect()
+
+
+def _read(read: Callable[[], torch.nn.Module], load: ModelLoad) -> torch.nn.Module:
+    try:
+        return read()
+    except Exception as error:
+        if is_shortage(error):
+            annotate(error, f"StreamFP8: {told(load.account)}")
+        raise
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

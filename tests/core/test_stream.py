@@ -71,7 +71,7 @@ def test_any_order_split_and_duplicate_gives_the_one_shot_result(plan, from_chec
     assert streamed.account.held == 0
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plans(), st.integers(2, 4))
 def test_threads_give_the_one_shot_result(plan, threads):
     kind, shape, parts, seed = plan

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a checkpoint is said, with layer and tensor; nothing half-loaded is served."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
+from workbench.mutations import altered
+
+from sglang_overlay.observe.report import read_folder
+
+LAYER = "model.layers.2.mlp.experts"
+UP = f"{LAYER}.5.up_proj.weight"
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.fixture
+def damaged(checkpoint, tmp_path):
+    """A copy of a tiny checkpoint with its tensors changed."""
+    return lambda change, family="qwen3_moe", **fields: altered(
+        checkpoint(family, **fields), tmp_path / "damaged", change
+    )
+
+
+@pytest.fixture
+def both(workers, tmp_path):
+    """A stock and a streaming load of one checkpoint, and the streaming load's report."""
+
+    def load(path, **fields):
+        stock = workers.load(LoadJob(path, streaming="0", **fields))
+        result = workers.load(LoadJob(path, environ={"SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}, **fields))
+        return stock, result, read_folder(tmp_path / "reports")[0]
+
+    return load
+
+
+def without(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def with_values(**changes):
+    """Change tensors in place: ``layer__name=function``."""
+    return lambda tensors: [function(tensors[name]) for name, function in changes.items()]
+
+
+def warnings_of(result):
+    return [line for rank in result.ranks for line in rank.log if line.startswith("WARNING") and "StreamFP8" in line]
+
+
+class TestMissingTensors:
+    def test_each_is_named_with_its_parameter_and_unit(self, workers, damaged):
+        down = "model.layers.0.mlp.experts.3.down_proj.weight"
+        key = "model.layers.1.self_attn.k_proj.weight"
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(without(UP, down, key))))
+        text = str(failure.value)
+        assert "IncompleteLoadError: 3 parameters were never completely written" in text
+        assert f"model.layers.0.mlp.experts.w2_weight (1 of 8 units: 3): missing {down}\n" in text
+        assert f"model.layers.1.self_attn.qkv_proj.weight (1 of 1 units): missing {key}\n" in text
+        assert f"{LAYER}.w13_weight (1 of 8 units: 5): missing {UP}\n" in text
+        assert "SGLANG_STREAMFP8_ALLOW_MISSING=1" in text
+
+    def test_many_are_listed_in_part_with_how_many_more(self, workers, damaged):
+        lost = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight" for layer in (0, 2) for expert in range(8)]
+        lost += [
+            f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (0, 1, 2) for part in "qko" if layer != 1
+        ]
+        lost += ["model.layers.2.mlp.experts.4.down_proj.weight", "model.layers.0.mlp.experts.4.down_proj.weight"]
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(without(*lost))))
+        text = str(failure.value)
+        assert "8 parameters were never completely written" in text
+        assert (
+            "missing model.layers.2.mlp.experts.0.up_proj.weight, model.layers.2.mlp.experts.1.up_proj.weight" in text
+        )
+
+    @pytest.mark.parametrize("layout", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}])
+    def test_it_is_named_on_several_ranks(self, layout, workers, damaged):
+        with pytest.raises(LoadFailed, match=f"missing {UP}"):
+            workers.load(LoadJob(damaged(without(UP)), **layout))
+
+    def test_where_they_are_allowed_to_be_missing_they_are_zero(self, checkpoint, workers, damaged, tmp_path):
+        lost = (UP, O_PROJ)
+        zeroed = altered(
+            checkpoint("qwen3_moe"), tmp_path / "zeroed", lambda tensors: [tensors[name].zero_() for name in lost]
+        )
+        stock = workers.load(LoadJob(zeroed, streaming="0", prompts=PROMPTS))
+        reports = str(tmp_path / "reports")
+        environ = {"SGLANG_STREAMFP8_ALLOW_MISSING": "1", "SGLANG_STREAMFP8_REPORT": reports}
+        result = workers.load(LoadJob(damaged(without(*lost)), environ=environ, prompts=PROMPTS))
+        assert compare(stock, result) == []
+        (warning,) = warnings_of(result)
+        (told,) = read_folder(reports)[0].warnings
+        assert all(name in warning and name in told for name in lost)
+        assert "zero" in warning
+
+
+class TestFiles:
+    def test_cut_off_file_is_named(self, workers, checkpoint, damaged):
+        path = damaged(lambda _: None)
+        (weights,) = path.glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(LoadFailed, match=rf"SafetensorError(.|\n)*StreamFP8: {path}: {weights.name} is damaged"):
+            workers.load(LoadJob(path))
+
+    def test_empty_file_is_named(self, workers, damaged):
+        path = damaged(lambda _: None)
+        (weights,) = path.glob("*.safetensors")
+        weights.write_bytes(b"")
+        with pytest.raises(LoadFailed, match=rf"{weights.name} is empty or cut off: it has 0 bytes"):
+            workers.load(LoadJob(path))
+
+    def test_file_that_the_index_names_and_is_not_there_is_named(self, workers, checkpoint, tmp_path):
+        path = tmp_path / "damaged"
+        path.mkdir()
+        for file in checkpoint("qwen3_moe", files=3).iterdir():
+            (path / file.name).write_bytes(file.read_bytes())
+        (path / "model-00002-of-00003.safetensors").unlink()
+        with pytest.raises(LoadFailed, match=r"model-00002-of-00003\.safetensors"):
+            workers.load(LoadJob(path))
+
+
+class TestTensorsThatDoNotFit:
+    @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+    def test_wrong_shape_is_an_error_that_names_tensor_and_parameter(self, family, workers, damaged):
+        """DeepSeek's weight loaders run in threads of upstream's own."""
+
+        def cut(tensors):
+            tensors[UP] = tensors[UP][:, :-8]
+
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(cut, family)))
+        text = str(failure.value)
+        assert text.count("StreamFP8: raised while loading") == 1
+        assert (
+            f"raised while loading {UP} (bfloat16 [128, 248]) into {LAYER}.w13_weight (bfloat16 [8, 256, 256])" in text
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+    def test_integers_are_refused(self, dtype, workers, damaged):
+        def cast(tensors):
+            tensors[UP] = tensors[UP].to(dtype)
+
+        with pytest.raises(
+            LoadFailed, match=rf"UnsupportedDtypeError: {LAYER}\.w13_weight .* from {UP} of dtype {dtype}"
+        ):
+            workers.load(LoadJob(damaged(cast)))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+    def test_checkpoint_of_another_float_dtype_loads_as_stock(self, family, dtype, both, damaged):
+        def cast(tensors):
+            tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+        stock, result, report = both(damaged(cast, family), server_args={"dtype": "bfloat16"})
+        assert compare(stock, result) == []
+        assert report.layers.fallback == ()
+        assert report.units.streamed > 0
+
+
+class TestTensorsThatComeTwice:
+    @pytest.fixture
+    def doubled(self, damaged):
+        """A checkpoint of which a second file repeats tensors with other values."""
+
+        def make(*names):
+            copies = {}
+            path = damaged(lambda tensors: copies.update({name: tensors[name] * 2 for name in names}))
+            save_file(copies, path / "zz.safetensors", {"format": "pt"})
+            return path
+
+        return make
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            pytest.param((O_PROJ,), id="a whole unit"),
+            pytest.param((UP, UP.replace("up_proj", "gate_proj")), id="a unit of two tensors"),
+            pytest.param((UP,), id="part of a unit"),
+        ],
+    )
+    def test_last_one_wins_as_in_stock_with_a_warning_that_names_it(self, names, both, doubled):
+        stock, result, report = both(doubled(*names))
+        assert compare(stock, result) == []
+        assert len(warnings_of(result)) == 1
+        assert names[0] in warnings_of(result)[0]
+        assert report.mode == "streaming"
+
+    def test_same_values_twice_are_no_matter(self, both, damaged):
+        copies = {}
+        path = damaged(lambda tensors: copies.update({name: tensors[name] for name in (UP, O_PROJ)}))
+        save_file(copies, path / "zz.safetensors", {"format": "pt"})
+        stock, result, report = both(path)
+        assert compare(stock, result) == []
+        assert warnings_of(result) == []
+        assert report.layers.fallback == ()
+
+
+class TestValues:
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("name", [UP, O_PROJ])
+    def test_nan_and_inf_load_as_stock_with_a_warning(self, name, value, both, damaged):
+        stock, result, report = both(damaged(lambda tensors: tensors[name].view(-1)[7:9].fill_(value)))
+        assert compare(stock, result) == []
+        (warning,) = warnings_of(result)
+        parameter = f"{LAYER}.w13_weight (1 of 8 units: 5)" if name == UP else f"{O_PROJ} (1 of 1 units)"
+        assert f"NaN or Inf in 1 parameters: {parameter}, loaded from " in warning
+        assert name in warning
+        assert name in report.warnings[0]
+
+    @pytest.mark.parametrize("name", [UP, O_PROJ])
+    def test_nan_is_an_error_where_streaming_is_required(self, name, workers, damaged):
+        path = damaged(lambda tensors: tensors[name].view(-1)[7].fill_(torch.nan))
+        with pytest.raises(LoadFailed, match=rf"NonFiniteWeightError: NaN or Inf in 1 parameters: (.|\n)*{name}"):
+            workers.load(LoadJob(path, streaming="require"))
+
+    @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+    def test_unit_of_zeros_gets_stocks_scale(self, family, both, damaged):
+        zeros = [O_PROJ, "model.layers.1.self_attn.q_proj.weight"]
+        zeros += [UP, UP.replace("up", "gate"), UP.replace("up", "down")] if family == "qwen3_moe" else []
+        stock, result, _ = both(damaged(lambda tensors: [tensors[name].zero_() for name in zeros], family))
+        assert compare(stock, result) == []
+        assert warnings_of(result) == []
