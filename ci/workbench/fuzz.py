@@ -134,6 +134,8 @@ def _verdict(stock: Attempt, streaming: Attempt) -> str:
 
     if streaming.threads:
         return "THREADS LEFT"
+    if streaming.held:
+        return "STAGING HELD"
     if streaming.error is None:
         if stock.error is not None:
             return "ONLY STREAMING LOADS"

@@ -13,6 +13,7 @@ runs ``target(*arguments)`` in a process that has SGLang imported and whose outp
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 from dataclasses import dataclass
@@ -36,12 +37,14 @@ class Attempt:
         prints: of all tensors, where it loaded.
         error: what it raised, if it did.
         threads: workers of streaming that were left running.
+        held: bytes of staging memory that were not given back.
         log: warnings of any logger, and everything of the overlay's.
     """
 
     prints: dict[str, TensorPrint] | None
     error: BaseException | None
     threads: tuple[str, ...]
+    held: int
     log: tuple[str, ...]
 
 
@@ -68,7 +71,7 @@ class LoadSeries:
                 raise
             except BaseException as raised:  # A panic in the safetensors library is no Exception.
                 error = raised
-        return Attempt(prints, error, streaming_threads(), tuple(log))
+        return Attempt(prints, error, streaming_threads(), staging_held(), tuple(log))
 
     def load(self, checkpoint: Path) -> Any:
         """The loaded model, under the environment as it is."""
@@ -83,6 +86,13 @@ class LoadSeries:
 def streaming_threads() -> tuple[str, ...]:
     """Names of the workers of streaming that are running."""
     return tuple(sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("streamfp8-")))
+
+
+def staging_held() -> int:
+    """Bytes of staging memory in all loads that something still refers to, as a failed one's traceback does."""
+    from sglang_overlay.core.staging import StagingAccount
+
+    return sum(found.held for found in gc.get_objects() if isinstance(found, StagingAccount))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.shortage import is_shortage, told
-from sglang_overlay.errors import LayerNotStreamableError, PlaceholderLeakError, annotate
+from sglang_overlay.errors import LayerNotStreamableError, PlaceholderLeakError, StagingMemoryError, annotate
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
@@ -105,8 +105,8 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
         model = original(*args, **kwargs)
         reason = load.adopt(model)
     except Exception as error:
-        if not load.building:
-            raise
+        if not load.building or is_shortage(error) or isinstance(error, StagingMemoryError):
+            raise  # Stock would need more memory still.
         reason = f"building it with placeholders fails ({type(error).__name__}: {error})"
     if reason is not None:
         model = None

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
 import torch
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 
@@ -105,6 +109,23 @@ class BypassingForCausalLM(Qwen3ForCausalLM):
         return is_mine
 
 
+class StallingForCausalLM(Qwen3ForCausalLM):
+    """Stops in the middle of loading: says so in the file that ``STALLING_MARKER`` names, with its process number."""
+
+    def load_weights(self, weights):
+        super().load_weights(self._stalling(weights))
+
+    @staticmethod
+    def _stalling(weights):
+        for number, pair in enumerate(weights):
+            if number == 12:
+                marker = Path(os.environ["STALLING_MARKER"])
+                marker.with_suffix(".part").write_text(str(os.getpid()))
+                marker.with_suffix(".part").rename(marker)
+                time.sleep(600)
+            yield pair
+
+
 EntryClass = [
     RepackingForCausalLM,
     ReadingInInitForCausalLM,
@@ -114,4 +135,5 @@ EntryClass = [
     CustomLoaderForCausalLM,
     ReadingAfterLoadingForCausalLM,
     BypassingForCausalLM,
+    StallingForCausalLM,
 ]
