@@ -27,3 +27,11 @@ def test_reports_are_written_only_where_a_folder_is_given():
     assert load_settings({}) == Settings(mode=Mode.ON, report_folder=None)
     assert load_settings({"SGLANG_STREAMFP8_REPORT": " "}).report_folder is None
     assert load_settings({"SGLANG_STREAMFP8_REPORT": "reports"}).report_folder == Path("reports")
+
+
+def test_missing_weights_are_allowed_only_where_that_is_asked_for():
+    assert not load_settings({}).allow_missing
+    assert not load_settings({"SGLANG_STREAMFP8_ALLOW_MISSING": "0"}).allow_missing
+    assert load_settings({"SGLANG_STREAMFP8_ALLOW_MISSING": "1"}).allow_missing
+    with pytest.raises(SettingsError, match=r"SGLANG_STREAMFP8_ALLOW_MISSING='yes'.*=0, .*=1"):
+        load_settings({"SGLANG_STREAMFP8_ALLOW_MISSING": "yes"})

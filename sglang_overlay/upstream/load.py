@@ -28,7 +28,7 @@ from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.errors import PlaceholderLeakError
 from sglang_overlay.observe.progress import Progress, SilentProgress
 from sglang_overlay.settings import Mode, Settings
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream import eligibility, snapshots
 from sglang_overlay.upstream.findings import Findings, shortened
 from sglang_overlay.upstream.guard import refuse
 
@@ -219,6 +219,7 @@ class ModelLoad:
             self._pipeline.close()
             self._pipeline.check()
         self._findings.conclude(settings, self._seen, folder)
+        snapshots.refresh(model)
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
         if leaks and not self.abandoned:
             raise PlaceholderLeakError(
@@ -309,12 +310,25 @@ def under_way(load: ModelLoad) -> Iterator[None]:
 
 
 def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, buffer and tensor attribute (MLA's ``w_kc``) of a model, with its name."""
+    """Every parameter, buffer and tensor in an attribute (MLA's ``w_kc``) of a model, with its name."""
     for prefix, module in model.named_modules():
-        for values in (module._parameters, module._buffers, vars(module)):
+        attributes = {name: value for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES}
+        for values in (module._parameters, module._buffers, attributes):
             for name, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    yield f"{prefix}.{name}" if prefix else name, value
+                yield from _tensors_in(value, f"{prefix}.{name}" if prefix else name, _MOST_NESTED)
+
+
+_TORCH_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules"})
+_MOST_NESTED = 3
+
+
+def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (list, tuple, dict)) and depth:
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        for key, item in items:
+            yield from _tensors_in(item, f"{name}[{key!r}]", depth - 1)
 
 
 def stored_bytes(model: torch.nn.Module) -> int:

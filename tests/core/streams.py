@@ -9,7 +9,7 @@ import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
 from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.quantizers import PerTensorQuantizer, RatioArithmetic, RowQuantizer
+from sglang_overlay.core.quantizers import PerTensorQuantizer, RatioArithmetic, RowQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
@@ -77,6 +77,11 @@ def per_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> S
 def per_expert(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """Each index of the first dimension is a unit with one scale."""
     return _streamed(shape, dtype, UnitGrid.per_slice(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), shape)
+
+
+def per_expert_by_kernel(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
+    """As ``per_expert``, each unit through a function that takes one whole unit."""
+    return _streamed(shape, dtype, UnitGrid.per_slice(shape), WholeUnitQuantizer(quantize_unit), shape)
 
 
 def per_channel(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Streamed:

@@ -13,9 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from core.streams import per_channel, per_expert, per_tensor
+from core.streams import per_channel, per_expert, per_expert_by_kernel, per_tensor
 from sglang_overlay.core.regions import slices
-from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedWriteError
+from sglang_overlay.errors import (
+    ConflictingWriteError,
+    LayerNotStreamableError,
+    UnsupportedDtypeError,
+    UnsupportedWriteError,
+)
 
 BUILDERS = {"per-tensor": per_tensor, "per-expert": per_expert, "per-channel": per_channel}
 
@@ -330,3 +335,80 @@ def test_restore_refuses_once_a_unit_is_quantized():
         streamed.placeholder.data[1].copy_(weight_of((4, 8)))
     with pytest.raises(LayerNotStreamableError, match="1 of 3 units"):
         streamed.stream.restore()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_integers_are_refused_and_the_tensor_is_named(dtype):
+    tensor = torch.ones(4, 8).to(dtype)
+    streamed = per_tensor((4, 8))
+    streamed.sources.offer(tensor, "packed.qweight")
+    with (
+        streamed.capture(),
+        pytest.raises(UnsupportedDtypeError, match=rf"layer\.weight .* packed\.qweight .* {dtype}"),
+    ):
+        streamed.placeholder.data.copy_(tensor)
+    assert streamed.stream.settle() == [0]
+
+
+def test_integer_that_fills_is_no_tensor_of_integers():
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data[:, 0:4] = 3
+        streamed.placeholder.data[:, 4:].fill_(torch.tensor(2))
+    assert streamed.stream.settle() == []
+    assert streamed.equals(torch.tensor([3.0] * 4 + [2.0] * 4, dtype=torch.bfloat16).expand(4, 8))
+
+
+@pytest.mark.parametrize(("factor", "named"), [(1, []), (2, ["again"])])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_unit_that_comes_again_with_other_values_is_noted(parts, factor, named):
+    weight = weight_of((2, 4, 8))
+    again = weight * factor
+    streamed = per_expert((2, 4, 8))
+    streamed.sources.offer(again, "again")
+    with streamed.capture():
+        for source in (weight, again):
+            for rows in torch.arange(4).chunk(parts):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                streamed.placeholder.data[:, part].copy_(source[:, part])
+    assert streamed.stream.settle() == []
+    assert streamed.equals(again)
+    assert streamed.stream.rewritten == named
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("build", [per_expert_by_kernel, per_expert, per_channel])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_unit_with_a_value_that_is_not_finite_is_noted(parts, build, value):
+    shape = (4, 8) if build is per_channel else (4, 2, 8)
+    weight = weight_of(shape)
+    weight[2].view(-1)[3] = value
+    streamed = build(shape)
+    with streamed.capture():
+        for columns in torch.arange(8).chunk(parts):
+            part = slice(int(columns[0]), int(columns[-1]) + 1)
+            streamed.placeholder.data[..., part].copy_(weight[..., part])
+    assert streamed.stream.settle() == []
+    assert streamed.stream.not_finite() == [2]
+
+
+def test_largest_finite_values_are_finite():
+    weight = torch.full((2, 4, 8), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    weight[:, :2] *= -1
+    streamed = per_expert((2, 4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.copy_(weight)
+    assert streamed.stream.settle() == []
+    assert streamed.stream.not_finite() == []
+
+
+def test_units_know_the_tensors_they_came_from():
+    weight = weight_of((2, 4, 8))
+    streamed = per_expert((2, 4, 8))
+    tensors = {(expert, half): weight[expert, 2 * half : 2 * half + 2].clone() for expert in (0, 1) for half in (0, 1)}
+    with streamed.capture():
+        for (expert, half), tensor in tensors.items():
+            streamed.sources.offer(tensor, f"{expert}.{'gate' if half == 0 else 'up'}")
+            streamed.placeholder.data[expert, 2 * half : 2 * half + 2].copy_(tensor)
+    assert streamed.stream.origins([1]) == ["1.gate", "1.up"]
+    assert streamed.stream.origins() == ["0.gate", "0.up", "1.gate", "1.up"]

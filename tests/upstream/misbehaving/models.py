@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 
 
 def _down_proj(model):
@@ -109,6 +110,17 @@ class BypassingForCausalLM(Qwen3ForCausalLM):
         return is_mine
 
 
+class NotingExpertsForCausalLM(Qwen3MoeForCausalLM):
+    """Notes the experts' weights down before they are quantized, as bailing_moe.py and sarvam_moe.py do."""
+
+    def load_weights(self, weights):
+        self.routed_experts_weights_of_layer = None
+        super().load_weights(weights)
+        self.routed_experts_weights_of_layer = {
+            number: layer.mlp.get_moe_weights() for number, layer in enumerate(self.model.layers)
+        }
+
+
 class StallingForCausalLM(Qwen3ForCausalLM):
     """Stops in the middle of loading: says so in the file that ``STALLING_MARKER`` names, with its process number."""
 
@@ -135,5 +147,6 @@ EntryClass = [
     CustomLoaderForCausalLM,
     ReadingAfterLoadingForCausalLM,
     BypassingForCausalLM,
+    NotingExpertsForCausalLM,
     StallingForCausalLM,
 ]

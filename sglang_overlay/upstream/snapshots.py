@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts' weights that a model noted down before they were quantized.
+
+``bailing_moe.py`` and ``sarvam_moe.py`` build ``routed_experts_weights_of_layer`` at the end of ``load_weights`` from
+``parameter.data``. In stock those are the bf16 weights, which stay in memory for good, and which expert rebalancing
+would move about in place of the fp8 ones; while streaming they are placeholders. All other models build it when it is
+first needed (``LazyValue``), from the fp8 parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ATTRIBUTE = "routed_experts_weights_of_layer"
+
+
+def refresh(model: torch.nn.Module) -> None:
+    """Note the experts' weights down anew where placeholders were noted."""
+    noted = vars(model).get(_ATTRIBUTE)
+    if not isinstance(noted, dict) or not any(_is_placeholder(weights) for weights in noted.values()):
+        return
+    layers: Any = model.get_submodule("model.layers")
+    setattr(model, _ATTRIBUTE, {number: layers[number].mlp.get_moe_weights() for number in noted})
+
+
+def _is_placeholder(weights: Any) -> bool:
+    return any(isinstance(weight, torch.Tensor) and weight.is_meta for weight in weights)
