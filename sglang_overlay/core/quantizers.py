@@ -176,7 +176,7 @@ class PerTensorQuantizer:
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         absmax = found = _most(_largest(piece.values) for piece in pieces)
-        saturate_ = _unchanged
+        saturate_: Callable[[torch.Tensor, float], torch.Tensor] = _unchanged
         if not self._arithmetic.smallest <= absmax < math.inf:
             absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
             saturate_ = self._arithmetic.saturate_

@@ -137,3 +137,42 @@ def test_loader_error_surfaces_as_it_is():
 
 def _asserting_loader(param, loaded_weight):
     assert param.shape == loaded_weight.shape, "shape"
+
+
+def test_error_of_a_loader_tells_what_was_being_loaded():
+    streamed = per_tensor((4, 8))
+    layer, _ = layer_of(streamed)
+    tensor = torch.randn(4, 7, dtype=torch.float32)
+    streamed.sources.offer(tensor, "h.0.mlp.weight")
+
+    def assert_shape(param, loaded_weight):
+        assert param.shape == loaded_weight.shape
+
+    with pytest.raises(AssertionError) as failure:
+        layer.wrap(assert_shape)(streamed.placeholder, loaded_weight=tensor[:2])
+    assert failure.value.__notes__ == [
+        "StreamFP8: raised while loading h.0.mlp.weight (float32 [2, 7]) "
+        "into model.layers.0.mlp.weight (bfloat16 [4, 8])"
+    ]
+
+
+def test_error_in_one_of_many_threads_surfaces_once_and_staging_is_given_back():
+    shape = (8, 4, 8)
+    streamed = per_expert(shape)
+    layer, _ = layer_of(streamed)
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+
+    def load_half(param, loaded_weight, expert, half):
+        param.data[expert].narrow(0, 2 * half, 2).copy_(loaded_weight)
+
+    load = layer.wrap(load_half)
+    broken = torch.randn(3, 3)
+    tasks = [(weight[expert, :2], expert, 0) for expert in range(8)] + [(broken, 5, 1)]
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(load, streamed.placeholder, *task) for task in tasks]
+    errors = [future.exception() for future in futures if future.exception()]
+    assert len(errors) == 1
+    assert "a tensor (float32 [3, 3]) into model.layers.0.mlp.weight" in errors[0].__notes__[0]
+    assert streamed.account.held > 0
+    layer.release()
+    assert streamed.account.held == 0
