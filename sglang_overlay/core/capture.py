@@ -92,6 +92,21 @@ class WriteCapture(TorchDispatchMode):
             raise UnsupportedWriteError(f"{func} needs the contents of a parameter that is being streamed") from error
 
 
+class PartialCapture(WriteCapture):
+    """As ``WriteCapture``, where only a part of the placeholders is going to be written.
+
+    What upstream computes from a placeholder that is not written has no data, and the weight it belongs to has not
+    changed: a copy of it leaves its destination as it is.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 @cache
 def _is_mutable(func: Any) -> bool:
     mutable: bool = func._schema.is_mutable

@@ -20,7 +20,7 @@ from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.settings import Mode, load_settings
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream import eligibility, update
 from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import ModelLoad, current, under_way
 from sglang_overlay.upstream.summary import parallel_ranks, summarize
@@ -43,6 +43,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
             obstacle,
         )
     seconds = time.perf_counter() - began
+    _remember(load, model)
     report = summarize(load, model, model_config, loader.load_config, seconds, sampler.usage)
     if load.layers or settings.report_folder is not None:
         logger.info("%s", summary_line(report))
@@ -78,6 +79,15 @@ def _load(
         # Out of the except block, whose traceback keeps the first model's memory.
         del load
         gc.collect()
+
+
+def _remember(load: ModelLoad, model: torch.nn.Module) -> None:
+    """Keep what later weight updates of the model need."""
+    for layer in load.updatable.values():
+        layer.seal()
+    stock = {"this model": load.abandoned} if load.abandoned and load.mode is not Mode.OFF else load.fallback
+    if load.updatable or stock:
+        update.remember(model, update.UpdatableModel(load.updatable.values(), stock))
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
