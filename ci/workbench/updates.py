@@ -1,4 +1,4 @@
-"""Weight updates of a loaded model, as SGLang's scheduler makes them: one of :class:`workbench.loads.LoadJob`'s steps."""
+"""Weight updates of a loaded model, as SGLang's scheduler makes them: a step of :class:`workbench.loads.LoadJob`."""
 
 from __future__ import annotations
 

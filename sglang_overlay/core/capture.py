@@ -102,7 +102,7 @@ class PartialCapture(WriteCapture):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+        if func is aten.copy_.default and _has_no_data(args[1]) and not args[0].is_meta:
             return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -138,6 +138,11 @@ _SOURCES = {
     aten.fill_.Tensor: _filled,
     aten.zero_.default: _zeroed,
 }
+
+
+def _has_no_data(value: Any) -> bool:
+    # A number that is copied comes as the number it is.
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _is_meta(device: Any) -> bool:

@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FUSED_BY_THE_MODEL = {"fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+"""Layers whose weight a model puts together itself, by the last part of their name, from these checkpoint tensors.
+
+``load_weights`` of deepseek_v2 and its relatives (bailing_moe, glm4_moe_lite, glm5_next, kimi_k25_eagle3,
+longcat_flash) waits for both, but only within one call: one that comes alone is dropped, without a word.
+"""
+
 MAX_LISTED = 8
 """How many names a message lists before it says how many more there are."""
 
@@ -97,6 +104,38 @@ class UpdatableLayer:
             self.module._parameters = served
             served.update({key: new for key, new in changed.items() if key not in self.placeholders})
             self.seal()
+
+
+class TensorGroups:
+    """Hands tensors that only load together to upstream in one call, whichever calls of an update they come in.
+
+    Args:
+        layers: names of the model's layers.
+    """
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        last = {name.rpartition(".")[2] for name in layers}
+        self._parts = {part: fused for fused, parts in FUSED_BY_THE_MODEL.items() if fused in last for part in parts}
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
+
+    def complete(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """``weights``, without those that wait for others of their group, and with those that do so no longer."""
+        for name, tensor in weights:
+            part = next((part for part in name.split(".") if part in self._parts), None)
+            if part is None:
+                yield name, tensor
+                continue
+            fused = self._parts[part]
+            group = self._held.setdefault(name.replace(part, fused), {})
+            # The sender may use the tensor's memory again.
+            group[name] = tensor.clone()
+            if len(group) == len(FUSED_BY_THE_MODEL[fused]):
+                yield from self._held.pop(name.replace(part, fused)).items()
+
+    @property
+    def waiting(self) -> list[str]:
+        """Names of fused weights of which a part has not come."""
+        return list(self._held)
 
 
 class UpdatableModel:
@@ -163,6 +202,7 @@ class WeightUpdate:
         self._whole: dict[str, tuple[WholeParameter, ParameterPlan]] = {}
         self._sinks: dict[int, WriteSink] = {}
         self._replaced: dict[str, None] = {}
+        self._groups = TensorGroups(layer.name for layer in self._layers.values())
         self._thread = threading.local()
         with torch.inference_mode(mode=False):
             for layer in self._layers.values():
@@ -188,6 +228,7 @@ class WeightUpdate:
         try:
             with (
                 _all_shown(self._layers.values(), self._wrap),
+                _given(model, self._groups.complete),
                 self._whole_quantized(),
                 PartialCapture(self._sinks),
             ):
@@ -211,11 +252,12 @@ class WeightUpdate:
         conflicts = [error for stream in self._streams.values() if (error := _settled(stream))]
         problems = [f"{name} ({units} of {self._streams[name].units} units)" for name, units in partial.items()]
         problems += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
+        problems += self._groups.waiting
         if problems:
             raise WeightUpdateError(
                 f"the update ended with weights of which only a part came: {shortened(problems)}. They keep their old "
                 "values. One scale covers a whole unit, so send what belongs together in one update: gate_proj with "
-                f"up_proj, q_proj with k_proj and v_proj. {self.progress}"
+                f"up_proj, q_proj with k_proj and v_proj, q_a_proj with kv_a_proj_with_mqa. {self.progress}"
             )
         if conflicts:
             raise WeightUpdateError(f"{conflicts[0]}. {self.progress}") from conflicts[0]
@@ -395,6 +437,25 @@ def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[WeightLoader], 
         for layer in layers:
             stack.enter_context(layer.shown(wrap))
         yield
+
+
+@contextmanager
+def _given(model: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Make ``model.load_weights`` load what ``change`` makes of the weights."""
+    attributes: dict[str, Any] = vars(model)
+    own, original = attributes.get("load_weights"), model.load_weights
+
+    @functools.wraps(original)  # type: ignore[arg-type]
+    def load_weights(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(change(weights), *args, **kwargs)  # type: ignore[operator]
+
+    attributes["load_weights"] = load_weights
+    try:
+        yield
+    finally:
+        del attributes["load_weights"]
+        if own is not None:
+            attributes["load_weights"] = own
 
 
 def _meta_twin(placeholder: torch.nn.Parameter) -> torch.nn.Parameter:
