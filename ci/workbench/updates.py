@@ -29,8 +29,8 @@ class Update:
         source: ``disk``; ``tensor``, ``bucket`` (flattened) or ``direct`` (parameters' own names) in a session.
         checkpoint: where the new weights are.
         names: only tensors in whose name this regular expression is found.
-        calls: of ``update_weights_from_tensor``, among which the tensors are dealt out in turn.
-        order: ``file``, or ``shuffled``.
+        calls: of ``update_weights_from_tensor``, each with its share of the tensors.
+        order: in which tensors come: as in the ``file``, or ``shuffled``, which parts what belongs together.
     """
 
     source: Literal["disk", "tensor", "bucket", "direct"]
@@ -88,7 +88,10 @@ def _answer(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tens
 def _session(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
     updater.begin_weight_update()
     answers = [_send(updater, update, tensors) for tensors in calls]
-    updater.end_weight_update(run_post_load=not calls)
+    try:
+        updater.end_weight_update(run_post_load=not calls)
+    except Exception as error:
+        answers.append((False, f"{type(error).__name__}: {error}"))
     return all(success for success, _ in answers), "; ".join(message for _, message in answers)
 
 
@@ -111,15 +114,19 @@ def _send(updater: Any, update: Update, tensors: list[tuple[str, torch.Tensor]])
 
 
 def _dealt(update: Update) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    tensors = [(name, tensor) for name, tensor in _tensors(update.checkpoint) if re.search(update.names, name)]
+    # Memory of their own: what a mapped file's pages cost when they are written to would count as the update's.
+    tensors = [
+        (name, tensor.clone()) for name, tensor in tensors_of(update.checkpoint) if re.search(update.names, name)
+    ]
     if update.order == "shuffled":
         random.Random(0).shuffle(tensors)
-    for call in range(update.calls):
-        if tensors[call :: update.calls]:
-            yield tensors[call :: update.calls]
+    size = -(-len(tensors) // update.calls)
+    for start in range(0, len(tensors), size):
+        yield tensors[start : start + size]
 
 
-def _tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of every tensor of a checkpoint, in its files' order."""
     from safetensors.torch import load_file
 
     for file in sorted(checkpoint.glob("*.safetensors")):

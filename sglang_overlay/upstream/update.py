@@ -90,12 +90,12 @@ class UpdatableLayer:
             set_loader(placeholder, self.loaders[key])
 
     @contextmanager
-    def shown(self, wrap: Callable[[WeightLoader], WeightLoader]) -> Iterator[None]:
+    def shown(self, wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
         """Make the layer what it was before its first quantization, with wrapped loaders."""
         served = self.module._parameters
         shown = {key: self.placeholders.get(key, served.get(key)) for key in self._before_quantization}
         for key, placeholder in self.placeholders.items():
-            set_loader(placeholder, wrap(self.loaders[key]))
+            set_loader(placeholder, wrap(f"{self.name}.{key}", self.loaders[key]))
         self.module._parameters = dict(shown)
         try:
             yield
@@ -325,21 +325,33 @@ class WeightUpdate:
         )
         return self._streams[name]
 
-    def _wrap(self, loader: WeightLoader) -> WeightLoader:
-        """Upstream's loader, captured where it runs in a thread of its own."""
+    def _wrap(self, name: str, loader: WeightLoader) -> WeightLoader:
+        """Upstream's loader of a weight, captured where it runs in a thread of its own; its errors name the weight."""
 
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
-            if getattr(self._thread, "inside", False):
-                return loader(*args, **kwargs)
-            self._thread.inside = True
             try:
-                with WriteCapture(self._sinks):
+                with self._captured():
                     return loader(*args, **kwargs)
-            finally:
-                self._thread.inside = False
+            except Exception as error:
+                shapes = [str(tuple(value.shape)) for value in args if isinstance(value, torch.Tensor)]
+                raise WeightUpdateError(
+                    f"{name} cannot take this tensor ({' <- '.join(shapes)}): {type(error).__name__}: {error}"
+                ) from error
 
         return load
+
+    @contextmanager
+    def _captured(self) -> Iterator[None]:
+        if getattr(self._thread, "inside", False):
+            yield
+            return
+        self._thread.inside = True
+        try:
+            with WriteCapture(self._sinks):
+                yield
+        finally:
+            self._thread.inside = False
 
     @contextmanager
     def _whole_quantized(self) -> Iterator[None]:
@@ -432,7 +444,7 @@ def shortened(names: list[str]) -> str:
 
 
 @contextmanager
-def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[WeightLoader], WeightLoader]) -> Iterator[None]:
+def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.shown(wrap))

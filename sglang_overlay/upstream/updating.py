@@ -165,7 +165,8 @@ def _one_update(known: UpdatableModel, workers: int = 0) -> Iterator[WeightUpdat
         progress = update.progress
         if not is_open:
             known.abort()
-        raise WeightUpdateError(f"{error}. {progress}") from error
+        what = error if isinstance(error, WeightUpdateError) else f"{type(error).__name__}: {error}"
+        raise WeightUpdateError(f"{what}. {progress}") from error
     if not is_open:
         known.end()
 

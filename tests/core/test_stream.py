@@ -330,3 +330,15 @@ def test_restore_refuses_once_a_unit_is_quantized():
         streamed.placeholder.data[1].copy_(weight_of((4, 8)))
     with pytest.raises(LayerNotStreamableError, match="1 of 3 units"):
         streamed.stream.restore()
+
+
+def test_partial_units_are_those_of_which_a_part_is_missing():
+    streamed = per_expert((4, 6, 8))
+    values = torch.randn(4, 6, 8, dtype=torch.bfloat16)
+    with streamed.capture():
+        streamed.placeholder.data[1].copy_(values[1])
+        for expert in (0, 3):
+            streamed.placeholder.data[expert, :3].copy_(values[expert, :3])
+        streamed.placeholder.data[0, 3:].copy_(values[0, 3:])
+    assert streamed.stream.partial_units == [3]
+    assert streamed.stream.done_units == 2

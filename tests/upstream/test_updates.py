@@ -123,3 +123,78 @@ def test_half_a_unit_is_an_error_that_names_it_and_keeps_the_old_values(family, 
     assert "All fp8 layers hold their old values" in done.message
     assert done.moved == ()
     assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", prompts=PROMPTS)), result) == []
+
+
+def test_direct_update_takes_the_parameters_own_names(update, workers, checkpoint, tmp_path):
+    names = r"o_proj|down_proj|layernorm"
+    result = update("qwen3", (SEED, {"source": "direct", "names": names}))
+    assert result.ranks[0].updates[0].success, result.ranks[0].updates[0].message
+    mixed = mixture(checkpoint("qwen3"), checkpoint("qwen3", seed=SEED), names, tmp_path / "mixed")
+    assert compare(workers.load(LoadJob(mixed, streaming="require", prompts=PROMPTS)), result) == []
+
+
+@pytest.fixture
+def misshapen(checkpoint, tmp_path):
+    """New weights of a family, of which one has half its rows."""
+
+    def make(family, name):
+        copytree(checkpoint(family, seed=SEED), tmp_path / "misshapen")
+        (file,) = (tmp_path / "misshapen").glob("*.safetensors")
+        tensors = load_file(file)
+        tensors[name] = tensors[name][: len(tensors[name]) // 2].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+        return tmp_path / "misshapen"
+
+    return make
+
+
+BAD = {
+    "qwen3_moe": "model.layers.1.mlp.experts.3.down_proj.weight",
+    "deepseek_v3": "model.layers.1.self_attn.kv_b_proj.weight",
+}
+BAD_PARAMETER = {
+    "qwen3_moe": "model.layers.1.mlp.experts.w2_weight",
+    "deepseek_v3": "model.layers.1.self_attn.kv_b_proj.weight",
+}
+
+
+@pytest.mark.parametrize("family", BAD)
+def test_failed_tensor_is_an_error_that_names_it_and_the_next_update_succeeds(
+    family, workers, checkpoint, misshapen, fresh
+):
+    broken = Update("tensor", misshapen(family, BAD[family]), calls=3)
+    good = Update("tensor", checkpoint(family, seed=SEED), calls=3)
+    job = LoadJob(checkpoint(family), streaming="require", updates=(broken, good), prompts=PROMPTS)
+    result = workers.load(job)
+    failed, succeeded = result.ranks[0].updates
+    assert not failed.success
+    assert f"{BAD_PARAMETER[family]} cannot take this tensor" in failed.message
+    assert "These fp8 layers hold new values, all others their old ones: model.layers.0" in failed.message
+    assert failed.moved == ()
+    assert succeeded.success
+    assert compare(fresh(family, 1), result) == []
+
+
+@pytest.mark.parametrize("family", BAD)
+def test_failed_update_from_disk_goes_back_to_the_weights_before(family, workers, checkpoint, misshapen):
+    broken = Update("disk", misshapen(family, BAD[family]))
+    result = workers.load(LoadJob(checkpoint(family), streaming="require", updates=(broken,), prompts=PROMPTS))
+    (failed,) = result.ranks[0].updates
+    assert not failed.success
+    assert f"{BAD_PARAMETER[family]} cannot take this tensor" in failed.message
+    assert "Rolling back to original weights" in failed.message
+    assert failed.moved == ()
+    assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", prompts=PROMPTS)), result) == []
+
+
+@pytest.mark.parametrize("how", [{"source": "disk"}, {"source": "tensor", "calls": 7}])
+def test_update_needs_memory_for_units_not_for_the_model(how, workers, checkpoint):
+    shape = (("num_experts", 64), ("moe_intermediate_size", 384), ("hidden_size", 512), ("num_hidden_layers", 6))
+    paths = [checkpoint("qwen3_moe", overrides=shape, seed=seed) for seed in (0, SEED)]
+    update = Update(checkpoint=paths[1], **how)
+    (rank,) = workers.load_fresh(LoadJob(paths[0], streaming="require", updates=(update,) * 2)).ranks
+    unit = 2 * 384 * 512 * 2
+    assert rank.model_bytes > 200 * unit
+    for done in rank.updates:
+        assert done.success, done.message
+        assert done.memory.peak_above_start < 20 * unit
