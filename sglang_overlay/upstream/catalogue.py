@@ -9,6 +9,7 @@ _FP8 = "sglang.srt.layers.quantization.fp8"
 _LOADER = "sglang.srt.model_loader.loader"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 _SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_UPDATE_ISSUES = ("sgl-project/sglang#5424", "sgl-project/sglang#11289", "sgl-project/sglang#30761")
 _WHEN_UPSTREAM_UPDATES = "SGLang updates online fp8 weights itself"
 _WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
 _MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-project/sglang#8337")
@@ -97,7 +98,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         parameters=("model", "weights", "target_device"),
         why="Called again when weights are updated from disk: streams them into the fp8 storage that "
         "is being served, where stock finds parameters that have lost their loaders.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -107,7 +108,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         parameters=("self", "model_path", "load_format"),
         why="Makes upstream go back to the weights it served before when an update fails, and answer "
         "where that fails too.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -116,7 +117,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("self",),
         why="Opens an update, which keeps units that come in several calls.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -125,7 +126,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("self", "run_post_load"),
         why="Closes the update; upstream's post-processing must not quantize fp8 weights once more.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -134,7 +135,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("self", "named_tensors"),
         why="Streams the tensors of one call.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -144,7 +145,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         parameters=("self", "named_tensors", "load_format"),
         why="Streams the tensors of one call, flattened buckets as well; a failure is answered and "
         "does not end the server.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -153,7 +154,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("self", "recv_req"),
         why="Streams what the checkpoint engine sends.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -162,7 +163,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("model", "named_tensors"),
         why="Names parameters, not checkpoint tensors: tells high-precision weights from fp8 values and scales.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
     TouchPoint(
@@ -171,7 +172,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("self", "recv_req"),
         why="Lets the end of a session fail where units came only in part; upstream always answers success.",
-        related=(),
+        related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
 )
