@@ -65,3 +65,7 @@ class IncompleteLoadError(StreamFP8Error):
 
 class PlaceholderLeakError(StreamFP8Error):
     """Loading ended with a tensor that was computed from a placeholder and so holds no data."""
+
+
+class WeightUpdateError(StreamFP8Error):
+    """A weight update stopped part of the way, or left units half written."""

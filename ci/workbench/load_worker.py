@@ -5,7 +5,7 @@ A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``loa
 1. ``publish`` the job's server arguments (the last publish wins, so one process can hold many in turn);
 2. ``bootstrap.init_parallel_runtime``: process groups for this job, over gloo on the CPU;
 3. build a ``ModelRunner``, watching memory and time of its ``load_model``;
-4. fingerprint every tensor of the model; generate when asked;
+4. make the job's weight updates; fingerprint every tensor of the model; generate when asked;
 5. drop the model, destroy the groups and ``reset_context``, so that the next job starts from nothing.
 """
 
@@ -53,6 +53,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
+from workbench import updates  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
@@ -194,10 +195,11 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     try:
         runner = build_runner(job, rank, port)
         outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
+        updated = tuple(updates.run(runner, update) for update in job.updates)
         described = describe(runner)
         if job.prompts:
             outputs = generate(runner, job)
-        return {**described, **outputs}
+        return {**described, **outputs, "updates": updated}
     finally:
         del runner
         destroy_model_parallel()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from sglang_overlay.observe.memory import MemoryUsage
     from workbench.fingerprints import TensorPrint
+    from workbench.updates import Update, UpdateResult
 
 #: Token ids every tiny vocabulary has; lengths differ so that a batch is ragged.
 PROMPTS: tuple[tuple[int, ...], ...] = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9), (259, 4, 300))
@@ -61,6 +62,7 @@ class LoadJob:
             which SGLang reads at run time work here; for the others see ``LoadWorkers(environ=...)``.
         loader_config: ``--model-loader-extra-config``, e.g. ``{"enable_multithread_load": False}``.
         server_args: further fields of SGLang's ``ServerArgs``.
+        updates: weight updates to make after loading, in order, before anything is described or generated.
         prompts: token ids to continue greedily; none, no generation.
         new_tokens: tokens generated for each prompt.
         device: as ``--device``.
@@ -75,6 +77,7 @@ class LoadJob:
     environ: Mapping[str, str] = field(default_factory=dict)
     loader_config: Mapping[str, Any] = field(default_factory=dict)
     server_args: Mapping[str, Any] = field(default_factory=dict)
+    updates: tuple[Update, ...] = ()
     prompts: tuple[tuple[int, ...], ...] = ()
     new_tokens: int = 8
     device: str = "cpu"
@@ -92,6 +95,7 @@ class RankResult:
         load_seconds: wall time of ``ModelRunner.load_model``.
         memory: of the process during ``load_model``, read every 3 ms.
         job_seconds: wall time of the whole job in the process.
+        updates: what became of each of the job's updates.
         tokens: generated ids, one tuple a prompt.
         logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
         logits_finite: whether all of these are finite.
@@ -109,6 +113,7 @@ class RankResult:
     logits_sha256: str
     logits_finite: bool
     log: tuple[str, ...]
+    updates: tuple[UpdateResult, ...] = ()
 
 
 @dataclass(frozen=True)

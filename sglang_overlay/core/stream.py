@@ -161,6 +161,21 @@ class ParameterStream:
         """Units that came whole in one write, at least once, and needed no staging."""
         return sum(self._direct)
 
+    @property
+    def done_units(self) -> int:
+        """Units quantized so far."""
+        return sum(self._done)
+
+    @property
+    def partial_units(self) -> list[int]:
+        """Units of which a part has come and the rest has not, in order. For when no loader runs."""
+        self._finish_jobs()
+        return sorted(
+            unit
+            for unit, staged in self._staged.items()
+            if not self._done[unit] and staged.covered < self._grid.unit_volume
+        )
+
     def restore(self) -> torch.Tensor:
         """Everything written so far, in high precision on the storage's device, as stock would hold it. Ends streaming.
 

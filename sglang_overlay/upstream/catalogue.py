@@ -7,6 +7,10 @@ from sglang_overlay.upstream.touch_point import HookKind, TouchPoint
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
 _LOADER = "sglang.srt.model_loader.loader"
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
+_SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_UPDATE_ISSUES = ("sgl-project/sglang#5424", "sgl-project/sglang#11289", "sgl-project/sglang#30761")
+_WHEN_UPSTREAM_UPDATES = "SGLang updates online fp8 weights itself"
 _WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
 _MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-project/sglang#8337")
 
@@ -86,5 +90,89 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="The experts are fp8 already: registers them as stock would leave them instead of quantizing.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader.load_weights_and_postprocess",
+        hook="sglang_overlay.upstream.updating:load_weights_and_postprocess",
+        kind=HookKind.AROUND,
+        parameters=("model", "weights", "target_device"),
+        why="Called again when weights are updated from disk: streams them into the fp8 storage that "
+        "is being served, where stock finds parameters that have lost their loaders.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.update_weights_from_disk",
+        hook="sglang_overlay.upstream.updating:update_weights_from_disk",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_path", "load_format"),
+        why="Makes upstream go back to the weights it served before when an update fails, and answer "
+        "where that fails too.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.begin_weight_update",
+        hook="sglang_overlay.upstream.updating:begin_weight_update",
+        kind=HookKind.AROUND,
+        parameters=("self",),
+        why="Opens an update, which keeps units that come in several calls.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.end_weight_update",
+        hook="sglang_overlay.upstream.updating:end_weight_update",
+        kind=HookKind.AROUND,
+        parameters=("self", "run_post_load"),
+        why="Closes the update; upstream's post-processing must not quantize fp8 weights once more.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.load_weights_from_distributed",
+        hook="sglang_overlay.upstream.updating:load_weights_from_distributed",
+        kind=HookKind.AROUND,
+        parameters=("self", "named_tensors"),
+        why="Streams the tensors of one call.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.update_weights_from_tensor",
+        hook="sglang_overlay.upstream.updating:update_weights_from_tensor",
+        kind=HookKind.AROUND,
+        parameters=("self", "named_tensors", "load_format"),
+        why="Streams the tensors of one call, flattened buckets as well; a failure is answered and "
+        "does not end the server.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.update_weights_from_ipc",
+        hook="sglang_overlay.upstream.updating:update_weights_from_ipc",
+        kind=HookKind.AROUND,
+        parameters=("self", "recv_req"),
+        why="Streams what the checkpoint engine sends.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}._model_load_weights_direct",
+        hook="sglang_overlay.upstream.updating:load_weights_direct",
+        kind=HookKind.AROUND,
+        parameters=("model", "named_tensors"),
+        why="Names parameters, not checkpoint tensors: tells high-precision weights from fp8 values and scales.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_SESSIONS}.end_weight_update",
+        hook="sglang_overlay.upstream.updating:end_session",
+        kind=HookKind.AROUND,
+        parameters=("self", "recv_req"),
+        why="Lets the end of a session fail where units came only in part; upstream always answers success.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
 )

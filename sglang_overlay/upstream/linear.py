@@ -7,7 +7,7 @@ Stock quantizes a bf16 weight ``[N, K]`` per channel where the kernels want that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from sglang_overlay.core.quantizers import (
 )
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream import eligibility, update
 from sglang_overlay.upstream.load import ParameterPlan, bound_dtype, current
 
 
@@ -34,17 +34,20 @@ class LinearPlan:
     def __init__(self, method: Any) -> None:
         self._per_channel = method.cutlass_fp8_supported or method.use_marlin
 
-    def parameter(self, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
         from sglang.srt.layers.quantization import fp8
 
         weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
+        return self._storage(weight, torch.empty(self._scales(placeholder), dtype=torch.float32, device=device))
+
+    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        from sglang.srt.layers.quantization import fp8
+
         rows, columns = placeholder.shape
         if self._per_channel:
-            scale = torch.empty(rows, dtype=torch.float32, device=device)
             quantizer = RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, columns))
-            return ParameterPlan(UnitGrid.per_slice((rows, columns)), quantizer, Storage(weight, scale))
-        scale = torch.empty(1, dtype=torch.float32, device=device)
-        return ParameterPlan(UnitGrid.one((rows, columns)), _quantizer(device), Storage(weight.unsqueeze(0), scale))
+            return ParameterPlan(UnitGrid.per_slice((rows, columns)), quantizer, storage)
+        return ParameterPlan(UnitGrid.one((rows, columns)), _quantizer(storage.weight.device), storage)
 
     def register(self, layer: Module, storages: dict[str, Storage]) -> None:
         storage = storages["weight"]
@@ -53,6 +56,21 @@ class LinearPlan:
         layer.weight = Parameter(storage.weight.view(rows, columns).t(), requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.input_scale = None  # type: ignore[assignment]
+
+    def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
+        from sglang.srt.layers.quantization import fp8
+
+        weight, scale = layer.get_parameter("weight").data.t(), layer.get_parameter("weight_scale").data
+        placeholder = placeholders["weight"]
+        if (weight.dtype, weight.shape) != (fp8.fp8_dtype, placeholder.shape) or not weight.is_contiguous():
+            return None
+        return {"weight": self._storage(weight, scale.view(-1))} if scale.numel() == self._scales(placeholder) else None
+
+    def _scales(self, placeholder: torch.Tensor) -> int:
+        return placeholder.shape[0] if self._per_channel else 1
+
+    def _storage(self, weight: torch.Tensor, scale: torch.Tensor) -> Storage:
+        return Storage(weight if self._per_channel else weight.unsqueeze(0), scale)
 
 
 def _quantizer(device: torch.device) -> UnitQuantizer:
@@ -82,6 +100,8 @@ def create_weights(original: Callable[..., None], method: Any, layer: Module, *a
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
     """Around ``Fp8LinearMethod.process_weights_after_loading``: what upstream does after quantizing."""
+    if update.is_updating(layer):
+        return None
     load = current()
     if load is None or not load.finish(layer):
         return original(method, layer)

@@ -31,6 +31,7 @@ from sglang_overlay.settings import Mode, Settings
 from sglang_overlay.upstream import eligibility, snapshots
 from sglang_overlay.upstream.findings import Findings, shortened
 from sglang_overlay.upstream.guard import refuse
+from sglang_overlay.upstream.update import UpdatableLayer, set_loader
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,19 @@ class LayerPlan(Protocol):
     weights: frozenset[str]
     """Names of the parameters that upstream creates in high precision and quantizes."""
 
-    def parameter(self, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
-        """Plan one of ``weights``, allocating its final storage on ``device``."""
+    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
+        """Final storage of one of ``weights``."""
+
+    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        """Plan one of ``weights``."""
 
     def register(self, layer: torch.nn.Module, storages: dict[str, Storage]) -> None:
         """Put the fp8 parameters on the layer as stock's quantization would leave them."""
+
+    def registered(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, Storage] | None:
+        """The memory of a layer's fp8 parameters, by name of the weight; None where they have been repacked since."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class ModelLoad:
         self.units = 0
         self.direct_units = 0
         self.layers = 0
+        self.updatable: dict[str, UpdatableLayer] = {}
         self._obstacle = obstacle
         self._excluded = excluded
         self._pending: dict[torch.nn.Module, PendingLayer] = {}
@@ -241,12 +251,15 @@ class ModelLoad:
             # Not part of the module tree, so stock would never quantize it either.
             self._materialize(pending)
             return
+        updatable = self.updatable[name] = UpdatableLayer(name, layer, pending.plan, pending.placeholders)
         reason = eligibility.why_deferred(name)
         if reason is not None:
+            updatable.let_go()
             self._materialize(pending)
             self.deferred[name] = reason
             return
         if name in self._excluded:
+            updatable.let_go()
             self._materialize(pending)
             self._fall_back(name, self._excluded[name])
             return
@@ -254,7 +267,8 @@ class ModelLoad:
         for key, placeholder in pending.placeholders.items():
             size = placeholder.numel() * torch.float8_e4m3fn.itemsize
             with shortage_explained(f"for the fp8 storage of {name}.{key}", size, self.account):
-                plan = pending.plan.parameter(placeholder, pending.device)
+                storage = pending.plan.allocate(placeholder, pending.device)
+            plan = pending.plan.parameter(placeholder, storage)
             stream = ParameterStream(
                 f"{name}.{key}",
                 placeholder,
@@ -267,9 +281,9 @@ class ModelLoad:
                 pipeline,
             )
             streams[key] = (placeholder, stream)
-        layer_stream = LayerStream(name, streams, lambda stream, why: self._fall_back(stream.name, why))
+        layer_stream = LayerStream(name, streams, lambda stream, why: self._return(stream.name, why))
         for placeholder in pending.placeholders.values():
-            _wrap_loader(placeholder, layer_stream)
+            set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = (layer_stream, pending.plan)
 
     def _materialize(self, pending: PendingLayer) -> None:
@@ -278,6 +292,10 @@ class ModelLoad:
 
     def _quantized(self, size: int) -> None:
         self.progress.advance(size)
+
+    def _return(self, name: str, reason: str) -> None:
+        self.updatable[name].let_go()
+        self._fall_back(name, reason)
 
     def _fall_back(self, name: str, reason: str) -> None:
         self.fallback[name] = reason
@@ -342,14 +360,6 @@ def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:
         if layer._parameters.get(name) is not placeholder or storage_key(placeholder) != pending.storage_keys[name]:
             return name
     return None
-
-
-def _wrap_loader(placeholder: torch.nn.Parameter, stream: LayerStream) -> None:
-    # SGLang's own parameter classes have weight_loader as a read-only property over _weight_loader.
-    attribute = (
-        "_weight_loader" if isinstance(getattr(type(placeholder), "weight_loader", None), property) else "weight_loader"
-    )
-    setattr(placeholder, attribute, stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
 
 
 def bound_dtype(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:

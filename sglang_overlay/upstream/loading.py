@@ -21,7 +21,7 @@ from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.settings import Mode, load_settings
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream import eligibility, update
 from sglang_overlay.upstream.checkpoint_files import file_problems
 from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import ModelLoad, current, under_way
@@ -46,6 +46,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
             lambda load, model: load.check(model, settings, Path(model_config.model_path)),
         )
     seconds = time.perf_counter() - began
+    _remember(load, model)
     report = summarize(load, model, model_config, loader.load_config, seconds, sampler.usage)
     if load.layers or settings.report_folder is not None:
         logger.info("%s", summary_line(report))
@@ -91,6 +92,15 @@ def _read(read: Callable[[], torch.nn.Module], load: ModelLoad) -> torch.nn.Modu
         if is_shortage(error):
             annotate(error, f"StreamFP8: {told(load.account)}")
         raise
+
+
+def _remember(load: ModelLoad, model: torch.nn.Module) -> None:
+    """Keep what later weight updates of the model need."""
+    for layer in load.updatable.values():
+        layer.seal()
+    stock = {"this model": load.abandoned} if load.abandoned and load.mode is not Mode.OFF else load.fallback
+    if load.updatable or stock:
+        update.remember(model, update.UpdatableModel(load.updatable.values(), stock))
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ Stock quantizes each expert's w13 ``[2 * intermediate, hidden]`` and w2 ``[hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import Module, Parameter
 from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream import eligibility, update
 from sglang_overlay.upstream.load import ParameterPlan, bound_dtype, current
 
 
@@ -25,12 +25,14 @@ class ExpertsPlan:
 
     weights = frozenset({"w13_weight", "w2_weight"})
 
-    def parameter(self, placeholder: torch.Tensor, device: torch.device) -> ParameterPlan:
+    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
         from sglang.srt.layers.quantization import fp8
 
         weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
-        scale = torch.ones(placeholder.shape[0], dtype=torch.float32, device=device)
-        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), _quantizer(device), Storage(weight, scale))
+        return Storage(weight, torch.ones(placeholder.shape[0], dtype=torch.float32, device=device))
+
+    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), _quantizer(storage.weight.device), storage)
 
     def register(self, layer: Module, storages: dict[str, Storage]) -> None:
         w13, w2 = storages["w13_weight"], storages["w2_weight"]
@@ -38,6 +40,18 @@ class ExpertsPlan:
         layer.w2_weight_scale.data = w2.scale
         layer.w13_weight = Parameter(w13.weight, requires_grad=False)
         layer.w2_weight = Parameter(w2.weight, requires_grad=False)
+
+    def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
+        from sglang.srt.layers.quantization import fp8
+
+        storages = {
+            name: Storage(getattr(layer, name).data, getattr(layer, f"{name}_scale").data) for name in placeholders
+        }
+        for name, storage in storages.items():
+            shape = placeholders[name].shape
+            if (storage.weight.dtype, storage.weight.shape, storage.scale.shape) != (fp8.fp8_dtype, shape, shape[:1]):
+                return None
+        return storages
 
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
@@ -59,6 +73,8 @@ def create_weights(original: Callable[..., None], method: Any, layer: Module, *a
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
     """Around ``Fp8MoEMethod.process_weights_after_loading``: what upstream does after quantizing."""
+    if update.is_updating(layer):
+        return None
     load = current()
     if load is None or not load.finish(layer):
         return original(method, layer)

@@ -412,3 +412,15 @@ def test_units_know_the_tensors_they_came_from():
             streamed.placeholder.data[expert, 2 * half : 2 * half + 2].copy_(tensor)
     assert streamed.stream.origins([1]) == ["1.gate", "1.up"]
     assert streamed.stream.origins() == ["0.gate", "0.up", "1.gate", "1.up"]
+
+
+def test_partial_units_are_those_of_which_a_part_is_missing():
+    streamed = per_expert((4, 6, 8))
+    values = torch.randn(4, 6, 8, dtype=torch.bfloat16)
+    with streamed.capture():
+        streamed.placeholder.data[1].copy_(values[1])
+        for expert in (0, 3):
+            streamed.placeholder.data[expert, :3].copy_(values[expert, :3])
+        streamed.placeholder.data[0, 3:].copy_(values[0, 3:])
+    assert streamed.stream.partial_units == [3]
+    assert streamed.stream.done_units == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
+from workbench.updates import Update
 
 from sglang_overlay.observe.report import read_folder
 
@@ -104,6 +105,27 @@ def test_model_that_cannot_be_streamed_is_an_error_where_streaming_is_required(o
     path = checkpoint("qwen3", overrides=(("architectures", ("ReadingAfterLoadingForCausalLM",)),))
     with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require(.|\n)*hold no data: derived"):
         odd_workers.load(LoadJob(path, streaming="require"))
+
+
+def updated(odd_workers, checkpoint, architecture):
+    paths = [checkpoint("qwen3", overrides=(("architectures", (architecture,)),), seed=seed) for seed in (0, 1)]
+    fresh = odd_workers.load(LoadJob(paths[1], streaming="1"))
+    result = odd_workers.load(LoadJob(paths[0], streaming="1", updates=(Update("disk", paths[1]),)))
+    return fresh, result, result.ranks[0].updates[0]
+
+
+def test_update_of_a_model_that_loaded_as_stock_warns_that_stock_cannot(odd_workers, checkpoint):
+    _, result, done = updated(odd_workers, checkpoint, "RepackingForCausalLM")
+    assert not done.success
+    assert "stock SGLang quantized this model" in warnings_of(result)[-1]
+
+
+@pytest.mark.parametrize("architecture", ["AddingLoaderForCausalLM", "CustomLoaderForCausalLM"])
+def test_update_of_a_model_with_loaders_of_its_own_ends_as_a_fresh_load(architecture, odd_workers, checkpoint):
+    fresh, result, done = updated(odd_workers, checkpoint, architecture)
+    assert done.success, done.message
+    assert done.moved == ()
+    assert compare(fresh, result) == []
 
 
 def test_weight_written_without_its_loader_is_an_error(odd_workers, checkpoint):

@@ -1,0 +1,158 @@
+"""A stand-in for an RL trainer: sends a checkpoint's tensors to a running server, or to an engine of its own.
+
+    python -m workbench.trainer distributed --url http://127.0.0.1:30000 --checkpoint FOLDER
+    python -m workbench.trainer engine --model FOLDER --checkpoint FOLDER --prompts '[[1, 2, 3]]'
+
+The first joins the server in a process group over gloo, as rank 0, and broadcasts. The second prints, as one line of
+JSON, the tokens that an ``sglang.Engine`` generates before and after each of three updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.loads import free_port
+from workbench.updates import tensors_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+NamedTensor = tuple[str, "torch.Tensor"]
+
+_GROUP = "trainer"
+_TENSORS_A_CALL = 40
+_SECONDS = 300.0
+
+
+def broadcast(url: str, checkpoint: Path) -> None:
+    """One session: all tensors of ``checkpoint``, some at a time, by ``update_weights_from_distributed``.
+
+    Raises:
+        RuntimeError: the server answered that something failed.
+    """
+    import torch
+    from sglang.srt.utils import init_custom_process_group
+
+    port = free_port()
+    joining = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
+    with ThreadPoolExecutor(1) as server:
+        answer = server.submit(
+            post, url, "init_weights_update_group", {**joining, "group_name": _GROUP, "backend": "gloo"}
+        )
+        group = init_custom_process_group(
+            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=_GROUP
+        )
+        answer.result()
+        post(url, "begin_weight_update", {})
+        for tensors in calls_of(checkpoint):
+            names, shapes = [name for name, _ in tensors], [list(tensor.shape) for _, tensor in tensors]
+            dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors]
+            described = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": _GROUP}
+            answer = server.submit(post, url, "update_weights_from_distributed", described)
+            for _, tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0, group=group)
+            answer.result()
+        post(url, "end_weight_update", {})
+        post(url, "destroy_weights_update_group", {"group_name": _GROUP})
+
+
+def post(url: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The server's answer.
+
+    Raises:
+        RuntimeError: it is not a success.
+    """
+    import httpx
+
+    with httpx.Client(trust_env=False, timeout=_SECONDS) as client:
+        response = client.post(f"{url}/{path}", json=content)
+    if response.status_code != httpx.codes.OK:
+        raise RuntimeError(f"{path} was answered with {response.status_code}: {response.text}")
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def engine_updates(model: Path, checkpoint: Path, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Update an engine to ``checkpoint`` by tensors, back to ``model`` by buckets, and to ``checkpoint`` from disk.
+
+    Returns:
+        ``tokens`` before and after each, and the ``answers`` to the updates.
+    """
+    import sglang
+
+    engine = sglang.Engine(
+        model_path=str(model), device="cpu", quantization="fp8", random_seed=0, log_level="warning", port=free_port()
+    )
+    try:
+        found = {"tokens": [_tokens(engine, prompts, new_tokens)], "answers": []}
+        for update in (_send_tensors, _send_buckets, _read_from_disk):
+            found["answers"].append(update(engine, model if update is _send_buckets else checkpoint))
+            found["tokens"].append(_tokens(engine, prompts, new_tokens))
+        return found
+    finally:
+        engine.shutdown()
+
+
+def _tokens(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    return [answer["output_ids"] for answer in engine.generate(input_ids=prompts, sampling_params=sampling)]
+
+
+def _send_tensors(engine: Any, checkpoint: Path) -> list[Any]:
+    answers = [engine.begin_weight_update()]
+    answers += [engine.update_weights_from_tensor(tensors) for tensors in calls_of(checkpoint)]
+    return [*answers, engine.end_weight_update()]
+
+
+def _send_buckets(engine: Any, checkpoint: Path) -> list[Any]:
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    answers = [engine.begin_weight_update()]
+    for tensors in calls_of(checkpoint):
+        bucket = FlattenedTensorBucket(named_tensors=tensors)
+        content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+        payload = [MultiprocessingSerializer.serialize(content)]
+        answers.append(engine.update_weights_from_tensor(payload, load_format="flattened_bucket"))
+    return [*answers, engine.end_weight_update()]
+
+
+def _read_from_disk(engine: Any, checkpoint: Path) -> list[Any]:
+    return [engine.update_weights_from_disk(str(checkpoint))]
+
+
+def calls_of(checkpoint: Path) -> Iterator[list[NamedTensor]]:
+    """The tensors of a checkpoint, dealt out to calls so that what belongs together comes apart."""
+    tensors = list(tensors_of(checkpoint))
+    calls = -(-len(tensors) // _TENSORS_A_CALL)
+    for call in range(calls):
+        yield tensors[call::calls]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    distributed, engine = kinds.add_parser("distributed"), kinds.add_parser("engine")
+    distributed.add_argument("--url", required=True)
+    engine.add_argument("--model", type=Path, required=True)
+    engine.add_argument("--prompts", type=json.loads, required=True)
+    engine.add_argument("--new-tokens", type=int, default=8)
+    for kind in (distributed, engine):
+        kind.add_argument("--checkpoint", type=Path, required=True)
+    chosen = parser.parse_args()
+    if chosen.kind == "distributed":
+        broadcast(chosen.url, chosen.checkpoint)
+    else:
+        print(
+            json.dumps(engine_updates(chosen.model, chosen.checkpoint, chosen.prompts, chosen.new_tokens)), flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

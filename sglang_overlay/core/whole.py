@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A parameter that upstream reads in high precision before it is quantized: gathered whole, behind its placeholder."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
+
+
+class WholeParameter:
+    """Takes the writes to a placeholder; once all of it has been written, the placeholder holds the values itself.
+
+    Whoever looked the placeholder up before the loaders ran sees them as well. ``_lock`` guards everything; any thread
+    may write.
+
+    Args:
+        name: for messages.
+        placeholder: the meta parameter that upstream's loader writes to.
+        device: where the values lie.
+    """
+
+    def __init__(self, name: str, placeholder: torch.nn.Parameter, device: torch.device) -> None:
+        self.name = name
+        self._placeholder = placeholder
+        self._shape = placeholder.shape
+        self._dtype = placeholder.dtype
+        self._device = device
+        self._lock = threading.Lock()
+        self._values: torch.Tensor | None = None
+        self._swapped: torch.nn.Parameter | None = None
+        self._missing: list[Box] = [whole(self._shape)]
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Take a write of ``source`` to the view ``destination`` of the placeholder. Shapes are equal.
+
+        Raises:
+            UnsupportedWriteError: the view is no box of the parameter.
+        """
+        if not destination.numel():
+            return
+        placement = Placement(destination, self._shape)
+        with self._lock, torch.inference_mode(mode=False), torch.no_grad():
+            if self._values is None:
+                self._values = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._values[slices(placement.box)].copy_(placement.lay_out(source))
+            self._missing = [part for box in self._missing for part in difference(box, placement.box)]
+            if not self._missing and self._swapped is None:
+                self._swapped = self._swap(self._values)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Everything, where everything has been written; else None."""
+        return None if self._missing else self._values
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a part has come and the rest has not."""
+        return self._values is not None and bool(self._missing)
+
+    def reset(self) -> None:
+        """Forget the values; the placeholder has no memory again."""
+        if self._swapped is not None:
+            torch.utils.swap_tensors(self._placeholder, self._swapped)
+        self._swapped = self._values = None
+        self._missing = [whole(self._shape)]
+
+    def _swap(self, values: torch.Tensor) -> torch.nn.Parameter:
+        """Put ``values`` behind the placeholder; what was there keeps the storage that writes are recognized by."""
+        real = torch.nn.Parameter(values, requires_grad=self._placeholder.requires_grad)
+        real.__class__ = self._placeholder.__class__
+        real.__dict__.update(self._placeholder.__dict__)
+        torch.utils.swap_tensors(self._placeholder, real)
+        return real

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where SGLang updates weights: ``WeightUpdater`` of a model runner, the scheduler's sessions, and the loader.
+
+Upstream reports a failed update in three ways: some methods return ``(False, message)``, others raise, which ends the
+server, and the end of a session cannot fail at all. Here every update of streamed weights that fails is answered with
+``success=False`` and a message that says which layers hold new values.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from sglang_overlay.errors import WeightUpdateError
+from sglang_overlay.upstream import load
+from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate, updatable
+
+logger = logging.getLogger(__name__)
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Answer = tuple[bool, str]
+
+
+def load_weights_and_postprocess(
+    original: Callable[..., None], model: torch.nn.Module, weights: NamedTensors, target_device: torch.device
+) -> None:
+    """Around ``DefaultModelLoader.load_weights_and_postprocess``, which updates from disk call again.
+
+    Raises:
+        WeightUpdateError: reading or quantizing failed, or some units came only in part.
+    """
+    known = updatable(model)
+    if known is None or load.current() is not None:
+        return original(model, weights, target_device)
+    workers = torch.get_num_threads() - 1 if target_device.type == "cpu" else 0
+    try:
+        with _one_update(known, workers) as update, update.loading(model):
+            original(model, _offered(update, weights), target_device)
+    except WeightUpdateError:
+        _on_failure.get()()
+        raise
+    return None
+
+
+def update_weights_from_disk(
+    original: Callable[..., Answer], updater: Any, model_path: str, *args: Any, **kwargs: Any
+) -> Answer:
+    """Around ``WeightUpdater.update_weights_from_disk``.
+
+    Upstream answers a failure by reading "the original weights" again, but from the path that has just failed, and
+    when that fails too the exception ends the server. Here the path is put back first.
+    """
+    if updatable(updater.get_model()) is None:
+        return original(updater, model_path, *args, **kwargs)
+    served = updater.model_config.model_path
+    # Between a failure and reading again, so that what is read again are the weights that were served before.
+    token = _on_failure.set(lambda: setattr(updater.model_config, "model_path", served))
+    try:
+        return original(updater, model_path, *args, **kwargs)
+    except Exception as error:
+        logger.exception("StreamFP8: the weights could not be updated from %s.", model_path)
+        return False, f"Failed to update weights, and to go back to those of {served}: {error}"
+    finally:
+        _on_failure.reset(token)
+
+
+def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
+    """Around ``WeightUpdater.begin_weight_update``."""
+    original(updater)
+    known = updatable(updater.get_model())
+    if known is not None:
+        known.begin()
+
+
+def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_load: bool) -> None:
+    """Around ``WeightUpdater.end_weight_update``.
+
+    Raises:
+        WeightUpdateError: some units came only in part; left to ``end_session`` where that is waiting for it.
+    """
+    known = updatable(updater.get_model())
+    if known is None or known.open is None:
+        return original(updater, run_post_load=run_post_load)
+    with known.open.loading(updater.get_model()):
+        original(updater, run_post_load=run_post_load)
+    try:
+        known.end()
+    except WeightUpdateError as error:
+        failures = _failures.get()
+        if failures is None:
+            raise
+        failures.append(str(error))
+    return None
+
+
+def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Around ``SchedulerWeightUpdaterManager.end_weight_update``: let the end of a session fail, on all ranks."""
+    if all(updatable(runner.model) is None for _, runner in manager._select_runners()):
+        return original(manager, request)
+    failures: list[str] = []
+    token = _failures.set(failures)
+    try:
+        answer = original(manager, request)
+    finally:
+        _failures.reset(token)
+    failures = _of_all_ranks(failures, manager.tp_cpu_group)
+    return type(answer)(success=False, message=" ".join(dict.fromkeys(failures))) if failures else answer
+
+
+def load_weights_from_distributed(original: Callable[..., Answer], updater: Any, named_tensors: NamedTensors) -> Answer:
+    """Around ``WeightUpdater.load_weights_from_distributed``."""
+    return _answered(updater, lambda: original(updater, named_tensors))
+
+
+def update_weights_from_tensor(
+    original: Callable[..., Answer], updater: Any, named_tensors: Any, load_format: str | None = None
+) -> Answer:
+    """Around ``WeightUpdater.update_weights_from_tensor``."""
+    return _answered(updater, lambda: original(updater, named_tensors, load_format), load_format)
+
+
+def update_weights_from_ipc(original: Callable[..., Answer], updater: Any, request: Any) -> Answer:
+    """Around ``WeightUpdater.update_weights_from_ipc``, which post-processes what it has loaded."""
+    return _answered(updater, lambda: original(updater, request))
+
+
+def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, named_tensors: NamedTensors) -> None:
+    """Around ``_model_load_weights_direct``, whose names are those of parameters.
+
+    Values that are fp8 already, and scales, go to the parameters that are served, as in stock.
+    """
+    known = updatable(model)
+    if known is None or known.open is None:
+        return original(model, named_tensors)
+    tensors = list(named_tensors)
+    mine = [(name, tensor) for name, tensor in tensors if known.open.takes(name) and tensor.dtype.itemsize > 1]
+    names = {name for name, _ in mine}
+    original(model, [(name, tensor) for name, tensor in tensors if name not in names])
+    with known.open.loading(model):
+        original(model, mine)
+    return None
+
+
+_on_failure: ContextVar[Callable[[], None]] = ContextVar("streamfp8_on_failure", default=lambda: None)
+_failures: ContextVar[list[str] | None] = ContextVar("streamfp8_failures", default=None)
+
+
+@contextmanager
+def _one_update(known: UpdatableModel, workers: int = 0) -> Iterator[WeightUpdate]:
+    """The update that is open, or else one for this call alone.
+
+    Raises:
+        WeightUpdateError: whatever went wrong, with what the layers hold now.
+    """
+    is_open = known.open is not None
+    update = known.open or known.begin(workers)
+    try:
+        yield update
+    except Exception as error:
+        progress = update.progress
+        if not is_open:
+            known.abort()
+        what = error if isinstance(error, WeightUpdateError) else f"{type(error).__name__}: {error}"
+        raise WeightUpdateError(f"{what}. {progress}") from error
+    if not is_open:
+        known.end()
+
+
+def _answered(updater: Any, call: Callable[[], Answer], load_format: str | None = None) -> Answer:
+    """Upstream's answer to ``call``, made as a part of the open update; a failure is an answer too."""
+    model = updater.get_model()
+    known = updatable(model)
+    if known is None:
+        return call()
+    try:
+        with _one_update(known) as update:
+            # A direct load has names of served parameters among its own: load_weights_direct tells them apart.
+            with nullcontext() if load_format == "direct" else update.loading(model):
+                success, message = call()
+            if not success:
+                raise WeightUpdateError(message)
+    except WeightUpdateError as error:
+        logger.error("StreamFP8: a weight update failed: %s", error, exc_info=error.__cause__)
+        return False, str(error)
+    return success, message
+
+
+def _offered(update: WeightUpdate, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """``weights``, with it noted which come from a checkpoint and so stay as they are."""
+    from sglang.srt.model_loader.weight_utils import RUNAI_STREAMER_TENSOR_ATTR
+
+    for name, tensor in weights:
+        # The Run:ai streamer writes the next tensor into the same memory.
+        if not getattr(tensor, RUNAI_STREAMER_TENSOR_ATTR, False):
+            update.sources.offer(tensor)
+        yield name, tensor
+
+
+def _of_all_ranks(failures: list[str], group: Any) -> list[str]:
+    ranks = torch.distributed.get_world_size(group=group)
+    if ranks == 1:
+        return failures
+    gathered: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(gathered, failures, group=group)
+    return [failure for found in gathered for failure in found]

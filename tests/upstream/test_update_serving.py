@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight updates as users make them, over HTTP and through ``sglang.Engine``, with requests before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from workbench import serving
+from workbench.loads import PROMPTS, LoadJob
+from workbench.trainer import post
+
+SEED = 1
+
+
+@pytest.fixture
+def tokens(workers, checkpoint):
+    """What a fresh streamed load of a family's weights generates."""
+    return lambda family, seed: [
+        list(ids)
+        for ids in workers.load(LoadJob(checkpoint(family, seed=seed), streaming="require", prompts=PROMPTS)).tokens
+    ]
+
+
+def run_trainer(*arguments):
+    command = (sys.executable, "-m", "workbench.trainer", *map(str, arguments))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SGLANG_STREAMFP8": "require"}
+    # A session of its own: an engine that fails kills its process group.
+    ran = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=600, start_new_session=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-8000:]
+    return ran.stdout
+
+
+@pytest.fixture
+def server(checkpoint, tmp_path):
+    def start(family):
+        port = serving.free_port()
+        arguments = ("--quantization", "fp8", "--device", "cpu", "--log-level", "info")
+        command = serving.sglang_command(sys.executable, str(checkpoint(family)), port, arguments)
+        launch = serving.Launch(command, port, tmp_path / "server.log", {"SGLANG_STREAMFP8": "require"})
+        return serving.running(launch, timeout=300)
+
+    return start
+
+
+def checksum(url):
+    (rank,) = post(url, "weights_checker", {"action": "checksum"})["ranks"]
+    return rank["checksums"]
+
+
+def generated(url):
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    answers = post(url, "generate", {"input_ids": [list(prompt) for prompt in PROMPTS], "sampling_params": sampling})
+    return [answer["output_ids"] for answer in answers]
+
+
+def test_server_is_updated_from_disk_and_back_by_broadcast(server, checkpoint, tokens):
+    old, new = checkpoint("deepseek_v3"), checkpoint("deepseek_v3", seed=SEED)
+    with server("deepseek_v3") as url:
+        before, weights = generated(url), checksum(url)
+        post(url, "update_weights_from_disk", {"model_path": str(new)})
+        updated, changed = generated(url), checksum(url)
+        run_trainer("distributed", "--url", url, "--checkpoint", old)
+        after, restored = generated(url), checksum(url)
+    assert updated == tokens("deepseek_v3", SEED)
+    assert before == after == tokens("deepseek_v3", 0)
+    assert restored == weights
+    assert {name for name in weights if weights[name] == changed[name]} == UNCHANGED
+
+
+UNCHANGED: set[str] = set()
+
+
+def test_server_goes_on_after_an_update_that_fails(server, checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint("qwen3_moe", seed=SEED).iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    with server("qwen3_moe") as url:
+        before, weights = generated(url), checksum(url)
+        with pytest.raises(RuntimeError, match=r"400.*Failed to update weights"):
+            post(url, "update_weights_from_disk", {"model_path": str(broken)})
+        post(url, "begin_weight_update", {})
+        between = generated(url)
+        post(url, "end_weight_update", {})
+        assert generated(url) == between == before
+        assert checksum(url) == weights
+
+
+def test_engine_is_updated_by_tensors_by_buckets_and_from_disk(checkpoint, tokens):
+    old, new = checkpoint("qwen3_moe"), checkpoint("qwen3_moe", seed=SEED)
+    printed = run_trainer("engine", "--model", old, "--checkpoint", new, "--prompts", json.dumps(PROMPTS))
+    found = json.loads(printed.splitlines()[-1])
+    assert all(answer[0] for answers in found["answers"] for answer in answers), found["answers"]
+    before, after = tokens("qwen3_moe", 0), tokens("qwen3_moe", SEED)
+    assert before != after
+    assert found["tokens"] == [before, after, before, after]

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight updates end where a fresh load of the new weights ends, in the memory that was being served all along.
+
+The workers' updates go through SGLang's own ``WeightUpdater``, those of the server and the engine through everything.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from shutil import copytree
+
+import pytest
+from safetensors.torch import load_file, save_file
+from workbench.loads import PROMPTS, LoadJob, compare
+from workbench.updates import Update
+
+FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
+SEED = 1
+
+SOURCES = {
+    "disk": {"source": "disk"},
+    "tensors": {"source": "tensor"},
+    "tensors in many calls": {"source": "tensor", "calls": 7, "order": "shuffled"},
+    "flattened buckets": {"source": "bucket", "calls": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def fresh(workers, checkpoint):
+    """A fresh streamed load of the new weights of a family, with greedy outputs; loaded once."""
+
+    @cache
+    def load(family, tp_size):
+        path = checkpoint(family, seed=SEED)
+        return workers.load(LoadJob(path, streaming="require", tp_size=tp_size, prompts=PROMPTS))
+
+    return load
+
+
+@pytest.fixture
+def update(workers, checkpoint):
+    """A streamed load of a family's old weights, updated."""
+
+    def run(family, *updates, tp_size=1, **fields):
+        made = tuple(Update(checkpoint=checkpoint(family, seed=seed), **how) for seed, how in updates)
+        job = LoadJob(checkpoint(family), streaming="require", tp_size=tp_size, updates=made, prompts=PROMPTS, **fields)
+        return workers.load(job)
+
+    return run
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_update_ends_as_a_fresh_load_in_the_same_memory(family, source, update, fresh):
+    result = update(family, (SEED, SOURCES[source]))
+    (done,) = result.ranks[0].updates
+    assert done.success, done.message
+    assert done.moved == ()
+    assert compare(fresh(family, 1), result) == []
+
+
+@pytest.mark.parametrize("source", ["disk", "tensors in many calls"])
+def test_update_of_two_ranks_ends_as_a_fresh_load(source, update, fresh):
+    result = update("deepseek_v3", (SEED, SOURCES[source]), tp_size=2)
+    assert all(rank.updates[0].success and rank.updates[0].moved == () for rank in result.ranks)
+    assert compare(fresh("deepseek_v3", 2), result) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_updates_in_a_row_end_where_the_last_one_does(family, update, fresh):
+    steps = [(2, SOURCES["disk"]), (0, SOURCES["flattened buckets"]), (SEED, SOURCES["tensors in many calls"])]
+    result = update(family, *steps)
+    assert [done.success for done in result.ranks[0].updates] == [True, True, True]
+    assert [done.moved for done in result.ranks[0].updates] == [(), (), ()]
+    assert compare(fresh(family, 1), result) == []
+
+
+PARTS = {
+    "qwen3": r"layers\.1\.self_attn|layers\.0\.mlp\.down_proj|norm",
+    "qwen3_moe": r"layers\.1\.mlp\.experts\.[35]\.|layers\.0\.mlp\.experts\.\d\.down_proj|embed",
+    "deepseek_v3": r"layers\.1\.self_attn\.kv_b_proj|layers\.2\.mlp\.experts\.4\.|layers\.0\.self_attn\.q_a|"
+    r"layers\.0\.self_attn\.kv_a_proj",
+}
+
+
+@pytest.mark.parametrize("source", ["disk", "tensors in many calls", "flattened buckets"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_partial_update_replaces_its_units_and_leaves_all_others(family, source, update, workers, checkpoint, tmp_path):
+    result = update(family, (SEED, {**SOURCES[source], "names": PARTS[family]}))
+    assert result.ranks[0].updates[0].success
+    assert result.ranks[0].updates[0].moved == ()
+    mixed = mixture(checkpoint(family), checkpoint(family, seed=SEED), PARTS[family], tmp_path / "mixed")
+    assert compare(workers.load(LoadJob(mixed, streaming="require", prompts=PROMPTS)), result) == []
+
+
+def mixture(old, new, names, folder):
+    """A checkpoint with the tensors of ``new`` where ``names`` is found in their names, of ``old`` elsewhere."""
+    copytree(old, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        replaced = {name: tensor for name, tensor in load_file(new / file.name).items() if re.search(names, name)}
+        assert replaced
+        save_file({**tensors, **replaced}, file, metadata={"format": "pt"})
+    return folder
+
+
+HALVES = {
+    "qwen3": (r"layers\.1\.self_attn\.q_proj", "model.layers.1.self_attn.qkv_proj.weight (1 of 1 units)"),
+    "qwen3_moe": (r"layers\.2\.mlp\.experts\.[25]\.up_proj", "model.layers.2.mlp.experts.w13_weight (2 of 8 units)"),
+    "deepseek_v3": (r"layers\.2\.self_attn\.q_a_proj", "model.layers.2.self_attn.fused_qkv_a_proj_with_mqa.weight"),
+}
+
+
+@pytest.mark.parametrize("source", ["disk", "tensors"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_a_unit_is_an_error_that_names_it_and_keeps_the_old_values(family, source, update, workers, checkpoint):
+    names, named = HALVES[family]
+    result = update(family, (SEED, {**SOURCES[source], "names": names}))
+    (done,) = result.ranks[0].updates
+    assert not done.success
+    assert named in done.message
+    assert "All fp8 layers hold their old values" in done.message
+    assert done.moved == ()
+    assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", prompts=PROMPTS)), result) == []
+
+
+def test_direct_update_takes_the_parameters_own_names(update, workers, checkpoint, tmp_path):
+    names = r"o_proj|down_proj|layernorm"
+    result = update("qwen3", (SEED, {"source": "direct", "names": names}))
+    assert result.ranks[0].updates[0].success, result.ranks[0].updates[0].message
+    mixed = mixture(checkpoint("qwen3"), checkpoint("qwen3", seed=SEED), names, tmp_path / "mixed")
+    assert compare(workers.load(LoadJob(mixed, streaming="require", prompts=PROMPTS)), result) == []
+
+
+@pytest.fixture
+def misshapen(checkpoint, tmp_path):
+    """New weights of a family, of which one has half its rows."""
+
+    def make(family, name):
+        copytree(checkpoint(family, seed=SEED), tmp_path / "misshapen")
+        (file,) = (tmp_path / "misshapen").glob("*.safetensors")
+        tensors = load_file(file)
+        tensors[name] = tensors[name][: len(tensors[name]) // 2].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+        return tmp_path / "misshapen"
+
+    return make
+
+
+BAD = {
+    "qwen3_moe": "model.layers.1.mlp.experts.3.down_proj.weight",
+    "deepseek_v3": "model.layers.1.self_attn.kv_b_proj.weight",
+}
+BAD_PARAMETER = {
+    "qwen3_moe": "model.layers.1.mlp.experts.w2_weight",
+    "deepseek_v3": "model.layers.1.self_attn.kv_b_proj.weight",
+}
+
+
+@pytest.mark.parametrize("family", BAD)
+def test_failed_tensor_is_an_error_that_names_it_and_the_next_update_succeeds(
+    family, workers, checkpoint, misshapen, fresh
+):
+    broken = Update("tensor", misshapen(family, BAD[family]), calls=3)
+    good = Update("tensor", checkpoint(family, seed=SEED), calls=3)
+    job = LoadJob(checkpoint(family), streaming="require", updates=(broken, good), prompts=PROMPTS)
+    result = workers.load(job)
+    failed, succeeded = result.ranks[0].updates
+    assert not failed.success
+    assert f"{BAD_PARAMETER[family]} cannot take this tensor" in failed.message
+    assert "These fp8 layers hold new values, all others their old ones: model.layers.0" in failed.message
+    assert failed.moved == ()
+    assert succeeded.success
+    assert compare(fresh(family, 1), result) == []
+
+
+@pytest.mark.parametrize("family", BAD)
+def test_failed_update_from_disk_goes_back_to_the_weights_before(family, workers, checkpoint, misshapen):
+    broken = Update("disk", misshapen(family, BAD[family]))
+    result = workers.load(LoadJob(checkpoint(family), streaming="require", updates=(broken,), prompts=PROMPTS))
+    (failed,) = result.ranks[0].updates
+    assert not failed.success
+    assert f"{BAD_PARAMETER[family]} cannot take this tensor" in failed.message
+    assert "Rolling back to original weights" in failed.message
+    assert failed.moved == ()
+    assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", prompts=PROMPTS)), result) == []
+
+
+@pytest.mark.parametrize("how", [{"source": "disk"}, {"source": "tensor", "calls": 7}])
+def test_update_needs_memory_for_units_not_for_the_model(how, workers, checkpoint):
+    shape = (("num_experts", 64), ("moe_intermediate_size", 384), ("hidden_size", 512), ("num_hidden_layers", 6))
+    paths = [checkpoint("qwen3_moe", overrides=shape, seed=seed) for seed in (0, SEED)]
+    update = Update(checkpoint=paths[1], **how)
+    (rank,) = workers.load_fresh(LoadJob(paths[0], streaming="require", updates=(update,) * 2)).ranks
+    unit = 2 * 384 * 512 * 2
+    assert rank.model_bytes > 200 * unit
+    for done in rank.updates:
+        assert done.success, done.message
+        assert done.memory.peak_above_start < 20 * unit
