@@ -4,7 +4,7 @@
     python -m workbench.trainer engine --model FOLDER --checkpoint FOLDER --prompts '[[1, 2, 3]]'
 
 The first joins the server in a process group over gloo, as rank 0, and broadcasts. The second prints, as one line of
-JSON, the tokens that an ``sglang.Engine`` generates before and after each of three updates.
+JSON, the tokens that an ``sglang.Engine`` generates before and after each of four updates.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def post(url: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_updates(model: Path, checkpoint: Path, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    """Update an engine to ``checkpoint`` by tensors, back to ``model`` by buckets, and to ``checkpoint`` from disk.
+    """Update an engine to ``checkpoint`` by half an expert, by all tensors, back to ``model`` by flattened buckets, and
+    to ``checkpoint`` from disk.
 
     Returns:
         ``tokens`` before and after each, and the ``answers`` to the updates.
@@ -91,7 +92,7 @@ def engine_updates(model: Path, checkpoint: Path, prompts: list[list[int]], new_
     )
     try:
         found = {"tokens": [_tokens(engine, prompts, new_tokens)], "answers": []}
-        for update in (_send_tensors, _send_buckets, _read_from_disk):
+        for update in (_send_half_an_expert, _send_tensors, _send_buckets, _read_from_disk):
             found["answers"].append(update(engine, model if update is _send_buckets else checkpoint))
             found["tokens"].append(_tokens(engine, prompts, new_tokens))
         return found
@@ -102,6 +103,11 @@ def engine_updates(model: Path, checkpoint: Path, prompts: list[list[int]], new_
 def _tokens(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     return [answer["output_ids"] for answer in engine.generate(input_ids=prompts, sampling_params=sampling)]
+
+
+def _send_half_an_expert(engine: Any, checkpoint: Path) -> list[Any]:
+    half = next([(name, tensor)] for name, tensor in tensors_of(checkpoint) if "up_proj" in name)
+    return [engine.begin_weight_update(), engine.update_weights_from_tensor(half), engine.end_weight_update()]
 
 
 def _send_tensors(engine: Any, checkpoint: Path) -> list[Any]:

@@ -43,11 +43,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FUSED_BY_THE_MODEL = {"fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+FUSED_BY_THE_MODEL = {
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "fused_qkv_a_g_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa", "g_proj"),
+}
 """Layers whose weight a model puts together itself, by the last part of their name, from these checkpoint tensors.
 
 ``load_weights`` of deepseek_v2 and its relatives (bailing_moe, glm4_moe_lite, glm5_next, kimi_k25_eagle3,
-longcat_flash) waits for both, but only within one call: one that comes alone is dropped, without a word.
+longcat_flash, dots3) waits for all of them, but only within one call: one that comes alone is dropped without a word.
 """
 
 

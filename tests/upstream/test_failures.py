@@ -63,18 +63,19 @@ class TestMissingTensors:
         assert "SGLANG_STREAMFP8_ALLOW_MISSING=1" in text
 
     def test_many_are_listed_in_part_with_how_many_more(self, workers, damaged):
+        first = "model.layers.0.mlp.experts"
         layers = [f"model.layers.{number}" for number in range(3)]
         lost = [f"{layer}.mlp.experts.4.down_proj.weight" for layer in layers]
-        lost += [f"{layer}.self_attn.{part}_proj.weight" for layer in layers[:2] for part in "koqv"]
-        lost += [f"{LAYER}.{expert}.{shard}_proj.weight" for expert in range(8) for shard in ("gate", "up")]
-        lost += [f"{layer}.mlp.experts.4.up_proj.weight" for layer in layers[:2]]
+        lost += [f"{layer}.self_attn.{part}_proj.weight" for layer in layers[1:] for part in "koqv"]
+        lost += [f"{first}.{expert}.{shard}_proj.weight" for expert in range(8) for shard in ("gate", "up")]
+        lost += [f"{layer}.mlp.experts.{expert}.up_proj.weight" for expert, layer in enumerate(layers[1:])]
         with pytest.raises(LoadFailed) as failure:
             workers.load(LoadJob(damaged(without(*lost))))
         text = str(failure.value)
         assert "10 parameters were never completely written" in text
         assert "\n  and 2 more parameters\n" in text
-        named = ", ".join(f"{LAYER}.{expert}.{shard}_proj.weight" for expert in range(4) for shard in ("gate", "up"))
-        assert f"{LAYER}.w13_weight (8 of 8 units: 0, 1, 2, 3, 4, 5, 6, 7): missing {named} and 8 more" in text
+        named = ", ".join(f"{first}.{expert}.{shard}_proj.weight" for expert in range(4) for shard in ("gate", "up"))
+        assert f"{first}.w13_weight (8 of 8 units: 0, 1, 2, 3, 4, 5, 6, 7): missing {named} and 8 more" in text
 
     @pytest.mark.parametrize("layout", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}])
     def test_it_is_named_on_several_ranks(self, layout, workers, damaged):
