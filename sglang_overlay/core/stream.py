@@ -114,7 +114,7 @@ class ParameterStream:
     def settle(self) -> list[int]:
         """Quantize what was only waiting for the end of loading, and release all staging memory.
 
-        To be called once, when no loader runs any more. What was never written is zero afterwards.
+        To be called once, when no loader runs any more. Units that were not completely written stay as they are.
 
         Returns:
             Units that were never completely written, in order.
@@ -122,6 +122,19 @@ class ParameterStream:
         Raises:
             ConflictingWriteError: part of a quantized unit was written again, with other values.
         """
+        missing = self._settle()
+        self.release()
+        return missing
+
+    def settle_with_zeros(self) -> list[int]:
+        """As ``settle``; what was never written of a unit counts as zero, so that no memory is left uninitialized."""
+        missing = self._settle()
+        for unit in missing:
+            self._quantize_missing(unit)
+        self.release()
+        return missing
+
+    def _settle(self) -> list[int]:
         self._finish_jobs()
         for unit, staged in list(self._staged.items()):
             self._refuse_changed(staged.references)
@@ -129,11 +142,7 @@ class ParameterStream:
                 self._quantize(unit, staged.pieces)
             elif self._done[unit]:
                 self._compare(unit, staged.pieces)
-        missing = [unit for unit, done in enumerate(self._done) if not done]
-        for unit in missing:
-            self._quantize_missing(unit)
-        self.release()
-        return missing
+        return [unit for unit, done in enumerate(self._done) if not done]
 
     def not_finite(self) -> list[int]:
         """Units that were given NaN or Inf, in order. Waits for the device."""

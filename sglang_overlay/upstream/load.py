@@ -303,7 +303,7 @@ class ModelLoad:
 
     def _settle(self, stream: LayerStream) -> None:
         for part in stream.streams.values():
-            missing = part.settle()
+            missing = part.settle_with_zeros()
             self.units += part.units - len(missing)
             self.direct_units += part.direct_units
             self._findings.note(stream.name, part, missing)

@@ -424,3 +424,20 @@ def test_partial_units_are_those_of_which_a_part_is_missing():
         streamed.placeholder.data[0, 3:].copy_(values[0, 3:])
     assert streamed.stream.partial_units == [3]
     assert streamed.stream.done_units == 2
+
+
+def test_units_that_were_not_written_stay_as_they_are():
+    """An update may bring some units only."""
+    weight = weight_of((3, 4, 8))
+    streamed = per_expert((3, 4, 8))
+    stored = streamed.stream.storage
+    stored.weight.fill_(2.0)
+    stored.scale.fill_(0.5)
+    with streamed.capture():
+        streamed.placeholder.data[1].copy_(weight[1])
+        streamed.placeholder.data[2, :2].copy_(weight[2, :2])
+    assert streamed.stream.settle() == [0, 2]
+    for untouched in (0, 2):
+        assert (stored.weight[untouched].float() == 2.0).all()
+        assert stored.scale[untouched] == 0.5
+    assert streamed.account.held == 0
