@@ -42,6 +42,7 @@ from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config 
 from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config  # noqa: E402
 from sglang.srt.managers.schedule_batch import Req  # noqa: E402
 from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: E402
+from sglang.srt.model_loader.loader import ShardedStateLoader  # noqa: E402
 from sglang.srt.runtime_context import (  # noqa: E402
     SpawnRanks,
     get_device,
@@ -109,6 +110,7 @@ def server_args_of(job: LoadJob) -> ServerArgs:
         "quantization": job.quantization,
         "tp_size": job.tp_size,
         "ep_size": job.ep_size,
+        "pp_size": job.pp_size,
         "model_loader_extra_config": json.dumps(dict(job.loader_config)),
         "cuda_graph_backend_decode": "disabled",
         "cuda_graph_backend_prefill": "disabled",
@@ -125,10 +127,11 @@ def server_args_of(job: LoadJob) -> ServerArgs:
 def build_runner(job: LoadJob, rank: int, port: int) -> MeasuredModelRunner:
     """Steps 1 to 3 of the module's docstring."""
     server_args = server_args_of(job)
+    pp_rank, tp_rank = divmod(rank, job.tp_size)
     publish(
         server_args,
         role="scheduler",
-        ranks=SpawnRanks(world_rank=spawn_world_rank(server_args, tp_rank=rank, pp_rank=0), gpu_id=rank),
+        ranks=SpawnRanks(world_rank=spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank), gpu_id=rank),
     )
     initialize_moe_config()
     initialize_fp8_gemm_config()
@@ -197,6 +200,8 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
         outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
         updated = tuple(updates.run(runner, update) for update in job.updates)
         described = describe(runner)
+        if job.save_sharded_state is not None:
+            ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
         if job.prompts:
             outputs = generate(runner, job)
         return {**described, **outputs, "updates": updated}

@@ -18,6 +18,16 @@ dots3).
 """
 
 
+STREAMED_LOADERS = (
+    "DefaultModelLoader",
+    "DummyModelLoader",
+    "PreshardedModelLoader",
+    "RunaiModelStreamerLoader",
+    "ShardedStateLoader",
+)
+"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here."""
+
+
 def is_online_fp8(config: Any) -> bool:
     """Whether this is SGLang's own fp8 config over a high-precision checkpoint.
 
@@ -46,12 +56,16 @@ def why_not_platform() -> str | None:
 
 
 def why_not_loader(loader: Any) -> str | None:
-    """Loaders that load in their own way (presharded, quantized RL) stay on stock's path."""
-    from sglang.srt.model_loader.loader import DefaultModelLoader
+    """Loaders that load in their own way (layer by layer, quantized RL) stay on stock's path."""
+    from sglang.srt.environ import envs
+    from sglang.srt.model_loader import loader as upstream
 
-    if type(loader) is DefaultModelLoader:
-        return None
-    return f"loading with {type(loader).__name__} is not covered yet"
+    name = type(loader).__name__
+    if type(loader) not in [getattr(upstream, streamed) for streamed in STREAMED_LOADERS]:
+        return f"loading with {name} is not covered yet"
+    if type(loader) is upstream.DummyModelLoader and envs.SGLANG_CPU_QUANTIZATION.get():
+        return "SGLANG_CPU_QUANTIZATION builds the model on the CPU, whose arithmetic is not the device's"
+    return None
 
 
 def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:

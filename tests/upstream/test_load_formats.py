@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every ``--load-format`` either streams with stock's result or says why not."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
+
+from sglang_overlay.observe.report import read_folder
+
+FAMILIES = ["qwen3", "qwen3_moe", "deepseek_v3"]
+
+
+@pytest.fixture
+def both(workers, tmp_path):
+    """Stock and streaming loads of the same checkpoint in the same way, and the streaming load's reports."""
+
+    def load(path, group=workers, **fields):
+        stock = group.load(LoadJob(path, streaming="0", **fields))
+        environ = {**fields.pop("environ", {}), "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
+        result = group.load(LoadJob(path, streaming="require", environ=environ, **fields))
+        return stock, result, read_folder(tmp_path / "reports")
+
+    return load
+
+
+def assert_streamed(reports, ranks=1):
+    assert len(reports) == ranks
+    for report in reports:
+        assert report.mode == "streaming"
+        assert report.layers.streamed > 0
+        assert report.layers.fallback == ()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("multithread", [True, False], ids=["threads", "one thread"])
+def test_bin_checkpoint_streams(multithread, family, both, checkpoint):
+    path = checkpoint(family, container="bin", files=5, assignment="round_robin")
+    stock, result, reports = both(path, loader_config={"enable_multithread_load": multithread})
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+
+
+def test_pt_format_streams(both, checkpoint, tmp_path):
+    path = _copied(checkpoint("qwen3_moe", container="bin"), tmp_path)
+    (weights,) = path.glob("*.bin")
+    weights.rename(weights.with_suffix(".pt"))
+    stock, result, reports = both(path, server_args={"load_format": "pt"})
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_safetensors_format_streams(load_format, both, checkpoint):
+    stock, result, reports = both(checkpoint("qwen3_moe", files=3), server_args={"load_format": load_format})
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+
+
+def test_mistral_format_streams(both, checkpoint, tmp_path):
+    path = _copied(checkpoint("qwen3"), tmp_path)
+    (path / "model.safetensors").rename(path / "consolidated.safetensors")
+    stock, result, reports = both(path, server_args={"load_format": "mistral"})
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dummy_weights_are_stocks(family, both, checkpoint):
+    stock, result, reports = both(checkpoint(family), server_args={"load_format": "dummy"}, prompts=PROMPTS)
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_presharded_dump_and_what_is_loaded_from_it_are_stocks(tp_size, workers, checkpoint, tmp_path):
+    path = checkpoint("qwen3_moe")
+    fields = {"tp_size": tp_size, "server_args": {"load_format": "presharded"}}
+    loaded = {}
+    for streaming in ("0", "require"):
+        config = {"presharded_path": str(tmp_path / streaming)}
+        for step in ("dump", "load"):
+            reports = {"SGLANG_STREAMFP8_REPORT": str(tmp_path / f"reports-{step}")} if streaming != "0" else {}
+            job = LoadJob(path, streaming=streaming, loader_config=config, environ=reports, **fields)
+            loaded[streaming, step] = workers.load(job)
+    assert compare(loaded["0", "dump"], loaded["require", "dump"]) == []
+    assert compare(loaded["0", "load"], loaded["require", "load"]) == []
+    for step in ("dump", "load"):
+        assert_streamed(read_folder(tmp_path / f"reports-{step}"), tp_size)
+
+
+def _copied(checkpoint, folder):
+    return shutil.copytree(checkpoint, folder / "copy")
