@@ -118,6 +118,7 @@ def server_args_of(job: LoadJob) -> ServerArgs:
         "max_total_tokens": 1024,
         "max_running_requests": 8,
         "random_seed": 0,
+        "speculative_draft_model_path": None if job.draft is None else str(job.draft),
         "log_level": "info",
         **job.server_args,
     }
@@ -137,7 +138,7 @@ def build_runner(job: LoadJob, rank: int, port: int) -> MeasuredModelRunner:
     initialize_fp8_gemm_config()
     initialize_bf16_gemm_config()
     initialize_fp4_gemm_config()
-    model_config = ModelConfig.from_server_args(server_args)
+    model_config = model_config_of(job, server_args)
     bootstrap.init_parallel_runtime(server_args=server_args, device=get_device().device, dist_port=port)
     bootstrap.init_layer_runtime(model_config=model_config)
     return MeasuredModelRunner(
@@ -146,7 +147,14 @@ def build_runner(job: LoadJob, rank: int, port: int) -> MeasuredModelRunner:
         gpu_id=rank,
         nccl_port=port,
         server_args=server_args,
+        is_draft_worker=job.draft is not None,
     )
+
+
+def model_config_of(job: LoadJob, server_args: ServerArgs) -> ModelConfig:
+    if job.draft is None:
+        return ModelConfig.from_server_args(server_args)
+    return ModelConfig.from_server_args(server_args, model_path=str(job.draft), is_draft_model=True)
 
 
 def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
 
 def _request(number: int, prompt: tuple[int, ...], new_tokens: int) -> Req:
     request = Req(
-        rid=number,
+        rid=str(number),
         origin_input_text="",
         origin_input_ids=array("q", prompt),
         sampling_params=SamplingParams(temperature=0, max_new_tokens=new_tokens),
@@ -195,6 +203,9 @@ def describe(runner: MeasuredModelRunner) -> dict[str, Any]:
 def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     """Load, describe, generate when asked; all of it is freed before this returns."""
     runner = None
+    # This is how torch fills what torch.empty makes: NaN, as long as deterministic algorithms are asked for.
+    torch.use_deterministic_algorithms(job.uninitialized == "nan", warn_only=True)
+    torch.manual_seed(0)
     try:
         runner = build_runner(job, rank, port)
         outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}

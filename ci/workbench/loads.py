@@ -63,9 +63,13 @@ class LoadJob:
         loader_config: ``--model-loader-extra-config``, e.g. ``{"enable_multithread_load": False}``.
         server_args: further fields of SGLang's ``ServerArgs``.
         updates: weight updates to make after loading, in order, before anything is described or generated.
+        draft: folder of a draft model (``--speculative-draft-model-path``), which is loaded in place of the target,
+            as a speculative worker does it.
         save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
         prompts: token ids to continue greedily; none, no generation.
         new_tokens: tokens generated for each prompt.
+        uninitialized: ``"nan"`` fills memory that nobody writes (parameters which the checkpoint lacks) with NaN, so
+            that two loads agree on it.
         device: as ``--device``.
         timeout_seconds: of the job, processes' start not counted.
     """
@@ -80,9 +84,11 @@ class LoadJob:
     loader_config: Mapping[str, Any] = field(default_factory=dict)
     server_args: Mapping[str, Any] = field(default_factory=dict)
     updates: tuple[Update, ...] = ()
+    draft: Path | None = None
     save_sharded_state: Path | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     new_tokens: int = 8
+    uninitialized: Literal["as is", "nan"] = "as is"
     device: str = "cpu"
     timeout_seconds: float = 300.0
 

@@ -43,6 +43,16 @@ STREAMING: tuple[TouchPoint, ...] = (
         )
     ),
     TouchPoint(
+        target=f"{_LOADER}.ShardedStateLoader.save_model",
+        hook="sglang_overlay.upstream.loading:save_sharded_state",
+        kind=HookKind.AROUND,
+        parameters=("model", "path"),
+        why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock can save no "
+        "fp8 model that it has quantized itself.",
+        related=(),
+        remove_when="ShardedStateLoader.save_model makes tensors contiguous, as PreshardedModelLoader's dump does",
+    ),
+    TouchPoint(
         target=f"{_LOADER}.PreshardedModelLoader._load_from_presharded",
         hook="sglang_overlay.upstream.loading:load_from_presharded",
         kind=HookKind.AROUND,

@@ -55,6 +55,15 @@ def why_not_platform() -> str | None:
     return None
 
 
+def why_not_options() -> str | None:
+    """Options of the server under which weights move about while the model is built."""
+    from sglang.srt.utils import offloader
+
+    if not isinstance(offloader.get_offloader(), offloader.NoopOffloader):
+        return "CPU offload (--cpu-offload-gb, --offload-group-size) moves weights while the model is built"
+    return None
+
+
 def why_not_loader(loader: Any) -> str | None:
     """Loaders that load in their own way (layer by layer, quantized RL) stay on stock's path."""
     from sglang.srt.environ import envs

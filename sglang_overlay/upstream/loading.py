@@ -36,7 +36,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if model_config.quantization != "fp8" and settings.report_folder is None:
         return original(loader, model_config=model_config, device_config=device_config)
     device = torch.device(device_config.device)
-    obstacle = eligibility.why_not_platform() or eligibility.why_not_loader(loader)
+    obstacle = eligibility.why_not_platform() or eligibility.why_not_options() or eligibility.why_not_loader(loader)
     began = time.perf_counter()
     with MemorySampler(meter_for(device)) as sampler:
         load, model = _load(
@@ -157,6 +157,17 @@ def load_sharded_state(original: Callable[..., Any], loader: Any, *, model_confi
     return load_model(load, loader, model_config=model_config, device_config=device_config)
 
 
+def save_sharded_state(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Around ``ShardedStateLoader.save_model``: safetensors refuses fp8 weights, which are transposed views."""
+    state = {name: _packed(tensor) for name, tensor in model.state_dict().items()}
+    return original(_State(state), *args, **kwargs)
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    # In host memory: a second copy of the weights may not fit on the device.
+    return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
+
+
 def load_from_presharded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around ``PreshardedModelLoader._load_from_presharded``: as for sharded state."""
     load = current()
@@ -171,9 +182,7 @@ def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs:
         return original(*args, **kwargs)
 
 
-def initialize_dummy_weights(
-    original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any
-) -> None:
+def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     """Around ``initialize_dummy_weights``: give each placeholder the values that stock would fill its weight with."""
     load = current()
     if load is None:
@@ -187,7 +196,7 @@ def initialize_dummy_weights(
 
 
 class _State:
-    """As much of a model as ``initialize_dummy_weights`` looks at."""
+    """As much of a model as upstream looks at where it fills or saves one."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._tensors = tensors

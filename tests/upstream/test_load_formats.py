@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
@@ -89,6 +90,53 @@ def test_presharded_dump_and_what_is_loaded_from_it_are_stocks(tp_size, workers,
     assert compare(loaded["0", "load"], loaded["require", "load"]) == []
     for step in ("dump", "load"):
         assert_streamed(read_folder(tmp_path / f"reports-{step}"), tp_size)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_sharded_state_saves_and_loads_back(family, tp_size, workers, checkpoint, tmp_path):
+    path = checkpoint(family)
+    saved = shutil.copytree(path, tmp_path / "saved", ignore=shutil.ignore_patterns("*.safetensors"))
+    loaded = workers.load(LoadJob(path, streaming="require", tp_size=tp_size, save_sharded_state=saved))
+    job = LoadJob(saved, tp_size=tp_size, server_args={"load_format": "sharded_state"}, prompts=PROMPTS)
+    stock = workers.load(replace(job, streaming="0"))
+    environ = {"SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
+    result = workers.load(replace(job, streaming="require", environ=environ))
+    assert compare(stock, result) == []
+    assert compare(loaded, result) == []
+    assert_streamed(read_folder(tmp_path / "reports"), tp_size)
+
+
+def test_layered_format_names_the_loader(workers, checkpoint):
+    path = checkpoint("qwen3")
+    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require.*LayeredModelLoader"):
+        workers.load(LoadJob(path, streaming="require", server_args={"load_format": "layered"}))
+
+
+def test_model_without_fp8_layers_loads_layer_by_layer(workers, checkpoint):
+    path = checkpoint("qwen3", overrides=(("architectures", ("TorchNativeLlamaForCausalLM",)), ("model_type", "llama")))
+    job = LoadJob(path, server_args={"load_format": "layered"})
+    assert compare(*(workers.load(replace(job, streaming=mode)) for mode in ("0", "require"))) == []
+
+
+@pytest.fixture(scope="module")
+def runai_workers(tmp_path_factory):
+    """Workers with Run:ai's package, where it is installed."""
+    pytest.importorskip("runai_model_streamer")
+    # A buffer that holds but a few tensors is used again and again.
+    environ = {"RUNAI_STREAMER_MEMORY_LIMIT": str(1 << 20)}
+    with LoadWorkers(tmp_path_factory.mktemp("runai"), environ) as group:
+        yield group
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runai_streamer_streams_from_its_reused_buffer(family, runai_workers, both, checkpoint):
+    path = checkpoint(family, files=3, assignment="round_robin")
+    stock, result, reports = both(path, runai_workers, server_args={"load_format": "runai_streamer"})
+    plain = runai_workers.load(LoadJob(path, streaming="0"))
+    assert compare(stock, result) == []
+    assert compare(plain, result) == []
+    assert_streamed(reports)
 
 
 def _copied(checkpoint, folder):

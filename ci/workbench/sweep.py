@@ -1,0 +1,148 @@
+"""Load every model family both ways in real SGLang and say which are the same.
+
+An outcome is one of
+
+- ``identical``: every layer that stock quantizes was streamed, and the models are bit-identical;
+- ``partly stock``: identical, but some layers took stock's path, each with its reason;
+- ``stock path``: identical, loaded as in stock with one warning;
+- ``nothing to stream``: stock has no fp8 layer in it either;
+- ``refused``: the checkpoint lacks weights; stock serves uninitialized memory, streaming is an error that names them;
+- ``error``: streaming does not load what stock loads;
+- ``differs``: the models differ. This must not happen;
+- ``stock cannot load``: stock SGLang fails with ``quantization="fp8"`` on this machine;
+- ``no checkpoint``: ``transformers`` cannot build the model from a tiny config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sglang_overlay.observe.report import LoadReport, read_folder
+from workbench.families import server_args
+from workbench.fingerprints import TensorPrint, hash_of
+from workbench.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
+
+_NAN_SCALE = hash_of(torch.tensor(float("nan")))
+
+GOOD = ("identical", "partly stock", "stock path", "nothing to stream", "refused")
+BAD = ("differs", "error")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture.
+
+    Attributes:
+        outcome: see the module's docstring.
+        streamed, deferred, fallback: layers by the way they took.
+        detail: the reason, or the first differences.
+    """
+
+    architecture: str
+    outcome: str
+    streamed: int = 0
+    deferred: int = 0
+    fallback: int = 0
+    detail: str = ""
+
+
+def sweep(
+    architectures: Iterable[str], build: Callable[[str], Path], workers: LoadWorkers, folder: Path
+) -> Iterable[Outcome]:
+    """Try one architecture after the other; reports go into `folder`."""
+    for architecture in architectures:
+        yield try_one(architecture, build, workers, folder / architecture)
+
+
+def try_one(architecture: str, build: Callable[[str], Path], workers: LoadWorkers, reports: Path) -> Outcome:
+    """Load one architecture both ways."""
+    try:
+        path = build(architecture)
+    except Exception as error:
+        return Outcome(architecture, "no checkpoint", detail=_first_line(f"{type(error).__name__}: {error}"))
+    job = LoadJob(path, streaming="0", server_args=server_args(architecture), uninitialized="nan")
+    try:
+        stock = workers.load(job)
+    except LoadFailed as error:
+        return Outcome(architecture, "stock cannot load", detail=_last_error(str(error)))
+    for old in reports.glob("*.json"):
+        old.unlink()
+    try:
+        result = workers.load(replace(job, streaming="1", environ={"SGLANG_STREAMFP8_REPORT": str(reports)}))
+    except LoadFailed as error:
+        again = workers.load_fresh(replace(job, uninitialized="as is"))
+        return Outcome(architecture, _kind_of(error, stock, again), detail=_last_error(str(error)))
+    return _judged(architecture, compare(stock, result), read_folder(reports)[0], result.ranks[0].tensors)
+
+
+def _judged(architecture: str, differences: list[str], report: LoadReport, tensors: dict[str, object]) -> Outcome:
+    layers = report.layers
+    counts = {"streamed": layers.streamed, "deferred": len(layers.deferred), "fallback": len(layers.fallback)}
+    if differences:
+        return Outcome(architecture, "differs", **counts, detail="; ".join(differences[:3]))
+    if layers.fallback:
+        return Outcome(architecture, "partly stock", **counts, detail=layers.fallback[0].reason)
+    if report.warnings:
+        return Outcome(architecture, "stock path", **counts, detail=report.warnings[0])
+    if not layers.streamed:
+        return Outcome(architecture, "nothing to stream", **counts)
+    return Outcome(architecture, "identical", **counts)
+
+
+def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:
+    """An incomplete load is no fault where stock quantized uninitialized memory: NaN, or two stock loads differ."""
+    missing = re.findall(r"([\w.]+)\.\w+ \(\d+ of \d+ units\)", str(error))
+    one, other = stock.ranks[0].tensors, again.ranks[0].tensors
+    uninitialized = {name.rpartition(".")[0] for name, print_ in one.items() if _is_uninitialized(print_, other[name])}
+    return "refused" if missing and uninitialized.issuperset(missing) else "error"
+
+
+def _is_uninitialized(one: TensorPrint, other: TensorPrint) -> bool:
+    return one != other or one.sha256 == _NAN_SCALE
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.split())[:240]
+
+
+def _last_error(traceback: str) -> str:
+    errors = [line for line in traceback.splitlines() if re.match(r"^[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return _first_line(errors[-1] if errors else traceback.strip().splitlines()[-1])
+
+
+def to_json(release: str, outcomes: list[Outcome]) -> str:
+    """The outcomes as a JSON document."""
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    document = {"release": release, "counts": dict(sorted(counts.items())), "families": [asdict(o) for o in outcomes]}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def to_markdown(release: str, outcomes: list[Outcome]) -> str:
+    """The outcomes as a page."""
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    lines = [
+        "# Model families",
+        "",
+        f"Every architecture that SGLang {release} and `transformers` share, at tiny sizes with random weights, loaded",
+        "with `--quantization fp8` by stock and by streaming in real SGLang on a CPU, and compared tensor by tensor: name,",
+        "dtype, shape, stride and bytes. Made by `ci/sweep`; what each outcome means is said in `ci/workbench/sweep.py`.",
+        "",
+        f"{len(outcomes)} architectures: {listed}.",
+        "",
+        "| architecture | outcome | streamed | deferred | stock's path | remark |",
+        "|---|---|---|---|---|---|",
+    ]
+    for o in sorted(
+        outcomes, key=lambda o: ([*GOOD, *BAD].index(o.outcome) if o.outcome in GOOD + BAD else 9, o.architecture)
+    ):
+        detail = o.detail.replace("|", "\\|")
+        lines.append(f"| {o.architecture} | {o.outcome} | {o.streamed} | {o.deferred} | {o.fallback} | {detail} |")
+    return "\n".join(lines) + "\n"
