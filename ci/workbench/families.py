@@ -146,6 +146,7 @@ PUBLISHED: dict[str, Config] = {
     "NemotronHForCausalLM": {
         "hybrid_override_pattern": "ME*-",
         "ssm_state_size": 16,
+        "mamba_n_groups": 1,
         "n_groups": 1,
         "mamba_num_heads": 8,
         "mamba_head_dim": 32,

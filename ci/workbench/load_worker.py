@@ -118,7 +118,7 @@ def server_args_of(job: LoadJob) -> ServerArgs:
         "max_total_tokens": 1024,
         "max_running_requests": 8,
         "random_seed": 0,
-        "speculative_draft_model_path": None if job.draft is None else str(job.draft),
+        "speculative_draft_model_quantization": job.quantization,
         "log_level": "info",
         **job.server_args,
     }

@@ -1,17 +1,4 @@
-"""Load every model family both ways in real SGLang and say which are the same.
-
-An outcome is one of
-
-- ``identical``: every layer that stock quantizes was streamed, and the models are bit-identical;
-- ``partly stock``: identical, but some layers took stock's path, each with its reason;
-- ``stock path``: identical, loaded as in stock with one warning;
-- ``nothing to stream``: stock has no fp8 layer in it either;
-- ``refused``: the checkpoint lacks weights; stock serves uninitialized memory, streaming is an error that names them;
-- ``error``: streaming does not load what stock loads;
-- ``differs``: the models differ. This must not happen;
-- ``stock cannot load``: stock SGLang fails with ``quantization="fp8"`` on this machine;
-- ``no checkpoint``: ``transformers`` cannot build the model from a tiny config.
-"""
+"""Load every model family both ways in real SGLang and say which are the same."""
 
 from __future__ import annotations
 
@@ -31,7 +18,20 @@ from workbench.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compar
 
 _NAN_SCALE = hash_of(torch.tensor(float("nan")))
 
-GOOD = ("identical", "partly stock", "stock path", "nothing to stream", "refused")
+OUTCOMES = {
+    "identical": "every layer that stock quantizes was streamed, and the models are bit-identical",
+    "partly stock": "bit-identical; some layers took stock's path, with a warning that says why",
+    "stock path": "bit-identical; the model was loaded as in stock, with one warning",
+    "nothing to stream": "bit-identical; stock has no fp8 layer in it either",
+    "refused": "the checkpoint lacks weights that SGLang's model has: stock serves uninitialized memory, streaming "
+    "stops with an error that names them",
+    "error": "streaming does not load what stock loads; must not happen",
+    "differs": "the models differ; must not happen",
+    "stock cannot load": "stock SGLang fails with `--quantization fp8` on a machine without a GPU",
+    "no checkpoint": "`transformers` cannot build the model from this tiny config",
+}
+"""What can become of an architecture, and what that means."""
+
 BAD = ("differs", "error")
 
 
@@ -40,7 +40,7 @@ class Outcome:
     """What became of one architecture.
 
     Attributes:
-        outcome: see the module's docstring.
+        outcome: a key of ``OUTCOMES``.
         streamed, deferred, fallback: layers by the way they took.
         detail: the reason, or the first differences.
     """
@@ -79,10 +79,10 @@ def try_one(architecture: str, build: Callable[[str], Path], workers: LoadWorker
     except LoadFailed as error:
         again = workers.load_fresh(replace(job, uninitialized="as is"))
         return Outcome(architecture, _kind_of(error, stock, again), detail=_last_error(str(error)))
-    return _judged(architecture, compare(stock, result), read_folder(reports)[0], result.ranks[0].tensors)
+    return _judged(architecture, compare(stock, result), read_folder(reports)[0])
 
 
-def _judged(architecture: str, differences: list[str], report: LoadReport, tensors: dict[str, object]) -> Outcome:
+def _judged(architecture: str, differences: list[str], report: LoadReport) -> Outcome:
     layers = report.layers
     counts = {"streamed": layers.streamed, "deferred": len(layers.deferred), "fallback": len(layers.fallback)}
     if differences:
@@ -132,17 +132,17 @@ def to_markdown(release: str, outcomes: list[Outcome]) -> str:
         "# Model families",
         "",
         f"Every architecture that SGLang {release} and `transformers` share, at tiny sizes with random weights, loaded",
-        "with `--quantization fp8` by stock and by streaming in real SGLang on a CPU, and compared tensor by tensor: name,",
-        "dtype, shape, stride and bytes. Made by `ci/sweep`; what each outcome means is said in `ci/workbench/sweep.py`.",
+        "with `--quantization fp8` by stock and by streaming in real SGLang on a CPU, and compared tensor by tensor:",
+        "name, dtype, shape, stride and bytes. Made by `ci/sweep`. What it says:",
+        "",
+        *(f"- **{outcome}**: {meaning}" for outcome, meaning in OUTCOMES.items()),
         "",
         f"{len(outcomes)} architectures: {listed}.",
         "",
         "| architecture | outcome | streamed | deferred | stock's path | remark |",
         "|---|---|---|---|---|---|",
     ]
-    for o in sorted(
-        outcomes, key=lambda o: ([*GOOD, *BAD].index(o.outcome) if o.outcome in GOOD + BAD else 9, o.architecture)
-    ):
+    for o in sorted(outcomes, key=lambda o: (list(OUTCOMES).index(o.outcome), o.architecture)):
         detail = o.detail.replace("|", "\\|")
         lines.append(f"| {o.architecture} | {o.outcome} | {o.streamed} | {o.deferred} | {o.fallback} | {detail} |")
     return "\n".join(lines) + "\n"

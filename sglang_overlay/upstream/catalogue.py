@@ -47,8 +47,8 @@ STREAMING: tuple[TouchPoint, ...] = (
         hook="sglang_overlay.upstream.loading:save_sharded_state",
         kind=HookKind.AROUND,
         parameters=("model", "path"),
-        why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock can save no "
-        "fp8 model that it has quantized itself.",
+        why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock cannot "
+        "save a model that it has quantized itself.",
         related=(),
         remove_when="ShardedStateLoader.save_model makes tensors contiguous, as PreshardedModelLoader's dump does",
     ),
@@ -75,7 +75,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         hook="sglang_overlay.upstream.loading:initialize_dummy_weights",
         kind=HookKind.AROUND,
         parameters=("model",),
-        why="Fills the state dict in place, which a parameter without memory cannot take: one weight at a time instead.",
+        why="Fills the state dict in place, which a parameter without memory cannot take: here one weight at a time.",
         related=(),
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""However SGLang is told to read and place weights, streaming serves what stock does, or says that it did not stream."""
+"""However SGLang is told to read and place weights, streaming serves what stock does, or says why it cannot stream."""
 
 from __future__ import annotations
 
@@ -125,27 +125,19 @@ def test_model_streams(architecture, both, checkpoint_folder):
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_multi_token_prediction_layer_streams_as_a_draft(tp_size, both, checkpoint):
     path = checkpoint("deepseek_v3", overrides=(("num_nextn_predict_layers", 1),))
-    options = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 1}
-    stock, result, reports = both(path, draft=path, tp_size=tp_size, server_args=options)
+    # Embeddings and head are the target's: what the draft has of its own is never written.
+    stock, result, reports = both(path, draft=path, tp_size=tp_size, uninitialized="nan")
     assert compare(stock, result) == []
     assert_streamed(reports, tp_size)
     assert {report.role for report in reports} == {"draft"}
 
 
 def test_draft_model_of_its_own_streams(both, checkpoint):
-    options = {"speculative_algorithm": "STANDALONE", "speculative_num_steps": 1}
     path, draft = checkpoint("qwen3"), checkpoint("qwen3", overrides=(("num_hidden_layers", 1),))
-    stock, result, reports = both(path, draft=draft, server_args=options)
+    stock, result, reports = both(path, draft=draft)
     assert compare(stock, result) == []
     assert_streamed(reports)
     assert reports[0].layers.streamed == 4
-
-
-def test_layers_under_lora_stream(both, checkpoint):
-    options = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "o_proj", "down_proj"]}
-    stock, result, reports = both(checkpoint("qwen3"), server_args=options)
-    assert compare(stock, result) == []
-    assert_streamed(reports)
 
 
 def test_embedding_model_streams(both, checkpoint):
