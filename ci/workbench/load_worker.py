@@ -52,6 +52,7 @@ from sglang.srt.runtime_context import (  # noqa: E402
 )
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from workbench import updates  # noqa: E402
@@ -96,6 +97,30 @@ def give_back_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Filling(TorchDispatchMode):
+    """Fills what ``torch.empty`` and its relatives make with one value."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._value = value
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS and made.is_floating_point():
+            made.fill_(self._value)
+        return made
+
+
+_ALLOCATIONS = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,11 +228,10 @@ def describe(runner: MeasuredModelRunner) -> dict[str, Any]:
 def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     """Load, describe, generate when asked; all of it is freed before this returns."""
     runner = None
-    # This is how torch fills what torch.empty makes: NaN, as long as deterministic algorithms are asked for.
-    torch.use_deterministic_algorithms(job.uninitialized == "nan", warn_only=True)
     torch.manual_seed(0)
     try:
-        runner = build_runner(job, rank, port)
+        with contextlib.nullcontext() if job.uninitialized is None else Filling(job.uninitialized):
+            runner = build_runner(job, rank, port)
         outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
         updated = tuple(updates.run(runner, update) for update in job.updates)
         described = describe(runner)

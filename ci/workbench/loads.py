@@ -68,8 +68,8 @@ class LoadJob:
         save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
         prompts: token ids to continue greedily; none, no generation.
         new_tokens: tokens generated for each prompt.
-        uninitialized: ``"nan"`` fills memory that nobody writes (parameters which the checkpoint lacks) with NaN, so
-            that two loads agree on it.
+        uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
+            two loads agree on it; None leaves it as it is.
         device: as ``--device``.
         timeout_seconds: of the job, processes' start not counted.
     """
@@ -88,7 +88,7 @@ class LoadJob:
     save_sharded_state: Path | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     new_tokens: int = 8
-    uninitialized: Literal["as is", "nan"] = "as is"
+    uninitialized: float | None = None
     device: str = "cpu"
     timeout_seconds: float = 300.0
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -116,7 +117,7 @@ def test_layered_format_names_the_loader(workers, checkpoint):
 def test_model_without_fp8_layers_loads_layer_by_layer(workers, checkpoint):
     path = checkpoint("qwen3", overrides=(("architectures", ("TorchNativeLlamaForCausalLM",)), ("model_type", "llama")))
     # Stock reads the checkpoint for the first module and leaves the others as they are.
-    job = LoadJob(path, server_args={"load_format": "layered"}, uninitialized="nan")
+    job = LoadJob(path, server_args={"load_format": "layered"}, uninitialized=math.nan)
     assert compare(*(workers.load(replace(job, streaming=mode)) for mode in ("0", "require"))) == []
 
 

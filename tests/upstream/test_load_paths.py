@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from workbench import families
 from workbench.loads import PROMPTS, LoadJob, compare
@@ -117,7 +119,7 @@ def test_tied_embeddings_stream(both, checkpoint):
 )
 def test_model_streams(architecture, both, checkpoint_folder):
     path = families.build(architecture, checkpoint_folder)
-    stock, result, reports = both(path, uninitialized="nan", server_args=families.server_args(architecture))
+    stock, result, reports = both(path, uninitialized=math.nan, server_args=families.server_args(architecture))
     assert compare(stock, result) == []
     assert_streamed(reports)
 
@@ -126,7 +128,7 @@ def test_model_streams(architecture, both, checkpoint_folder):
 def test_multi_token_prediction_layer_streams_as_a_draft(tp_size, both, checkpoint):
     path = checkpoint("deepseek_v3", overrides=(("num_nextn_predict_layers", 1),))
     # Embeddings and head are the target's: what the draft has of its own is never written.
-    stock, result, reports = both(path, draft=path, tp_size=tp_size, uninitialized="nan")
+    stock, result, reports = both(path, draft=path, tp_size=tp_size, uninitialized=math.nan)
     assert compare(stock, result) == []
     assert_streamed(reports, tp_size)
     assert {report.role for report in reports} == {"draft"}
