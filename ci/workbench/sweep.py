@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sglang_overlay.observe.report import LoadReport, read_folder
@@ -82,19 +83,25 @@ def try_one(architecture: str, build: Callable[[str], Path], workers: LoadWorker
 
 def _judged(architecture: str, differences: list[str], report: LoadReport) -> Outcome:
     layers = report.layers
-    counts = {"streamed": layers.streamed, "deferred": len(layers.deferred), "fallback": len(layers.fallback)}
+    counted = partial(
+        Outcome,
+        architecture,
+        streamed=layers.streamed,
+        deferred=len(layers.deferred),
+        fallback=len(layers.fallback),
+    )
     stale = [line for line in differences if any(f"{name}[" in line for name in NOTED)]
     if stale and stale == differences:
-        return Outcome(architecture, "identical", **counts, detail="stock keeps references to bf16 weights")
+        return counted(outcome="identical", detail="stock keeps references to bf16 weights")
     if differences:
-        return Outcome(architecture, "differs", **counts, detail="; ".join(differences[:3]))
+        return counted(outcome="differs", detail="; ".join(differences[:3]))
     if layers.fallback:
-        return Outcome(architecture, "partly stock", **counts, detail=layers.fallback[0].reason)
+        return counted(outcome="partly stock", detail=layers.fallback[0].reason)
     if report.warnings:
-        return Outcome(architecture, "stock path", **counts, detail=report.warnings[0])
+        return counted(outcome="stock path", detail=report.warnings[0])
     if not layers.streamed:
-        return Outcome(architecture, "nothing to stream", **counts)
-    return Outcome(architecture, "identical", **counts)
+        return counted(outcome="nothing to stream")
+    return counted(outcome="identical")
 
 
 def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:

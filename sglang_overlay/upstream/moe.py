@@ -38,7 +38,7 @@ class ExpertsPlan:
         w13, w2 = storages["w13_weight"], storages["w2_weight"]
         layer.w13_weight_scale = Parameter(w13.scale, requires_grad=False)
         # In place, as stock does it: experts are moved by references that a model has taken.
-        layer.w2_weight_scale.data.copy_(w2.scale)
+        layer.get_parameter("w2_weight_scale").data.copy_(w2.scale)
         layer.w13_weight = Parameter(w13.weight, requires_grad=False)
         layer.w2_weight = Parameter(w2.weight, requires_grad=False)
 
