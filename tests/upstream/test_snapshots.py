@@ -8,7 +8,6 @@ from workbench import remote_families
 from workbench.loads import LoadJob, compare
 
 
-
 @pytest.fixture
 def both(workers, checkpoint_folder):
     def load(architecture):
