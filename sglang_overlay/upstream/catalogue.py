@@ -35,7 +35,7 @@ STREAMING: tuple[TouchPoint, ...] = (
             remove_when=_WHEN_UPSTREAM_STREAMS,
         )
         for loader, hook, why in (
-            ("RunaiModelStreamerLoader", "load_model", "As for DefaultModelLoader; its buffers are reused."),
+            ("RunaiModelStreamerLoader", "load_model", "As for DefaultModelLoader; its buffers are its own."),
             ("DummyModelLoader", "load_model", "As for DefaultModelLoader, with random weights."),
             ("PreshardedModelLoader", "load_model", "As for DefaultModelLoader, when it writes its dump."),
             ("LayeredModelLoader", "load_model", "Says that it is not streamed, under its own name."),
@@ -49,7 +49,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         parameters=("model", "path"),
         why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock cannot "
         "save a model that it has quantized itself.",
-        related=(),
+        related=("sgl-project/sglang#17945",),
         remove_when="ShardedStateLoader.save_model makes tensors contiguous, as PreshardedModelLoader's dump does",
     ),
     TouchPoint(
@@ -67,7 +67,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("self", "model_config"),
         why="Builds the model on the meta device only to hash its shapes; those must be stock's.",
-        related=(),
+        related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),
     TouchPoint(
@@ -76,7 +76,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         kind=HookKind.AROUND,
         parameters=("model",),
         why="Fills the state dict in place, which a parameter without memory cannot take: here one weight at a time.",
-        related=(),
+        related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),
     TouchPoint(

@@ -71,6 +71,13 @@ def test_loader_of_the_models_own_streams(both):
     assert report.layers.streamed == 12
 
 
+def test_source_that_is_overwritten_after_its_loader_returned_does_no_harm(both):
+    stock, result, report = both("ReusedBufferForCausalLM")
+    assert compare(stock, result) == []
+    assert report.layers.fallback == ()
+    assert report.layers.streamed == 12
+
+
 def test_layer_that_is_quantized_when_its_loader_does_something_unforeseen_is_loaded_anew(both):
     stock, result, report = both("LateAddingLoaderForCausalLM")
     assert compare(stock, result) == []

@@ -12,6 +12,7 @@ import pytest
 from sglang_overlay.observe.report import read_folder
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_one_batch_benchmark_streams(tp_size, checkpoint, tmp_path):
     # The benchmark's prompts are random ids up to 10,000.

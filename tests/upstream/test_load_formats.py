@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
+from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 
 from sglang_overlay.observe.report import read_folder
 
@@ -19,10 +19,10 @@ FAMILIES = ["qwen3", "qwen3_moe", "deepseek_v3"]
 def both(workers, tmp_path):
     """Stock and streaming loads of the same checkpoint in the same way, and the streaming load's reports."""
 
-    def load(path, group=workers, **fields):
-        stock = group.load(LoadJob(path, streaming="0", **fields))
+    def load(path, **fields):
+        stock = workers.load(LoadJob(path, streaming="0", **fields))
         environ = {**fields.pop("environ", {}), "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
-        result = group.load(LoadJob(path, streaming="require", environ=environ, **fields))
+        result = workers.load(LoadJob(path, streaming="require", environ=environ, **fields))
         return stock, result, read_folder(tmp_path / "reports")
 
     return load
@@ -121,21 +121,12 @@ def test_model_without_fp8_layers_loads_layer_by_layer(workers, checkpoint):
     assert compare(*(workers.load(replace(job, streaming=mode)) for mode in ("0", "require"))) == []
 
 
-@pytest.fixture(scope="module")
-def runai_workers(tmp_path_factory):
-    """Workers with Run:ai's package, where it is installed."""
-    pytest.importorskip("runai_model_streamer")
-    # A buffer that holds but a few tensors is used again and again.
-    environ = {"RUNAI_STREAMER_MEMORY_LIMIT": str(1 << 20)}
-    with LoadWorkers(tmp_path_factory.mktemp("runai"), environ) as group:
-        yield group
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_runai_streamer_streams_from_its_reused_buffer(family, runai_workers, both, checkpoint):
+def test_runai_streamer_streams(family, workers, both, checkpoint):
+    pytest.importorskip("runai_model_streamer")
     path = checkpoint(family, files=3, assignment="round_robin")
-    stock, result, reports = both(path, runai_workers, server_args={"load_format": "runai_streamer"})
-    plain = runai_workers.load(LoadJob(path, streaming="0"))
+    stock, result, reports = both(path, server_args={"load_format": "runai_streamer"})
+    plain = workers.load(LoadJob(path, streaming="0"))
     assert compare(stock, result) == []
     assert compare(plain, result) == []
     assert_streamed(reports)

@@ -10,9 +10,10 @@ import sys
 import pytest
 
 pytest.importorskip("ray")
+pytestmark = pytest.mark.server
 
 SCRIPT = """
-import logging, sys
+import logging
 import ray
 logging.basicConfig()
 ray.init(num_cpus=1, include_dashboard=False, runtime_env={runtime_env!r})
