@@ -97,7 +97,7 @@ def _judged(architecture: str, differences: list[str], report: LoadReport) -> Ou
         return counted(outcome="differs", detail="; ".join(differences[:3]))
     if layers.fallback:
         return counted(outcome="partly stock", detail=layers.fallback[0].reason)
-    if report.warnings:
+    if report.mode == "stock" and report.warnings:
         return counted(outcome="stock path", detail=report.warnings[0])
     if not layers.streamed:
         return counted(outcome="nothing to stream")
@@ -106,7 +106,7 @@ def _judged(architecture: str, differences: list[str], report: LoadReport) -> Ou
 
 def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:
     """An incomplete load is no fault where stock quantized memory that nobody wrote, whatever that was filled with."""
-    missing = re.findall(r"([\w.]+)\.\w+ \(\d+ of \d+ units\)", str(error))
+    missing = re.findall(r"([\w.]+)\.\w+ \(\d+ of \d+ units", str(error))
     one, other = stock.ranks[0].tensors, again.ranks[0].tensors
     uninitialized = {name.rpartition(".")[0] for name, print_ in one.items() if print_ != other[name]}
     return "refused" if missing and uninitialized.issuperset(missing) else "error"
@@ -118,7 +118,7 @@ def _first_line(text: str) -> str:
 
 def _last_error(traceback: str) -> str:
     errors = [line for line in traceback.splitlines() if re.match(r"^[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
-    return _first_line(errors[-1] if errors else traceback.strip().splitlines()[-1])
+    return _first_line(traceback[traceback.rindex(errors[-1]) :] if errors else traceback.strip().splitlines()[-1])
 
 
 def to_json(release: str, outcomes: list[Outcome]) -> str:
