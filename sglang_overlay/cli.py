@@ -79,6 +79,26 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     sys.exit(0 if found.active else 1)
 
 
+@main.command(
+    short_help="Start a program that loads no plugins by itself.",
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+)
+@click.argument("module")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(module: str, arguments: tuple[str, ...]) -> None:
+    """Do what `python -m MODULE ARGUMENTS` does, with SGLang's plugins loaded in every process.
+
+    SGLang's servers and Engine need no such help. Its one-batch benchmark does: it loads no plugins.
+
+    \b
+    Example:
+      python -m sglang_overlay run sglang.benchmark.one_batch --model-path MODEL --quantization fp8
+    """
+    from sglang_overlay.upstream import launch
+
+    launch.run(module, arguments)
+
+
 @main.command(short_help="What did loads cost?")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("other_folder", required=False, type=click.Path(path_type=Path))

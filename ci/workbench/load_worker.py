@@ -42,6 +42,7 @@ from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config 
 from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config  # noqa: E402
 from sglang.srt.managers.schedule_batch import Req  # noqa: E402
 from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: E402
+from sglang.srt.model_loader.loader import ShardedStateLoader  # noqa: E402
 from sglang.srt.runtime_context import (  # noqa: E402
     SpawnRanks,
     get_device,
@@ -51,6 +52,7 @@ from sglang.srt.runtime_context import (  # noqa: E402
 )
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from workbench import updates  # noqa: E402
@@ -97,6 +99,30 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+class Filling(TorchDispatchMode):
+    """Fills what ``torch.empty`` and its relatives make with one value."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._value = value
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS and made.is_floating_point():
+            made.fill_(self._value)
+        return made
+
+
+_ALLOCATIONS = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One job
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +135,7 @@ def server_args_of(job: LoadJob) -> ServerArgs:
         "quantization": job.quantization,
         "tp_size": job.tp_size,
         "ep_size": job.ep_size,
+        "pp_size": job.pp_size,
         "model_loader_extra_config": json.dumps(dict(job.loader_config)),
         "cuda_graph_backend_decode": "disabled",
         "cuda_graph_backend_prefill": "disabled",
@@ -116,6 +143,7 @@ def server_args_of(job: LoadJob) -> ServerArgs:
         "max_total_tokens": 1024,
         "max_running_requests": 8,
         "random_seed": 0,
+        "speculative_draft_model_quantization": job.quantization,
         "log_level": "info",
         **job.server_args,
     }
@@ -125,16 +153,17 @@ def server_args_of(job: LoadJob) -> ServerArgs:
 def build_runner(job: LoadJob, rank: int, port: int) -> MeasuredModelRunner:
     """Steps 1 to 3 of the module's docstring."""
     server_args = server_args_of(job)
+    pp_rank, tp_rank = divmod(rank, job.tp_size)
     publish(
         server_args,
         role="scheduler",
-        ranks=SpawnRanks(world_rank=spawn_world_rank(server_args, tp_rank=rank, pp_rank=0), gpu_id=rank),
+        ranks=SpawnRanks(world_rank=spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank), gpu_id=rank),
     )
     initialize_moe_config()
     initialize_fp8_gemm_config()
     initialize_bf16_gemm_config()
     initialize_fp4_gemm_config()
-    model_config = ModelConfig.from_server_args(server_args)
+    model_config = model_config_of(job, server_args)
     bootstrap.init_parallel_runtime(server_args=server_args, device=get_device().device, dist_port=port)
     bootstrap.init_layer_runtime(model_config=model_config)
     return MeasuredModelRunner(
@@ -143,7 +172,14 @@ def build_runner(job: LoadJob, rank: int, port: int) -> MeasuredModelRunner:
         gpu_id=rank,
         nccl_port=port,
         server_args=server_args,
+        is_draft_worker=job.draft is not None,
     )
+
+
+def model_config_of(job: LoadJob, server_args: ServerArgs) -> ModelConfig:
+    if job.draft is None:
+        return ModelConfig.from_server_args(server_args)
+    return ModelConfig.from_server_args(server_args, model_path=str(job.draft), is_draft_model=True)
 
 
 def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
@@ -166,7 +202,7 @@ def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
 
 def _request(number: int, prompt: tuple[int, ...], new_tokens: int) -> Req:
     request = Req(
-        rid=number,
+        rid=str(number),
         origin_input_text="",
         origin_input_ids=array("q", prompt),
         sampling_params=SamplingParams(temperature=0, max_new_tokens=new_tokens),
@@ -192,11 +228,15 @@ def describe(runner: MeasuredModelRunner) -> dict[str, Any]:
 def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     """Load, describe, generate when asked; all of it is freed before this returns."""
     runner = None
+    torch.manual_seed(0)
     try:
-        runner = build_runner(job, rank, port)
+        with contextlib.nullcontext() if job.uninitialized is None else Filling(job.uninitialized):
+            runner = build_runner(job, rank, port)
         outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
         updated = tuple(updates.run(runner, update) for update in job.updates)
         described = describe(runner)
+        if job.save_sharded_state is not None:
+            ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
         if job.prompts:
             outputs = generate(runner, job)
         return {**described, **outputs, "updates": updated}

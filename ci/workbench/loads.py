@@ -57,14 +57,19 @@ class LoadJob:
         checkpoint: folder of the checkpoint.
         streaming: value of ``SGLANG_STREAMFP8`` during the job: ``"0"``, ``"1"``, ``"require"``; None leaves it unset.
         quantization: ``"fp8"`` or None, as ``--quantization``.
-        tp_size, ep_size: as the options of the server.
+        tp_size, ep_size, pp_size: as the options of the server; a process for each of ``tp_size * pp_size`` ranks.
         environ: further environment variables during the job, e.g. ``{"SGLANG_SORT_WEIGHT_FILES": "1"}``. Only those
             which SGLang reads at run time work here; for the others see ``LoadWorkers(environ=...)``.
         loader_config: ``--model-loader-extra-config``, e.g. ``{"enable_multithread_load": False}``.
         server_args: further fields of SGLang's ``ServerArgs``.
         updates: weight updates to make after loading, in order, before anything is described or generated.
+        draft: folder of a draft model (``--speculative-draft-model-path``), which is loaded in place of the target,
+            as a speculative worker does it.
+        save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
         prompts: token ids to continue greedily; none, no generation.
         new_tokens: tokens generated for each prompt.
+        uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
+            two loads agree on it; None leaves it as it is.
         device: as ``--device``.
         timeout_seconds: of the job, processes' start not counted.
     """
@@ -74,14 +79,23 @@ class LoadJob:
     quantization: str | None = "fp8"
     tp_size: int = 1
     ep_size: int = 1
+    pp_size: int = 1
     environ: Mapping[str, str] = field(default_factory=dict)
     loader_config: Mapping[str, Any] = field(default_factory=dict)
     server_args: Mapping[str, Any] = field(default_factory=dict)
     updates: tuple[Update, ...] = ()
+    draft: Path | None = None
+    save_sharded_state: Path | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     new_tokens: int = 8
+    uninitialized: float | None = None
     device: str = "cpu"
     timeout_seconds: float = 300.0
+
+    @property
+    def ranks(self) -> int:
+        """Processes that load together."""
+        return self.tp_size * self.pp_size
 
 
 @dataclass(frozen=True)
@@ -332,19 +346,19 @@ class LoadWorkers:
         self.close()
 
     def load(self, job: LoadJob) -> LoadResult:
-        """Run `job` in the workers of its TP size.
+        """Run `job` in as many workers as it has ranks.
 
         Raises:
             LoadFailed: the job failed, or took longer than ``job.timeout_seconds``.
         """
-        group = self._group(job.tp_size)
+        group = self._group(job.ranks)
         order = Order(job, free_port())
         for process in group:
             process.send(order)
         try:
             return LoadResult(tuple(_collect(group, job.timeout_seconds)))
         except BaseException:
-            self._discard(job.tp_size)
+            self._discard(job.ranks)
             raise
 
     def load_fresh(self, job: LoadJob) -> LoadResult:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 SCHEMA = "sglang-streamfp8/check"
 VERSION = 1
+NOTES = (
+    "Ray's scheduler actors (--use-ray) load no plugins: give the Ray job the runtime environment "
+    '{"worker_process_setup_hook": "sglang.srt.plugins.load_plugins"}',
+    "sglang.benchmark.one_batch loads no plugins: start it as python -m sglang_overlay run sglang.benchmark.one_batch",
+)
+"""Ways to start SGLang in which streaming is not active however this check ends."""
+
 PLUGIN_GROUP = "sglang.srt.plugins"
 PLUGIN_NAME = "streamfp8"
 _WATCHED_LOGGERS = ("sglang.srt.plugins", "sglang_overlay")
@@ -47,7 +54,10 @@ class Hook:
 
 @dataclass(frozen=True)
 class Activation:
-    """What was found. ``problems`` says what keeps streaming from being active, each with the next step to take."""
+    """What was found. ``problems`` says what keeps streaming from being active, each with the next step to take.
+
+    ``notes`` says where streaming has to be switched on by hand.
+    """
 
     release: str | None
     supported: tuple[str, ...]
@@ -57,6 +67,7 @@ class Activation:
     cpu_reference: tuple[Hook, ...]
     problems: tuple[str, ...]
     messages: tuple[str, ...]
+    notes: tuple[str, ...] = NOTES
     overlay_version: str = __version__
 
     @property

@@ -53,6 +53,9 @@ def print_activation(out: Console, found: Activation) -> None:
     out.print(Padding(_facts(found), (1, 0, 0, 2), expand=False))
     _print_hooks(out, "Hooks for streaming", found.streaming)
     _print_hooks(out, "Hooks for machines without an accelerator", found.cpu_reference)
+    out.print("\n[bold]To be switched on by hand[/bold]")
+    for note in found.notes:
+        out.print(Padding(escape(note), (0, 0, 0, 2), expand=False))
     if found.messages:
         out.print("\n[bold]Said while plugins were loaded[/bold]")
     for message in found.messages:

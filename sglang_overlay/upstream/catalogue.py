@@ -24,6 +24,61 @@ STREAMING: tuple[TouchPoint, ...] = (
         related=_MEMORY_ISSUES,
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),
+    *(
+        TouchPoint(
+            target=f"{_LOADER}.{loader}.load_model",
+            hook=f"sglang_overlay.upstream.loading:{hook}",
+            kind=HookKind.AROUND,
+            parameters=("self", "model_config", "device_config"),
+            why=why,
+            related=_MEMORY_ISSUES,
+            remove_when=_WHEN_UPSTREAM_STREAMS,
+        )
+        for loader, hook, why in (
+            ("RunaiModelStreamerLoader", "load_model", "As for DefaultModelLoader; its buffers are its own."),
+            ("DummyModelLoader", "load_model", "As for DefaultModelLoader, with random weights."),
+            ("PreshardedModelLoader", "load_model", "As for DefaultModelLoader, when it writes its dump."),
+            ("LayeredModelLoader", "load_model", "Says that it is not streamed, under its own name."),
+            ("ShardedStateLoader", "load_sharded_state", "Its files are fp8 already: no bf16 weights, nothing to do."),
+        )
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.ShardedStateLoader.save_model",
+        hook="sglang_overlay.upstream.loading:save_sharded_state",
+        kind=HookKind.AROUND,
+        parameters=("model", "path"),
+        why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock cannot "
+        "save a model that it has quantized itself.",
+        related=("sgl-project/sglang#17945",),
+        remove_when="ShardedStateLoader.save_model makes tensors contiguous, as PreshardedModelLoader's dump does",
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.PreshardedModelLoader._load_from_presharded",
+        hook="sglang_overlay.upstream.loading:load_from_presharded",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config", "device_config"),
+        why="The dump is fp8 already: no bf16 weights are allocated, nothing is to be quantized.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.PreshardedModelLoader._compute_local_structural_signature",
+        hook="sglang_overlay.upstream.loading:describe_without_loading",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config"),
+        why="Builds the model on the meta device only to hash its shapes; those must be stock's.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.initialize_dummy_weights",
+        hook="sglang_overlay.upstream.loading:initialize_dummy_weights",
+        kind=HookKind.AROUND,
+        parameters=("model",),
+        why="Fills the state dict in place, which a parameter without memory cannot take: here one weight at a time.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
     TouchPoint(
         target=f"{_LOADER}._initialize_model",
         hook="sglang_overlay.upstream.loading:initialize_model",

@@ -18,6 +18,16 @@ dots3).
 """
 
 
+STREAMED_LOADERS = (
+    "DefaultModelLoader",
+    "DummyModelLoader",
+    "PreshardedModelLoader",
+    "RunaiModelStreamerLoader",
+    "ShardedStateLoader",
+)
+"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here."""
+
+
 def is_online_fp8(config: Any) -> bool:
     """Whether this is SGLang's own fp8 config over a high-precision checkpoint.
 
@@ -45,13 +55,26 @@ def why_not_platform() -> str | None:
     return None
 
 
-def why_not_loader(loader: Any) -> str | None:
-    """Loaders that load in their own way (presharded, quantized RL) stay on stock's path."""
-    from sglang.srt.model_loader.loader import DefaultModelLoader
+def why_not_options() -> str | None:
+    """Options of the server under which weights move about while the model is built."""
+    from sglang.srt.utils import offloader
 
-    if type(loader) is DefaultModelLoader:
-        return None
-    return f"loading with {type(loader).__name__} is not covered yet"
+    if not isinstance(offloader.get_offloader(), offloader.NoopOffloader):
+        return "CPU offload (--cpu-offload-gb, --offload-group-size) moves weights while the model is built"
+    return None
+
+
+def why_not_loader(loader: Any) -> str | None:
+    """Loaders that load in their own way (layer by layer, quantized RL) stay on stock's path."""
+    from sglang.srt.environ import envs
+    from sglang.srt.model_loader import loader as upstream
+
+    name = type(loader).__name__
+    if type(loader) not in [getattr(upstream, streamed) for streamed in STREAMED_LOADERS]:
+        return f"loading with {name} is not covered yet"
+    if type(loader) is upstream.DummyModelLoader and envs.SGLANG_CPU_QUANTIZATION.get():
+        return "SGLANG_CPU_QUANTIZATION builds the model on the CPU, whose arithmetic is not the device's"
+    return None
 
 
 def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:

@@ -106,6 +106,7 @@ class ModelLoad:
         self.direct_units = 0
         self.layers = 0
         self.updatable: dict[str, UpdatableLayer] = {}
+        self.prequantized = False
         self._obstacle = obstacle
         self._excluded = excluded
         self._pending: dict[torch.nn.Module, PendingLayer] = {}
@@ -184,6 +185,16 @@ class ModelLoad:
     def warnings(self) -> list[str]:
         """What was found wrong with the checkpoint, and is served all the same."""
         return self._findings.warnings
+
+    def expect_quantized(self) -> None:
+        """What is read is fp8 already: upstream quantizes the empty parameters first and fills the result."""
+        self.prequantized = True
+
+    def placeholders(self) -> Iterator[tuple[str, torch.nn.Parameter, ParameterStream]]:
+        """Every placeholder that waits to be written: its name, itself, and what takes the writes."""
+        for layer, _ in self._streams.values():
+            for key, stream in layer.streams.items():
+                yield f"{layer.name}.{key}", layer.placeholders[key], stream
 
     @property
     def building(self) -> bool:
@@ -303,7 +314,7 @@ class ModelLoad:
 
     def _settle(self, stream: LayerStream) -> None:
         for part in stream.streams.values():
-            missing = part.settle_with_zeros()
+            missing = [] if self.prequantized else part.settle_with_zeros()
             self.units += part.units - len(missing)
             self.direct_units += part.direct_units
             self._findings.note(stream.name, part, missing)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader: ``DefaultModelLoader`` and its helpers in SGLang's ``model_loader/loader.py``."""
+"""The loaders of SGLang's ``model_loader/loader.py`` and their helpers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
-    """Around ``DefaultModelLoader.load_model``."""
+    """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
     settings = load_settings(os.environ)
     if model_config.quantization != "fp8" and settings.report_folder is None:
         return original(loader, model_config=model_config, device_config=device_config)
     device = torch.device(device_config.device)
-    obstacle = eligibility.why_not_platform() or eligibility.why_not_loader(loader)
+    obstacle = eligibility.why_not_platform() or eligibility.why_not_options() or eligibility.why_not_loader(loader)
     began = time.perf_counter()
     with MemorySampler(meter_for(device)) as sampler:
         load, model = _load(
@@ -143,6 +143,66 @@ def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         for problem in file_problems(folder):
             annotate(error, f"StreamFP8: {folder}: {problem}")
         raise
+
+
+def load_sharded_state(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
+    """Around ``ShardedStateLoader.load_model``: its files hold what ``process_weights_after_loading`` leaves."""
+
+    def load(loader: Any, *, model_config: Any, device_config: Any) -> Any:
+        under_way_load = current()
+        if under_way_load is not None:
+            under_way_load.expect_quantized()
+        return original(loader, model_config=model_config, device_config=device_config)
+
+    return load_model(load, loader, model_config=model_config, device_config=device_config)
+
+
+def save_sharded_state(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Around ``ShardedStateLoader.save_model``: safetensors refuses fp8 weights, which are transposed views."""
+    state = {name: _packed(tensor) for name, tensor in model.state_dict().items()}
+    return original(_State(state), *args, **kwargs)
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    # In host memory: a second copy of the weights may not fit on the device.
+    return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
+
+
+def load_from_presharded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``PreshardedModelLoader._load_from_presharded``: as for sharded state."""
+    load = current()
+    if load is not None:
+        load.expect_quantized()
+    return original(*args, **kwargs)
+
+
+def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``PreshardedModelLoader._compute_local_structural_signature``: the model it builds is never loaded."""
+    with under_way(ModelLoad(Mode.OFF, torch.device("meta"))):
+        return original(*args, **kwargs)
+
+
+def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Around ``initialize_dummy_weights``: give each placeholder the values that stock would fill its weight with."""
+    load = current()
+    if load is None:
+        return original(model, *args, **kwargs)
+    for name, placeholder, stream in load.placeholders():
+        weight = torch.empty_like(placeholder, device=stream.storage.weight.device)
+        original(_State({name: weight}), *args, **kwargs)
+        stream.write(placeholder, weight)
+    real = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    return original(_State(real), *args, **kwargs)
+
+
+class _State:
+    """As much of a model as upstream looks at where it fills or saves one."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._tensors
 
 
 def device_loading_context(original: Callable[..., Any], module: torch.nn.Module, target_device: torch.device) -> Any:

@@ -37,7 +37,8 @@ class ExpertsPlan:
     def register(self, layer: Module, storages: dict[str, Storage]) -> None:
         w13, w2 = storages["w13_weight"], storages["w2_weight"]
         layer.w13_weight_scale = Parameter(w13.scale, requires_grad=False)
-        layer.w2_weight_scale.data = w2.scale
+        # In place, as stock does it: experts are moved by references that a model has taken.
+        layer.get_parameter("w2_weight_scale").data.copy_(w2.scale)
         layer.w13_weight = Parameter(w13.weight, requires_grad=False)
         layer.w2_weight = Parameter(w2.weight, requires_grad=False)
 

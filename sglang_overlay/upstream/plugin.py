@@ -44,6 +44,7 @@ def activate() -> None:
 def _patch_when_imported(mode: Mode) -> None:
     import wrapt
 
+    from sglang_overlay.upstream import ray_actors
     from sglang_overlay.upstream.catalogue import STREAMING
     from sglang_overlay.upstream.touch_point import TouchPoint
 
@@ -54,6 +55,8 @@ def _patch_when_imported(mode: Mode) -> None:
         if mismatch is not None:
             _guard(mode, mismatch)
 
+    if mode is not Mode.OFF:
+        wrapt.register_post_import_hook(ray_actors.warn_unless_set_up, ray_actors.DRIVER_MODULE)
     by_module = groupby(sorted(STREAMING, key=lambda point: point.module), key=lambda point: point.module)
     for module, points in by_module:
         wrapt.register_post_import_hook(partial(patch, tuple(points)), module)

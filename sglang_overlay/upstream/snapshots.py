@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts' weights that a model noted down before they were quantized.
+"""What a model noted down about its parameters before they were quantized.
 
 ``bailing_moe.py`` and ``sarvam_moe.py`` build ``routed_experts_weights_of_layer`` at the end of ``load_weights`` from
 ``parameter.data``. In stock those are the bf16 weights, which stay in memory for good, and which expert rebalancing
 would move about in place of the fp8 ones; while streaming they are placeholders. All other models build it when it is
 first needed (``LazyValue``), from the fp8 parameters.
+
+``sdar_moe.py`` and ``interns1pro.py`` keep ``_cached_params_dict``, in which ``load_weights`` finds the parameters, and
+with it in stock all bf16 weights. They make it where it is missing.
 """
 
 from __future__ import annotations
@@ -14,10 +17,16 @@ from typing import Any
 import torch
 
 _ATTRIBUTE = "routed_experts_weights_of_layer"
+_CACHE = "_cached_params_dict"
+NOTED = (_ATTRIBUTE, _CACHE)
+"""Attributes of models in which stock keeps bf16 weights."""
 
 
 def refresh(model: torch.nn.Module) -> None:
-    """Note the experts' weights down anew where placeholders were noted."""
+    """Note the experts' weights down anew where placeholders were noted, and forget where to load them."""
+    for module in model.modules():
+        if _is_placeholder(vars(module).get(_CACHE, {}).values()):
+            delattr(module, _CACHE)
     noted = vars(model).get(_ATTRIBUTE)
     if not isinstance(noted, dict) or not any(_is_placeholder(weights) for weights in noted.values()):
         return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def test_layer_with_an_unforeseen_loader_loads_as_stock_and_the_others_stream(bo
 
 def test_loader_of_the_models_own_streams(both):
     stock, result, report = both("CustomLoaderForCausalLM")
+    assert compare(stock, result) == []
+    assert report.layers.fallback == ()
+    assert report.layers.streamed == 12
+
+
+def test_source_that_is_overwritten_after_its_loader_returned_does_no_harm(both):
+    stock, result, report = both("ReusedBufferForCausalLM")
     assert compare(stock, result) == []
     assert report.layers.fallback == ()
     assert report.layers.streamed == 12
@@ -167,12 +175,15 @@ def test_ignored_layers_stay_in_high_precision(workers, checkpoint, tmp_path):
 
 def test_other_load_formats_load_as_stock_with_one_warning(workers, checkpoint):
     path = checkpoint("qwen3")
-    result = workers.load(LoadJob(path, streaming="1", server_args={"load_format": "dummy"}))
+    job = LoadJob(path, server_args={"load_format": "flash_rl"})
+    stock = workers.load(replace(job, streaming="0"))
+    result = workers.load(job)
+    assert compare(stock, result) == []
     assert len(warnings_of(result)) == 1
-    assert "dummy" in warnings_of(result)[0]
+    assert "QuantizedRLModelLoader" in warnings_of(result)[0]
 
 
 def test_other_load_formats_are_an_error_where_streaming_is_required(workers, checkpoint):
     path = checkpoint("qwen3")
-    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require.*dummy"):
-        workers.load(LoadJob(path, streaming="require", server_args={"load_format": "dummy"}))
+    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require.*QuantizedRLModelLoader"):
+        workers.load(LoadJob(path, streaming="require", server_args={"load_format": "flash_rl"}))

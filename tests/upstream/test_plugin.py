@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from sglang_overlay.upstream.catalogue import STREAMING
+
 PROLOGUE = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, format="LOG %(levelname)s %(name)s: %(message)s")
@@ -57,11 +59,11 @@ def warnings_of(result):
     return [line for line in result.stderr.splitlines() if line.startswith("LOG ") and "StreamFP8" in line]
 
 
-@pytest.mark.parametrize(("value", "active"), [("0", 0), ("1", 8), ("require", 8)])
+@pytest.mark.parametrize(("value", "active"), [("0", 0), ("1", len(STREAMING)), ("require", len(STREAMING))])
 def test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone(value, active):
     result = run(SGLANG_STREAMFP8=value)
     assert result.returncode == 0, result.stderr
-    assert f"ACTIVE {active} of 8" in result.stdout
+    assert f"ACTIVE {active} of {len(STREAMING)}" in result.stdout
     assert warnings_of(result) == []
 
 

@@ -94,6 +94,14 @@ class ReadingAfterLoadingForCausalLM(Qwen3ForCausalLM):
         self.derived = _down_proj(self).weight.data.transpose(0, 1).contiguous()
 
 
+class ReusedBufferForCausalLM(Qwen3ForCausalLM):
+    """Hands its loaders one buffer again and again, as a reader that streams from storage may do."""
+
+    def load_weights(self, weights):
+        buffer = torch.empty(1 << 20, dtype=torch.bfloat16)
+        super().load_weights((name, buffer[: w.numel()].view(w.shape).copy_(w)) for name, w in weights)
+
+
 class BypassingForCausalLM(Qwen3ForCausalLM):
     """Writes a weight without calling its loader."""
 
@@ -146,6 +154,7 @@ EntryClass = [
     ManyLateAddingLoadersForCausalLM,
     CustomLoaderForCausalLM,
     ReadingAfterLoadingForCausalLM,
+    ReusedBufferForCausalLM,
     BypassingForCausalLM,
     NotingExpertsForCausalLM,
     StallingForCausalLM,

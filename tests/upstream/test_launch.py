@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that load no plugins by themselves stream when they are started through ``sglang_overlay run``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sglang_overlay.observe.report import read_folder
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_one_batch_benchmark_streams(tp_size, checkpoint, tmp_path):
+    # The benchmark's prompts are random ids up to 10,000.
+    path = checkpoint("qwen3", overrides=(("vocab_size", 10240),))
+    options = ["--model-path", str(path), "--quantization", "fp8", "--device", "cpu", "--tp-size", str(tp_size)]
+    sizes = ["--batch-size", "1", "--input-len", "8", "--output-len", "2"]
+    environ = {**os.environ, "SGLANG_STREAMFP8": "require", "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_overlay", "run", "sglang.benchmark.one_batch", *options, *sizes],
+        env={**environ, "SGLANG_CPU_OMP_THREADS_BIND": "0|0"[: 2 * tp_size - 1]},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+    )
+    assert done.returncode in (0, -9, -15), done.stderr[-2000:]
+    reports = read_folder(tmp_path / "reports")
+    assert [report.mode for report in reports] == ["streaming"] * tp_size
+    assert "Prefill" in done.stdout
