@@ -18,11 +18,13 @@ SEED = 1
 
 @pytest.fixture
 def tokens(workers, checkpoint):
-    """What a fresh streamed load of a family's weights generates."""
-    return lambda family, seed: [
-        list(ids)
-        for ids in workers.load(LoadJob(checkpoint(family, seed=seed), streaming="require", prompts=PROMPTS)).tokens
-    ]
+    """What a streamed load of a family's weights generates, in a process that has held no other server's settings."""
+
+    def generate(family, seed):
+        job = LoadJob(checkpoint(family, seed=seed), streaming="require", prompts=PROMPTS)
+        return [list(ids) for ids in workers.load_fresh(job).tokens]
+
+    return generate
 
 
 def run_trainer(*arguments):
