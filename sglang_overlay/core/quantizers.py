@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.regions import slices, whole
 from sglang_overlay.core.staging import Piece
 
@@ -182,7 +183,11 @@ class PerTensorQuantizer:
             saturate_ = self._arithmetic.saturate_
         multiplier, stored = self._arithmetic.factors(torch.tensor(absmax, dtype=torch.float32))
         for piece in pieces:
-            for values, out in _chunks(piece.values, weight[slices(piece.box)]):
+            target = weight[slices(piece.box)]
+            if saturate_ is _unchanged and cpu_kernels.applies_to(piece.values, target):
+                cpu_kernels.quantize(piece.values, float(multiplier), target)
+                continue
+            for values, out in _chunks(piece.values, target):
                 products = _scratch(values.shape).copy_(values).mul_(multiplier)
                 out.copy_(saturate_(products, torch.finfo(out.dtype).max))
         scale.copy_(stored.reshape(scale.shape))
