@@ -9,6 +9,7 @@ the work.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ _NORMAL_BIAS = np.uint32((((7 - 127) << 23) + 0x7FFFF) % 2**32)
 def applies_to(values: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether ``quantize`` can take these two."""
     return (
-        _is_there()
+        _ready.is_set()
         and values.dtype == torch.bfloat16
         and out.dtype == torch.float8_e4m3fn
         and values.device.type == out.device.type == "cpu"
@@ -55,9 +56,21 @@ def quantize(values: torch.Tensor, multiplier: float, out: torch.Tensor) -> None
     )
 
 
+_ready = threading.Event()
+
+
 @cache
-def _is_there() -> bool:
-    return find_spec("numba") is not None
+def prepare() -> threading.Thread:
+    """Get the loops compiled beside whatever else happens; until then, and without numba, ``applies_to`` says no."""
+    thread = threading.Thread(target=_compile, name="fp8-loops", daemon=True)
+    thread.start()
+    return thread
+
+
+def _compile() -> None:
+    if find_spec("numba") is not None:
+        quantize(torch.ones(1, dtype=torch.bfloat16), 1.0, torch.empty(1, dtype=torch.float8_e4m3fn))
+        _ready.set()
 
 
 @cache

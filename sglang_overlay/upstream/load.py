@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.layer import LayerStream, materialize
 from sglang_overlay.core.pipeline import Pipeline
@@ -162,6 +163,8 @@ class ModelLoad:
                 return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
         for layer, reason in self._unnamed:
             self._fall_back(names.get(layer, type(layer).__name__), reason)
+        if self._device.type == "cpu":
+            cpu_kernels.prepare()
         # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that compute.
         self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
         for layer, pending in self._pending.items():

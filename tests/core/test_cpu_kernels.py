@@ -13,6 +13,11 @@ FINITE = EVERY_VALUE[torch.isfinite(EVERY_VALUE)]
 LARGEST = sorted({2.0**power * factor for power in range(-100, 120, 4) for factor in (1.0, 1.1171875, 1.75)})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def prepared():
+    cpu_kernels.prepare().join()
+
+
 @pytest.mark.parametrize("by_reciprocal", [False, True])
 def test_every_value_gets_torchs_bits(by_reciprocal):
     for largest in LARGEST:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.cpu_reference.quantizer import quantize_per_tensor
@@ -22,6 +23,16 @@ def by_upstream(weight):
     from sglang.srt.layers.quantization.fp8_utils import input_to_float8
 
     return input_to_float8(weight, dtype=FP8)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["compiled", "torch"])
+def loops(request):
+    """The same with the compiled loops and without them."""
+    cpu_kernels.prepare().join()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(cpu_kernels, "applies_to", lambda values, out: False)
+        yield
 
 
 REFERENCES = {
