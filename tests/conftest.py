@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from workbench.checkpoints import CheckpointSpec, build
-from workbench.loads import LoadWorkers
+from workbench.loads import LoadJob, LoadResult, LoadWorkers
+
+from sglang_overlay.observe.report import LoadReport, read_folder
+
+Both = tuple[LoadResult, LoadResult, Sequence[LoadReport]]
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,16 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadWorkers]:
     """Processes that load models in real SGLang, one group for each TP size."""
     with LoadWorkers(tmp_path_factory.mktemp("loads")) as group:
         yield group
+
+
+@pytest.fixture
+def both(workers: LoadWorkers, tmp_path: Path) -> Callable[..., Both]:
+    """Stock and streaming loads of the same checkpoint in the same way, and the streaming load's reports."""
+
+    def load(path: Path, streaming: str = "require", **fields: Any) -> Both:
+        stock = workers.load(LoadJob(path, streaming="0", **fields))
+        environ = {**fields.pop("environ", {}), "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
+        result = workers.load(LoadJob(path, streaming=streaming, environ=environ, **fields))
+        return stock, result, read_folder(tmp_path / "reports")
+
+    return load

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
 
@@ -136,11 +137,3 @@ class LayerStream:
 
 def _shape(tensor: torch.Tensor) -> str:
     return f"({str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)})"
-
-
-def materialize(placeholder: torch.nn.Parameter, weight: torch.Tensor) -> None:
-    """Make ``placeholder`` hold ``weight``, in place: whoever keeps a reference sees the real parameter from now on."""
-    real = torch.nn.Parameter(weight, requires_grad=placeholder.requires_grad)
-    real.__class__ = placeholder.__class__
-    real.__dict__.update(placeholder.__dict__)
-    torch.utils.swap_tensors(placeholder, real)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Let upstream create a layer's parameters without allocating the high-precision weights."""
+"""Parameters without memory: how upstream is made to create them, and how they get memory after all."""
 
 from __future__ import annotations
 
@@ -33,3 +33,22 @@ class PlaceholderAllocation(TorchDispatchMode):
             self.device = torch.device(kwargs.get("device") or "cpu")
             kwargs = {**kwargs, "device": torch.device("meta")}
         return func(*args, **kwargs)
+
+
+def twin(placeholder: torch.nn.Parameter, values: torch.Tensor) -> torch.nn.Parameter:
+    """Another parameter of the same class and with the same attributes, over ``values``."""
+    other = torch.nn.Parameter(values, requires_grad=placeholder.requires_grad)
+    other.__class__ = placeholder.__class__
+    other.__dict__.update(placeholder.__dict__)
+    return other
+
+
+def materialize(placeholder: torch.nn.Parameter, values: torch.Tensor) -> torch.nn.Parameter:
+    """Make ``placeholder`` hold ``values``, in place: whoever keeps a reference sees the real parameter from now on.
+
+    Returns:
+        What keeps the storage that writes to the placeholder were recognized by; swapping the two undoes it.
+    """
+    other = twin(placeholder, values)
+    torch.utils.swap_tensors(placeholder, other)
+    return other

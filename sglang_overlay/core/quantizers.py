@@ -177,19 +177,20 @@ class PerTensorQuantizer:
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         absmax = found = _most(_largest(piece.values) for piece in pieces)
-        saturate_: Callable[[torch.Tensor, float], torch.Tensor] = _unchanged
-        if not self._arithmetic.smallest <= absmax < math.inf:
+        in_range = self._arithmetic.smallest <= absmax < math.inf
+        if not in_range:
             absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
-            saturate_ = self._arithmetic.saturate_
         multiplier, stored = self._arithmetic.factors(torch.tensor(absmax, dtype=torch.float32))
         for piece in pieces:
             target = weight[slices(piece.box)]
-            if saturate_ is _unchanged and cpu_kernels.applies_to(piece.values, target):
+            if in_range and cpu_kernels.applies_to(piece.values, target):
                 cpu_kernels.quantize(piece.values, float(multiplier), target)
                 continue
             for values, out in _chunks(piece.values, target):
                 products = _scratch(values.shape).copy_(values).mul_(multiplier)
-                out.copy_(saturate_(products, torch.finfo(out.dtype).max))
+                if not in_range:
+                    products = self._arithmetic.saturate_(products, torch.finfo(out.dtype).max)
+                out.copy_(products)
         scale.copy_(stored.reshape(scale.shape))
         return torch.tensor(found, dtype=torch.float32)
 
@@ -218,10 +219,6 @@ def _chunks(values: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Ten
         return
     rows = max(1, CHUNK_ELEMENTS // values[0].numel())
     yield from zip(values.split(rows), out.split(rows), strict=True)
-
-
-def _unchanged(products: torch.Tensor, _limit: float) -> torch.Tensor:
-    return products
 
 
 _buffers = threading.local()

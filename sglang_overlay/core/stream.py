@@ -276,9 +276,7 @@ class ParameterStream:
 
     def _quantize(self, unit: int, pieces: Sequence[Piece], source: torch.Tensor | None = None) -> None:
         with self._rewriting_noted(range(unit, unit + 1), source):
-            self._magnitude[unit] = self._quantizer.quantize(
-                pieces, self.storage.weight[unit], self.storage.scale[unit]
-            )
+            self._quantize_unit(unit, pieces)
         self._drop(unit)
         self._done[unit] = 1
         self._count(1)
@@ -288,10 +286,11 @@ class ParameterStream:
         values = torch.zeros(self._grid.shape, dtype=self._dtype, device=self.storage.weight.device)
         for piece in staged.pieces if staged else ():
             values[slices(piece.box)].copy_(piece.values)
-        whole_unit = [Piece(self._grid.full, values)]
-        self._magnitude[unit] = self._quantizer.quantize(
-            whole_unit, self.storage.weight[unit], self.storage.scale[unit]
-        )
+        self._quantize_unit(unit, [Piece(self._grid.full, values)])
+
+    def _quantize_unit(self, unit: int, pieces: Sequence[Piece]) -> None:
+        weight, scale = self.storage.weight[unit], self.storage.scale[unit]
+        self._magnitude[unit] = self._quantizer.quantize(pieces, weight, scale)
 
     @contextmanager
     def _rewriting_noted(self, units: range, source: torch.Tensor | None) -> Iterator[None]:

@@ -7,6 +7,7 @@ import threading
 
 import torch
 
+from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
 
 
@@ -48,7 +49,7 @@ class WholeParameter:
             self._values[slices(placement.box)].copy_(placement.lay_out(source))
             self._missing = [part for box in self._missing for part in difference(box, placement.box)]
             if not self._missing and self._swapped is None:
-                self._swapped = self._swap(self._values)
+                self._swapped = materialize(self._placeholder, self._values)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -66,11 +67,3 @@ class WholeParameter:
             torch.utils.swap_tensors(self._placeholder, self._swapped)
         self._swapped = self._values = None
         self._missing = [whole(self._shape)]
-
-    def _swap(self, values: torch.Tensor) -> torch.nn.Parameter:
-        """Put ``values`` behind the placeholder; what was there keeps the storage that writes are recognized by."""
-        real = torch.nn.Parameter(values, requires_grad=self._placeholder.requires_grad)
-        real.__class__ = self._placeholder.__class__
-        real.__dict__.update(self._placeholder.__dict__)
-        torch.utils.swap_tensors(self._placeholder, real)
-        return real

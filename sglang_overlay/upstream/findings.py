@@ -74,7 +74,7 @@ class Findings:
             )
 
     def _conclude_missing(self, settings: Settings, seen: Collection[str], folder: Path) -> None:
-        lines = [f"{self._describe(found, seen)}" for found in self._incomplete[:MAX_LISTED]]
+        lines = [self._describe(found, seen) for found in self._incomplete[:MAX_LISTED]]
         more = len(self._incomplete) - MAX_LISTED
         lines += [f"and {more} more parameters"] if more > 0 else []
         lines += file_problems(folder)

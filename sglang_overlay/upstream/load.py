@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,9 @@ import torch
 
 from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.capture import storage_key
-from sglang_overlay.core.layer import LayerStream, materialize
+from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.placeholders import PlaceholderAllocation
+from sglang_overlay.core.placeholders import PlaceholderAllocation, materialize
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
@@ -331,6 +332,29 @@ def current() -> ModelLoad | None:
     return _current.get()
 
 
+def create_streamed(
+    original: Callable[..., None],
+    plan: Callable[[], LayerPlan],
+    method: Any,
+    layer: torch.nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Around ``create_weights`` of a quantization method: with placeholders where the layer can be streamed."""
+    load = current()
+    create = functools.partial(original, method, layer, *args, **kwargs)
+    if load is None or not load.admits(method.quant_config):
+        create()
+        return
+    reason = eligibility.why_not_layer(method, layer)
+    if reason is not None:
+        load.leave(layer, reason)
+        create()
+        return
+    dtype = inspect.signature(original).bind(method, layer, *args, **kwargs).arguments["params_dtype"]
+    load.create_weights(create, layer, dtype, plan())
+
+
 @contextmanager
 def under_way(load: ModelLoad) -> Iterator[None]:
     """Make ``load`` the current one."""
@@ -374,9 +398,3 @@ def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:
         if layer._parameters.get(name) is not placeholder or storage_key(placeholder) != pending.storage_keys[name]:
             return name
     return None
-
-
-def bound_dtype(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype:
-    """The ``params_dtype`` that a call of ``create_weights`` passes."""
-    dtype: torch.dtype = inspect.signature(original).bind(*args, **kwargs).arguments["params_dtype"]
-    return dtype

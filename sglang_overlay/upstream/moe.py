@@ -16,8 +16,8 @@ from torch.nn import Module, Parameter
 from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream import eligibility, update
-from sglang_overlay.upstream.load import ParameterPlan, bound_dtype, current
+from sglang_overlay.upstream import update
+from sglang_overlay.upstream.load import ParameterPlan, create_streamed, current
 
 
 class ExpertsPlan:
@@ -57,19 +57,7 @@ class ExpertsPlan:
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
     """Around ``Fp8MoEMethod.create_weights``."""
-    load = current()
-    if load is None or not load.admits(method.quant_config):
-        return original(method, layer, *args, **kwargs)
-    reason = eligibility.why_not_layer(method, layer)
-    if reason is not None:
-        load.leave(layer, reason)
-        return original(method, layer, *args, **kwargs)
-    return load.create_weights(
-        lambda: original(method, layer, *args, **kwargs),
-        layer,
-        bound_dtype(original, (method, layer, *args), kwargs),
-        ExpertsPlan(),
-    )
+    create_streamed(original, ExpertsPlan, method, layer, *args, **kwargs)
 
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:

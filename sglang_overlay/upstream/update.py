@@ -30,6 +30,7 @@ import torch
 
 from sglang_overlay.core.capture import PartialCapture, WriteCapture, WriteSink, storage_key
 from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.placeholders import twin
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream
@@ -82,7 +83,10 @@ class UpdatableLayer:
 
     def let_go(self) -> None:
         """Keep look-alikes in place of the placeholders, which are about to get memory, or have it already."""
-        self.placeholders = {key: _meta_twin(placeholder) for key, placeholder in self.placeholders.items()}
+        self.placeholders = {
+            key: twin(placeholder, torch.empty_like(placeholder, device="meta"))
+            for key, placeholder in self.placeholders.items()
+        }
         self.reads_whole = True
 
     def seal(self) -> None:
@@ -463,13 +467,6 @@ def _given(model: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[Non
         del attributes["load_weights"]
         if own is not None:
             attributes["load_weights"] = own
-
-
-def _meta_twin(placeholder: torch.nn.Parameter) -> torch.nn.Parameter:
-    twin = torch.nn.Parameter(torch.empty_like(placeholder, device="meta"), requires_grad=placeholder.requires_grad)
-    twin.__class__ = placeholder.__class__
-    twin.__dict__.update(placeholder.__dict__)
-    return twin
 
 
 def _settled(stream: ParameterStream) -> LayerNotStreamableError | None:

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from upstream.streamed import assert_streamed
 from workbench.checkpoints import FAMILIES
 from workbench.loads import PROMPTS, LoadJob, compare
 
@@ -67,15 +68,6 @@ def stream(workers, checkpoint, tmp_path):
         return workers.load(job), read_folder(tmp_path)
 
     return load
-
-
-def assert_streamed(reports, ranks):
-    assert len(reports) == ranks
-    for report in reports:
-        assert report.mode == "streaming"
-        assert report.units.streamed > report.layers.streamed > 0 or report.layers.streamed == report.units.streamed > 0
-        assert report.layers.fallback == ()
-        assert all(note.layer.endswith("kv_b_proj") for note in report.layers.deferred)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -8,32 +8,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from upstream.streamed import assert_streamed
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 
 from sglang_overlay.observe.report import read_folder
 
 FAMILIES = ["qwen3", "qwen3_moe", "deepseek_v3"]
-
-
-@pytest.fixture
-def both(workers, tmp_path):
-    """Stock and streaming loads of the same checkpoint in the same way, and the streaming load's reports."""
-
-    def load(path, **fields):
-        stock = workers.load(LoadJob(path, streaming="0", **fields))
-        environ = {**fields.pop("environ", {}), "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
-        result = workers.load(LoadJob(path, streaming="require", environ=environ, **fields))
-        return stock, result, read_folder(tmp_path / "reports")
-
-    return load
-
-
-def assert_streamed(reports, ranks=1):
-    assert len(reports) == ranks
-    for report in reports:
-        assert report.mode == "streaming"
-        assert report.layers.streamed > 0
-        assert report.layers.fallback == ()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

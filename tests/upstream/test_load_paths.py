@@ -6,33 +6,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from upstream.streamed import assert_streamed
 from workbench import families
-from workbench.loads import PROMPTS, LoadJob, compare
-
-from sglang_overlay.observe.report import read_folder
+from workbench.loads import PROMPTS, compare
 
 MANY = {"files": 7, "assignment": "round_robin"}
-
-
-@pytest.fixture
-def both(workers, tmp_path):
-    """Stock and streaming loads of the same checkpoint in the same way, and the streaming load's reports."""
-
-    def load(path, streaming="require", **fields):
-        stock = workers.load(LoadJob(path, streaming="0", **fields))
-        environ = {**fields.pop("environ", {}), "SGLANG_STREAMFP8_REPORT": str(tmp_path)}
-        result = workers.load(LoadJob(path, streaming=streaming, environ=environ, **fields))
-        return stock, result, read_folder(tmp_path)
-
-    return load
-
-
-def assert_streamed(reports, ranks=1):
-    assert len(reports) == ranks
-    for report in reports:
-        assert report.mode == "streaming"
-        assert report.layers.streamed > 0
-        assert report.layers.fallback == ()
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
