@@ -227,7 +227,9 @@ def build_base(plan: Plan) -> None:
     make_venv(plan, plan.base, "--without-pip")
     listing = plan.base / "requirements.txt"
     listing.write_text(requirements, encoding="utf-8")
-    install(plan, uv, plan.base, ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(listing)])
+    # Every process of a server imports 6,000 files, and compiling them each time takes half of its start.
+    compiled = ["--compile-bytecode", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    install(plan, uv, plan.base, [*compiled, "-r", str(listing)])
     seconds = time.monotonic() - started
     complete(plan.base, release=plan.release, packages=plan.packages, count=count, seconds=round(seconds, 1))
     say(f"installed in {seconds:.0f} s")
