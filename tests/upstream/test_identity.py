@@ -12,11 +12,11 @@ from functools import cache
 from typing import Any
 
 import pytest
-from upstream.streamed import assert_streamed
 from workbench.checkpoints import FAMILIES
 from workbench.loads import PROMPTS, LoadJob, compare
 
 from sglang_overlay.observe.report import read_folder
+from upstream.streamed import assert_streamed
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from upstream.streamed import assert_streamed
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 
 from sglang_overlay.observe.report import read_folder
+from upstream.streamed import assert_streamed
 
 FAMILIES = ["qwen3", "qwen3_moe", "deepseek_v3"]
 

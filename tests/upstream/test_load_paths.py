@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from upstream.streamed import assert_streamed
 from workbench import families
 from workbench.loads import PROMPTS, compare
+
+from upstream.streamed import assert_streamed
 
 MANY = {"files": 7, "assignment": "round_robin"}
 
