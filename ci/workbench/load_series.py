@@ -16,6 +16,7 @@ import contextlib
 import gc
 import os
 import threading
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,9 @@ class LoadSeries:
                 raise
             except BaseException as raised:  # A panic in the safetensors library is no Exception.
                 error = raised
-        return Attempt(prints, error, streaming_threads(), staging_held(), tuple(log))
+        attempt = Attempt(prints, error, streaming_threads(), staging_held(), tuple(log))
+        _let_go(error)
+        return attempt
 
     def load(self, checkpoint: Path) -> Any:
         """The loaded model, under the environment as it is."""
@@ -81,6 +84,17 @@ class LoadSeries:
         self._model_config.model_path = str(checkpoint)
         loader = get_model_loader(self._load_config, self._model_config)
         return loader.load_model(model_config=self._model_config, device_config=DeviceConfig("cpu"))
+
+
+def _let_go(error: BaseException | None) -> None:
+    """End, here and now, what a failed load has left suspended: upstream's generators with their thread pools.
+
+    Left to the garbage collector, that waits for those threads at any moment, and for ever where the moment is the
+    start of another thread: ``threading`` holds then what a thread needs in order to end.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def streaming_threads() -> tuple[str, ...]:
