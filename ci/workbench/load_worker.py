@@ -6,7 +6,8 @@ A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``loa
 2. ``bootstrap.init_parallel_runtime``: process groups for this job, over gloo on the CPU;
 3. build a ``ModelRunner``, watching memory and time of its ``load_model``;
 4. make the job's weight updates; fingerprint every tensor of the model; generate when asked;
-5. drop the model, destroy the groups and ``reset_context``, so that the next job starts from nothing.
+5. drop the model and what SGLang keeps of it for the process, destroy the groups and ``reset_context``, so that the
+   next job starts from nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from sglang.srt.layers.moe import initialize_moe_config  # noqa: E402
 from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config  # noqa: E402
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config  # noqa: E402
 from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config  # noqa: E402
+from sglang.srt.layers.rotary_embedding import factory as rotary_embeddings  # noqa: E402
 from sglang.srt.managers.schedule_batch import Req  # noqa: E402
 from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: E402
 from sglang.srt.model_loader.loader import ShardedStateLoader  # noqa: E402
@@ -245,6 +247,8 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
         destroy_model_parallel()
         destroy_distributed_environment()
         reset_context()
+        # Shared by all models of a process; the layered loader leaves the memory of these without values.
+        rotary_embeddings._ROPE_DICT.clear()
         give_back_memory()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,15 @@ def test_loading_twice_in_one_process_gives_the_same_model_and_tokens(workers: L
     assert first.ranks[0].logits_finite
     assert first.ranks[0].tensors["model.layers.0.mlp.experts.w13_weight"].dtype == "torch.float8_e4m3fn"
     assert first.ranks[0].memory.metric == "RssAnon"
+
+
+def test_a_job_leaves_nothing_that_changes_the_next_one(workers: LoadWorkers, cache: Path) -> None:
+    """The layered loader gives all modules new memory, those which SGLang shares between models too."""
+    overrides = (("architectures", ("TorchNativeLlamaForCausalLM",)), ("model_type", "llama"))
+    layered = build(CheckpointSpec("qwen3", overrides=overrides), cache)
+    job = stock_job(build(CheckpointSpec("qwen3_moe"), cache))
+    workers.load(stock_job(layered, prompts=(), server_args={"load_format": "layered"}, uninitialized=math.nan))
+    assert compare(workers.load_fresh(job), workers.load(job)) == []
 
 
 def test_another_seed_shows_as_different_bytes(workers: LoadWorkers, cache: Path) -> None:
