@@ -151,6 +151,7 @@ PUBLISHED: dict[str, Config] = {
         "mamba_num_heads": 8,
         "mamba_head_dim": 32,
     },
+    "Qwen3_5MoeForConditionalGeneration": {"vision_config.deepstack_visual_indexes": []},
 }
 
 #: Architecture -> options of the server it does not load without.

@@ -32,7 +32,7 @@ def _from_siblings(layer: str, written: Mapping[str, Collection[str]]) -> Iterat
     mine = _numbers(layer)
     for sibling, names in written.items():
         differing = [(theirs, own) for theirs, own in zip(_numbers(sibling), mine, strict=False) if theirs != own]
-        if _pattern(sibling) == _pattern(layer) and len(differing) == 1:
+        if pattern_of(sibling) == pattern_of(layer) and len(differing) == 1:
             yield from filter(None, (_renumbered(name, *differing[0]) for name in names))
 
 
@@ -45,7 +45,7 @@ def _renumbered(name: str, old: str, new: str) -> str | None:
 def _from_experts(found: Collection[str]) -> Iterator[str]:
     """Every combination of a pattern of names and numbers that came with another pattern."""
     numbers: dict[int, set[tuple[str, ...]]] = {}
-    patterns = {_pattern(name) for name in found}
+    patterns = {pattern_of(name) for name in found}
     for name in found:
         seen = _numbers(name)
         numbers.setdefault(len(seen), set()).add(seen)
@@ -58,8 +58,8 @@ def _numbers(name: str) -> tuple[str, ...]:
     return tuple(_NUMBER.findall(name))
 
 
-def _pattern(name: str) -> tuple[str, ...]:
-    """What stands around the numbers."""
+def pattern_of(name: str) -> tuple[str, ...]:
+    """What stands around the numbers of a dotted name: equal for what is alike in different layers or experts."""
     return tuple(_NUMBER.split(name))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a checkpoint's files, from their names and headers alone.
+"""What is wrong with a checkpoint's files, told from their names and headers, and from single tensors where asked for.
 
 SGLang loads what files there are, whatever the index says, and errors of the safetensors library name no file.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -21,6 +21,17 @@ _LENGTH = 8
 def file_problems(folder: Path) -> list[str]:
     """Missing, empty, truncated and unreadable files of a local checkpoint; none for a path that is no folder."""
     return [*_missing(folder), *_damaged(folder)]
+
+
+def values_not_finite(folder: Path, names: Collection[str]) -> dict[str, tuple[int, int]]:
+    """How many values of these tensors are NaN or Inf, and of how many; only of those in safetensors files."""
+    found: dict[str, tuple[int, int]] = {}
+    for file in sorted(folder.glob("*.safetensors")) if names else ():
+        with safe_open(file, framework="pt") as tensors:
+            for name in set(names).intersection(tensors.keys()):
+                values = tensors.get_tensor(name)
+                found[name] = (int((~values.isfinite()).sum()), values.numel())
+    return found
 
 
 def _missing(folder: Path) -> Iterator[str]:

@@ -4,20 +4,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.tensor_names import missing_names
 from sglang_overlay.errors import IncompleteLoadError, NonFiniteWeightError
 from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
-from sglang_overlay.upstream.checkpoint_files import file_problems
+from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
 
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 8
 """How many names a message lists before it says how many more there are."""
+
+
+class Weight(Protocol):
+    """A weight that has been loaded, by units."""
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+
+    @property
+    def units(self) -> int:
+        """How many it has."""
+
+    @property
+    def rewritten(self) -> Sequence[str]:
+        """Checkpoint tensors that replaced other values."""
+
+    def not_finite(self) -> list[int]:
+        """Units with NaN or Inf."""
+
+    def origins(self, units: Sequence[int] | None = None) -> list[str]:
+        """Names of the checkpoint tensors that were written into ``units``, or anywhere."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +53,58 @@ class _Incomplete:
     total: int
 
 
+@dataclass(frozen=True)
+class _NotFinite:
+    """A parameter with NaN or Inf: what is told of it, and the checkpoint tensors that went into its damaged units."""
+
+    told: str
+    origins: Sequence[str]
+
+    def tell_origins(self, counts: Mapping[str, tuple[int, int]]) -> str:
+        """The tensors of which some values are known not to be finite, else all of them."""
+        damaged = [
+            f"{name} ({count} of {total} values)"
+            for name in self.origins
+            for count, total in [counts.get(name, (0, 0))]
+            if count
+        ]
+        return shortened(damaged or self.origins) or "tensors of unknown name"
+
+
 class Findings:
     """Collects what ``note`` is told of each parameter; ``conclude`` warns or raises, once, when loading has ended."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self._incomplete: list[_Incomplete] = []
-        self._not_finite: list[str] = []
+        self._not_finite: list[_NotFinite] = []
         self._rewritten: list[str] = []
         self._written: dict[str, list[str]] = {}
 
-    def note(self, layer: str, stream: ParameterStream, missing: Sequence[int]) -> None:
-        """Take over what a settled stream of ``layer`` knows; ``missing`` is what settling it gave."""
-        self._written.setdefault(layer, []).extend(stream.origins())
+    def note(self, layer: str, weight: Weight, missing: Sequence[int]) -> None:
+        """Take over what a weight of ``layer`` knows; ``missing`` are units that were never completely written."""
+        self._written.setdefault(layer, []).extend(weight.origins())
         if missing:
-            self._incomplete.append(_Incomplete(layer, stream.name, missing, stream.units))
-        damaged = stream.not_finite()
+            self._incomplete.append(_Incomplete(layer, weight.name, missing, weight.units))
+        damaged = weight.not_finite()
         if damaged:
-            origins = shortened(stream.origins(damaged)) or "tensors of unknown name"
-            self._not_finite.append(f"{stream.name} ({_counted(damaged, stream.units)}), loaded from {origins}")
-        self._rewritten += stream.rewritten
+            told = f"{weight.name} ({_counted(damaged, weight.units)})"
+            self._not_finite.append(_NotFinite(told, weight.origins(damaged)))
+        self._rewritten += weight.rewritten
+
+    def note_unstreamed(self, missing: Sequence[str], not_finite: Sequence[str]) -> None:
+        """Take over names of parameters that are not streamed."""
+        if missing:
+            self._warn(
+                f"nothing was loaded into {len(missing)} parameters that the checkpoint should hold: "
+                f"{shortened(missing)}. As in stock SGLang they keep what they were created with: ones, zeros, or "
+                "uninitialized memory"
+            )
+        if not_finite:
+            self._warn(
+                f"NaN or Inf in {len(not_finite)} parameters that are served in high precision: "
+                f"{shortened(not_finite)}. Expect garbage"
+            )
 
     def conclude(self, settings: Settings, seen: Collection[str], folder: Path) -> None:
         """Say all of it.
@@ -66,7 +121,7 @@ class Findings:
         if self._incomplete:
             self._conclude_missing(settings, seen, folder)
         if self._not_finite:
-            self._conclude_not_finite(settings)
+            self._conclude_not_finite(settings, folder)
         if self._rewritten:
             self._warn(
                 f"the checkpoint holds these tensors more than once, with different values: "
@@ -81,12 +136,14 @@ class Findings:
         text = "\n  ".join(
             [f"{len(self._incomplete)} parameters were never completely written from the checkpoint:", *lines]
         )
-        if settings.allow_missing:
+        needed = [found.parameter for found in self._incomplete if eligibility.why_deferred(found.layer)]
+        if settings.allow_missing and not needed:
             self._warn(f"{text}\n  What is missing is zero, since {ALLOW_MISSING_VARIABLE}=1")
             return
+        zeros = f"{ALLOW_MISSING_VARIABLE}=1 serves zeros in these places"
         raise IncompleteLoadError(
             f"{text}\nStock SGLang would serve uninitialized memory here. Complete the checkpoint (download it anew, "
-            f"check its index), or set {ALLOW_MISSING_VARIABLE}=1 to serve zeros in these places."
+            f"check its index). {f'SGLang cannot serve at all without {shortened(needed)}' if needed else zeros}."
         )
 
     def _describe(self, found: _Incomplete, seen: Collection[str]) -> str:
@@ -99,8 +156,12 @@ class Findings:
             f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing tells its name'}"
         )
 
-    def _conclude_not_finite(self, settings: Settings) -> None:
-        text = f"NaN or Inf in {len(self._not_finite)} parameters: {shortened(self._not_finite)}"
+    def _conclude_not_finite(self, settings: Settings, folder: Path) -> None:
+        listed = self._not_finite[:MAX_LISTED]
+        names = [name for found in listed for name in found.origins[:MAX_LISTED]]
+        counts = values_not_finite(folder, names)
+        lines = [f"{found.told}, loaded from {found.tell_origins(counts)}" for found in self._not_finite]
+        text = f"NaN or Inf in {len(self._not_finite)} parameters: {shortened(lines)}"
         if settings.mode is Mode.REQUIRE:
             raise NonFiniteWeightError(
                 f"{text}. The model would answer with garbage; {MODE_VARIABLE}=1 serves it nonetheless, with a warning."

@@ -33,6 +33,7 @@ from sglang_overlay.settings import Mode, Settings
 from sglang_overlay.upstream import eligibility, snapshots
 from sglang_overlay.upstream.findings import Findings, shortened
 from sglang_overlay.upstream.guard import refuse
+from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
 from sglang_overlay.upstream.update import UpdatableLayer, set_loader
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,8 @@ class ModelLoad:
         self._pending: dict[torch.nn.Module, PendingLayer] = {}
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
         self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
+        self._kept: dict[torch.nn.Module, list[KeptWeight]] = {}
+        self._unstreamed: UnstreamedParameters | None = None
         self._findings = Findings()
         self._seen: set[str] = set()
 
@@ -172,6 +175,9 @@ class ModelLoad:
             self._start(layer, names.get(layer), pending, self._pipeline)
         self._pending.clear()
         self._unnamed.clear()
+        if self._streams and not self.prequantized:
+            kept = (weight.weight for weights in self._kept.values() for weight in weights)
+            self._unstreamed = UnstreamedParameters(model, kept)
         return None
 
     def abandon(self, reason: str) -> None:
@@ -219,6 +225,12 @@ class ModelLoad:
         Returns:
             Whether the layer was streamed, now or by an earlier call; if not, upstream has to quantize it.
         """
+        if self._unstreamed is not None:
+            # Before upstream's post-processing, which may compute with them.
+            self._unstreamed.settle()
+        for weight in self._kept.pop(layer, ()):
+            self._findings.note(weight.name.rpartition(".")[0], weight, weight.missing())
+            weight.let_go()
         if layer not in self._streams:
             return False
         stream, plan = self._streams[layer]
@@ -230,8 +242,8 @@ class ModelLoad:
             self.layers += 1
         return stream.streaming
 
-    def check(self, model: torch.nn.Module, settings: Settings, folder: Path) -> None:
-        """Make sure that everything was written from ``folder`` and nothing still refers to a placeholder.
+    def check(self, model: torch.nn.Module, settings: Settings, model_config: Any) -> None:
+        """Make sure that everything was written from the checkpoint and nothing still refers to a placeholder.
 
         Raises:
             IncompleteLoadError: units were never completely written.
@@ -243,7 +255,10 @@ class ModelLoad:
             # First: a unit whose job failed is incomplete too.
             self._pipeline.close()
             self._pipeline.check()
-        self._findings.conclude(settings, self._seen, folder)
+        if self._unstreamed is not None:
+            self._unstreamed.settle()
+            self._findings.note_unstreamed(self._unstreamed.missing(model_config), self._unstreamed.not_finite())
+        self._findings.conclude(settings, self._seen, Path(model_config.model_path))
         snapshots.refresh(model)
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
         if leaks and not self.abandoned:
@@ -270,12 +285,12 @@ class ModelLoad:
         reason = eligibility.why_deferred(name)
         if reason is not None:
             updatable.let_go()
-            self._materialize(pending)
+            self._keep(layer, name, pending)
             self.deferred[name] = reason
             return
         if name in self._excluded:
             updatable.let_go()
-            self._materialize(pending)
+            self._keep(layer, name, pending)
             self._fall_back(name, self._excluded[name])
             return
         streams = {}
@@ -296,7 +311,7 @@ class ModelLoad:
                 pipeline,
             )
             streams[key] = (placeholder, stream)
-        layer_stream = LayerStream(name, streams, lambda stream, why: self._return(stream.name, why))
+        layer_stream = LayerStream(name, streams, functools.partial(self._return, layer))
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = (layer_stream, pending.plan)
@@ -305,12 +320,25 @@ class ModelLoad:
         for placeholder in pending.placeholders.values():
             materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
 
+    def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
+        """Leave a layer to stock, with an eye on what is loaded into it."""
+        for key, placeholder in pending.placeholders.items():
+            materialize(placeholder, torch.zeros_like(placeholder, device=pending.device))
+            weight = KeptWeight(f"{name}.{key}", placeholder, self.sources)
+            set_loader(placeholder, weight.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
+            if not self.prequantized:
+                self._kept.setdefault(layer, []).append(weight)
+
     def _quantized(self, size: int) -> None:
         self.progress.advance(size)
 
-    def _return(self, name: str, reason: str) -> None:
-        self.updatable[name].let_go()
-        self._fall_back(name, reason)
+    def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
+        self.updatable[stream.name].let_go()
+        self._kept[layer] = [
+            KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins())
+            for key, part in stream.streams.items()
+        ]
+        self._fall_back(stream.name, reason)
 
     def _fall_back(self, name: str, reason: str) -> None:
         self.fallback[name] = reason

@@ -43,7 +43,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
             lambda: original(loader, model_config=model_config, device_config=device_config),
             lambda why, excluded: ModelLoad(settings.mode, device, why, excluded),
             obstacle,
-            lambda load, model: load.check(model, settings, Path(model_config.model_path)),
+            lambda load, model: load.check(model, settings, model_config),
         )
     seconds = time.perf_counter() - began
     _remember(load, model)

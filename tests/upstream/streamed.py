@@ -9,10 +9,11 @@ from sglang_overlay.observe.report import LoadReport
 
 
 def assert_streamed(reports: Sequence[LoadReport], ranks: int = 1) -> None:
-    """No rank left a layer to stock; only MLA's ``kv_b_proj``, which is needed in bf16, was put off."""
+    """No rank left a layer to stock, or found fault; only MLA's ``kv_b_proj``, needed in bf16, was put off."""
     assert len(reports) == ranks
     for report in reports:
         assert report.mode == "streaming"
         assert report.units.streamed >= report.layers.streamed > 0
         assert report.layers.fallback == ()
+        assert report.warnings == ()
         assert all(note.layer.endswith("kv_b_proj") for note in report.layers.deferred)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_overlay.upstream.checkpoint_files import file_problems
+from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
 
 FILE = "model-00001-of-00002.safetensors"
 
@@ -32,6 +32,12 @@ def test_path_that_is_no_folder_has_no_problems(tmp_path):
 def test_missing_file_is_named(folder):
     (folder / FILE).unlink()
     assert file_problems(folder) == [f"model.safetensors.index.json names {FILE}, which is not there"]
+
+
+def test_values_that_are_not_finite_are_counted_in_the_tensors_asked_for(folder):
+    spoiled = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf])
+    save_file({"weight2": spoiled, "unasked": spoiled.clone()}, folder / "model-00002-of-00002.safetensors")
+    assert values_not_finite(folder, ["weight1", "weight2", "absent"]) == {"weight1": (0, 4), "weight2": (3, 4)}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.mutations import altered
 
@@ -14,6 +14,8 @@ from sglang_overlay.observe.report import read_folder
 LAYER = "model.layers.2.mlp.experts"
 UP = f"{LAYER}.5.up_proj.weight"
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+KV_B = "model.layers.1.self_attn.kv_b_proj.weight"
+MULTI_TOKEN = (("num_nextn_predict_layers", 1),)
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def without(*names):
 
 
 def with_values(**changes):
-    """Change tensors in place: ``layer__name=function``."""
+    """Change tensors in place: name and function of each."""
     return lambda tensors: [function(tensors[name]) for name, function in changes.items()]
 
 
@@ -96,6 +98,62 @@ class TestMissingTensors:
         (told,) = read_folder(reports)[0].warnings
         assert all(name in warning and name in told for name in lost)
         assert "zero" in warning
+
+    @pytest.mark.parametrize("allowed", ["0", "1"])
+    def test_weight_that_stock_quantizes_is_named_too_and_cannot_be_zero(self, allowed, workers, damaged):
+        """MLA's ``kv_b_proj`` is not streamed; without it stock loads, and fails at the first request."""
+        path = damaged(without(KV_B, "model.layers.2.self_attn.o_proj.weight"), "deepseek_v3")
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(path, environ={"SGLANG_STREAMFP8_ALLOW_MISSING": allowed}))
+        text = str(failure.value)
+        assert "IncompleteLoadError: 2 parameters were never completely written" in text
+        assert f"{KV_B} (1 of 1 units): missing {KV_B}\n" in text
+        assert f"SGLang cannot serve at all without {KV_B}." in text
+
+
+class TestMissingTensorsThatAreNotStreamed:
+    """Stock serves ones, zeros or uninitialized memory without a word; that is what stays, with a warning."""
+
+    @pytest.mark.parametrize(
+        ("family", "names", "parameter"),
+        [
+            ("qwen3", ["model.layers.1.input_layernorm.weight"], "model.layers.1.input_layernorm.weight"),
+            ("qwen3", ["model.layers.2.self_attn.q_norm.weight"], "model.layers.2.self_attn.q_norm.weight"),
+            ("qwen3", ["model.norm.weight"], "model.norm.weight"),
+            ("qwen3", ["lm_head.weight"], "lm_head.weight"),
+            ("qwen3_moe", ["model.embed_tokens.weight"], "model.embed_tokens.weight"),
+            ("qwen3_moe", ["model.layers.0.mlp.gate.weight"], "model.layers.0.mlp.gate.weight"),
+            (
+                "qwen2_moe",
+                [f"model.layers.1.self_attn.{part}_proj.bias" for part in "qkv"],
+                "model.layers.1.self_attn.qkv_proj.bias",
+            ),
+            (
+                "deepseek_v3",
+                ["model.layers.2.mlp.gate.e_score_correction_bias"],
+                "model.layers.2.mlp.gate.e_score_correction_bias",
+            ),
+        ],
+    )
+    def test_parameter_is_named_and_stays_as_in_stock(self, family, names, parameter, both, damaged):
+        stock, result, report = both(damaged(without(*names), family), uninitialized=0.5)
+        assert compare(stock, result) == []
+        (warning,) = warnings_of(result)
+        assert f"nothing was loaded into 1 parameters that the checkpoint should hold: {parameter}." in warning
+        assert report.layers.fallback == ()
+        assert parameter in report.warnings[0]
+
+    def test_head_that_an_embedding_model_lacks_is_no_matter(self, both, damaged):
+        options = {"server_args": {"is_embedding": True}, "uninitialized": 0.5}
+        stock, result, _ = both(damaged(without("lm_head.weight"), "qwen3"), **options)
+        assert compare(stock, result) == []
+        assert warnings_of(result) == []
+
+    def test_draft_that_lacks_more_than_its_target_gives_it_is_named(self, workers, damaged):
+        path = damaged(without("model.layers.3.enorm.weight"), "deepseek_v3", overrides=MULTI_TOKEN)
+        result = workers.load(LoadJob(path, draft=path))
+        (warning,) = warnings_of(result)
+        assert "hold: model.enorm.weight." in warning
 
 
 class TestFiles:
@@ -207,15 +265,42 @@ class TestValues:
         assert compare(stock, result) == []
         (warning,) = warnings_of(result)
         parameter = f"{LAYER}.w13_weight (1 of 8 units: 5)" if name == UP else f"{O_PROJ} (1 of 1 units)"
-        assert f"NaN or Inf in 1 parameters: {parameter}, loaded from " in warning
-        assert name in warning
-        assert name in report.warnings[0]
+        size = 128 * 256 if name == UP else 256 * 256
+        told = f"NaN or Inf in 1 parameters: {parameter}, loaded from {name} (2 of {size} values)."
+        assert told in warning
+        assert told in report.warnings[0]
+
+    def test_tensors_of_a_checkpoint_that_is_not_read_again_are_not_counted(self, both, damaged):
+        path = damaged(with_values(**{UP: lambda tensor: tensor.view(-1)[7].fill_(torch.nan)}))
+        (file,) = path.glob("*.safetensors")
+        torch.save(load_file(file), path / "pytorch_model.bin")
+        file.unlink()
+        stock, result, _ = both(path)
+        assert compare(stock, result) == []
+        (warning,) = warnings_of(result)
+        assert f"w13_weight (1 of 8 units: 5), loaded from {UP.replace('up', 'gate')}, {UP}." in warning
 
     @pytest.mark.parametrize("name", [UP, O_PROJ])
     def test_nan_is_an_error_where_streaming_is_required(self, name, workers, damaged):
         path = damaged(lambda tensors: tensors[name].view(-1)[7].fill_(torch.nan))
         with pytest.raises(LoadFailed, match=rf"NonFiniteWeightError: NaN or Inf in 1 parameters: (.|\n)*{name}"):
             workers.load(LoadJob(path, streaming="require"))
+
+    def test_nan_in_a_weight_that_stock_quantizes_is_told_as_in_one_that_is_streamed(self, both, damaged):
+        path = damaged(with_values(**{KV_B: lambda tensor: tensor[0].fill_(torch.nan)}), "deepseek_v3")
+        stock, result, _ = both(path)
+        assert compare(stock, result) == []
+        (warning,) = warnings_of(result)
+        assert (
+            f"NaN or Inf in 1 parameters: {KV_B} (1 of 1 units), loaded from {KV_B} (128 of 65536 values)." in warning
+        )
+
+    @pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.layers.0.mlp.gate.weight"])
+    def test_nan_in_a_weight_that_stays_in_high_precision_is_a_warning(self, name, both, damaged):
+        stock, result, _ = both(damaged(with_values(**{name: lambda tensor: tensor.view(-1)[7].fill_(torch.nan)})))
+        assert compare(stock, result) == []
+        (warning,) = warnings_of(result)
+        assert f"NaN or Inf in 1 parameters that are served in high precision: {name}." in warning
 
     @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
     def test_unit_of_zeros_gets_stocks_scale(self, family, both, damaged):

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell which tensors nobody writes: a few of their elements are marked, and looked at again afterwards.
+
+It does not matter how or by which thread a tensor is written. torch's version counter would not tell: weight loaders
+write to ``parameter.data``, which has a counter of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+_MOST_MARKED = 8
+"""Elements marked in a tensor, evenly spread from the first to the last."""
+
+_MARKS = {
+    torch.bfloat16: (torch.int16, 0x7FA5),
+    torch.float16: (torch.int16, 0x7DA5),
+    torch.float32: (torch.int32, 0x7FA55A5A),
+}
+"""A NaN of each dtype that no computation gives, as the integer with the same bits."""
+
+
+def is_watchable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can be marked: in high precision, contiguous, with memory and not empty."""
+    return tensor.dtype in _MARKS and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_meta
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """Attributes: ``bits``, the tensor's memory as flat integers, and what ``positions`` held before."""
+
+    tensor: torch.Tensor
+    bits: torch.Tensor
+    positions: torch.Tensor
+    before: torch.Tensor
+    mark: int
+
+
+class Marks:
+    """Marks in tensors. Between here and ``lift``, elements that nobody writes are NaN.
+
+    Args:
+        tensors: what to watch, by name; those that are not ``is_watchable`` are left alone.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._marked = {name: _marked(tensor) for name, tensor in tensors.items() if is_watchable(tensor)}
+
+    def lift(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Put back what the marks have replaced, and has not been written since. Waits for the device.
+
+        Args:
+            tensors: those that are in use by now, by name; one in place of another has been written.
+
+        Returns:
+            Names of tensors of which no marked element has been written.
+        """
+        untouched = {name: _lifted(found) for name, found in self._marked.items()}
+        unwritten = [
+            name
+            for name, found in self._marked.items()
+            if tensors.get(name) is found.tensor
+            and found.tensor.data_ptr() == found.bits.data_ptr()
+            and bool(untouched[name])
+        ]
+        self._marked = {}
+        return unwritten
+
+
+def _marked(tensor: torch.Tensor) -> _Marked:
+    dtype, mark = _MARKS[tensor.dtype]
+    bits = tensor.detach().view(-1).view(dtype)
+    count = min(_MOST_MARKED, bits.numel())
+    positions = torch.tensor([(bits.numel() - 1) * step // max(1, count - 1) for step in range(count)])
+    positions = positions.to(bits.device)
+    marked = _Marked(tensor, bits, positions, bits[positions], mark)
+    bits[positions] = mark
+    return marked
+
+
+def _lifted(found: _Marked) -> torch.Tensor:
+    """Whether all marks are still there, as a tensor that need not be awaited; puts back what they replaced."""
+    values = found.bits[found.positions]
+    is_marked = values == found.mark
+    found.bits[found.positions] = torch.where(is_marked, found.before, values)
+    return is_marked.all()
