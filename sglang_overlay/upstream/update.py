@@ -207,6 +207,7 @@ class WeightUpdate:
         self._whole: dict[str, tuple[WholeParameter, ParameterPlan]] = {}
         self._sinks: dict[int, WriteSink] = {}
         self._replaced: dict[str, None] = {}
+        self._damaged: list[str] = []
         self._groups = TensorGroups(layer.name for layer in self._layers.values())
         self._thread = threading.local()
         with torch.inference_mode(mode=False):
@@ -266,6 +267,13 @@ class WeightUpdate:
             )
         if conflicts:
             raise WeightUpdateError(f"{conflicts[0]}. {self.progress}") from conflicts[0]
+        self._damaged += [name for name, stream in self._streams.items() if stream.done_units and stream.not_finite()]
+        if self._damaged:
+            logger.warning(
+                "StreamFP8: the weight update put NaN or Inf into %d parameters: %s. Expect garbage.",
+                len(self._damaged),
+                shortened(self._damaged),
+            )
         logger.info(
             "StreamFP8: weight update: %d units of %d layers quantized in place, at most %.1f MB staged.",
             sum(stream.done_units for stream in self._streams.values()),
@@ -374,7 +382,8 @@ class WeightUpdate:
 
     def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan) -> None:
         units = values if plan.grid.sliced else values.unsqueeze(0)
-        plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
+        found = plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
+        self._damaged += [] if found.isfinite().all() else [name]
         self._replaced[name.rpartition(".")[0]] = None
 
 

@@ -11,8 +11,10 @@ from functools import cache
 from shutil import copytree
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from workbench.loads import PROMPTS, LoadJob, compare
+from workbench.mutations import altered
 from workbench.updates import Update
 
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
@@ -185,6 +187,21 @@ def test_failed_update_from_disk_goes_back_to_the_weights_before(family, workers
     assert "Rolling back to original weights" in failed.message
     assert failed.moved == ()
     assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", prompts=PROMPTS)), result) == []
+
+
+@pytest.mark.parametrize("source", ["disk", "tensors"])
+@pytest.mark.parametrize("family", BAD)
+def test_nan_is_served_as_sent_with_a_warning_that_names_the_parameter(family, source, workers, checkpoint, tmp_path):
+    def spoil(tensors):
+        tensors[BAD[family]][0, 0] = torch.nan
+
+    spoiled = altered(checkpoint(family, seed=SEED), tmp_path / "spoiled", spoil)
+    update = Update(checkpoint=spoiled, **SOURCES[source])
+    result = workers.load(LoadJob(checkpoint(family), streaming="1", updates=(update,)))
+    assert result.ranks[0].updates[0].success
+    assert compare(workers.load(LoadJob(spoiled, streaming="1")), result) == []
+    (warning,) = [line for line in result.log if line.startswith("WARNING") and "StreamFP8" in line]
+    assert f"NaN or Inf into 1 parameters: {BAD_PARAMETER[family]}." in warning
 
 
 @pytest.mark.parametrize("how", [{"source": "disk"}, {"source": "tensor", "calls": 7}])
