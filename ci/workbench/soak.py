@@ -1,22 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model again and again in one process and watch its memory."""
+"""Load a model, or update its weights, again and again in one process and watch its memory."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from workbench.load_series import LoadSeries, series_process, streaming_threads
+from workbench.loads import LoadJob, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workbench.updates import Update
 
 
 def soak(checkpoint: Path, folder: Path, loads: int) -> list[int]:
     """Anonymous memory in bytes after each of `loads` streaming loads, the model let go each time."""
+    return _measured(_load_again_and_again, folder, checkpoint, loads)
+
+
+def soak_updates(checkpoint: Path, updates: tuple[Update, ...], folder: Path, cycles: int) -> list[int]:
+    """Anonymous memory in bytes after each of `cycles` rounds of `updates` of one streamed model."""
+    return _measured(_update_again_and_again, folder, checkpoint, updates, cycles)
+
+
+def _measured(target: Callable[..., None], folder: Path, *arguments: Any) -> list[int]:
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "memory.json"
-    with series_process(_load_again_and_again, folder / "log.txt", checkpoint, loads, results) as process:
+    with series_process(target, folder / "log.txt", *arguments, results) as process:
         process.join()
     if process.exitcode:
-        raise RuntimeError(f"the loads ended with exit code {process.exitcode}: {folder / 'log.txt'}")
+        raise RuntimeError(f"the soak ended with exit code {process.exitcode}: {folder / 'log.txt'}")
     found: list[int] = json.loads(results.read_text())
     return found
 
@@ -34,6 +50,29 @@ def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
             series.load(checkpoint)
             give_back_memory()
             found.append(meter.read())
+    _conclude(found, results)
+
+
+def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycles: int, results: Path) -> None:
+    from sglang_overlay.observe.memory import meter_for
+    from workbench.load_worker import build_runner, give_back_memory
+    from workbench.loads import changed_environ
+    from workbench.updates import run
+
+    meter = meter_for("cpu")
+    found = []
+    with changed_environ({"SGLANG_STREAMFP8": "require"}):
+        runner = build_runner(LoadJob(checkpoint), rank=0, port=free_port())
+        for _ in range(cycles):
+            failed = [done.message for done in (run(runner, update) for update in updates) if not done.success]
+            if failed:
+                raise RuntimeError(f"updates failed: {failed}")
+            give_back_memory()
+            found.append(meter.read())
+    _conclude(found, results)
+
+
+def _conclude(found: list[int], results: Path) -> None:
     if streaming_threads():
         raise RuntimeError(f"threads left: {streaming_threads()}")
     results.write_text(json.dumps(found))
