@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter on top of a streamed model answers as it does on top of stock's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from workbench import adapters, serving
+from workbench.loads import PROMPTS
+from workbench.trainer import post
+
+from sglang_overlay.observe.report import read_folder
+from upstream.streamed import assert_streamed
+
+pytestmark = pytest.mark.server
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def answers(checkpoint, tmp_path):
+    """Token ids that a server of its own generates, with and without an adapter."""
+    model = checkpoint("qwen3")
+    adapter = adapters.build(model, tmp_path / "adapter")
+    # SGLang's LoRA kernels need a GPU, except these.
+    arguments = ("--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native", "--max-loras-per-batch", "2")
+    arguments += ("--quantization", "fp8", "--device", "cpu", "--log-level", "info")
+
+    def ask(streaming):
+        port = serving.free_port()
+        command = serving.sglang_command(sys.executable, str(model), port, arguments)
+        environ = {
+            "SGLANG_STREAMFP8": streaming,
+            "SGLANG_STREAMFP8_REPORT": str(tmp_path / streaming),
+            "SGLANG_EXTERNAL_MODEL_PACKAGE": "unpinned",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+        }
+        with serving.running(serving.Launch(command, port, tmp_path / "server.log", environ), timeout=300) as url:
+            return generated(url), generated(url, lora_path="adapter")
+
+    return ask
+
+
+def generated(url, **fields):
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    prompts = [list(prompt) for prompt in PROMPTS]
+    return [
+        answer["output_ids"]
+        for answer in post(url, "generate", {"input_ids": prompts, "sampling_params": sampling, **fields})
+    ]
+
+
+@pytest.mark.timeout(900)
+def test_adapter_gives_stocks_answers(answers, tmp_path):
+    plain, adapted = answers("require")
+    assert plain != adapted
+    assert (plain, adapted) == answers("0")
+    assert_streamed(read_folder(tmp_path / "require"))
