@@ -113,6 +113,24 @@ def test_multi_token_prediction_layer_streams_as_a_draft(tp_size, both, checkpoi
     assert {report.role for report in reports} == {"draft"}
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_multi_token_prediction_layer_that_the_target_skips_is_not_missing(tp_size, both, checkpoint):
+    path = checkpoint("deepseek_v3", overrides=(("num_nextn_predict_layers", 1),))
+    stock, result, reports = both(path, tp_size=tp_size)
+    assert compare(stock, result) == []
+    assert_streamed(reports, tp_size)
+
+
+def test_experts_without_a_gate_stream(both, checkpoint_folder):
+    """The CPU reference cannot run them: the weights alone are compared."""
+    path = families.build("NemotronHForCausalLM", checkpoint_folder)
+    stock, result, reports = both(path, uninitialized=math.nan)
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+    experts = result.ranks[0].tensors["model.layers.1.mixer.experts.w13_weight"]
+    assert (experts.dtype, experts.shape) == ("torch.float8_e4m3fn", (4, 96, 128))
+
+
 def test_draft_model_of_its_own_streams(both, checkpoint):
     path, draft = checkpoint("qwen3"), checkpoint("qwen3", overrides=(("num_hidden_layers", 1),))
     stock, result, reports = both(path, draft=draft)
