@@ -60,6 +60,7 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     Hook states:
       active     applied in this process
       ready      fits this SGLang, but is not applied
+      absent     this SGLang has nothing of the kind; what is lost with it is listed
       missing    SGLang has nothing of that name
       signature  SGLang's function takes other parameters than expected
 

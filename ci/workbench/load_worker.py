@@ -2,12 +2,13 @@
 
 A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``load_plugins()`` as in the scheduler:
 
-1. ``publish`` the job's server arguments (the last publish wins, so one process can hold many in turn);
-2. ``bootstrap.init_parallel_runtime``: process groups for this job, over gloo on the CPU;
+1. publish the job's server arguments (the last publish wins, so one process can hold many in turn);
+2. set up process groups for this job, over gloo on the CPU;
 3. build a ``ModelRunner``, watching memory and time of its ``load_model``;
 4. make the job's weight updates; fingerprint every tensor of the model; generate when asked;
-5. drop the model and what SGLang keeps of it for the process, destroy the groups and ``reset_context``, so that the
-   next job starts from nothing.
+5. drop the model, what SGLang keeps of it for the process, the groups and the arguments, so that the next job starts from nothing.
+
+:mod:`workbench.runtime` has what of this differs between releases.
 """
 
 from __future__ import annotations
@@ -30,34 +31,16 @@ import sglang.srt.plugins
 sglang.srt.plugins.load_plugins()
 
 import torch  # noqa: E402
-from sglang.benchmark import one_batch  # noqa: E402
 from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
-from sglang.srt.distributed import bootstrap  # noqa: E402
-from sglang.srt.distributed.parallel_state import (  # noqa: E402
-    destroy_distributed_environment,
-    destroy_model_parallel,
-)
-from sglang.srt.layers.moe import initialize_moe_config  # noqa: E402
-from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config  # noqa: E402
-from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config  # noqa: E402
-from sglang.srt.layers.quantization.unquant import initialize_bf16_gemm_config  # noqa: E402
-from sglang.srt.layers.rotary_embedding import factory as rotary_embeddings  # noqa: E402
 from sglang.srt.managers.schedule_batch import Req  # noqa: E402
 from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: E402
 from sglang.srt.model_loader.loader import ShardedStateLoader  # noqa: E402
-from sglang.srt.runtime_context import (  # noqa: E402
-    SpawnRanks,
-    get_device,
-    publish,
-    reset_context,
-    spawn_world_rank,
-)
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
-from workbench import updates  # noqa: E402
+from workbench import runtime, updates  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
@@ -139,8 +122,7 @@ def server_args_of(job: LoadJob) -> ServerArgs:
         "ep_size": job.ep_size,
         "pp_size": job.pp_size,
         "model_loader_extra_config": json.dumps(dict(job.loader_config)),
-        "cuda_graph_backend_decode": "disabled",
-        "cuda_graph_backend_prefill": "disabled",
+        **runtime.without_graphs(),
         "disable_radix_cache": True,
         "max_total_tokens": 1024,
         "max_running_requests": 8,
@@ -155,27 +137,11 @@ def server_args_of(job: LoadJob) -> ServerArgs:
 def build_runner(job: LoadJob, rank: int, port: int) -> MeasuredModelRunner:
     """Steps 1 to 3 of the module's docstring."""
     server_args = server_args_of(job)
-    pp_rank, tp_rank = divmod(rank, job.tp_size)
-    publish(
-        server_args,
-        role="scheduler",
-        ranks=SpawnRanks(world_rank=spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank), gpu_id=rank),
-    )
-    initialize_moe_config()
-    initialize_fp8_gemm_config()
-    initialize_bf16_gemm_config()
-    initialize_fp4_gemm_config()
+    runtime.publish(server_args, rank)
     model_config = model_config_of(job, server_args)
-    bootstrap.init_parallel_runtime(server_args=server_args, device=get_device().device, dist_port=port)
-    bootstrap.init_layer_runtime(model_config=model_config)
-    return MeasuredModelRunner(
-        model_config=model_config,
-        mem_fraction_static=server_args.mem_fraction_static,
-        gpu_id=rank,
-        nccl_port=port,
-        server_args=server_args,
-        is_draft_worker=job.draft is not None,
-    )
+    role = "target" if job.draft is None else "draft"
+    runner: MeasuredModelRunner = runtime.build(MeasuredModelRunner, server_args, model_config, rank, port, role)
+    return runner
 
 
 def model_config_of(job: LoadJob, server_args: ServerArgs) -> ModelConfig:
@@ -186,14 +152,12 @@ def model_config_of(job: LoadJob, server_args: ServerArgs) -> ModelConfig:
 
 def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
     """Continue the job's prompts greedily, all in one batch, with SGLang's own batch and attention backend."""
-    runner.alloc_memory_pool()
-    runner.init_attention_backends()
-    runner.init_cuda_graphs()
+    runtime.get_ready_to_generate(runner)
     requests = [_request(number, prompt, job.new_tokens) for number, prompt in enumerate(job.prompts)]
-    next_ids, logits, batch = one_batch.extend(requests, runner)
+    next_ids, logits, batch = runtime.one_batch.extend(requests, runner)
     steps = [next_ids.tolist()]
     for _ in range(job.new_tokens - 1):
-        next_ids, _ = one_batch.decode(next_ids, batch, runner)
+        next_ids, _ = runtime.one_batch.decode(next_ids, batch, runner)
         steps.append(next_ids.tolist())
     return {
         "tokens": tuple(zip(*steps, strict=True)),
@@ -209,9 +173,7 @@ def _request(number: int, prompt: tuple[int, ...], new_tokens: int) -> Req:
         origin_input_ids=array("q", prompt),
         sampling_params=SamplingParams(temperature=0, max_new_tokens=new_tokens),
     )
-    request.full_untruncated_fill_ids = request.origin_input_ids
-    request.logprob_start_len = -1
-    request.extend_end = len(prompt)
+    runtime.mark_extended(request)
     return request
 
 
@@ -244,11 +206,7 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
         return {**described, **outputs, "updates": updated}
     finally:
         del runner
-        destroy_model_parallel()
-        destroy_distributed_environment()
-        reset_context()
-        # Shared by all models of a process; the layered loader leaves the memory of these without values.
-        rotary_embeddings._ROPE_DICT.clear()
+        runtime.take_down()
         give_back_memory()
 
 

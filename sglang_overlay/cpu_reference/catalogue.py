@@ -7,7 +7,7 @@ and every byte of the result except the quantizer's own arithmetic, is upstream'
 
 from __future__ import annotations
 
-from sglang_overlay.upstream.touch_point import HookKind, TouchPoint
+from sglang_overlay.upstream.touch_point import HookKind, Place, TouchPoint
 
 TOUCH_POINTS = (
     TouchPoint(
@@ -18,6 +18,7 @@ TOUCH_POINTS = (
         why="the kernel it calls, sgl_per_tensor_quant_fp8, is undefined without a GPU; fp8 experts need it",
         related=(),
         remove_when="upstream gives scaled_fp8_quant a CPU form",
+        elsewhere=(Place("sglang.srt.layers.quantization.fp8_kernel.scaled_fp8_quant"),),
     ),
     TouchPoint(
         target="sglang.srt.layers.quantization.fp8_utils.apply_fp8_linear",
@@ -45,5 +46,16 @@ TOUCH_POINTS = (
         why="Qwen2-MoE adds its shared expert with a Triton kernel on every platform but AMX and NPU",
         related=(),
         remove_when="upstream takes its torch path (F.sigmoid) where Triton has no driver",
+        elsewhere=(Place("sglang.srt.layers.elementwise.fused_gate_sigmoid_mul_add"),),
+        without="Nothing: this release takes its torch path everywhere.",
+    ),
+    TouchPoint(
+        target="sglang.srt.distributed.parallel_state.init_model_parallel_group",
+        hook="sglang_overlay.cpu_reference.groups:without_nccl",
+        kind=HookKind.AROUND,
+        parameters=("group_ranks", "local_rank", "backend", "use_pynccl"),
+        why="gives groups an NCCL communicator on every platform but NPU and XPU, in releases before 0.5.23",
+        related=(),
+        remove_when="0.5.22 is no longer supported",
     ),
 )

@@ -11,8 +11,10 @@ from typing import Any
 
 import psutil
 import torch
+from sglang.srt.platforms import interface
 from sglang.srt.platforms.device_mixin import DeviceCapability, PlatformEnum
-from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from sglang_overlay.cpu_reference import kv_pools
 
 #: Tokens the KV pool holds unless ``--max-total-tokens`` says otherwise. SGLang sizes the pool to fill the device; here
 #: the device is the host's memory, which the pool would not only reserve but touch.
@@ -22,13 +24,14 @@ RUNNING_REQUESTS = 16
 _CORES_PER_RANK = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
-class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
+class CpuReferencePlatform(interface.SRTPlatform):  # type: ignore[misc]
     """A plain CPU. ``is_cpu()`` stays False: for SGLang that means its own AMX engine and its kernels."""
 
     _enum = PlatformEnum.OOT
     device_name = "cpu"
     device_type = "cpu"
-    capabilities = PlatformCapabilities()
+    if hasattr(interface, "PlatformCapabilities"):  # Before, a method for each, and none of them the default too.
+        capabilities = interface.PlatformCapabilities()
     _cores_bound: str | None = None
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
@@ -66,6 +69,16 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_mha_kv_pool_cls(self) -> type:
+        return kv_pools.heads()
+
+    def get_mla_kv_pool_cls(self) -> type:
+        return kv_pools.latent()
+
+    def get_paged_allocator_cls(self) -> type | None:
+        # Where SGLang asks for pools in one call (since 0.5.22), None has it take its own of everything.
+        return None if hasattr(interface.SRTPlatform, "get_kv_pool_cls") else kv_pools.slots()
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
 
@@ -89,12 +102,6 @@ class CpuReferencePlatform(SRTPlatform):  # type: ignore[misc]
         """Give this rank its share of the cores; SGLang calls it once in each worker."""
         ranks = os.environ.get(_CORES_PER_RANK, "all").count("|") + 1
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-
-    def post_load_model(self, model: torch.nn.Module) -> None:
-        """Give MLA layers the absorbed form; SGLang calls it once after loading, in each worker."""
-        from sglang_overlay.cpu_reference.attention import select_absorbed_mla
-
-        select_absorbed_mla()
 
     def _bind_cores(self, ranks: int) -> None:
         # The value set for an earlier engine of this process is not the user's choice: ranks may differ.

@@ -35,11 +35,13 @@ def activate() -> None:
         return
     import wrapt
 
+    from sglang_overlay.cpu_reference.attention import MLA_HANDLERS, select_absorbed_mla
     from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
+    from sglang_overlay.upstream.touch_point import by_module
 
-    for module in dict.fromkeys(point.module for point in TOUCH_POINTS):
-        points = tuple(point for point in TOUCH_POINTS if point.module == module)
+    for module, points in by_module(TOUCH_POINTS).items():
         wrapt.register_post_import_hook(partial(_patch, points), module)
+    wrapt.register_post_import_hook(select_absorbed_mla, MLA_HANDLERS)
 
 
 def _patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:

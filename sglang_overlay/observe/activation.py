@@ -105,6 +105,7 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
         cpu_reference=cpu_reference,
         problems=tuple(problems),
         messages=tuple(messages),
+        notes=(releases.untested_note(), *NOTES) if releases.is_untested() and not problems else NOTES,
     )
 
 
@@ -180,7 +181,8 @@ def _hook(found: PointState) -> Hook:
 
 def _hook_problems(hooks: Sequence[Hook], messages: Sequence[str]) -> list[str]:
     """One problem for all hooks together: they are registered together, so one cause keeps them all away."""
-    idle = [hook for hook in hooks if hook.state != touch_point.State.ACTIVE.value]
+    placed = (touch_point.State.ACTIVE.value, touch_point.State.ABSENT.value)
+    idle = [hook for hook in hooks if hook.state not in placed]
     if not idle:
         return []
     unfit = [f"{hook.target}: {hook.state}, {hook.detail}" for hook in idle if hook.detail]

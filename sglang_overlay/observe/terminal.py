@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PIPE_WIDTH = 140
 _NAMES_SHOWN = 3
-_STATE_STYLE = {"active": "green", "ready": "yellow", "missing": "red", "signature": "red"}
+_STATE_STYLE = {"active": "green", "ready": "yellow", "absent": "yellow", "missing": "red", "signature": "red"}
 _MODES = {
     "0": "off",
     "1": "on, stock where streaming is not possible",
@@ -134,7 +134,7 @@ def _print_hooks(out: Console, title: str, hooks: Sequence[Hook]) -> None:
 
 def _hook_lines(hook: Hook) -> list[tuple[str, str]]:
     lines = [
-        ("found:", hook.detail),
+        ("lost:" if hook.state == "absent" else "found:", hook.detail),
         ("why:", hook.why),
         ("related:", ", ".join(hook.related)),
         ("can go when:", hook.remove_when),

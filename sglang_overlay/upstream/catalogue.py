@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from sglang_overlay.upstream.touch_point import HookKind, TouchPoint
+from sglang_overlay.upstream.touch_point import HookKind, Place, TouchPoint
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
 _LOADER = "sglang.srt.model_loader.loader"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
+_RUNNER = "sglang.srt.model_executor.model_runner"
 _SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _UPDATE_ISSUES = ("sgl-project/sglang#5424", "sgl-project/sglang#11289", "sgl-project/sglang#30761")
 _WHEN_UPSTREAM_UPDATES = "SGLang updates online fp8 weights itself"
 _WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
+_NO_PRESHARDED = "Nothing: this release has no presharded loader."
+_NO_SESSIONS = (
+    "Sessions of several calls: each call updates by itself, so what shares a scale must come in one call, and a call "
+    "that brings only a part is answered with a failure that names it."
+)
 _MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-project/sglang#8337")
 
 STREAMING: tuple[TouchPoint, ...] = (
@@ -33,6 +39,7 @@ STREAMING: tuple[TouchPoint, ...] = (
             why=why,
             related=_MEMORY_ISSUES,
             remove_when=_WHEN_UPSTREAM_STREAMS,
+            without=_NO_PRESHARDED if loader == "PreshardedModelLoader" else "",
         )
         for loader, hook, why in (
             ("RunaiModelStreamerLoader", "load_model", "As for DefaultModelLoader; its buffers are its own."),
@@ -60,6 +67,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="The dump is fp8 already: no bf16 weights are allocated, nothing is to be quantized.",
         related=_MEMORY_ISSUES,
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        without=_NO_PRESHARDED,
     ),
     TouchPoint(
         target=f"{_LOADER}.PreshardedModelLoader._compute_local_structural_signature",
@@ -69,6 +77,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Builds the model on the meta device only to hash its shapes; those must be stock's.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        without=_NO_PRESHARDED,
     ),
     TouchPoint(
         target=f"{_LOADER}.initialize_dummy_weights",
@@ -165,6 +174,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         "where that fails too.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_disk"),),
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.begin_weight_update",
@@ -174,6 +184,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Opens an update, which keeps units that come in several calls.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        without=_NO_SESSIONS,
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.end_weight_update",
@@ -183,6 +194,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Closes the update; upstream's post-processing must not quantize fp8 weights once more.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        without=_NO_SESSIONS,
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.load_weights_from_distributed",
@@ -192,6 +204,14 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Streams the tensors of one call.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=tuple(
+            Place(
+                f"{owner}.update_weights_from_distributed",
+                "sglang_overlay.upstream.updating:update_weights_from_distributed",
+                ("self", "names", "dtypes", "shapes", "group_name"),
+            )
+            for owner in (f"{_UPDATER}.WeightUpdater", f"{_RUNNER}.ModelRunner")
+        ),
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_tensor",
@@ -202,6 +222,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         "does not end the server.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_tensor"),),
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_ipc",
@@ -211,6 +232,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Streams what the checkpoint engine sends.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_ipc"),),
     ),
     TouchPoint(
         target=f"{_UPDATER}._model_load_weights_direct",
@@ -220,6 +242,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Names parameters, not checkpoint tensors: tells high-precision weights from fp8 values and scales.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}._model_load_weights_direct"),),
     ),
     TouchPoint(
         target=f"{_SESSIONS}.end_weight_update",
@@ -229,5 +252,6 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Lets the end of a session fail where units came only in part; upstream always answers success.",
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
+        without=_NO_SESSIONS,
     ),
 )

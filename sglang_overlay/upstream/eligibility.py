@@ -25,7 +25,7 @@ STREAMED_LOADERS = (
     "RunaiModelStreamerLoader",
     "ShardedStateLoader",
 )
-"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here."""
+"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here; not every release has all of them."""
 
 
 def is_online_fp8(config: Any) -> bool:
@@ -70,7 +70,7 @@ def why_not_loader(loader: Any) -> str | None:
     from sglang.srt.model_loader import loader as upstream
 
     name = type(loader).__name__
-    if type(loader) not in [getattr(upstream, streamed) for streamed in STREAMED_LOADERS]:
+    if type(loader) not in [getattr(upstream, streamed, None) for streamed in STREAMED_LOADERS]:
         return f"loading with {name} is not covered yet"
     if type(loader) is upstream.DummyModelLoader and envs.SGLANG_CPU_QUANTIZATION.get():
         return "SGLANG_CPU_QUANTIZATION builds the model on the CPU, whose arithmetic is not the device's"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import inspect
 import logging
@@ -21,7 +22,7 @@ from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.settings import Mode, load_settings
-from sglang_overlay.upstream import eligibility, update
+from sglang_overlay.upstream import eligibility, releases, update
 from sglang_overlay.upstream.checkpoint_files import file_problems
 from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import ModelLoad, current, under_way
@@ -36,6 +37,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if model_config.quantization != "fp8" and settings.report_folder is None:
         return original(loader, model_config=model_config, device_config=device_config)
     device = torch.device(device_config.device)
+    _mention_untested_release(settings.mode)
     obstacle = eligibility.why_not_platform() or eligibility.why_not_options() or eligibility.why_not_loader(loader)
     began = time.perf_counter()
     with MemorySampler(meter_for(device)) as sampler:
@@ -53,6 +55,14 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if settings.report_folder is not None:
         _write_report(report, settings.report_folder)
     return model
+
+
+@functools.cache
+def _mention_untested_release(mode: Mode) -> None:
+    """Once a process, on one rank."""
+    ranks = parallel_ranks()
+    if mode is not Mode.OFF and releases.is_untested() and (ranks.tp.rank, ranks.pp.rank) == (0, 0):
+        logger.warning("StreamFP8: %s", releases.untested_note())
 
 
 def _load(

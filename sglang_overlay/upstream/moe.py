@@ -16,7 +16,7 @@ from torch.nn import Module, Parameter
 from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream import update
+from sglang_overlay.upstream import capabilities, update
 from sglang_overlay.upstream.load import ParameterPlan, create_streamed, current
 
 
@@ -72,6 +72,7 @@ def process_weights_after_loading(original: Callable[..., None], method: Any, la
     if dispatcher is not None:
         kernel = getattr(layer, "w13_kernel", None)
         wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
+        # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
         found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
         dispatcher.set_quant_config(found if wanted is None else wanted)
     return None
@@ -81,9 +82,9 @@ def _prepare_backend(method: Any, layer: Module) -> None:
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
     backend = get_moe_runner_backend()
-    if (backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()) and method._owns_moe_runner:
+    if capabilities.takes_activation_params(method, backend):
         method._prepare_flashinfer_trtllm_activation_params(layer)
-    if backend.is_hpc_ops():
+    if capabilities.takes_hpc_ops_weights(backend):
         method._prepare_hpc_ops_weights(layer)
 
 

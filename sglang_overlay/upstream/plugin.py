@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
-from itertools import groupby
 from types import ModuleType
 
 from sglang_overlay.errors import SettingsError
@@ -46,7 +45,7 @@ def _patch_when_imported(mode: Mode) -> None:
 
     from sglang_overlay.upstream import ray_actors
     from sglang_overlay.upstream.catalogue import STREAMING
-    from sglang_overlay.upstream.touch_point import TouchPoint
+    from sglang_overlay.upstream.touch_point import TouchPoint, by_module
 
     def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
         from sglang_overlay.upstream.touch_point import apply
@@ -57,9 +56,8 @@ def _patch_when_imported(mode: Mode) -> None:
 
     if mode is not Mode.OFF:
         wrapt.register_post_import_hook(ray_actors.warn_unless_set_up, ray_actors.DRIVER_MODULE)
-    by_module = groupby(sorted(STREAMING, key=lambda point: point.module), key=lambda point: point.module)
-    for module, points in by_module:
-        wrapt.register_post_import_hook(partial(patch, tuple(points)), module)
+    for module, points in by_module(STREAMING).items():
+        wrapt.register_post_import_hook(partial(patch, points), module)
 
 
 def _guard(mode: Mode, reason: str) -> None:

@@ -11,8 +11,8 @@ import enum
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -29,9 +29,30 @@ class State(str, enum.Enum):
     """What became of a touch point in this process."""
 
     READY = "ready"
+    ABSENT = "absent"
     MISSING = "missing"
     SIGNATURE = "signature"
     ACTIVE = "active"
+
+    @property
+    def fits(self) -> bool:
+        """Whether streaming can do with it, perhaps less of it."""
+        return self not in (State.MISSING, State.SIGNATURE)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where other releases have what a touch point patches.
+
+    Attributes:
+        target: as of the touch point.
+        hook: as of the touch point; None where it is the same one.
+        parameters: as of the touch point; None where they are the same.
+    """
+
+    target: str
+    hook: str | None = None
+    parameters: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,8 @@ class TouchPoint:
         why: what the patch is for.
         related: upstream issues and pull requests.
         remove_when: what must happen upstream for the entry to be deleted.
+        elsewhere: where releases have it that do not have it at ``target``.
+        without: what is lost with a release that has nothing of the kind; empty where streaming cannot do without.
     """
 
     target: str
@@ -55,19 +78,46 @@ class TouchPoint:
     why: str
     related: tuple[str, ...]
     remove_when: str
+    elsewhere: tuple[Place, ...] = ()
+    without: str = ""
+
+    @property
+    def candidates(self) -> tuple[TouchPoint, ...]:
+        """The touch point at each of its places, the newest release's first."""
+        others = (
+            replace(
+                self,
+                target=place.target,
+                hook=place.hook or self.hook,
+                parameters=self.parameters if place.parameters is None else place.parameters,
+                elsewhere=(),
+            )
+            for place in self.elsewhere
+        )
+        return (replace(self, elsewhere=()), *others)
 
     @property
     def module(self) -> str:
         """Name of the module that defines the target."""
-        parts = self.target.split(".")[:-1]
-        while parts[-1][0].isupper():
-            parts.pop()
-        return ".".join(parts)
+        return module_of(self.target)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all modules that may define the target, each once."""
+        return tuple(dict.fromkeys(candidate.module for candidate in self.candidates))
+
+
+def module_of(target: str) -> str:
+    """The module's part of a dotted name: classes begin with a capital, modules do not."""
+    parts = target.split(".")[:-1]
+    while parts[-1].lstrip("_")[0].isupper():
+        parts.pop()
+    return ".".join(parts)
 
 
 @dataclass(frozen=True)
 class PointState:
-    """A touch point and what was found where it points."""
+    """A touch point, at the place where it was found, and what was found there."""
 
     point: TouchPoint
     state: State
@@ -75,13 +125,23 @@ class PointState:
 
 
 def inspect_point(point: TouchPoint) -> PointState:
-    """Look at the target in the installed SGLang; imports the module that defines it."""
-    try:
-        target = pkgutil.resolve_name(point.target)
-    except (ImportError, AttributeError, ValueError) as error:
-        return PointState(point, State.MISSING, f"{type(error).__name__}: {error}")
+    """Look at the target in the installed SGLang, wherever that has it; imports the modules that may define it."""
+    errors = []
+    for candidate in point.candidates:
+        try:
+            target = pkgutil.resolve_name(candidate.target)
+        except (ImportError, AttributeError, ValueError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+            continue
+        return _inspect_target(candidate, target)
+    if point.without:
+        return PointState(point, State.ABSENT, point.without)
+    return PointState(point, State.MISSING, "; ".join(errors))
+
+
+def _inspect_target(point: TouchPoint, target: Any) -> PointState:
     names = list(inspect.signature(target).parameters)
-    if not _in_order(point.parameters, names):
+    if not in_order(point.parameters, names):
         return PointState(point, State.SIGNATURE, f"expected {', '.join(point.parameters)}; found {', '.join(names)}")
     if _is_applied(point):
         return PointState(point, State.ACTIVE)
@@ -115,19 +175,33 @@ def apply(points: Iterable[TouchPoint]) -> str | None:
         What is not as expected, or None.
     """
     found = inspect_points(points)
-    broken = [state for state in found if state.state in (State.MISSING, State.SIGNATURE)]
+    broken = [state for state in found if not state.state.fits]
     if broken:
         from sglang_overlay.upstream import releases
 
-        listed = "; ".join(f"{state.point.target}: {state.state.value} ({state.detail})" for state in broken)
         supported = ", ".join(releases.supported())
-        return f"SGLang {releases.installed()} is not as expected: {listed}; supported releases: {supported}"
+        return f"SGLang {releases.installed()} is not as expected: {listed(broken)}; supported releases: {supported}"
     register(state.point for state in found)
     _registry().apply_hooks()
     return None
 
 
-def _in_order(expected: tuple[str, ...], names: list[str]) -> bool:
+def by_module(points: Iterable[TouchPoint]) -> dict[str, tuple[TouchPoint, ...]]:
+    """Points by the names of the modules that may define their targets."""
+    found: dict[str, tuple[TouchPoint, ...]] = {}
+    for point in points:
+        for module in point.modules:
+            found[module] = (*found.get(module, ()), point)
+    return found
+
+
+def listed(states: Iterable[PointState]) -> str:
+    """States for a message."""
+    return "; ".join(f"{found.point.target}: {found.state.value} ({found.detail})" for found in states)
+
+
+def in_order(expected: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether ``expected`` are among ``names``, in this order."""
     remaining = iter(names)
     return all(name in remaining for name in expected)
 

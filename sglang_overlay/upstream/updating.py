@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where SGLang updates weights: ``WeightUpdater`` of a model runner, the scheduler's sessions, and the loader.
+"""Where SGLang updates weights: the model runner or its ``WeightUpdater``, the scheduler's sessions, and the loader.
 
 Upstream reports a failed update in three ways: some methods return ``(False, message)``, others raise, which ends the
 server, and the end of a session cannot fail at all. Here every update of streamed weights that fails is answered with
@@ -18,6 +18,7 @@ import torch
 
 from sglang_overlay.errors import WeightUpdateError
 from sglang_overlay.upstream import load
+from sglang_overlay.upstream.capabilities import model_of
 from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate, updatable
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def update_weights_from_disk(
     Upstream answers a failure by reading "the original weights" again, but from the path that has just failed, and
     when that fails too the exception ends the server. Here the path is put back first.
     """
-    if updatable(updater.get_model()) is None:
+    if updatable(model_of(updater)) is None:
         return original(updater, model_path, *args, **kwargs)
     served = updater.model_config.model_path
     # Between a failure and reading again, so that what is read again are the weights that were served before.
@@ -72,7 +73,7 @@ def update_weights_from_disk(
 def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
     """Around ``WeightUpdater.begin_weight_update``."""
     original(updater)
-    known = updatable(updater.get_model())
+    known = updatable(model_of(updater))
     if known is not None:
         known.begin()
 
@@ -83,10 +84,10 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
     Raises:
         WeightUpdateError: some units came only in part; left to ``end_session`` where that is waiting for it.
     """
-    known = updatable(updater.get_model())
+    known = updatable(model_of(updater))
     if known is None or known.open is None:
         return original(updater, run_post_load=run_post_load)
-    with known.open.loading(updater.get_model()):
+    with known.open.loading(model_of(updater)):
         original(updater, run_post_load=run_post_load)
     try:
         known.end()
@@ -115,6 +116,14 @@ def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any
 def load_weights_from_distributed(original: Callable[..., Answer], updater: Any, named_tensors: NamedTensors) -> Answer:
     """Around ``WeightUpdater.load_weights_from_distributed``."""
     return _answered(updater, lambda: original(updater, named_tensors))
+
+
+def update_weights_from_distributed(original: Callable[..., Answer], updater: Any, *args: Any, **kwargs: Any) -> Answer:
+    """Around ``update_weights_from_distributed``, which receives and loads the tensors of one call.
+
+    Later releases have ``load_weights_from_distributed`` for the second half.
+    """
+    return _answered(updater, lambda: original(updater, *args, **kwargs))
 
 
 def update_weights_from_tensor(
@@ -173,7 +182,7 @@ def _one_update(known: UpdatableModel, workers: int = 0) -> Iterator[WeightUpdat
 
 def _answered(updater: Any, call: Callable[[], Answer], load_format: str | None = None) -> Answer:
     """Upstream's answer to ``call``, made as a part of the open update; a failure is an answer too."""
-    model = updater.get_model()
+    model = model_of(updater)
     known = updatable(model)
     if known is None:
         return call()

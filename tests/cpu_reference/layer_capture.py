@@ -15,9 +15,7 @@ import torch
 
 # Before SGLang's modules, as in a scheduler process: it loads the plugins.
 from workbench import load_worker  # isort: skip
-from sglang.benchmark import one_batch
-from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-from sglang.srt.runtime_context import reset_context
+from workbench import runtime
 from workbench.loads import LoadJob, free_port
 
 #: Two requests of different length, then this many decode steps of both.
@@ -42,18 +40,16 @@ def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def run(job: LoadJob) -> dict[str, Any]:
     runner = load_worker.build_runner(job, 0, free_port())
-    runner.alloc_memory_pool()
-    runner.init_attention_backends()
-    runner.init_cuda_graphs()
+    runtime.get_ready_to_generate(runner)
     layer = runner.model.model.layers[-1]
     modules = {"attention": layer.self_attn, "linear": layer.self_attn.o_proj, "experts": layer.mlp.experts}
     calls: dict[str, list[dict[str, Any]]] = {name: [] for name in modules}
     for name, module in modules.items():
         module.register_forward_hook(partial(record, calls[name]), with_kwargs=True)
     requests = [load_worker._request(number, prompt, job.new_tokens) for number, prompt in enumerate(PROMPTS)]
-    next_ids, _, batch = one_batch.extend(requests, runner)
+    next_ids, _, batch = runtime.one_batch.extend(requests, runner)
     for _ in range(DECODE_STEPS):
-        next_ids, _ = one_batch.decode(next_ids, batch, runner)
+        next_ids, _ = runtime.one_batch.decode(next_ids, batch, runner)
     return {"calls": calls, "tensors": {name: tensors_of(module) for name, module in modules.items()}}
 
 
@@ -61,9 +57,7 @@ def run_and_clean_up(job: LoadJob) -> dict[str, Any]:
     try:
         return run(job)
     finally:
-        destroy_model_parallel()
-        destroy_distributed_environment()
-        reset_context()
+        runtime.take_down()
 
 
 def main(checkpoint: str, out: str) -> None:

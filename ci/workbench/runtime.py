@@ -1,0 +1,154 @@
+"""One rank of SGLang, brought up and taken down as the installed release wants it.
+
+Releases differ in who sets up the process groups and what a ``ModelRunner`` is told: everything in arguments (until
+0.5.15), a ``ParallelState`` (0.5.17, 0.5.19), or nothing, the groups being there before (since 0.5.21). Which of these
+it is, SGLang's own signatures say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+from sglang.srt.layers import moe
+from sglang.srt.layers.quantization import fp4_utils, fp8_utils, unquant
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.server_args import ServerArgs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    from sglang.srt.configs.model_config import ModelConfig
+
+Made = TypeVar("Made")
+
+
+def module(*names: str) -> ModuleType | None:
+    """The first of these modules that this release has."""
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    return None
+
+
+one_batch: Any = module("sglang.benchmark.one_batch", "sglang.bench_one_batch")
+"""SGLang's one-batch benchmark, whose ``extend`` and ``decode`` run a batch through a runner."""
+_bootstrap: Any = module("sglang.srt.distributed.bootstrap")
+_context: Any = module("sglang.srt.runtime_context")
+
+
+def told(called: Callable[..., Made], **offered: Any) -> Made:
+    """Call something with those of the arguments that it takes."""
+    taken = inspect.signature(called).parameters
+    return called(**{name: value for name, value in offered.items() if name in taken})
+
+
+def without_graphs() -> dict[str, Any]:
+    """Fields of ``ServerArgs`` that switch CUDA graphs off."""
+    fields = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
+    if fields.keys() <= {field.name for field in dataclasses.fields(ServerArgs)}:
+        return fields
+    return {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
+
+
+def publish(server_args: ServerArgs, rank: int) -> None:
+    """Make these arguments the process's, in place of those of an earlier runner."""
+    if hasattr(_context, "SpawnRanks"):
+        pp_rank, tp_rank = divmod(rank, server_args.tp_size)
+        world_rank = _context.spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank)
+        ranks = _context.SpawnRanks(world_rank=world_rank, gpu_id=rank)
+        _context.publish(server_args, role="scheduler", ranks=ranks)
+    elif hasattr(_context, "publish"):
+        _context.publish(server_args, role="scheduler")
+    else:
+        server_args_module: Any = importlib.import_module("sglang.srt.server_args")
+        server_args_module.set_global_server_args_for_scheduler(server_args)
+    for configure in (
+        moe.initialize_moe_config,
+        fp8_utils.initialize_fp8_gemm_config,
+        fp4_utils.initialize_fp4_gemm_config,
+        getattr(unquant, "initialize_bf16_gemm_config", lambda: None),
+    ):
+        told(configure, server_args=server_args)
+
+
+def build(
+    runner: type[ModelRunner], server_args: ServerArgs, model_config: ModelConfig, rank: int, port: int, role: str
+) -> Any:
+    """A runner of the published arguments, with its model loaded.
+
+    Args:
+        runner: ``ModelRunner`` or a subclass.
+        server_args: as published.
+        model_config: of the model.
+        rank: in the world, pipeline stages outermost.
+        port: at which the ranks meet.
+        role: ``target``, or ``draft`` for the model of a speculative worker.
+    """
+    if hasattr(_bootstrap, "init_parallel_runtime"):
+        device = _context.get_device().device
+        _bootstrap.init_parallel_runtime(server_args=server_args, device=device, dist_port=port)
+        _bootstrap.init_layer_runtime(model_config=model_config)
+    place = _place(server_args, rank)
+    if "ps" in inspect.signature(runner).parameters:
+        wrapper: Any = importlib.import_module("sglang.srt.distributed.parallel_state_wrapper")
+        place = {"ps": wrapper.ParallelState.trivial(**place)}
+    return told(
+        runner,
+        model_config=model_config,
+        mem_fraction_static=server_args.mem_fraction_static,
+        gpu_id=rank,
+        nccl_port=port,
+        server_args=server_args,
+        is_draft_worker=role == "draft",
+        **place,
+    )
+
+
+def _place(server_args: ServerArgs, rank: int) -> dict[str, Any]:
+    pp_rank, tp_rank = divmod(rank, server_args.tp_size)
+    return {
+        "tp_rank": tp_rank,
+        "tp_size": server_args.tp_size,
+        "pp_rank": pp_rank,
+        "pp_size": server_args.pp_size,
+        "attn_tp_rank": tp_rank,
+        "attn_tp_size": server_args.tp_size,
+        "moe_ep_rank": tp_rank // (server_args.tp_size // server_args.ep_size),
+        "moe_ep_size": server_args.ep_size,
+    }
+
+
+def get_ready_to_generate(runner: Any) -> None:
+    """What a scheduler has done after loading; early releases have done it by then."""
+    for step in ("alloc_memory_pool", "init_attention_backends", "init_cuda_graphs"):
+        getattr(runner, step, lambda: None)()
+
+
+def mark_extended(request: Any) -> None:
+    """Say that all of a request's prompt is to be run next."""
+    length = len(request.origin_input_ids)
+    request.full_untruncated_fill_ids = request.origin_input_ids
+    request.logprob_start_len = -1
+    if hasattr(request, "set_extend_range"):
+        request.set_extend_range(0, length)
+    elif hasattr(request, "set_extend_input_len"):
+        request.fill_len = length
+        request.set_extend_input_len(length)
+    else:
+        request.extend_end = length
+
+
+def take_down() -> None:
+    """Let go of the process groups and of the published arguments."""
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    if _context is not None:
+        _context.reset_context()
