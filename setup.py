@@ -1,10 +1,12 @@
 """Packaging of sglang-streamfp8; tool configuration is in pyproject.toml."""
 
+import json
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+RELEASES = json.loads((ROOT / "sglang_overlay" / "upstream" / "releases.json").read_text(encoding="utf-8"))["supported"]
 
 # torch is left out on purpose: SGLang pins the build it was compiled for, and a second pin here could only replace it.
 RUNTIME = [
@@ -60,7 +62,7 @@ setup(
     extras_require={
         "chart": CHART,
         "dev": DEV + TEST + CHART,
-        "sglang": ["sglang==0.5.23"],
+        "sglang": [f"sglang=={RELEASES[-1]['release']}"],
         "test": TEST + CHART,
     },
     entry_points={

@@ -32,7 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[2]
-DEFAULT_RELEASE = "0.5.23"
+RELEASES = Path("sglang_overlay", "upstream", "releases.json")
+"""The supported releases, in a clone; newest last."""
 PYTHON_NEEDED = (3, 11)
 """What SGLang 0.5.22 and later ask for; earlier releases run on it as well."""
 MARKER = "complete.json"
@@ -49,7 +50,7 @@ class Plan:
     """Which environment is wanted.
 
     Attributes:
-        release: SGLang release, one of `releases()`.
+        release: SGLang release, one of `locked()`.
         packages: "cpu" leaves out what only runs on an NVIDIA GPU; "gpu" is the whole lock.
         clone: root of the working tree whose code is to be run.
         cache: folder that everything goes under.
@@ -97,7 +98,19 @@ def cache_root() -> Path:
     return Path(user_cache).expanduser().resolve() / "sglang-streamfp8"
 
 
-def releases(clone: Path = CLONE) -> list[str]:
+def supported(clone: Path = CLONE) -> list[str]:
+    """Supported SGLang releases, oldest first; the last one is what everything uses unless told otherwise."""
+    entries = json.loads((clone / RELEASES).read_text(encoding="utf-8"))["supported"]
+    return [str(entry["release"]) for entry in entries]
+
+
+def sample(clone: Path = CLONE) -> list[str]:
+    """The oldest supported release, one in the middle and the newest."""
+    found = supported(clone)
+    return list(dict.fromkeys([found[0], found[len(found) // 2], found[-1]]))
+
+
+def locked(clone: Path = CLONE) -> list[str]:
     """SGLang releases that have a lock file, oldest first."""
     found = (path.stem for path in (clone / "ci" / "locks").glob("[0-9]*.txt"))
     return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
@@ -178,7 +191,7 @@ def check_machine(plan: Plan) -> None:
         )
     if not plan.lock.is_file():
         raise EnvironmentSetupError(
-            f"There is no lock file for SGLang {plan.release}. Choose one of: {', '.join(releases(plan.clone))}."
+            f"There is no lock file for SGLang {plan.release}. Choose one of: {', '.join(locked(plan.clone))}."
         )
 
 
@@ -317,8 +330,9 @@ def say(message: str) -> None:
     print(f"[environment] {message}", file=sys.stderr, flush=True)
 
 
-def planned(release: str = DEFAULT_RELEASE, packages: str = "auto", clone: Path = CLONE) -> Plan:
-    """The plan for this machine; "auto" takes the GPU packages where a GPU is listed."""
+def planned(release: str | None = None, packages: str = "auto", clone: Path = CLONE) -> Plan:
+    """The plan for this machine: the newest release where none is given, GPU packages for "auto" where there is one."""
+    release = release or supported(clone)[-1]
     if packages == "auto":
         packages = "gpu" if has_nvidia_gpu() else "cpu"
     return Plan(release=release, packages=packages, clone=clone, cache=cache_root())
@@ -327,10 +341,15 @@ def planned(release: str = DEFAULT_RELEASE, packages: str = "auto", clone: Path 
 def main(arguments: list[str] | None = None) -> int:
     """Make or reuse the environment and print the path of its interpreter."""
     parser = argparse.ArgumentParser(prog="ci/env", description=main.__doc__)
-    parser.add_argument("--release", default=DEFAULT_RELEASE, help=f"one of {', '.join(releases())}")
+    parser.add_argument("--release", default=supported()[-1], help=f"one of {', '.join(locked())}")
     parser.add_argument("--packages", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu if there is one")
     parser.add_argument("--uv", action="store_true", help="only make uv ready, and print its path instead")
+    listing = {"all": supported, "newest": lambda: supported()[-1:], "sample": sample}
+    parser.add_argument("--list", choices=listing, help="only print releases, one a line; sample: oldest, middle, newest")
     options = parser.parse_args(arguments)
+    if options.list:
+        print(*listing[options.list](), sep="\n")
+        return 0
     plan = planned(options.release, options.packages)
     try:
         path = ensure_uv(plan) if options.uv else ensure(plan)

@@ -7,12 +7,12 @@ it is, SGLang's own signatures say.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+from sglang.srt.eplb import expert_location
 from sglang.srt.layers import moe
 from sglang.srt.layers.quantization import fp4_utils, fp8_utils, unquant
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -53,7 +53,7 @@ def told(called: Callable[..., Made], **offered: Any) -> Made:
 def without_graphs() -> dict[str, Any]:
     """Fields of ``ServerArgs`` that switch CUDA graphs off."""
     fields = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
-    if fields.keys() <= {field.name for field in dataclasses.fields(ServerArgs)}:
+    if fields.keys() <= inspect.signature(ServerArgs).parameters.keys():
         return fields
     return {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
 
@@ -147,8 +147,11 @@ def mark_extended(request: Any) -> None:
 
 
 def take_down() -> None:
-    """Let go of the process groups and of the published arguments."""
+    """Let go of the process groups, the published arguments and where experts are."""
     destroy_model_parallel()
     destroy_distributed_environment()
+    # Until 0.5.15 a global of its own, which can be set once.
+    if hasattr(expert_location, "_global_expert_location_metadata"):
+        expert_location._global_expert_location_metadata = None
     if _context is not None:
         _context.reset_context()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch point fits the installed SGLang, and one that does not is noticed."""
+"""Every touch point fits the installed SGLang, and one that does not is noticed.
+
+What a release has not is written down in releases.json: anything else that is absent is a failure.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,32 @@ from dataclasses import replace
 
 import pytest
 
+from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.catalogue import STREAMING
-from sglang_overlay.upstream.touch_point import State, inspect_point
+from sglang_overlay.upstream.touch_point import Place, State, inspect_point
 
 
 @pytest.mark.parametrize("point", STREAMING, ids=lambda point: point.target.split(".", 4)[-1])
-def test_target_is_as_expected_and_hook_exists(point):
-    assert inspect_point(point).state in (State.READY, State.ACTIVE)
-    module, _, name = point.hook.partition(":")
+def test_target_is_as_expected_or_known_to_be_absent(point):
+    absent = {entry.release: entry.absent for entry in releases.facts()}[releases.installed()]
+    found = inspect_point(point)
+    assert found.state in ((State.ABSENT,) if point.target in absent else (State.READY, State.ACTIVE)), found.detail
+
+
+@pytest.mark.parametrize("hook", sorted({place.hook for point in STREAMING for place in point.candidates}))
+def test_hook_exists(hook):
+    module, _, name = hook.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("release", releases.facts(), ids=lambda release: release.release)
+def test_what_is_absent_is_a_touch_point_that_says_what_is_lost(release):
+    losses = {point.target: point.without for point in STREAMING}
+    assert all(losses[target] for target in release.absent)
+
+
+def test_newest_release_has_everything():
+    assert releases.facts()[-1].absent == ()
 
 
 @pytest.mark.parametrize("point", STREAMING, ids=lambda point: point.target.split(".", 4)[-1])
@@ -42,3 +62,23 @@ def test_signature_that_has_changed_is_noticed_and_shown(parameters):
     found = inspect_point(replace(STREAMING[0], parameters=parameters))
     assert found.state is State.SIGNATURE
     assert f"expected {', '.join(parameters)}; found self, " in found.detail
+
+
+def test_target_of_another_release_is_found_where_that_has_it():
+    point = STREAMING[0]
+    moved = replace(point, target=f"{point.target}_of_new", elsewhere=(Place(point.target),))
+    found = inspect_point(moved)
+    assert (found.point.target, found.point.hook) == (point.target, point.hook)
+    assert found.state in (State.READY, State.ACTIVE)
+
+
+def test_each_place_may_have_a_hook_and_a_signature_of_its_own():
+    place = Place(STREAMING[0].target, "os:getcwd", ("self", "renamed"))
+    found = inspect_point(replace(STREAMING[0], target="sglang.srt.nothing.of_the_kind", elsewhere=(place,)))
+    assert (found.state, found.point.hook) == (State.SIGNATURE, "os:getcwd")
+
+
+def test_target_that_streaming_can_do_without_is_absent_and_says_what_is_lost():
+    found = inspect_point(replace(STREAMING[0], target="sglang.srt.nothing.of_the_kind", without="A thing."))
+    assert (found.state, found.detail) == (State.ABSENT, "A thing.")
+    assert found.state.fits

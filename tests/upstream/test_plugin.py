@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 
+from pathlib import Path
+
 import pytest
 
+from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.catalogue import STREAMING
 
 PROLOGUE = """
@@ -34,19 +37,40 @@ OTHER_RELEASE = """
 from sglang_overlay.upstream import releases
 releases.installed = lambda: "0.4.1"
 """
+NEWER_RELEASE = """
+from sglang_overlay.upstream import releases
+releases.installed = lambda: "99.1"
+"""
+NEWER_SIGNATURE = (
+    NEWER_RELEASE
+    + """
+from dataclasses import replace
+from sglang_overlay.upstream import catalogue
+first, *others = catalogue.STREAMING
+catalogue.STREAMING = (replace(first, parameters=("self", "renamed")), *others)
+"""
+)
 OTHER_SIGNATURE = """
 import wrapt
 def change(module):
     module.Fp8LinearMethod.create_weights = lambda self, layer: None
 wrapt.register_post_import_hook(change, "sglang.srt.layers.quantization.fp8")
 """
+LOAD = """
+from pathlib import Path
+from workbench.load_series import LoadSeries
+model = LoadSeries(Path(sys.argv[1])).load(Path(sys.argv[1]))
+print("FP8", model.model.layers[0].mlp.down_proj.weight.dtype)
+"""
+ABSENT = {entry.release: len(entry.absent) for entry in releases.facts()}[releases.installed()]
+PRESENT = len(STREAMING) - ABSENT
 
 
-def run(change="", **variables):
+def run(change="", then=EPILOGUE, arguments=(), **variables):
     """A process that loads SGLang's plugins, and then makes an fp8 config as a model load does."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
     return subprocess.run(
-        [sys.executable, "-c", PROLOGUE + change + EPILOGUE],
+        [sys.executable, "-c", PROLOGUE + change + then, *arguments],
         env={**environ, **variables},
         capture_output=True,
         text=True,
@@ -59,7 +83,7 @@ def warnings_of(result):
     return [line for line in result.stderr.splitlines() if line.startswith("LOG ") and "StreamFP8" in line]
 
 
-@pytest.mark.parametrize(("value", "active"), [("0", 0), ("1", len(STREAMING)), ("require", len(STREAMING))])
+@pytest.mark.parametrize(("value", "active"), [("0", 0), ("1", PRESENT), ("require", PRESENT)])
 def test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone(value, active):
     result = run(SGLANG_STREAMFP8=value)
     assert result.returncode == 0, result.stderr
@@ -77,7 +101,8 @@ def test_unknown_value_ends_the_process_with_the_valid_ones():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        pytest.param(OTHER_RELEASE, "SGLang 0.4.1 is not a supported release (supported: 0.5.23", id="release"),
+        pytest.param(OTHER_RELEASE, "SGLang 0.4.1 is not a supported release (supported: 0.5.13", id="release"),
+        pytest.param(NEWER_SIGNATURE, "load_model: signature (expected self, renamed; found self", id="newer, changed"),
         pytest.param(OTHER_SIGNATURE, "Fp8LinearMethod.create_weights: signature", id="signature"),
     ],
 )
@@ -97,3 +122,29 @@ class TestSGLangThatIsNotAsExpected:
         assert "ONLINE" not in result.stdout
         assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
         assert said in result.stderr
+
+
+@pytest.mark.skipif(ABSENT, reason="a newer release has what the newest has, and the one installed has not")
+class TestSGLangThatIsNewerAndAsExpected:
+    def test_has_its_hooks_in_place(self):
+        result = run(NEWER_RELEASE, SGLANG_STREAMFP8="require")
+        assert result.returncode == 0, result.stderr
+        assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
+        assert warnings_of(result) == []
+
+    def test_is_streamed_and_said_to_be_untested_once(self, checkpoint):
+        path = os.pathsep.join([str(Path(__file__).parents[2] / "ci"), os.environ.get("PYTHONPATH", "")])
+        result = run(NEWER_RELEASE, LOAD, [checkpoint("qwen3")], SGLANG_STREAMFP8="require", PYTHONPATH=path)
+        assert result.returncode == 0, result.stderr
+        assert "FP8 torch.float8_e4m3fn" in result.stdout
+        (warning,) = warnings_of(result)
+        assert "SGLang 99.1 is an untested release" in warning
+
+
+@pytest.mark.skipif(not ABSENT, reason="what the newest release has is all here")
+def test_newer_release_that_lacks_something_is_left_as_it_is():
+    result = run(NEWER_RELEASE)
+    assert result.returncode == 0, result.stderr
+    (warning,) = warnings_of(result)
+    assert "SGLang 99.1 is an untested release" in warning
+    assert "absent" in warning
