@@ -13,6 +13,16 @@ from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadJob, LoadResult, LoadWorkers
 
 from sglang_overlay.observe.report import LoadReport, read_folder
+from sglang_overlay.upstream import releases
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is tested of functions that the installed SGLang does not have, and says so."""
+    absent = {target for entry in releases.facts() if entry.release == releases.installed() for target in entry.absent}
+    for (target,) in (marker.args for marker in item.iter_markers("needs")):
+        if target in absent:
+            pytest.skip(f"SGLang {releases.installed()} has no {target}")
+
 
 Both = tuple[LoadResult, LoadResult, Sequence[LoadReport]]
 

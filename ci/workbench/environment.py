@@ -345,7 +345,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--packages", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu if there is one")
     parser.add_argument("--uv", action="store_true", help="only make uv ready, and print its path instead")
     listing = {"all": supported, "newest": lambda: supported()[-1:], "sample": sample}
-    parser.add_argument("--list", choices=listing, help="only print releases, one a line; sample: oldest, middle, newest")
+    parser.add_argument(
+        "--list", choices=listing, help="only print releases, one a line; sample: oldest, middle, newest"
+    )
     options = parser.parse_args(arguments)
     if options.list:
         print(*listing[options.list](), sep="\n")

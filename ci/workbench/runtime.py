@@ -16,6 +16,7 @@ from sglang.srt.eplb import expert_location
 from sglang.srt.layers import moe
 from sglang.srt.layers.quantization import fp4_utils, fp8_utils, unquant
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def build(
         device = _context.get_device().device
         _bootstrap.init_parallel_runtime(server_args=server_args, device=device, dist_port=port)
         _bootstrap.init_layer_runtime(model_config=model_config)
+    # Early releases do this where the module of ModelRunner is imported, before anyone knows how many ranks there are.
+    if current_platform.is_out_of_tree():
+        current_platform.init_backend()
     place = _place(server_args, rank)
     if "ps" in inspect.signature(runner).parameters:
         wrapper: Any = importlib.import_module("sglang.srt.distributed.parallel_state_wrapper")

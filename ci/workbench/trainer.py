@@ -19,7 +19,7 @@ from workbench.loads import free_port
 from workbench.updates import tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -31,7 +31,7 @@ _SECONDS = 300.0
 
 
 def broadcast(url: str, checkpoint: Path) -> None:
-    """One session: all tensors of ``checkpoint``, some at a time, by ``update_weights_from_distributed``.
+    """One session, or one call: all tensors of ``checkpoint``, some at a time, by ``update_weights_from_distributed``.
 
     Raises:
         RuntimeError: the server answered that something failed.
@@ -49,7 +49,8 @@ def broadcast(url: str, checkpoint: Path) -> None:
             backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=_GROUP
         )
         answer.result()
-        post(url, "begin_weight_update", {})
+        if has_sessions():
+            post(url, "begin_weight_update", {})
         for tensors in calls_of(checkpoint):
             names, shapes = [name for name, _ in tensors], [list(tensor.shape) for _, tensor in tensors]
             dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors]
@@ -58,7 +59,8 @@ def broadcast(url: str, checkpoint: Path) -> None:
             for _, tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0, group=group)
             answer.result()
-        post(url, "end_weight_update", {})
+        if has_sessions():
+            post(url, "end_weight_update", {})
         post(url, "destroy_weights_update_group", {"group_name": _GROUP})
 
 
@@ -107,26 +109,40 @@ def _tokens(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list
 
 def _send_half_an_expert(engine: Any, checkpoint: Path) -> list[Any]:
     half = next([(name, tensor)] for name, tensor in tensors_of(checkpoint) if "up_proj" in name)
-    return [engine.begin_weight_update(), engine.update_weights_from_tensor(half), engine.end_weight_update()]
+    return _in_a_session(engine, lambda: [engine.update_weights_from_tensor(half)])
 
 
 def _send_tensors(engine: Any, checkpoint: Path) -> list[Any]:
-    answers = [engine.begin_weight_update()]
-    answers += [engine.update_weights_from_tensor(tensors) for tensors in calls_of(checkpoint)]
-    return [*answers, engine.end_weight_update()]
+    return _in_a_session(
+        engine, lambda: [engine.update_weights_from_tensor(tensors) for tensors in calls_of(checkpoint)]
+    )
 
 
 def _send_buckets(engine: Any, checkpoint: Path) -> list[Any]:
     from sglang.srt.utils import MultiprocessingSerializer
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-    answers = [engine.begin_weight_update()]
-    for tensors in calls_of(checkpoint):
+    def send(tensors: list[NamedTensor]) -> Any:
         bucket = FlattenedTensorBucket(named_tensors=tensors)
         content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
         payload = [MultiprocessingSerializer.serialize(content)]
-        answers.append(engine.update_weights_from_tensor(payload, load_format="flattened_bucket"))
-    return [*answers, engine.end_weight_update()]
+        return engine.update_weights_from_tensor(payload, load_format="flattened_bucket")
+
+    return _in_a_session(engine, lambda: [send(tensors) for tensors in calls_of(checkpoint)])
+
+
+def _in_a_session(engine: Any, update: Callable[[], list[Any]]) -> list[Any]:
+    """Answers to the calls that ``update`` makes, and to the session's begin and end where there are sessions."""
+    if not has_sessions():
+        return update()
+    return [engine.begin_weight_update(), *update(), engine.end_weight_update()]
+
+
+def has_sessions() -> bool:
+    """Whether this release takes an update in several calls (since 0.5.21)."""
+    import sglang
+
+    return hasattr(sglang.Engine, "begin_weight_update")
 
 
 def _read_from_disk(engine: Any, checkpoint: Path) -> list[Any]:
@@ -134,9 +150,9 @@ def _read_from_disk(engine: Any, checkpoint: Path) -> list[Any]:
 
 
 def calls_of(checkpoint: Path) -> Iterator[list[NamedTensor]]:
-    """The tensors of a checkpoint, dealt out to calls so that what belongs together comes apart."""
+    """The tensors of a checkpoint, dealt out to calls so that what belongs together comes apart; one without sessions."""
     tensors = list(tensors_of(checkpoint))
-    calls = -(-len(tensors) // _TENSORS_A_CALL)
+    calls = -(-len(tensors) // _TENSORS_A_CALL) if has_sessions() else 1
     for call in range(calls):
         yield tensors[call::calls]
 

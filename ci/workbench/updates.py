@@ -66,7 +66,8 @@ def run(runner: Any, update: Update) -> UpdateResult:
     before = _addresses(runner.model)
     with MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
         begin = time.perf_counter()
-        success, message = _answer(runner.weight_updater, update, calls)
+        # Until 0.5.15 the runner updates its weights itself.
+        success, message = _answer(getattr(runner, "weight_updater", runner), update, calls)
         seconds = time.perf_counter() - begin
     after = _addresses(runner.model)
     moved = tuple(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
@@ -86,12 +87,16 @@ def _answer(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tens
 
 
 def _session(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
-    updater.begin_weight_update()
+    """All calls in one session, or each by itself where there are no sessions (before 0.5.21)."""
+    has_sessions = hasattr(updater, "begin_weight_update")
+    if has_sessions:
+        updater.begin_weight_update()
     answers = [_send(updater, update, tensors) for tensors in calls]
-    try:
-        updater.end_weight_update(run_post_load=not calls)
-    except Exception as error:
-        answers.append((False, f"{type(error).__name__}: {error}"))
+    if has_sessions:
+        try:
+            updater.end_weight_update(run_post_load=not calls)
+        except Exception as error:
+            answers.append((False, f"{type(error).__name__}: {error}"))
     return all(success for success, _ in answers), "; ".join(message for _, message in answers)
 
 

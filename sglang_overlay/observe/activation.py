@@ -30,7 +30,8 @@ VERSION = 1
 NOTES = (
     "Ray's scheduler actors (--use-ray) load no plugins: give the Ray job the runtime environment "
     '{"worker_process_setup_hook": "sglang.srt.plugins.load_plugins"}',
-    "sglang.benchmark.one_batch loads no plugins: start it as python -m sglang_overlay run sglang.benchmark.one_batch",
+    "sglang.benchmark.one_batch (sglang.bench_one_batch in 0.5.13) loads no plugins: start it as "
+    "python -m sglang_overlay run sglang.benchmark.one_batch",
 )
 """Ways to start SGLang in which streaming is not active however this check ends."""
 

@@ -25,7 +25,10 @@ STREAMED_LOADERS = (
     "RunaiModelStreamerLoader",
     "ShardedStateLoader",
 )
-"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here; not every release has all of them."""
+"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here.
+
+Not every release has all of them.
+"""
 
 
 def is_online_fp8(config: Any) -> bool:

@@ -80,8 +80,8 @@ def unsupported_reason() -> str | None:
 def untested_note() -> str:
     """What to say of an untested release that is streamed."""
     return (
-        f"SGLang {installed()} is an untested release, newer than {supported()[-1]}. All functions that are hooked look "
-        "as expected, so fp8 loads are streamed."
+        f"SGLang {installed()} is an untested release, newer than {supported()[-1]}. All functions that are hooked "
+        "look as expected, so fp8 loads are streamed."
     )
 
 

@@ -15,6 +15,8 @@ from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.catalogue import STREAMING
 from sglang_overlay.upstream.touch_point import Place, State, inspect_point
 
+pytestmark = pytest.mark.every_release
+
 
 @pytest.mark.parametrize("point", STREAMING, ids=lambda point: point.target.split(".", 4)[-1])
 def test_target_is_as_expected_or_known_to_be_absent(point):

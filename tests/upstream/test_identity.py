@@ -18,6 +18,8 @@ from workbench.loads import PROMPTS, LoadJob, compare
 from sglang_overlay.observe.report import read_folder
 from upstream.streamed import assert_streamed
 
+pytestmark = pytest.mark.every_release
+
 
 @dataclass(frozen=True)
 class Variant:

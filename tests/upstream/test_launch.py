@@ -6,10 +6,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import util
+from pathlib import Path
 
 import pytest
 
 from sglang_overlay.observe.report import read_folder
+
+SGLANG = Path(util.find_spec("sglang").origin).parent
+ONE_BATCH = (
+    "sglang.benchmark.one_batch" if (SGLANG / "benchmark" / "one_batch.py").exists() else "sglang.bench_one_batch"
+)
 
 
 @pytest.mark.server
@@ -21,7 +28,7 @@ def test_one_batch_benchmark_streams(tp_size, checkpoint, tmp_path):
     sizes = ["--batch-size", "1", "--input-len", "8", "--output-len", "2"]
     environ = {**os.environ, "SGLANG_STREAMFP8": "require", "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
     done = subprocess.run(
-        [sys.executable, "-m", "sglang_overlay", "run", "sglang.benchmark.one_batch", *options, *sizes],
+        [sys.executable, "-m", "sglang_overlay", "run", ONE_BATCH, *options, *sizes],
         env={**environ, "SGLANG_CPU_OMP_THREADS_BIND": "0|0"[: 2 * tp_size - 1]},
         cwd=tmp_path,
         capture_output=True,

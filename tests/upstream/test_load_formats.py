@@ -56,6 +56,7 @@ def test_dummy_weights_are_stocks(family, both, checkpoint):
     assert_streamed(reports)
 
 
+@pytest.mark.needs("sglang.srt.model_loader.loader.PreshardedModelLoader.load_model")
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_presharded_dump_and_what_is_loaded_from_it_are_stocks(tp_size, workers, checkpoint, tmp_path):
     path = checkpoint("qwen3_moe")

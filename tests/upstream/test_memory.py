@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from workbench.loads import LoadJob
 
-pytestmark = pytest.mark.memory
+pytestmark = [pytest.mark.memory, pytest.mark.every_release]
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])

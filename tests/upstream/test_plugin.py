@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
 
 from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.catalogue import STREAMING
+
+pytestmark = pytest.mark.every_release
 
 PROLOGUE = """
 import logging, sys

@@ -61,7 +61,9 @@ def test_what_is_not_there_is_none(target, package):
 
 
 def test_layout_and_comments_are_no_difference(package):
-    root = package(a="def load(path):\n    return open(path)\n", b="def load( path ):\n    # why\n    return open( path )")
+    root = package(
+        a="def load(path):\n    return open(path)\n", b="def load( path ):\n    # why\n    return open( path )"
+    )
     assert sources.find(root, "up.a.load") == sources.find(root, "up.b.load")
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 from workbench import serving
 from workbench.loads import PROMPTS, LoadJob
-from workbench.trainer import post
+from workbench.trainer import has_sessions, post
 
 SEED = 1
 
@@ -88,9 +88,11 @@ def test_server_goes_on_after_an_update_that_fails(server, checkpoint, tmp_path)
         before, weights = generated(url), checksum(url)
         with pytest.raises(RuntimeError, match=r"400.*Failed to update weights"):
             post(url, "update_weights_from_disk", {"model_path": str(broken)})
-        post(url, "begin_weight_update", {})
+        if has_sessions():
+            post(url, "begin_weight_update", {})
         between = generated(url)
-        post(url, "end_weight_update", {})
+        if has_sessions():
+            post(url, "end_weight_update", {})
         assert generated(url) == between == before
         assert checksum(url) == weights
 
@@ -100,7 +102,7 @@ def test_engine_is_updated_by_tensors_by_buckets_and_from_disk_but_not_by_half_a
     printed = run_trainer("engine", "--model", old, "--checkpoint", new, "--prompts", json.dumps(PROMPTS))
     found = json.loads(printed.splitlines()[-1])
     half, *whole = found["answers"]
-    assert [answer[0] for answer in half] == [True, True, False]
+    assert [answer[0] for answer in half] == ([True, True, False] if has_sessions() else [False])
     assert "experts.w13_weight (1 of 8 units)" in half[-1][1]
     assert all(answer[0] for answers in whole for answer in answers), whole
     before, after = tokens("qwen3_moe", 0), tokens("qwen3_moe", SEED)

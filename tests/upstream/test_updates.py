@@ -26,6 +26,14 @@ SOURCES = {
     "tensors in many calls": {"source": "tensor", "calls": 7, "order": "shuffled"},
     "flattened buckets": {"source": "bucket", "calls": 3},
 }
+SESSIONS = pytest.mark.needs(
+    "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update"
+)
+
+
+def sources(*names):
+    """Parameters: these of the sources, or all; those of many calls need sessions."""
+    return [pytest.param(name, marks=SESSIONS if "calls" in SOURCES[name] else ()) for name in names or SOURCES]
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +60,7 @@ def update(workers, checkpoint):
     return run
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", sources())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_update_ends_as_a_fresh_load_in_the_same_memory(family, source, update, fresh):
     result = update(family, (SEED, SOURCES[source]))
@@ -62,13 +70,14 @@ def test_update_ends_as_a_fresh_load_in_the_same_memory(family, source, update, 
     assert compare(fresh(family, 1), result) == []
 
 
-@pytest.mark.parametrize("source", ["disk", "tensors in many calls"])
+@pytest.mark.parametrize("source", sources("disk", "tensors in many calls"))
 def test_update_of_two_ranks_ends_as_a_fresh_load(source, update, fresh):
     result = update("deepseek_v3", (SEED, SOURCES[source]), tp_size=2)
     assert all(rank.updates[0].success and rank.updates[0].moved == () for rank in result.ranks)
     assert compare(fresh("deepseek_v3", 2), result) == []
 
 
+@SESSIONS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_updates_in_a_row_end_where_the_last_one_does(family, update, fresh):
     steps = [(2, SOURCES["disk"]), (0, SOURCES["flattened buckets"]), (SEED, SOURCES["tensors in many calls"])]
@@ -86,7 +95,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("source", ["disk", "tensors in many calls", "flattened buckets"])
+@pytest.mark.parametrize("source", sources("disk", "tensors in many calls", "flattened buckets"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_partial_update_replaces_its_units_and_leaves_all_others(family, source, update, workers, checkpoint, tmp_path):
     result = update(family, (SEED, {**SOURCES[source], "names": PARTS[family]}))
@@ -160,6 +169,7 @@ BAD_PARAMETER = {
 }
 
 
+@SESSIONS
 @pytest.mark.parametrize("family", BAD)
 def test_failed_tensor_is_an_error_that_names_it_and_the_next_update_succeeds(
     family, workers, checkpoint, misshapen, fresh
@@ -204,7 +214,9 @@ def test_nan_is_served_as_sent_with_a_warning_that_names_the_parameter(family, s
     assert f"NaN or Inf into 1 parameters: {BAD_PARAMETER[family]}." in warning
 
 
-@pytest.mark.parametrize("how", [{"source": "disk"}, {"source": "tensor", "calls": 7}])
+@pytest.mark.parametrize(
+    "how", [{"source": "disk"}, pytest.param({"source": "tensor", "calls": 7}, marks=SESSIONS)], ids=["disk", "tensors"]
+)
 def test_update_needs_memory_for_units_not_for_the_model(how, workers, checkpoint):
     shape = (("num_experts", 64), ("moe_intermediate_size", 384), ("hidden_size", 512), ("num_hidden_layers", 6))
     paths = [checkpoint("qwen3_moe", overrides=shape, seed=seed) for seed in (0, SEED)]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from workbench import environment
 from workbench.environment import EnvironmentSetupError, Plan
+
+from sglang_overlay.upstream import releases
 
 LOCK = """\
 # made by a tool
@@ -233,7 +237,43 @@ def test_command_reports_failure_on_standard_error(
     assert printed.err.startswith("error: There is no lock file for SGLang 9.9")
 
 
-@pytest.mark.parametrize("release", environment.releases())
+def test_supported_releases_are_those_with_a_lock() -> None:
+    assert environment.supported() == environment.locked()
+
+
+def test_sample_is_the_oldest_one_in_the_middle_and_the_newest(tmp_path: Path) -> None:
+    def sample(*releases: str) -> list[str]:
+        file = tmp_path / environment.RELEASES
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"supported": [{"release": release} for release in releases]}))
+        return environment.sample(tmp_path)
+
+    assert sample("1", "2", "3", "4", "5") == ["1", "3", "5"]
+    assert sample("1", "2") == ["1", "2"]
+    assert sample("1") == ["1"]
+
+
+def test_newest_supported_release_is_what_everything_uses() -> None:
+    assert environment.planned(packages="cpu").release == environment.supported()[-1]
+
+
+@pytest.mark.parametrize(("which", "printed"), [("all", environment.supported), ("sample", environment.sample)])
+def test_command_lists_releases_one_a_line(
+    which: str, printed: Callable[[], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert environment.main(["--list", which]) == 0
+    assert capsys.readouterr().out.split() == printed()
+
+
+@pytest.mark.parametrize("release", environment.locked())
+def test_lock_pins_what_the_release_is_said_to_pin(release: str) -> None:
+    (entry,) = (entry for entry in releases.facts() if entry.release == release)
+    text = (environment.CLONE / "ci" / "locks" / f"{release}.txt").read_text()
+    assert f"\ntorch=={entry.torch} " in text
+    assert f"\ntransformers=={entry.transformers} " in text
+
+
+@pytest.mark.parametrize("release", environment.locked())
 def test_every_package_of_a_lock_has_a_hash_and_no_address(release: str) -> None:
     text = (environment.CLONE / "ci" / "locks" / f"{release}.txt").read_text()
     entries = re.split(r"^(?=\w)", text, flags=re.MULTILINE)[1:]
@@ -245,7 +285,7 @@ def test_every_package_of_a_lock_has_a_hash_and_no_address(release: str) -> None
 
 def test_every_gpu_only_name_is_in_some_lock_and_torch_stays() -> None:
     locks = environment.CLONE / "ci" / "locks"
-    locked = "".join((locks / f"{release}.txt").read_text() for release in environment.releases())
+    locked = "".join((locks / f"{release}.txt").read_text() for release in environment.locked())
     names = {environment.normalized(name) for name in re.findall(r"^([\w.-]+)==", locked, flags=re.MULTILINE)}
     gpu_only = environment.names_in(locks / "gpu_only.txt")
     assert gpu_only <= names
