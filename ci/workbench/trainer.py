@@ -150,7 +150,7 @@ def _read_from_disk(engine: Any, checkpoint: Path) -> list[Any]:
 
 
 def calls_of(checkpoint: Path) -> Iterator[list[NamedTensor]]:
-    """The tensors of a checkpoint, dealt out to calls so that what belongs together comes apart; one without sessions."""
+    """The tensors of a checkpoint, in one call without sessions; with them, what belongs together comes apart."""
     tensors = list(tensors_of(checkpoint))
     calls = -(-len(tensors) // _TENSORS_A_CALL) if has_sessions() else 1
     for call in range(calls):
