@@ -69,3 +69,7 @@ class PlaceholderLeakError(StreamFP8Error):
 
 class WeightUpdateError(StreamFP8Error):
     """A weight update stopped part of the way, or left units half written."""
+
+
+class PartialUpdateError(WeightUpdateError):
+    """A weight update ended with units of which only a part came."""

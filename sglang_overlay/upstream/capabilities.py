@@ -17,6 +17,11 @@ def model_of(updater: Any) -> torch.nn.Module:
     return model
 
 
+def has_sessions(updater: Any) -> bool:
+    """Whether an update may come in several calls, between a begin and an end."""
+    return hasattr(updater, "begin_weight_update")
+
+
 def takes_hpc_ops_weights(backend: Any) -> bool:
     """Whether experts are run by HPC-Ops, which wants their weights in a layout of its own."""
     return hasattr(backend, "is_hpc_ops") and bool(backend.is_hpc_ops())

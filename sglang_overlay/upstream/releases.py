@@ -53,6 +53,11 @@ def installed() -> str | None:
         return None
 
 
+def absent() -> tuple[str, ...]:
+    """Targets of touch points for which the installed SGLang has nothing, where it is a supported release."""
+    return next((entry.absent for entry in facts() if entry.release == installed()), ())
+
+
 def is_untested() -> bool:
     """Whether the installed SGLang is newer than all supported releases."""
     from packaging.version import Version

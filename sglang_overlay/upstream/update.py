@@ -35,7 +35,12 @@ from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.whole import WholeParameter
-from sglang_overlay.errors import LayerNotStreamableError, UnsupportedWriteError, WeightUpdateError
+from sglang_overlay.errors import (
+    LayerNotStreamableError,
+    PartialUpdateError,
+    UnsupportedWriteError,
+    WeightUpdateError,
+)
 from sglang_overlay.upstream.findings import shortened
 
 if TYPE_CHECKING:
@@ -250,7 +255,8 @@ class WeightUpdate:
         """Quantize what was only waiting for the end.
 
         Raises:
-            WeightUpdateError: some units came only in part.
+            PartialUpdateError: some units came only in part.
+            WeightUpdateError: weights came that do not go together.
         """
         self._pipeline.close()
         self._pipeline.check()
@@ -260,7 +266,7 @@ class WeightUpdate:
         problems += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
         problems += self._groups.waiting
         if problems:
-            raise WeightUpdateError(
+            raise PartialUpdateError(
                 f"the update ended with weights of which only a part came: {shortened(problems)}. They keep their old "
                 "values. One scale covers a whole unit, so send what belongs together in one update: gate_proj with "
                 f"up_proj, q_proj with k_proj and v_proj, q_a_proj with kv_a_proj_with_mqa. {self.progress}"

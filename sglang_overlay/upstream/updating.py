@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.errors import WeightUpdateError
+from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.upstream import load
-from sglang_overlay.upstream.capabilities import model_of
+from sglang_overlay.upstream.capabilities import has_sessions, model_of
 from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate, updatable
 
 logger = logging.getLogger(__name__)
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Answer = tuple[bool, str]
+
+_NO_SESSIONS = "This release of SGLang has no update sessions: each call is an update of its own."
 
 
 def load_weights_and_postprocess(
@@ -194,8 +196,11 @@ def _answered(updater: Any, call: Callable[[], Answer], load_format: str | None 
             if not success:
                 raise WeightUpdateError(message)
     except WeightUpdateError as error:
-        logger.error("StreamFP8: a weight update failed: %s", error, exc_info=error.__cause__)
-        return False, str(error)
+        told = str(error)
+        if isinstance(error, PartialUpdateError) and not has_sessions(updater):
+            told = f"{told} {_NO_SESSIONS}"
+        logger.error("StreamFP8: a weight update failed: %s", told, exc_info=error.__cause__)
+        return False, told
     return success, message
 
 

@@ -63,7 +63,7 @@ from workbench.load_series import LoadSeries
 model = LoadSeries(Path(sys.argv[1])).load(Path(sys.argv[1]))
 print("FP8", model.model.layers[0].mlp.down_proj.weight.dtype)
 """
-ABSENT = {entry.release: len(entry.absent) for entry in releases.facts()}[releases.installed()]
+ABSENT = len(releases.absent())
 PRESENT = len(STREAMING) - ABSENT
 
 
