@@ -155,8 +155,12 @@ def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         raise
 
 
-def load_sharded_state(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
-    """Around ``ShardedStateLoader.load_model``: its files hold what ``process_weights_after_loading`` leaves."""
+def load_quantized(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
+    """Around ``load_model`` of loaders that fill what ``process_weights_after_loading`` leaves.
+
+    ``ShardedStateLoader`` reads it from its files. ``DummyModelLoader`` does so until 0.5.13, and says otherwise later:
+    see ``initialize_dummy_weights``.
+    """
 
     def load(loader: Any, *, model_config: Any, device_config: Any) -> Any:
         under_way_load = current()
@@ -193,10 +197,14 @@ def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs:
 
 
 def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Around ``initialize_dummy_weights``: give each placeholder the values that stock would fill its weight with."""
+    """Around ``initialize_dummy_weights``: give each placeholder the values that stock would fill its weight with.
+
+    No placeholders are left where layers have been processed before.
+    """
     load = current()
     if load is None:
         return original(model, *args, **kwargs)
+    load.expect_high_precision()
     for name, placeholder, stream in load.placeholders():
         weight = torch.empty_like(placeholder, device=stream.storage.weight.device)
         original(_State({name: weight}), *args, **kwargs)
