@@ -43,7 +43,11 @@ STREAMING: tuple[TouchPoint, ...] = (
         )
         for loader, hook, why in (
             ("RunaiModelStreamerLoader", "load_model", "As for DefaultModelLoader; its buffers are its own."),
-            ("DummyModelLoader", "load_quantized", "As for DefaultModelLoader, with random weights; before 0.5.15, fp8 ones."),
+            (
+                "DummyModelLoader",
+                "load_quantized",
+                "As for DefaultModelLoader, with random weights; before 0.5.15, fp8 ones.",
+            ),
             ("PreshardedModelLoader", "load_model", "As for DefaultModelLoader, when it writes its dump."),
             ("LayeredModelLoader", "load_model", "Says that it is not streamed, under its own name."),
             ("ShardedStateLoader", "load_quantized", "Its files are fp8 already: no bf16 weights, nothing to do."),

@@ -200,10 +200,6 @@ class ModelLoad:
         """What is read is fp8 already: upstream quantizes the empty parameters first and fills the result."""
         self.prequantized = True
 
-    def expect_high_precision(self) -> None:
-        """What is still to be written will be in high precision, whatever was expected before."""
-        self.prequantized = False
-
     def placeholders(self) -> Iterator[tuple[str, torch.nn.Parameter, ParameterStream]]:
         """Every placeholder that waits to be written: its name, itself, and what takes the writes."""
         for layer, _ in self._streams.values():

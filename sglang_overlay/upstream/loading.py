@@ -158,8 +158,8 @@ def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 def load_quantized(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
     """Around ``load_model`` of loaders that fill what ``process_weights_after_loading`` leaves.
 
-    ``ShardedStateLoader`` reads it from its files. ``DummyModelLoader`` does so until 0.5.13, and says otherwise later:
-    see ``initialize_dummy_weights``.
+    ``ShardedStateLoader`` reads it from its files. ``DummyModelLoader`` makes it up in releases before 0.5.15; later
+    ones fill every weight before, see ``initialize_dummy_weights``.
     """
 
     def load(loader: Any, *, model_config: Any, device_config: Any) -> Any:
@@ -204,7 +204,6 @@ def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Modu
     load = current()
     if load is None:
         return original(model, *args, **kwargs)
-    load.expect_high_precision()
     for name, placeholder, stream in load.placeholders():
         weight = torch.empty_like(placeholder, device=stream.storage.weight.device)
         original(_State({name: weight}), *args, **kwargs)
