@@ -142,6 +142,7 @@ SPECIAL: dict[str, Config] = {
 PUBLISHED: dict[str, Config] = {
     "Exaone4ForCausalLM": {"sliding_window_pattern": "LG"},
     "ExaoneMoeForCausalLM": {"sliding_window_pattern": "LG", "is_moe_layer": [False, True]},
+    "GptOssForCausalLM": {"swiglu_limit": 7.0},
     "LongcatFlashForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "NemotronHForCausalLM": {
         "hybrid_override_pattern": "ME*-",

@@ -76,6 +76,14 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
             self.load_seconds = time.perf_counter() - begin
         self.memory = sampler.usage
 
+    def init_torch_distributed(self) -> Any:
+        """Until 0.5.19; a draft runner expects its target's runner, which is not made here, to have done it."""
+        role, self.is_draft_worker = self.is_draft_worker, False
+        try:
+            return super().init_torch_distributed()
+        finally:
+            self.is_draft_worker = role
+
 
 def give_back_memory() -> None:
     """Collect garbage and return what malloc kept, so that the next reading is of what is held."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import time
 from dataclasses import dataclass, field
@@ -219,10 +220,12 @@ class Order:
 
 
 def free_port() -> int:
-    """A TCP port that is free now on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free now on the loopback interface. SGLang makes others from it by adding, up to 30000."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _core_binding(ranks: int) -> str:

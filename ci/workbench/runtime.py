@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
@@ -18,6 +19,8 @@ from sglang.srt.layers.quantization import fp4_utils, fp8_utils, unquant
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
+
+from sglang_overlay.cpu_reference.platform import CORES_PER_RANK, all_ranks_bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,6 +100,9 @@ def build(
         device = _context.get_device().device
         _bootstrap.init_parallel_runtime(server_args=server_args, device=device, dist_port=port)
         _bootstrap.init_layer_runtime(model_config=model_config)
+    if not all_ranks_bound():
+        cores = os.environ.get(CORES_PER_RANK, "").split("|")
+        os.environ[CORES_PER_RANK] = "|".join(cores[: server_args.tp_size])
     # Early releases do this where the module of ModelRunner is imported, before anyone knows how many ranks there are.
     if current_platform.is_out_of_tree():
         current_platform.init_backend()

@@ -14,7 +14,6 @@ import contextlib
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -22,6 +21,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from workbench.loads import free_port as free_port
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.5
@@ -62,13 +63,6 @@ def sglang_command(python: str, model: str, port: int, arguments: tuple[str, ...
     """The command a user types to serve `model`, with the port filled in."""
     served = ("--model-path", model, "--host", HOST, "--port", str(port))
     return (python, "-m", "sglang.launch_server", *served, *arguments)
-
-
-def free_port() -> int:
-    """A port nothing listens on right now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def no_news(seconds: float) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform as host
 from typing import Any
@@ -21,7 +22,7 @@ from sglang_overlay.cpu_reference import kv_pools
 KV_POOL_TOKENS = 16384
 #: Concurrent requests unless ``--max-running-requests`` says otherwise: attention runs one sequence at a time.
 RUNNING_REQUESTS = 16
-_CORES_PER_RANK = "SGLANG_CPU_OMP_THREADS_BIND"
+CORES_PER_RANK = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 class CpuReferencePlatform(interface.SRTPlatform):  # type: ignore[misc]
@@ -96,17 +97,25 @@ class CpuReferencePlatform(interface.SRTPlatform):  # type: ignore[misc]
             if getattr(server_args, name) is None:
                 setattr(server_args, name, value)
         server_args.disable_overlap_schedule = True
-        self._bind_cores(server_args.tp_size * server_args.pp_size * server_args.dp_size)
+        self._bind_cores(server_args.tp_size * (server_args.pp_size * server_args.dp_size if all_ranks_bound() else 1))
 
     def init_backend(self) -> None:
         """Give this rank its share of the cores; SGLang calls it once in each worker."""
-        ranks = os.environ.get(_CORES_PER_RANK, "all").count("|") + 1
+        ranks = os.environ.get(CORES_PER_RANK, "all").count("|") + 1
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
     def _bind_cores(self, ranks: int) -> None:
         # The value set for an earlier engine of this process is not the user's choice: ranks may differ.
-        if os.environ.get(_CORES_PER_RANK) in (None, self._cores_bound):
-            self._cores_bound = os.environ[_CORES_PER_RANK] = _cores_of_ranks(ranks)
+        if os.environ.get(CORES_PER_RANK) in (None, self._cores_bound):
+            self._cores_bound = os.environ[CORES_PER_RANK] = _cores_of_ranks(ranks)
+
+
+def all_ranks_bound() -> bool:
+    """Whether SGLang wants cores for each rank (since 0.5.19), and not only for those of tensor parallelism."""
+    from sglang.srt.utils import numa_utils
+
+    binding = getattr(numa_utils, "init_threads_binding", None)
+    return binding is not None and "world_size" in inspect.signature(binding).parameters
 
 
 def _cores_of_ranks(ranks: int) -> str:
