@@ -67,6 +67,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
 
     memory: MemoryUsage
     load_seconds: float
+    is_draft_worker: bool
 
     def load_model(self) -> None:
         give_back_memory()
