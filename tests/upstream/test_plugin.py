@@ -51,6 +51,9 @@ first, *others = catalogue.STREAMING
 catalogue.STREAMING = (replace(first, parameters=("self", "renamed")), *others)
 """
 )
+NEWER_WITHOUT = NEWER_SIGNATURE.replace(
+    'parameters=("self", "renamed")', 'target="sglang.srt.gone", without="A thing."'
+)
 OTHER_SIGNATURE = """
 import wrapt
 def change(module):
@@ -103,6 +106,7 @@ def test_unknown_value_ends_the_process_with_the_valid_ones():
     ("change", "said"),
     [
         pytest.param(OTHER_RELEASE, "SGLang 0.4.1 is not a supported release (supported: 0.5.13", id="release"),
+        pytest.param(NEWER_WITHOUT, "sglang.srt.gone: absent (A thing.)", id="newer, without something"),
         pytest.param(NEWER_SIGNATURE, "load_model: signature (expected self, renamed; found self", id="newer, changed"),
         pytest.param(OTHER_SIGNATURE, "Fp8LinearMethod.create_weights: signature", id="signature"),
     ],
@@ -140,12 +144,3 @@ class TestSGLangThatIsNewerAndAsExpected:
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         (warning,) = warnings_of(result)
         assert "SGLang 99.1 is an untested release" in warning
-
-
-@pytest.mark.skipif(not ABSENT, reason="what the newest release has is all here")
-def test_newer_release_that_lacks_something_is_left_as_it_is():
-    result = run(NEWER_RELEASE)
-    assert result.returncode == 0, result.stderr
-    (warning,) = warnings_of(result)
-    assert "SGLang 99.1 is an untested release" in warning
-    assert "absent" in warning
