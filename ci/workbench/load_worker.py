@@ -6,7 +6,8 @@ A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``loa
 2. set up process groups for this job, over gloo on the CPU;
 3. build a ``ModelRunner``, watching memory and time of its ``load_model``;
 4. make the job's weight updates; fingerprint every tensor of the model; generate when asked;
-5. drop the model, what SGLang keeps of it for the process, the groups and the arguments, so that the next job starts from nothing.
+5. drop the model, what SGLang keeps of it for the process, the groups and the arguments, so that the next job starts
+   from nothing.
 
 :mod:`workbench.runtime` has what of this differs between releases.
 """

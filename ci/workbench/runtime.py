@@ -16,6 +16,7 @@ from sglang.srt.distributed.parallel_state import destroy_distributed_environmen
 from sglang.srt.eplb import expert_location
 from sglang.srt.layers import moe
 from sglang.srt.layers.quantization import fp4_utils, fp8_utils, unquant
+from sglang.srt.layers.rotary_embedding import factory as rotary_embeddings
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
@@ -157,9 +158,11 @@ def mark_extended(request: Any) -> None:
 
 
 def take_down() -> None:
-    """Let go of the process groups, the published arguments and where experts are."""
+    """Let go of the process groups, the published arguments, and what SGLang keeps of a model for the process."""
     destroy_model_parallel()
     destroy_distributed_environment()
+    # Shared by all models of a process; the layered loader leaves the memory of these without values.
+    rotary_embeddings._ROPE_DICT.clear()
     # Until 0.5.15 a global of its own, which can be set once.
     if hasattr(expert_location, "_global_expert_location_metadata"):
         expert_location._global_expert_location_metadata = None
