@@ -60,10 +60,12 @@ def absent() -> tuple[str, ...]:
 
 def is_untested() -> bool:
     """Whether the installed SGLang is newer than all supported releases."""
+    version = installed()
+    if version is None:
+        return False
     from packaging.version import Version
 
-    version = installed()
-    return version is not None and Version(version) > Version(supported()[-1])
+    return Version(version) > Version(supported()[-1])
 
 
 def unsupported_reason() -> str | None:
