@@ -1,42 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-tensor fp8 quantization of contiguous bfloat16 on the CPU, in one pass over memory and without Python's lock.
+"""Per-tensor fp8 quantization of bfloat16 on the CPU: one pass for the maximum, one for the cast, no Python lock.
 
 torch converts to float8_e4m3fn one element at a time, and that would be half of a load. These loops give the same bits:
 ``c10/util/Float8_e4m3fn.h`` of PyTorch says how it rounds (to nearest, ties to even; subnormals by adding a power of
-two whose last place is theirs). numba, which SGLang depends on, compiles them once a machine; without it, torch does
-the work.
+two whose last place is theirs). Where they cannot be compiled, torch does the work.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import logging
+import math
+import struct
+from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-_CHUNK = 4096
-"""Elements converted at a time: the intermediate stays in the first-level cache."""
+from sglang_overlay.core.cpu_loops import COMPARED, CONVERTED, Loops, compile_loops
 
-_SUBNORMAL_BELOW = np.uint32(121 << 23)
-_SUBNORMAL_BIAS = np.uint32(141 << 23)
-_SUBNORMAL_SHIFT = np.float32(2.0**14)
-_NORMAL_BIAS = np.uint32((((7 - 127) << 23) + 0x7FFFF) % 2**32)
+logger = logging.getLogger(__name__)
+
+_INFINITY = 0x7F80
+"""Of bfloat16; NaN are above it."""
 
 
-def applies_to(values: torch.Tensor, out: torch.Tensor) -> bool:
+class _Matrix(NamedTuple):
+    """A tensor as a matrix: number and length of its contiguous rows, and elements from one to the next."""
+
+    rows: int
+    columns: int
+    stride: int
+
+
+def prepare() -> None:
+    """Compile the loops now, which takes some 50 ms once a process, and not in the middle of a load."""
+    _loops()
+
+
+def can_read(values: torch.Tensor) -> bool:
+    """Whether ``largest`` can take ``values``."""
+    return (
+        values.dtype == torch.bfloat16
+        and values.device.type == "cpu"
+        and _matrix(values) is not None
+        and _loops() is not None
+    )
+
+
+def can_write(values: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether ``quantize`` can take these two."""
     return (
-        _ready.is_set()
-        and values.dtype == torch.bfloat16
+        can_read(values)
         and out.dtype == torch.float8_e4m3fn
-        and values.device.type == out.device.type == "cpu"
-        and values.is_contiguous()
-        and out.is_contiguous()
+        and out.device.type == "cpu"
+        and _has_shape(_matrix(values), _matrix(out))
     )
+
+
+def largest(values: torch.Tensor) -> float:
+    """Largest magnitude; NaN where any value is.
+
+    Args:
+        values: not empty, and such that ``can_read`` it.
+    """
+    rows, columns, stride = _matrix(values) or _NOTHING
+    bits = 0
+    for lanes, start, count in _steps(columns, COMPARED):
+        address = values.data_ptr() + start * values.itemsize
+        bits = max(bits, _compiled().largest[lanes](address, stride, rows, count))
+    if bits > _INFINITY:
+        return math.nan
+    (magnitude,) = struct.unpack("<f", struct.pack("<I", bits << 16))
+    return float(magnitude)
 
 
 def quantize(values: torch.Tensor, multiplier: float, out: torch.Tensor) -> None:
@@ -45,69 +81,51 @@ def quantize(values: torch.Tensor, multiplier: float, out: torch.Tensor) -> None
     No product may exceed 448 by more than rounding: nothing saturates here.
 
     Args:
-        values: bfloat16, contiguous, any shape.
+        values: high precision.
         multiplier: exact in float32.
-        out: float8_e4m3fn, contiguous, of the same shape.
+        out: fp8 of the same shape, and such that ``can_write`` it.
     """
-    _compiled()(
-        values.reshape(-1).view(torch.uint16).numpy(),
-        np.float32(multiplier),
-        out.view(-1).view(torch.uint8).numpy(),
-    )
+    rows, columns, stride = _matrix(values) or _NOTHING
+    _, _, out_stride = _matrix(out) or _NOTHING
+    for lanes, start, count in _steps(columns, CONVERTED):
+        source, target = (tensor.data_ptr() + start * tensor.itemsize for tensor in (values, out))
+        _compiled().convert[lanes](source, stride, target, out_stride, rows, count, multiplier)
 
 
-_ready = threading.Event()
-
-
-@cache
-def prepare() -> threading.Thread:
-    """Get the loops compiled beside whatever else happens; until then, and without numba, ``applies_to`` says no."""
-    thread = threading.Thread(target=_compile, name="fp8-loops", daemon=True)
-    thread.start()
-    return thread
-
-
-def _compile() -> None:
-    if find_spec("numba") is not None:
-        quantize(torch.ones(1, dtype=torch.bfloat16), 1.0, torch.empty(1, dtype=torch.float8_e4m3fn))
-        _ready.set()
+_NOTHING = _Matrix(0, 0, 0)
 
 
 @cache
-def _compiled() -> Callable[[Any, Any, Any], None]:
-    import numba
-
+def _loops() -> Loops | None:
     try:
-        found: Callable[[Any, Any, Any], None] = numba.njit(nogil=True, cache=True)(_loops)
-    except RuntimeError:
-        # Neither this package's folder nor the user's cache can be written to.
-        found = numba.njit(nogil=True)(_loops)
-    return found
+        return compile_loops()
+    except Exception as error:  # No llvmlite, or one whose LLVM speaks another dialect.
+        logger.info("StreamFP8: fp8 conversion on the CPU is left to torch (%s: %s).", type(error).__name__, error)
+        return None
 
 
-def _loops(values: Any, multiplier: Any, out: Any) -> None:
-    # Each loop stores into 32-bit memory: numba computes integers in 64 bits, and storing narrows them again, which is
-    # what lets the compiler use whole vectors.
-    products = np.empty(_CHUNK, dtype=np.float32)
-    shifted = np.empty(_CHUNK, dtype=np.float32)
-    bits = products.view(np.uint32)
-    subnormal = shifted.view(np.uint32)
-    for start in range(0, values.size, _CHUNK):
-        count = min(_CHUNK, values.size - start)
-        source = values[start : start + count]
-        target = out[start : start + count]
-        for i in range(count):
-            bits[i] = np.uint32(source[i]) << np.uint32(16)
-        for i in range(count):
-            products[i] = products[i] * multiplier
-            shifted[i] = abs(products[i]) + _SUBNORMAL_SHIFT
-        for i in range(count):
-            whole = bits[i]
-            magnitude = np.uint32(whole & np.uint32(0x7FFFFFFF))
-            odd = np.uint32((magnitude >> np.uint32(20)) & np.uint32(1))
-            normal = np.uint32(np.uint32(magnitude + odd + _NORMAL_BIAS) >> np.uint32(20))
-            small = np.uint32(subnormal[i] - _SUBNORMAL_BIAS)
-            sign = np.uint32((whole >> np.uint32(24)) & np.uint32(0x80))
-            bits[i] = np.uint32((small if magnitude < _SUBNORMAL_BELOW else normal) | sign)
-        for i in range(count):
-            target[i] = np.uint8(bits[i])
+def _compiled() -> Loops:
+    loops = _loops()
+    if loops is None:
+        raise RuntimeError("there are no compiled loops: ask can_read or can_write first")
+    return loops
+
+
+def _matrix(tensor: torch.Tensor) -> _Matrix | None:
+    if not tensor.numel():
+        return None
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return _Matrix(tensor.shape[0], tensor.shape[1], tensor.stride(0))
+    return _Matrix(1, tensor.numel(), tensor.numel()) if tensor.is_contiguous() else None
+
+
+def _has_shape(one: _Matrix | None, other: _Matrix | None) -> bool:
+    return one is not None and other is not None and one[:2] == other[:2]
+
+
+def _steps(columns: int, lanes: int) -> Iterator[tuple[int, int, int]]:
+    """Lanes, start and number of columns: as many whole vectors as there are, and the rest one at a time."""
+    vectors = columns // lanes * lanes
+    for width, start, stop in ((lanes, 0, vectors), (1, vectors, columns)):
+        if start < stop:
+            yield width, start, stop - start

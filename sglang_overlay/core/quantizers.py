@@ -183,7 +183,7 @@ class PerTensorQuantizer:
         multiplier, stored = self._arithmetic.factors(torch.tensor(absmax, dtype=torch.float32))
         for piece in pieces:
             target = weight[slices(piece.box)]
-            if in_range and cpu_kernels.applies_to(piece.values, target):
+            if in_range and cpu_kernels.can_write(piece.values, target):
                 cpu_kernels.quantize(piece.values, float(multiplier), target)
                 continue
             for values, out in _chunks(piece.values, target):
@@ -203,6 +203,8 @@ class PerTensorQuantizer:
 
 def _largest(values: torch.Tensor) -> float:
     """Largest magnitude; NaN where any value is."""
+    if cpu_kernels.can_read(values):
+        return cpu_kernels.largest(values)
     low, high = values.aminmax()
     return max(abs(float(low)), abs(float(high)))
 

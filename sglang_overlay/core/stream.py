@@ -241,7 +241,8 @@ class ParameterStream:
 
         with self._released_on_error(units):
             self._pipeline.check()
-        if self._sources.holds(source):
+        size = len(units) * self._grid.unit_volume * self._dtype.itemsize
+        if self._pipeline.takes(size) and self._sources.holds(source):
             self._pipeline.submit(quantize)
         else:
             quantize()
