@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 
 import pytest
-from upstream.streamed import assert_streamed
 from workbench.checkpoints import CheckpointSpec, model_config
 from workbench.loads import LoadJob
 
 from sglang_overlay.observe.report import read_folder
+from upstream.streamed import assert_streamed
 
 LOADER_THREADS = {"qwen3": 1, "qwen3_moe": 1, "deepseek_v3": (os.cpu_count() or 1) + 4}
 """DeepSeek's ``load_weights`` has a ``ThreadPoolExecutor`` of the default size."""
