@@ -24,10 +24,19 @@ logger = logging.getLogger(__name__)
 _INFINITY = 0x7F80
 """Of bfloat16; NaN are above it."""
 
+_BFLOAT_BYTES = 2
 
-class _Matrix(NamedTuple):
-    """A tensor as a matrix: number and length of its contiguous rows, and elements from one to the next."""
 
+class Matrix(NamedTuple):
+    """Where a tensor lies that the loops can take. Valid as long as the tensor lives.
+
+    Attributes:
+        address: of the first element.
+        rows, columns: elements of a row are adjacent.
+        stride: elements from one row to the next.
+    """
+
+    address: int
     rows: int
     columns: int
     stride: int
@@ -38,61 +47,42 @@ def prepare() -> None:
     _loops()
 
 
-def can_read(values: torch.Tensor) -> bool:
-    """Whether ``largest`` can take ``values``."""
-    return (
-        values.dtype == torch.bfloat16
-        and values.device.type == "cpu"
-        and _matrix(values) is not None
-        and _loops() is not None
-    )
+def source(values: torch.Tensor) -> Matrix | None:
+    """High-precision ``values``, where the loops can read them."""
+    return _matrix(values) if values.dtype == torch.bfloat16 and _loops() is not None else None
 
 
-def can_write(values: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether ``quantize`` can take these two."""
-    return (
-        can_read(values)
-        and out.dtype == torch.float8_e4m3fn
-        and out.device.type == "cpu"
-        and _has_shape(_matrix(values), _matrix(out))
-    )
+def target(out: torch.Tensor) -> Matrix | None:
+    """fp8 memory, where the loops can fill it."""
+    return _matrix(out) if out.dtype == torch.float8_e4m3fn and _loops() is not None else None
 
 
-def largest(values: torch.Tensor) -> float:
-    """Largest magnitude; NaN where any value is.
-
-    Args:
-        values: not empty, and such that ``can_read`` it.
-    """
-    rows, columns, stride = _matrix(values) or _NOTHING
-    bits = 0
-    for lanes, start, count in _steps(columns, COMPARED):
-        address = values.data_ptr() + start * values.itemsize
-        bits = max(bits, _compiled().largest[lanes](address, stride, rows, count))
+def largest(values: Matrix) -> float:
+    """Largest magnitude; NaN where any value is."""
+    loops, bits = _compiled(), 0
+    for lanes, start, count in _steps(values.columns, COMPARED):
+        found = loops.largest[lanes](values.address + _BFLOAT_BYTES * start, values.stride, values.rows, count)
+        bits = max(bits, found)
     if bits > _INFINITY:
         return math.nan
     (magnitude,) = struct.unpack("<f", struct.pack("<I", bits << 16))
     return float(magnitude)
 
 
-def quantize(values: torch.Tensor, multiplier: float, out: torch.Tensor) -> None:
+def quantize(values: Matrix, multiplier: float, out: Matrix) -> None:
     """Write ``values * multiplier`` as fp8, the product rounded to float32 first.
 
     No product may exceed 448 by more than rounding: nothing saturates here.
 
     Args:
-        values: high precision.
+        values: a ``source``.
         multiplier: exact in float32.
-        out: fp8 of the same shape, and such that ``can_write`` it.
+        out: a ``target`` of as many rows and columns.
     """
-    rows, columns, stride = _matrix(values) or _NOTHING
-    _, _, out_stride = _matrix(out) or _NOTHING
-    for lanes, start, count in _steps(columns, CONVERTED):
-        source, target = (tensor.data_ptr() + start * tensor.itemsize for tensor in (values, out))
-        _compiled().convert[lanes](source, stride, target, out_stride, rows, count, multiplier)
-
-
-_NOTHING = _Matrix(0, 0, 0)
+    convert = _compiled().convert
+    for lanes, start, count in _steps(values.columns, CONVERTED):
+        read, write = values.address + _BFLOAT_BYTES * start, out.address + start
+        convert[lanes](read, values.stride, write, out.stride, values.rows, count, multiplier)
 
 
 @cache
@@ -107,25 +97,23 @@ def _loops() -> Loops | None:
 def _compiled() -> Loops:
     loops = _loops()
     if loops is None:
-        raise RuntimeError("there are no compiled loops: ask can_read or can_write first")
+        raise RuntimeError("there are no compiled loops, and so no matrix to give them")
     return loops
 
 
-def _matrix(tensor: torch.Tensor) -> _Matrix | None:
-    if not tensor.numel():
+def _matrix(tensor: torch.Tensor) -> Matrix | None:
+    if tensor.device.type != "cpu" or not tensor.numel():
         return None
     if tensor.dim() == 2 and tensor.stride(1) == 1:
-        return _Matrix(tensor.shape[0], tensor.shape[1], tensor.stride(0))
-    return _Matrix(1, tensor.numel(), tensor.numel()) if tensor.is_contiguous() else None
-
-
-def _has_shape(one: _Matrix | None, other: _Matrix | None) -> bool:
-    return one is not None and other is not None and one[:2] == other[:2]
+        return Matrix(tensor.data_ptr(), tensor.shape[0], tensor.shape[1], tensor.stride(0))
+    size = tensor.numel()
+    return Matrix(tensor.data_ptr(), 1, size, size) if tensor.is_contiguous() else None
 
 
 def _steps(columns: int, lanes: int) -> Iterator[tuple[int, int, int]]:
     """Lanes, start and number of columns: as many whole vectors as there are, and the rest one at a time."""
     vectors = columns // lanes * lanes
-    for width, start, stop in ((lanes, 0, vectors), (1, vectors, columns)):
-        if start < stop:
-            yield width, start, stop - start
+    if vectors:
+        yield lanes, 0, vectors
+    if vectors < columns:
+        yield 1, vectors, columns - vectors

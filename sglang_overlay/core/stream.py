@@ -350,7 +350,8 @@ class ParameterStream:
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         # Stock casts to the parameter's dtype first and quantizes that; a float32 checkpoint must do the same.
-        return values.to(device=self.storage.weight.device, dtype=self._dtype)
+        is_there = values.dtype == self._dtype and values.device == self.storage.weight.device
+        return values if is_there else values.to(device=self.storage.weight.device, dtype=self._dtype)
 
     def _claim(self, units: range) -> None:
         with self._condition:

@@ -9,6 +9,16 @@ import torch
 from sglang_overlay.core import cpu_kernels
 
 EVERY_VALUE = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def quantize(values, multiplier, out):
+    cpu_kernels.quantize(cpu_kernels.source(values), multiplier, cpu_kernels.target(out))
+
+
+def largest(values):
+    return cpu_kernels.largest(cpu_kernels.source(values))
+
+
 FINITE = EVERY_VALUE[torch.isfinite(EVERY_VALUE)]
 LARGEST = sorted({2.0**power * factor for power in range(-100, 120, 4) for factor in (1.0, 1.1171875, 1.75)})
 
@@ -20,7 +30,7 @@ def test_every_value_gets_torchs_bits(by_reciprocal):
         absmax = values.abs().max().float()
         multiplier = 1 / (absmax / 448) if by_reciprocal else 448 / absmax
         out = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
-        cpu_kernels.quantize(values, float(multiplier), out)
+        quantize(values, float(multiplier), out)
         expected = (values.float() * multiplier).to(torch.float8_e4m3fn)
         assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), largest
 
@@ -32,8 +42,7 @@ def test_rows_of_any_length_are_converted_whole_and_nothing_beside_them(columns)
     values, out = around[:, 9 : 9 + columns], target[:, 3 : 3 + columns]
     expected = target.clone()
     expected[:, 3 : 3 + columns] = values.to(torch.float8_e4m3fn)
-    assert cpu_kernels.can_write(values, out)
-    cpu_kernels.quantize(values, 1.0, out)
+    quantize(values, 1.0, out)
     assert torch.equal(target.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -43,25 +52,27 @@ def test_largest_finds_the_one_value_wherever_it_is(shape, special):
     for place in range(0, torch.Size(shape).numel(), 17):
         values = torch.full(shape, 1e-40, dtype=torch.bfloat16)
         values.view(-1)[place] = special
-        found = cpu_kernels.largest(values)
+        found = largest(values)
         assert torch.tensor(found).isnan() if special != special else found == float(values.abs().max())
 
 
 def test_largest_sees_nothing_between_the_rows():
     around = torch.full((4, 300), 9.0, dtype=torch.bfloat16)
     around[:, 8:200] = -2.0
-    assert cpu_kernels.largest(around[:, 8:200]) == 2.0
+    assert largest(around[:, 8:200]) == 2.0
 
 
-def test_only_bfloat16_in_rows_is_taken():
+def test_only_bfloat16_and_fp8_in_rows_is_taken():
     values, out = torch.ones(8, 8, dtype=torch.bfloat16), torch.empty(8, 8, dtype=torch.float8_e4m3fn)
-    assert cpu_kernels.can_write(values, out)
-    assert cpu_kernels.can_write(values[:, :4], out[:, :4])
-    assert not cpu_kernels.can_read(values.t())
-    assert not cpu_kernels.can_read(values.unsqueeze(0)[:, :, :4])
-    assert not cpu_kernels.can_read(values.float())
-    assert not cpu_kernels.can_write(values, out.t())
-    assert not cpu_kernels.can_write(values, out.to(torch.float8_e5m2))
+    assert cpu_kernels.source(values)[1:] == cpu_kernels.target(out)[1:] == (8, 8, 8)
+    assert cpu_kernels.source(values[:, 2:6])[1:] == (8, 4, 8)
+    assert cpu_kernels.source(values.t()) is None
+    assert cpu_kernels.source(values.unsqueeze(0)[:, :, :4]) is None
+    assert cpu_kernels.source(values.float()) is None
+    assert cpu_kernels.source(values[:0]) is None
+    assert cpu_kernels.source(values.to("meta")) is None
+    assert cpu_kernels.target(out.t()) is None
+    assert cpu_kernels.target(out.to(torch.float8_e5m2)) is None
 
 
 def test_torch_converts_where_nothing_can_be_compiled(monkeypatch):
@@ -71,6 +82,6 @@ def test_torch_converts_where_nothing_can_be_compiled(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "compile_loops", fail)
     cpu_kernels._loops.cache_clear()
     try:
-        assert not cpu_kernels.can_read(torch.ones(8, dtype=torch.bfloat16))
+        assert cpu_kernels.source(torch.ones(8, dtype=torch.bfloat16)) is None
     finally:
         cpu_kernels._loops.cache_clear()
