@@ -115,12 +115,14 @@ def test_chart_has_a_column_for_each_series(real, tmp_path):
     assert (tmp_path / "c" / "c.png").read_bytes().startswith(PNG)
 
 
-def test_command_measures_writes_and_leaves_no_checkpoint_behind(monkeypatch, tmp_path):
+@pytest.mark.parametrize("asked", [[], ["--scaling"]])
+def test_command_measures_writes_and_leaves_no_checkpoint_behind(monkeypatch, tmp_path, asked):
     tiny = Case("tiny", 0.01, CheckpointSpec("qwen3_moe", files=3, seed=77))
     monkeypatch.setenv("STREAMFP8_CACHE", str(tmp_path))
     monkeypatch.setattr(bench_cli, "size_cases", lambda *_: [tiny])
+    monkeypatch.setattr(bench_cli, "scaling_cases", lambda _: {"layers": [tiny]})
     files = {"--json": tmp_path / "bench.json", "--png": tmp_path / "bench.png"}
-    arguments = ["--rounds", "1", *(str(part) for pair in files.items() for part in pair)]
+    arguments = [*asked, "--rounds", "1", *(str(part) for pair in files.items() for part in pair)]
     answer = CliRunner().invoke(bench_cli.main, arguments, catch_exceptions=False)
     assert answer.exit_code == 0
     assert all(name in answer.output for name in NAMES)
