@@ -38,7 +38,7 @@ from workbench.checkpoints import Family, checkpoint_path
 from workbench.environment import cache_root
 from workbench.loads import LoadWorkers
 
-console = Console(width=130)
+console = Console(width=150)
 
 
 def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[float, ...]:
@@ -105,9 +105,9 @@ def main(
             for heading, cases in series.items()
         }
     results = [result for column in measured.values() for result in column]
-    console.print(_table(results, rounds))
     if json_file is not None:
         json_file.write_text(json.dumps(document(results), indent=2) + "\n")
+    console.print(_table(results, rounds))
     if png is not None:
         draw(measured, axis, png, f"Loading with --quantization fp8, medians of {rounds} alternating runs")
 
@@ -157,7 +157,7 @@ _HEADINGS = (
 def _table(results: list[CaseResult], rounds: int) -> Table:
     table = Table(title=f"medians of {rounds} alternating runs; ratios are medians of the rounds' own")
     for number, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if number < 2 else "right")
+        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
     for result in results:
         _add_rows(table, result)
     return table
