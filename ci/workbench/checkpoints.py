@@ -16,15 +16,18 @@ and in the quantization scales. The scales keep activations near one, so logits 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import struct
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -59,7 +62,8 @@ class CheckpointSpec:
     Args:
         family: model family; decides architecture, config keys and tensor names.
         size: a key of :data:`SIZES` for that family: ``tiny`` (a few MB), ``demo`` (about 1 GB), ``bench_2g`` and
-            ``bench_4g`` (at least 2 GB and 4 GB in bf16, 64 experts a layer).
+            ``bench_4g`` (at least 2 GB and 4 GB in bf16, 64 experts a layer), ``bench`` (layers of 0.1 to 0.3 GB, as
+            many as ``overrides`` ask for).
         overrides: ``(config key, value)`` pairs laid over the size's ``config.json``, e.g.
             ``(("num_hidden_layers", 4),)``.
         files: number of weight files. One file has no index, as Hugging Face writes it.
@@ -262,6 +266,7 @@ SIZES: dict[Family, dict[str, Config]] = {
     "qwen3": {
         "tiny": {**_QWEN_TINY, "intermediate_size": 384},
         "demo": {**_qwen_dims(16, 2048, 16, 8, 128), "intermediate_size": 4096},
+        "bench": {**_qwen_dims(1, 2048, 16, 8, 128), "intermediate_size": 8192},
     },
     "qwen2_moe": {
         "tiny": {**_qwen_moe_dims(_QWEN_TINY, 8, 2, 128), "shared_expert_intermediate_size": 192},
@@ -272,6 +277,7 @@ SIZES: dict[Family, dict[str, Config]] = {
         "demo": _qwen_moe_dims(_QWEN_1024, 48, 4, 512),
         "bench_2g": _qwen_moe_dims(_qwen_dims(4, 2048, 32, 4, 128), 64, 8, 768),
         "bench_4g": _qwen_moe_dims(_qwen_dims(7, 2048, 32, 4, 128), 64, 8, 768),
+        "bench": _qwen_moe_dims(_qwen_dims(1, 2048, 32, 4, 128), 32, 8, 768),
     },
     "deepseek_v2": {
         "tiny": _deepseek_moe_dims(_mla_dims(3, 256, 4, 64, 128), 8, 2, 128, 2),
@@ -282,6 +288,7 @@ SIZES: dict[Family, dict[str, Config]] = {
         "demo": _v3(_deepseek_moe_dims(_mla_dims(6, 1024, 16, 64, 256), 64, 4, 512, 1), 512, 8, 4),
         "bench_2g": _v3(_deepseek_moe_dims(_mla_dims(9, 1024, 16, 64, 512), 64, 8, 768, 1), 512, 8, 4),
         "bench_4g": _v3(_deepseek_moe_dims(_mla_dims(8, 2048, 16, 128, 512), 64, 8, 768, 1), 768, 8, 4),
+        "bench": _v3(_deepseek_moe_dims(_mla_dims(2, 2048, 16, 128, 512), 32, 8, 768, 1), 768, 8, 4),
     },
 }
 
@@ -712,6 +719,17 @@ def _publish(draft: Path, path: Path) -> None:
         shutil.rmtree(draft)
 
 
+@contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Let torch compute with so many threads, in this thread and in those which it starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _write(spec: CheckpointSpec, folder: Path) -> None:
     config = model_config(spec)
     _write_json(folder / "config.json", config)
@@ -720,7 +738,8 @@ def _write(spec: CheckpointSpec, folder: Path) -> None:
     _write_tokenizer(folder, config["vocab_size"])
     files = _assign(spec)
     write = _write_safetensors if spec.container == "safetensors" else _write_bin
-    for name, entries in files.items():
-        write(folder / name, entries)
+    # A file a thread: tensors are too small to be worth a thread team of torch's each.
+    with torch_threads(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write, (folder / name for name in files), files.values()))
     if spec.files > 1:
         _write_index(folder, spec, files)

@@ -41,7 +41,8 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
-from workbench import runtime, updates  # noqa: E402
+from workbench import layer_granular, runtime, updates  # noqa: E402
+from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
@@ -68,14 +69,16 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
 
     memory: MemoryUsage
     load_seconds: float
+    load_cpu_seconds: float
     is_draft_worker: bool
 
     def load_model(self) -> None:
         give_back_memory()
         with MemorySampler(meter_for(self.device), _MEMORY_INTERVAL_MS) as sampler:
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             super().load_model()
             self.load_seconds = time.perf_counter() - begin
+            self.load_cpu_seconds = time.process_time() - cpu_begin
         self.memory = sampler.usage
 
     def init_torch_distributed(self) -> Any:
@@ -195,6 +198,7 @@ def describe(runner: MeasuredModelRunner) -> dict[str, Any]:
         "parameter_order": tuple(name for name, _ in model.named_parameters()),
         "model_bytes": model_bytes(model),
         "load_seconds": runner.load_seconds,
+        "load_cpu_seconds": runner.load_cpu_seconds,
         "memory": runner.memory,
     }
 
@@ -204,7 +208,13 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     runner = None
     torch.manual_seed(0)
     try:
-        with contextlib.nullcontext() if job.uninitialized is None else Filling(job.uninitialized):
+        with contextlib.ExitStack() as stack:
+            if job.uninitialized is not None:
+                stack.enter_context(Filling(job.uninitialized))
+            if job.staging == "layers":
+                stack.enter_context(layer_granular.whole_layers())
+            if job.threads is not None:
+                stack.enter_context(torch_threads(job.threads))
             runner = build_runner(job, rank, port)
         outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
         updated = tuple(updates.run(runner, update) for update in job.updates)

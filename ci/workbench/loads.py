@@ -71,6 +71,8 @@ class LoadJob:
         new_tokens: tokens generated for each prompt.
         uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
             two loads agree on it; None leaves it as it is.
+        staging: what streaming holds back until it is whole; ``layers`` is :mod:`workbench.layer_granular`.
+        threads: of torch's, and so of streaming's; None leaves their number as it is.
         device: as ``--device``.
         timeout_seconds: of the job, processes' start not counted.
     """
@@ -90,6 +92,8 @@ class LoadJob:
     prompts: tuple[tuple[int, ...], ...] = ()
     new_tokens: int = 8
     uninitialized: float | None = None
+    staging: Literal["units", "layers"] = "units"
+    threads: int | None = None
     device: str = "cpu"
     timeout_seconds: float = 300.0
 
@@ -108,6 +112,7 @@ class RankResult:
         parameter_order: names as ``named_parameters`` gives them.
         model_bytes: of all distinct storages the model holds.
         load_seconds: wall time of ``ModelRunner.load_model``.
+        load_cpu_seconds: time that the process's threads had a processor meanwhile.
         memory: of the process during ``load_model``, read every 3 ms.
         job_seconds: wall time of the whole job in the process.
         updates: what became of each of the job's updates.
@@ -122,6 +127,7 @@ class RankResult:
     parameter_order: tuple[str, ...]
     model_bytes: int
     load_seconds: float
+    load_cpu_seconds: float
     job_seconds: float
     memory: MemoryUsage
     tokens: tuple[tuple[int, ...], ...]

@@ -18,6 +18,10 @@ _WAITING = 2
 """Jobs that may wait for each worker, so that none is idle while the caller does a job itself."""
 
 
+WORTH_HANDING_OVER = 1 << 18
+"""Bytes of a source that take about as long to quantize as another thread takes to wake up and get Python's lock."""
+
+
 class Pipeline:
     """Runs jobs in worker threads; a caller that finds enough of them under way does its job itself.
 
@@ -29,15 +33,21 @@ class Pipeline:
 
     Args:
         workers: number of threads; without any, each job runs where it is submitted.
+        smallest: bytes from which on a job is worth submitting.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, smallest: int = WORTH_HANDING_OVER) -> None:
         workers = min(workers, MOST_WORKERS)
+        self._smallest = smallest
         self._threads = torch.get_num_threads()
         self._jobs: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._slots = threading.Semaphore(workers * (1 + _WAITING))
         self._error: BaseException | None = None
         self._workers = self._start(workers)
+
+    def takes(self, size: int) -> bool:
+        """Whether a job that reads ``size`` bytes is worth submitting."""
+        return size >= self._smallest
 
     def submit(self, job: Callable[[], Any]) -> None:
         """Run ``job`` soon, or now; what it raises surfaces in ``check``, or here."""

@@ -7,6 +7,7 @@ parameter's high-precision dtype and lie on the parameter's device.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ CHUNK_ELEMENTS = 1 << 18
 class UnitQuantizer(Protocol):
     """Quantizes units of one parameter. Must be safe to call from several threads for different units."""
 
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | float:
         """Quantize one unit.
 
         Args:
@@ -112,8 +113,8 @@ class PerTensorArithmetic(Protocol):
     def absmax(self, values: torch.Tensor) -> float:
         """Largest magnitude where NaN may be among the values."""
 
-    def factors(self, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What values are multiplied by, and the scale that is stored; both 0-d."""
+    def factors(self, absmax: float) -> tuple[float, float]:
+        """What values are multiplied by, and the scale that is stored; both exact in float32."""
 
     def saturate_(self, products: torch.Tensor, limit: float) -> torch.Tensor:
         """Bring products into the fp8 range, in place."""
@@ -129,13 +130,16 @@ class RatioArithmetic:
 
     def __init__(self, fp8_max: float) -> None:
         self._fp8_max = fp8_max
+        self._least = _float32(1e-12)
 
     def absmax(self, values: torch.Tensor) -> float:
         return _largest(values)
 
-    def factors(self, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        multiplier = self._fp8_max / absmax.clamp(min=1e-12)
-        return multiplier, multiplier.reciprocal()
+    def factors(self, absmax: float) -> tuple[float, float]:
+        # Not max(), which drops a NaN. A number over a tensor is, in torch, the number times the reciprocal.
+        clamped = self._least if absmax < self._least else absmax
+        multiplier = _float32(_float32(1.0 / clamped) * self._fp8_max)
+        return multiplier, _float32(_inverse(multiplier))
 
     def saturate_(self, products: torch.Tensor, limit: float) -> torch.Tensor:
         return products.clamp_(min=-limit, max=limit)
@@ -156,9 +160,9 @@ class KernelArithmetic:
     def absmax(self, values: torch.Tensor) -> float:
         return float(values.float().abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax())
 
-    def factors(self, absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = absmax / self._fp8_max
-        return scale.reciprocal(), scale
+    def factors(self, absmax: float) -> tuple[float, float]:
+        scale = _float32(absmax / self._fp8_max)
+        return _float32(_inverse(scale)), scale
 
     def saturate_(self, products: torch.Tensor, limit: float) -> torch.Tensor:
         return products.nan_to_num_(nan=limit, posinf=limit, neginf=-limit).clamp_(min=-limit, max=limit)
@@ -175,34 +179,56 @@ class PerTensorQuantizer:
     def __init__(self, arithmetic: PerTensorArithmetic) -> None:
         self._arithmetic = arithmetic
 
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> float:
         absmax = found = _most(_largest(piece.values) for piece in pieces)
         in_range = self._arithmetic.smallest <= absmax < math.inf
         if not in_range:
             absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
-        multiplier, stored = self._arithmetic.factors(torch.tensor(absmax, dtype=torch.float32))
+        multiplier, stored = self._arithmetic.factors(absmax)
         for piece in pieces:
             target = weight[slices(piece.box)]
-            if in_range and cpu_kernels.applies_to(piece.values, target):
-                cpu_kernels.quantize(piece.values, float(multiplier), target)
-                continue
-            for values, out in _chunks(piece.values, target):
-                products = _scratch(values.shape).copy_(values).mul_(multiplier)
-                if not in_range:
-                    products = self._arithmetic.saturate_(products, torch.finfo(out.dtype).max)
-                out.copy_(products)
-        scale.copy_(stored.reshape(scale.shape))
-        return torch.tensor(found, dtype=torch.float32)
+            if not (in_range and _cast_by_loops(piece.values, multiplier, target)):
+                self._cast(piece.values, multiplier, target, in_range)
+        scale.fill_(stored)
+        return found
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         units = zip(values, weight, scale, strict=True)
-        return torch.stack(
+        return torch.tensor(
             [self.quantize([Piece(whole(unit.shape), unit)], out, factor) for unit, out, factor in units]
         )
+
+    def _cast(self, values: torch.Tensor, multiplier: float, target: torch.Tensor, in_range: bool) -> None:  # noqa: FBT001
+        for chunk, out in _chunks(values, target):
+            products = _scratch(chunk.shape).copy_(chunk).mul_(multiplier)
+            if not in_range:
+                products = self._arithmetic.saturate_(products, torch.finfo(out.dtype).max)
+            out.copy_(products)
+
+
+def _cast_by_loops(values: torch.Tensor, multiplier: float, target: torch.Tensor) -> bool:
+    """Whether the compiled loops could do it, and have."""
+    source, out = cpu_kernels.source(values), cpu_kernels.target(target)
+    if source is None or out is None or (source.rows, source.columns) != (out.rows, out.columns):
+        return False
+    cpu_kernels.quantize(source, multiplier, out)
+    return True
+
+
+def _float32(value: float) -> float:
+    """Rounded as float32 arithmetic rounds: Python computes products and quotients of two float32 precisely enough."""
+    return ctypes.c_float(value).value
+
+
+def _inverse(value: float) -> float:
+    return 1.0 / value if value else math.inf
 
 
 def _largest(values: torch.Tensor) -> float:
     """Largest magnitude; NaN where any value is."""
+    source = cpu_kernels.source(values)
+    if source is not None:
+        return cpu_kernels.largest(source)
     low, high = values.aminmax()
     return max(abs(float(low)), abs(float(high)))
 

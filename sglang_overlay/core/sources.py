@@ -21,17 +21,21 @@ _SWEEP_AT_LEAST = 256
 @dataclass(frozen=True)
 class _Source:
     reference: StorageWeakRef
-    is_mapped: bool
     name: str
 
 
 @dataclass(frozen=True)
 class _Mapping:
-    """Addresses of a mapped file. ``witness`` is a storage that keeps the mapping where it is while it lives."""
+    """Addresses that are mapped as one. ``witness`` is a storage that keeps a file's mapping while it lives."""
 
     start: int
     stop: int
+    is_file: bool
     witness: StorageWeakRef
+
+    def holds(self, address: int) -> bool:
+        # That other memory has become a file since is not noticed: then a copy is made that was not needed.
+        return self.start <= address < self.stop and not (self.is_file and self.witness.expired())
 
 
 class Watch:
@@ -73,7 +77,7 @@ class CheckpointSources:
         # The weak reference also keeps the number from being given to other memory.
         reference = StorageWeakRef(storage)
         with self._lock:
-            self._sources[storage._cdata] = _Source(reference, self._is_mapped(tensor, reference), name)
+            self._sources[storage._cdata] = _Source(reference, name)
             if len(self._sources) >= self._sweep_at:
                 self._sweep()
 
@@ -89,20 +93,19 @@ class CheckpointSources:
     def is_mapped(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of offered memory that is a mapped file: keeping it costs no memory."""
         source = self._sources.get(tensor.untyped_storage()._cdata)
-        return source is not None and source.is_mapped
-
-    def _is_mapped(self, tensor: torch.Tensor, reference: StorageWeakRef) -> bool:
-        if tensor.device.type != "cpu" or not tensor.numel():
+        if source is None or tensor.device.type != "cpu" or not tensor.numel():
             return False
-        known, address = self._mapping, tensor.data_ptr()
-        if known is None or known.witness.expired() or not known.start <= address < known.stop:
-            found = file_mapping_at(address)
-            if found is None:
-                return False
-            known = _Mapping(*found, reference)
-        # The newest storage is the likeliest to be alive when the next one comes, and then it vouches for that one.
-        self._mapping = replace(known, witness=reference)
-        return True
+        address = tensor.data_ptr()
+        with self._lock:
+            known = self._mapping
+            if known is None or not known.holds(address):
+                found = mapping_at(address)
+                if found is None:
+                    return False
+                known = _Mapping(*found, source.reference)
+            # The newest storage is the likeliest to be alive when the next one comes, and then it vouches for that one.
+            self._mapping = replace(known, witness=source.reference)
+            return known.is_file
 
     def _sweep(self) -> None:
         living = {key: source for key, source in self._sources.items() if not source.reference.expired()}
@@ -110,8 +113,8 @@ class CheckpointSources:
         self._sweep_at = max(_SWEEP_AT_LEAST, 2 * len(living))
 
 
-def file_mapping_at(address: int) -> tuple[int, int] | None:
-    """Start and stop of the mapping of a file on disk at ``address``; None for other memory, or where nothing tells.
+def mapping_at(address: int) -> tuple[int, int, bool] | None:
+    """Start and stop of the mapping at ``address``, and whether it is a file on disk; None where nothing tells.
 
     Slow: the kernel writes down all mappings of the process.
     """
@@ -122,6 +125,5 @@ def file_mapping_at(address: int) -> tuple[int, int] | None:
         start, stop = (int(bound, 16) for bound in span.split("-"))
         if start <= address < stop:
             path = rest.split(maxsplit=4)[4:]
-            is_file = bool(path) and path[0].startswith("/") and not path[0].startswith("/dev/")
-            return (start, stop) if is_file else None
+            return start, stop, bool(path) and path[0].startswith("/") and not path[0].startswith("/dev/")
     return None

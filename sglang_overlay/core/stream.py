@@ -241,7 +241,8 @@ class ParameterStream:
 
         with self._released_on_error(units):
             self._pipeline.check()
-        if self._sources.holds(source):
+        size = len(units) * self._grid.unit_volume * self._dtype.itemsize
+        if self._pipeline.takes(size) and self._sources.holds(source):
             self._pipeline.submit(quantize)
         else:
             quantize()
@@ -349,7 +350,8 @@ class ParameterStream:
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         # Stock casts to the parameter's dtype first and quantizes that; a float32 checkpoint must do the same.
-        return values.to(device=self.storage.weight.device, dtype=self._dtype)
+        is_there = values.dtype == self._dtype and values.device == self.storage.weight.device
+        return values if is_there else values.to(device=self.storage.weight.device, dtype=self._dtype)
 
     def _claim(self, units: range) -> None:
         with self._condition:

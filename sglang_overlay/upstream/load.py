@@ -18,6 +18,7 @@ import torch
 
 from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.placeholders import PlaceholderAllocation, materialize
@@ -100,6 +101,8 @@ class ModelLoad:
         self.sources = CheckpointSources()
         self._device = device
         self._pipeline: Pipeline | None = None
+        # Half: reading the files needs free memory as well.
+        self._huge_pages = HugePages(free_huge_pages() // 2)
         self.account = StagingAccount()
         self.deferred: dict[str, str] = {}
         self.fallback: dict[str, str] = {}
@@ -298,6 +301,7 @@ class ModelLoad:
             size = placeholder.numel() * torch.float8_e4m3fn.itemsize
             with shortage_explained(f"for the fp8 storage of {name}.{key}", size, self.account):
                 storage = pending.plan.allocate(placeholder, pending.device)
+            self._huge_pages.request(storage.weight)
             plan = pending.plan.parameter(placeholder, storage)
             stream = ParameterStream(
                 f"{name}.{key}",

@@ -18,7 +18,7 @@ from sglang_overlay.core.units import UnitGrid
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 
-PIPELINE = Pipeline(2)
+PIPELINE = Pipeline(2, smallest=0)
 
 
 def quantize_unit(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

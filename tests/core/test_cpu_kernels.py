@@ -9,13 +9,18 @@ import torch
 from sglang_overlay.core import cpu_kernels
 
 EVERY_VALUE = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def quantize(values, multiplier, out):
+    cpu_kernels.quantize(cpu_kernels.source(values), multiplier, cpu_kernels.target(out))
+
+
+def largest(values):
+    return cpu_kernels.largest(cpu_kernels.source(values))
+
+
 FINITE = EVERY_VALUE[torch.isfinite(EVERY_VALUE)]
 LARGEST = sorted({2.0**power * factor for power in range(-100, 120, 4) for factor in (1.0, 1.1171875, 1.75)})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def prepared():
-    cpu_kernels.prepare().join()
 
 
 @pytest.mark.parametrize("by_reciprocal", [False, True])
@@ -25,14 +30,58 @@ def test_every_value_gets_torchs_bits(by_reciprocal):
         absmax = values.abs().max().float()
         multiplier = 1 / (absmax / 448) if by_reciprocal else 448 / absmax
         out = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
-        cpu_kernels.quantize(values, float(multiplier), out)
+        quantize(values, float(multiplier), out)
         expected = (values.float() * multiplier).to(torch.float8_e4m3fn)
         assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8)), largest
 
 
-def test_only_contiguous_bfloat16_is_taken():
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 127, 128, 129, 300])
+def test_rows_of_any_length_are_converted_whole_and_nothing_beside_them(columns):
+    around = torch.randn(5, 340, generator=torch.Generator().manual_seed(columns)).to(torch.bfloat16)
+    target = torch.full((5, 320), 7.0).to(torch.float8_e4m3fn)
+    values, out = around[:, 9 : 9 + columns], target[:, 3 : 3 + columns]
+    expected = target.clone()
+    expected[:, 3 : 3 + columns] = values.to(torch.float8_e4m3fn)
+    quantize(values, 1.0, out)
+    assert torch.equal(target.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(1,), (129,), (3, 127), (2, 4, 128), (7, 300)])
+@pytest.mark.parametrize("special", [0.0, -3e38, float("inf"), float("-inf"), float("nan"), -(2.0**-133)])
+def test_largest_finds_the_one_value_wherever_it_is(shape, special):
+    for place in range(0, torch.Size(shape).numel(), 17):
+        values = torch.full(shape, 1e-40, dtype=torch.bfloat16)
+        values.view(-1)[place] = special
+        found = largest(values)
+        assert torch.tensor(found).isnan() if special != special else found == float(values.abs().max())
+
+
+def test_largest_sees_nothing_between_the_rows():
+    around = torch.full((4, 300), 9.0, dtype=torch.bfloat16)
+    around[:, 8:200] = -2.0
+    assert largest(around[:, 8:200]) == 2.0
+
+
+def test_only_bfloat16_and_fp8_in_rows_is_taken():
     values, out = torch.ones(8, 8, dtype=torch.bfloat16), torch.empty(8, 8, dtype=torch.float8_e4m3fn)
-    assert cpu_kernels.applies_to(values, out)
-    assert not cpu_kernels.applies_to(values[:, :4], out[:, :4])
-    assert not cpu_kernels.applies_to(values.float(), out)
-    assert not cpu_kernels.applies_to(values, out.to(torch.float8_e5m2))
+    assert cpu_kernels.source(values)[1:] == cpu_kernels.target(out)[1:] == (8, 8, 8)
+    assert cpu_kernels.source(values[:, 2:6])[1:] == (8, 4, 8)
+    assert cpu_kernels.source(values.t()) is None
+    assert cpu_kernels.source(values.unsqueeze(0)[:, :, :4]) is None
+    assert cpu_kernels.source(values.float()) is None
+    assert cpu_kernels.source(values[:0]) is None
+    assert cpu_kernels.source(values.to("meta")) is None
+    assert cpu_kernels.target(out.t()) is None
+    assert cpu_kernels.target(out.to(torch.float8_e5m2)) is None
+
+
+def test_torch_converts_where_nothing_can_be_compiled(monkeypatch):
+    def fail():
+        raise ImportError("no llvmlite")
+
+    monkeypatch.setattr(cpu_kernels, "compile_loops", fail)
+    cpu_kernels._loops.cache_clear()
+    try:
+        assert cpu_kernels.source(torch.ones(8, dtype=torch.bfloat16)) is None
+    finally:
+        cpu_kernels._loops.cache_clear()

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from core import streams
 from sglang_overlay.core.pipeline import Pipeline
 
 
@@ -83,3 +84,15 @@ def test_workers_compute_with_one_thread_and_others_keep_theirs():
     assert seen == [1, 1, 1, 1]
     assert later == [before]
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("columns", "is_beside"), [(64, False), (4096, True)])
+def test_only_units_worth_it_are_quantized_beside_the_loader(monkeypatch, columns, is_beside):
+    pipeline, seen = Pipeline(1), []
+    monkeypatch.setattr(streams, "PIPELINE", pipeline)
+    streamed, weight = streams.per_expert((1, 32, columns)), torch.randn(1, 32, columns).to(torch.bfloat16)
+    streamed.stream._count = lambda _: seen.append(threading.current_thread())
+    streamed.sources.offer(weight)
+    streamed.stream.write(streamed.placeholder, weight)
+    pipeline.close()
+    assert [thread is not threading.current_thread() for thread in seen] == [is_beside]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_overlay.core import sources as sources_module
-from sglang_overlay.core.sources import CheckpointSources, Watch, file_mapping_at
+from sglang_overlay.core.sources import CheckpointSources, Watch, mapping_at
 
 
 def is_mapped(tensor):
@@ -52,9 +52,7 @@ def test_anonymous_and_empty_memory_is_not_mapped():
 def lookups(monkeypatch):
     """Addresses for which the process's mappings were read."""
     asked = []
-    monkeypatch.setattr(
-        sources_module, "file_mapping_at", lambda address: asked.append(address) or file_mapping_at(address)
-    )
+    monkeypatch.setattr(sources_module, "mapping_at", lambda address: asked.append(address) or mapping_at(address))
     return asked
 
 
@@ -92,3 +90,12 @@ def test_watch_sees_changes_through_any_view():
 def test_watch_takes_tensors_of_inference_mode():
     with torch.inference_mode():
         assert not Watch(torch.randn(4)).has_changed
+
+
+def test_mappings_are_read_once_for_memory_of_no_file(lookups):
+    sources, block = CheckpointSources(), torch.zeros(1 << 25)
+    for part in block.split(1 << 20):
+        tensor = torch.empty(0).set_(part.untyped_storage(), part.storage_offset(), part.shape)
+        sources.offer(tensor)
+        assert not sources.is_mapped(tensor)
+    assert len(lookups) == 1

@@ -28,10 +28,9 @@ def by_upstream(weight):
 @pytest.fixture(autouse=True, scope="module", params=["compiled", "torch"])
 def loops(request):
     """The same with the compiled loops and without them."""
-    cpu_kernels.prepare().join()
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr(cpu_kernels, "applies_to", lambda values, out: False)
+            patch.setattr(cpu_kernels, "source", lambda values: None)
         yield
 
 
@@ -75,3 +74,19 @@ def test_matrix_of_many_chunks_gives_upstreams_bits(kind):
     weight = torch.randn(700, 1111, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     arithmetic, reference = REFERENCES[kind]
     assert_equal(quantized(arithmetic, weight, 333), reference(weight))
+
+
+def factors_by_torch(kind, absmax):
+    """What upstream multiplies by and stores, in its own order of operations."""
+    if kind == "linear":
+        multiplier = FP8_MAX / absmax.clamp(min=1e-12)
+        return multiplier, multiplier.reciprocal()
+    return (absmax / FP8_MAX).reciprocal(), absmax / FP8_MAX
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_factors_of_every_bfloat16_have_torchs_bits(kind):
+    absmax = torch.arange(0, 0x7F82, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    found = torch.tensor([REFERENCES[kind][0].factors(value) for value in absmax.tolist()], dtype=torch.float32)
+    expected = torch.stack(factors_by_torch(kind, absmax), dim=1)
+    assert torch.equal(found.nan_to_num(nan=-1.0).view(torch.int32), expected.nan_to_num(nan=-1.0).view(torch.int32))

@@ -17,9 +17,10 @@ def loads(request, workers, checkpoint):
     return {mode: workers.load_fresh(LoadJob(path, streaming=mode)).ranks[0] for mode in ("0", "require")}
 
 
-def test_streaming_peaks_within_a_tenth_of_the_loaded_model(loads):
+def test_streaming_peaks_within_a_twentieth_of_the_loaded_model(loads):
+    """What a process needs once (threads, compiled loops) is 2 to 4 % of so small a model."""
     streaming = loads["require"]
-    assert streaming.memory.peak_above_start <= 1.10 * streaming.model_bytes
+    assert streaming.memory.peak_above_start <= 1.05 * streaming.model_bytes
 
 
 def test_streaming_peaks_below_six_tenths_of_stock(loads):

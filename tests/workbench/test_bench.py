@@ -1,54 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark compares neighbours, counts no warm-up, and runs what it says it runs."""
+"""The benchmark compares neighbours, counts no warm-up, runs what it says it runs, and says where."""
 
 from __future__ import annotations
 
+import getpass
 import json
+import platform
+import re
+from pathlib import Path
 
 import pytest
-from workbench.bench import CONTENDERS, Run, alternate, document, figures, ratio
+from click.testing import CliRunner
+from workbench import bench_cli
+from workbench.bench import (
+    BENCH_FAMILIES,
+    CONTENDERS,
+    ORDERS,
+    Case,
+    Run,
+    figures,
+    measure,
+    ratio,
+    scaling_cases,
+    size_cases,
+    sized_spec,
+)
+from workbench.bench_chart import draw
+from workbench.bench_document import document
+from workbench.checkpoints import CheckpointSpec, tensor_plans
 
 NAMES = [contender.name for contender in CONTENDERS]
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def rounds_of(*seconds):
     """Runs of each round, the contenders in their order."""
-    return [Run(name, value, 200, 100) for found in seconds for name, value in zip(NAMES, found, strict=True)]
+    return [
+        Run(name, value, 2 * value, 200, 100) for found in seconds for name, value in zip(NAMES, found, strict=True)
+    ]
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios_not_the_ratio_of_the_medians():
-    runs = rounds_of((1.0, 10.0, 5.0), (10.0, 20.0, 16.0), (2.0, 100.0, 40.0))
-    assert ratio(runs, "streaming fp8", "stock fp8", "seconds") == 0.5
+    runs = rounds_of((1.0, 10.0, 1.0, 5.0), (10.0, 20.0, 1.0, 16.0), (2.0, 100.0, 1.0, 40.0))
+    assert ratio(runs, "streaming", "stock fp8", "seconds") == 0.5
 
 
 def test_figures_are_medians_with_their_range():
-    found = figures(rounds_of((1.0, 4.0, 2.0), (3.0, 6.0, 2.5), (2.0, 5.0, 9.0)))
-    assert [found[name].seconds for name in NAMES] == [2.0, 5.0, 2.5]
-    assert found["streaming fp8"].seconds_range == (2.0, 9.0)
+    found = figures(rounds_of((1.0, 4.0, 7.0, 2.0), (3.0, 6.0, 8.0, 2.5), (2.0, 5.0, 9.0, 9.0)))
+    assert [found[name].seconds for name in NAMES] == [2.0, 5.0, 8.0, 2.5]
+    assert found["streaming"].seconds_range == (2.0, 9.0)
+    assert found["streaming"].cpu_seconds == 5.0
     assert found["stock fp8"].peak_of_final == 2.0
 
 
+@pytest.mark.parametrize("family", BENCH_FAMILIES)
+@pytest.mark.parametrize("gigabytes", [0.5, 1, 2, 4, 8])
+def test_checkpoints_have_about_the_size_that_was_asked_for(family, gigabytes):
+    weights = sum(plan.nbytes for plan in tensor_plans(sized_spec(family, gigabytes)))
+    assert weights == pytest.approx(gigabytes * 1e9, abs=0.2e9)
+
+
+def test_every_family_is_measured_in_every_order_at_every_size():
+    cases = size_cases(BENCH_FAMILIES, [0.5, 1], ORDERS)
+    assert len(cases) == len({case.name for case in cases}) == 3 * 3 * 2
+    staggered = [case for case in cases if case.order == "staggered"]
+    assert all(case.tp_size == 2 and case.environ["SGLANG_SORT_WEIGHT_FILES"] == "1" for case in staggered)
+    shuffled = [case for case in cases if case.order == "shuffled"]
+    assert all(case.spec.file_names == "shuffled" and case.spec.files >= 4 for case in shuffled)
+
+
+def test_scaling_varies_one_thing_at_a_time():
+    series = scaling_cases([1, 2])
+    assert {dict(case.spec.overrides)["num_experts"] for case in series["layers"]} == {32}
+    assert {dict(case.spec.overrides)["num_hidden_layers"] for case in series["experts"]} == {2}
+    assert len({case.spec for case in series["threads"]}) == 1
+    assert [case.threads for case in series["threads"]] == [1, 2]
+
+
 @pytest.fixture(scope="module")
-def real(workers, checkpoint):
+def real(workers, checkpoint_folder):
     """Two counted rounds over a tiny checkpoint, and everything that was run."""
-    path, done = checkpoint("qwen3_moe"), []
-    return path, alternate(workers, path, 2, done=done.append), done
+    case, done = Case("tiny", 0.01, CheckpointSpec("qwen3_moe"), threads=1), []
+    return measure(workers, case, checkpoint_folder, 2, done=done.append), done
 
 
 def test_contenders_alternate_after_a_warm_up_that_is_not_counted(real):
-    _, runs, done = real
+    result, done = real
     assert [run.contender for run in done] == NAMES * 3
-    assert runs == done[len(NAMES) :]
+    assert list(result.runs) == done[len(NAMES) :]
 
 
 def test_loaded_fp8_models_are_smaller_than_bf16(real):
-    found = figures(real[1])
-    assert found["stock fp8"].final == found["streaming fp8"].final < found["stock bf16"].final
+    found = figures(real[0].runs)
+    sizes = {found[name].final for name in NAMES[1:]}
+    assert len(sizes) == 1
+    assert sizes.pop() < found["stock bf16"].final
 
 
-def test_document_is_json_and_says_what_was_run_on_what(real):
-    path, runs, _ = real
-    data = json.loads(json.dumps(document(runs, path, 1)))
-    assert data["checkpoint"] == path.name
-    assert data["commit"] != ""
-    assert len(data["runs"]) == 6
+def test_document_says_what_was_run_on_what_and_names_nobody(real):
+    text = json.dumps(document([real[0]]))
+    data = json.loads(text)
+    assert [len(case["runs"]) for case in data["cases"]] == [8]
+    assert data["commit"]
+    assert data["versions"]["sglang"] != "unknown"
+    assert data["machine"]["cores"] > 0
+    assert data["machine"]["memory_bytes"] > 2**30
+    assert not re.search(rf"\b{re.escape(platform.node())}\b", text)
+    assert str(Path.home()) not in text
+    assert f'"{getpass.getuser()}"' not in text
+
+
+def test_chart_has_a_column_for_each_series(real, tmp_path):
+    draw({"one": [real[0]], "two": [real[0], real[0]]}, {"one": "GB", "two": "layers"}, tmp_path / "c" / "c.png", "t")
+    assert (tmp_path / "c" / "c.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("asked", [[], ["--scaling"]])
+def test_command_measures_writes_and_leaves_no_checkpoint_behind(monkeypatch, tmp_path, asked):
+    tiny = Case("tiny", 0.01, CheckpointSpec("qwen3_moe", files=3, seed=77))
+    monkeypatch.setenv("STREAMFP8_CACHE", str(tmp_path))
+    monkeypatch.setattr(bench_cli, "size_cases", lambda *_: [tiny])
+    monkeypatch.setattr(bench_cli, "scaling_cases", lambda _: {"layers": [tiny]})
+    files = {"--json": tmp_path / "bench.json", "--png": tmp_path / "bench.png"}
+    arguments = [*asked, "--rounds", "1", *(str(part) for pair in files.items() for part in pair)]
+    answer = CliRunner().invoke(bench_cli.main, arguments, catch_exceptions=False)
+    assert answer.exit_code == 0
+    assert all(name in answer.output for name in NAMES)
+    assert [case["name"] for case in json.loads(files["--json"].read_text())["cases"]] == ["tiny"]
+    assert files["--png"].read_bytes().startswith(PNG)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_command_refuses_sizes_that_are_no_numbers():
+    answer = CliRunner().invoke(bench_cli.main, ["--sizes", "big"])
+    assert answer.exit_code == 2
+    assert "0.5,1,2" in answer.output

@@ -28,6 +28,7 @@ def result(tensors: dict[str, TensorPrint], **changes: object) -> LoadResult:
         parameter_order=tuple(tensors),
         model_bytes=0,
         load_seconds=0.0,
+        load_cpu_seconds=0.0,
         job_seconds=0.0,
         memory=MemoryUsage("RssAnon", 0, 0, 0),
         tokens=((1, 2),),

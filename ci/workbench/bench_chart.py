@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Charts of ``ci/bench``: peak memory and load time of each contender, over what a series varies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from workbench.bench import BF16, GIGABYTE, LAYERS, STOCK, STREAMING, CaseResult, Figures, figures
+
+#: Of Okabe and Ito's palette, as in the charts of memory over time.
+_COLOURS = {BF16.name: "#777777", STOCK.name: "#D55E00", LAYERS.name: "#E69F00", STREAMING.name: "#0072B2"}
+_MARKERS = {BF16.name: "s", STOCK.name: "o", LAYERS.name: "^", STREAMING.name: "D"}
+_INK, _GRID = "#333333", "#E3E3E3"
+
+
+def draw(series: Mapping[str, Sequence[CaseResult]], axis: Mapping[str, str], file: Path, title: str) -> None:
+    """One column of panels for each series: peak above, seconds below.
+
+    Args:
+        series: results by the column's heading, ordered along its axis.
+        axis: what the axis of each column shows.
+        file: PNG to write.
+        title: of the whole.
+    """
+    figure = Figure(figsize=(1.2 + 3.4 * len(series), 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, len(series), squeeze=False)
+    for column, (heading, results) in enumerate(series.items()):
+        above, below = panels[0][column], panels[1][column]
+        _lines(above, results, lambda found: found.peak / GIGABYTE)
+        _lines(below, results, lambda found: found.seconds)
+        _model_sizes(above, results)
+        above.set_title(heading, loc="left", color=_INK, fontsize=11)
+        below.set_xlabel(axis[heading], color=_INK)
+        for panel in (above, below):
+            _dress(panel, [result.case.value for result in results])
+    panels[0][0].set_ylabel("peak memory above start, GB", color=_INK)
+    panels[1][0].set_ylabel("load, seconds", color=_INK)
+    panels[0][0].legend(frameon=False, fontsize=9, labelcolor=_INK)
+    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format="png", dpi=140)
+
+
+def _lines(panel: Any, results: Sequence[CaseResult], value: Any) -> None:
+    found: list[dict[str, Figures]] = [figures(result.runs) for result in results]
+    for name in found[0]:
+        panel.plot(
+            [result.case.value for result in results],
+            [value(medians[name]) for medians in found],
+            color=_COLOURS[name],
+            marker=_MARKERS[name],
+            markersize=5,
+            linewidth=1.6,
+            label=name,
+        )
+
+
+def _model_sizes(panel: Any, results: Sequence[CaseResult]) -> None:
+    """Dashed: where loads that wasted nothing would peak."""
+    sizes = [figures(result.runs)[STREAMING.name].final / GIGABYTE for result in results]
+    values = [result.case.value for result in results]
+    panel.plot(values, sizes, color=_INK, linestyle=(0, (5, 3)), linewidth=1.0, label="loaded fp8 model", zorder=5)
+
+
+def _dress(panel: Any, values: Sequence[float]) -> None:
+    if len(values) > 1:
+        panel.set_xscale("log", base=2)
+    panel.set_xticks(list(values), [f"{value:g}" for value in values])
+    panel.minorticks_off()
+    panel.set_ylim(bottom=0)
+    panel.grid(visible=True, color=_GRID, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.tick_params(colors=_INK)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)

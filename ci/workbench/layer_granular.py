@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-granular streaming, to compare with: a layer is gathered whole in high precision, then quantized and let go of.
+
+That is what vLLM #31914 and SGLang #17945 do. Here it is a mode of this package's own streaming, so that a comparison
+shows the granularity and nothing else: the same capture, the same kernels, the same threads, the same reports.
+
+    with whole_layers(): load()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.stream import ParameterStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class _Layer:
+    """The parameters of one layer; ``lock`` guards their gathering. Complete when all of each has come."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.members: list[GatheredStream] = []
+
+
+class GatheredStream(ParameterStream):
+    """A parameter that waits for the rest of its layer. Arguments are those of ``ParameterStream``."""
+
+    def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any) -> None:
+        super().__init__(name, placeholder, *args)
+        self._placeholder = placeholder
+        self._layer = layer
+        self._gathered: torch.Tensor | None = None
+        self._missing: list[Box] = [whole(self._shape)]
+        self._is_passed_on = False
+        layer.members.append(self)
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if not destination.numel():
+            return
+        with self._layer.lock:
+            if self._is_passed_on:
+                super().write(destination, source)
+                return
+            self._gather(Placement(destination, self._shape), source)
+            if not any(member._missing for member in self._layer.members):
+                for member in self._layer.members:
+                    member._pass_on()
+
+    def restore(self) -> torch.Tensor:
+        if self._gathered is None:
+            return super().restore()
+        gathered = self._gathered
+        self._let_go()
+        return gathered
+
+    def release(self) -> None:
+        self._let_go()
+        super().release()
+
+    def _gather(self, placement: Placement, source: torch.Tensor) -> None:
+        if self._gathered is None:
+            self._gathered = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
+            self._account.add(self._gathered.nbytes)
+        self._gathered[slices(placement.box)].copy_(placement.lay_out(source))
+        self._missing = [part for box in self._missing for part in difference(box, placement.box)]
+
+    def _pass_on(self) -> None:
+        """Quantize everything, on all threads as stock's operators do, and wait for it: the memory is the layer's."""
+        gathered = self._gathered
+        assert gathered is not None
+        self._is_passed_on = True
+        self._sources.offer(gathered)
+        units = self.units if self._grid.sliced else 1
+        for place, values in zip(self._placeholder.chunk(units), gathered.chunk(units), strict=True):
+            super().write(place, values)
+        self._finish_jobs()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._gathered is not None:
+            self._account.add(-self._gathered.nbytes)
+            self._gathered = None
+
+
+@contextlib.contextmanager
+def whole_layers() -> Iterator[None]:
+    """Make all loads in this process gather layers. Parameters belong together whose names differ in the last part."""
+    layers: dict[tuple[StagingAccount, str], _Layer] = {}
+
+    def stream(name: str, placeholder: torch.Tensor, grid: Any, quantizer: Any, storage: Any, *args: Any) -> Any:
+        # One load has one account.
+        layer = layers.setdefault((args[0], name.rpartition(".")[0]), _Layer())
+        return GatheredStream(layer, name, placeholder, grid, quantizer, storage, *args)
+
+    with mock.patch("sglang_overlay.upstream.load.ParameterStream", stream):
+        yield
