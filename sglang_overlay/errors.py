@@ -51,6 +51,14 @@ class UnsupportedDtypeError(StreamFP8Error):
     """A checkpoint tensor of integers was to be written into a weight: it is quantized already, by something else."""
 
 
+class UnexpectedParametersError(StreamFP8Error):
+    """Upstream created other parameters for a layer than this package knows; the layer must take stock's path."""
+
+
+class SchemeError(SettingsError):
+    """The quantization scheme that was asked for does not exist, or not for this model, layer or platform."""
+
+
 class StagingMemoryError(StreamFP8Error):
     """Memory ran out while a weight was streamed. Caused by torch's own error."""
 

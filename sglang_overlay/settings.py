@@ -10,6 +10,8 @@ variable                   values                       meaning
 ``SGLANG_STREAMFP8_REPORT`` a folder                    write one JSON load report per rank there
 ``SGLANG_STREAMFP8_ALLOW_MISSING`` ``0`` (default)      weights that the checkpoint lacks are an error
 ..                         ``1``                        they are a warning, and zero in the model
+``SGLANG_STREAMFP8_SCHEME`` ``stock`` (default)         quantize as stock SGLang does
+..                         a scheme's name, or JSON     quantize otherwise (``schemes/choice.py``)
 ========================== ============================ ===========================================================
 """
 
@@ -17,14 +19,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sglang_overlay.errors import SettingsError
+from sglang_overlay.schemes.choice import SchemeChoice, parse
 
 MODE_VARIABLE = "SGLANG_STREAMFP8"
 REPORT_VARIABLE = "SGLANG_STREAMFP8_REPORT"
 ALLOW_MISSING_VARIABLE = "SGLANG_STREAMFP8_ALLOW_MISSING"
+SCHEME_VARIABLE = "SGLANG_STREAMFP8_SCHEME"
 
 
 class Mode(enum.Enum):
@@ -42,6 +46,14 @@ class Settings:
     mode: Mode = Mode.ON
     report_folder: Path | None = None
     allow_missing: bool = False
+    schemes: SchemeChoice = field(default_factory=SchemeChoice)
+
+    @property
+    def required_by(self) -> str | None:
+        """The variable, with its value, under which an fp8 load that cannot be streamed is an error."""
+        if not self.schemes.is_stock:
+            return f"{SCHEME_VARIABLE}={'/'.join(sorted(self.schemes.names))}"
+        return f"{MODE_VARIABLE}={self.mode.value}" if self.mode is Mode.REQUIRE else None
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -53,11 +65,18 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     Raises:
         SettingsError: a variable has an unknown value; the message lists the valid ones.
     """
-    return Settings(
+    found = Settings(
         mode=_mode(environ.get(MODE_VARIABLE, "")),
         report_folder=_folder(environ.get(REPORT_VARIABLE, "")),
         allow_missing=_switch(ALLOW_MISSING_VARIABLE, environ.get(ALLOW_MISSING_VARIABLE, "")),
+        schemes=parse(environ.get(SCHEME_VARIABLE, ""), SCHEME_VARIABLE),
     )
+    if found.mode is Mode.OFF and not found.schemes.is_stock:
+        raise SettingsError(
+            f"{SCHEME_VARIABLE} is set, which only streaming can serve, and {MODE_VARIABLE}=0 switches that off. "
+            "Unset one of them."
+        )
+    return found
 
 
 def _mode(text: str) -> Mode:

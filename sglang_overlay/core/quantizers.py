@@ -41,6 +41,9 @@ class UnitQuantizer(Protocol):
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Quantize several whole units at once; the first dimension of arguments and result counts them."""
 
+    def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        """Whether a unit that was quantized to ``weight`` and ``scale`` can have held ``piece``."""
+
 
 def magnitude(unit: torch.Tensor) -> torch.Tensor:
     """Largest magnitude; NaN or Inf where any value is. Scales do not tell: the kernels' maximum drops NaN."""
@@ -58,7 +61,23 @@ def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
     return unit
 
 
-class WholeUnitQuantizer:
+class OneScaleAUnit:
+    """Units of fp8 values with a single scale."""
+
+    def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        return is_rounding_of(weight[slices(piece.box)], scale, piece.values)
+
+
+def is_rounding_of(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether fp8 ``weight`` times ``scale`` (broadcast against it) is within half a step of e4m3 of ``values``."""
+    wanted = values.float()
+    # Half a step: 2**-4 of the value, or of the smallest normal number below that.
+    smallest = torch.finfo(weight.dtype).smallest_normal * scale
+    allowed = torch.maximum(wanted.abs(), smallest) * 2**-4
+    return not bool(((weight.float() * scale - wanted).abs() > allowed * 1.01).any())
+
+
+class WholeUnitQuantizer(OneScaleAUnit):
     """Runs a function on each whole unit, for kernels that only take one contiguous matrix.
 
     Args:
@@ -81,24 +100,49 @@ class WholeUnitQuantizer:
 
 
 class RowQuantizer:
-    """Per-channel: every row of a run has its own scale, so a run of rows is one call.
+    """Per-channel: every row has its own scale, so any run of units is one call, of a row or of several each.
 
     Args:
-        function: ``[rows, columns] -> (fp8 [rows, columns], float32 scale of one element a row)``, upstream's own.
+        function: ``[rows, columns] -> (fp8 [rows, columns], float32 scale of one element a row)``, upstream's own, or
+            ``quantize_rows``.
     """
 
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._function = function
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return self.quantize_run(assemble(pieces, weight).unsqueeze(0), weight.unsqueeze(0), scale.reshape(1))[0]
+        unit = assemble(pieces, weight)
+        return self.quantize_run(unit.unsqueeze(0), weight.unsqueeze(0), scale.unsqueeze(0))[0]
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        quantized, factors = self._function(values.contiguous())
-        weight.copy_(quantized)
+        quantized, factors = self._function(values.reshape(-1, values.shape[-1]).contiguous())
+        weight.copy_(quantized.view(weight.shape))
         scale.copy_(factors.reshape(scale.shape))
-        low, high = values.aminmax(dim=1)
+        low, high = values.flatten(1).aminmax(dim=1)
         return torch.maximum(low.neg(), high)
+
+    def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        factors = scale.reshape(*weight.shape[:-1], 1).expand(weight.shape)[slices(piece.box)]
+        return is_rounding_of(weight[slices(piece.box)], factors, piece.values)
+
+
+def quantize_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-channel quantization of ``[rows, columns]`` in torch, for where upstream's kernel cannot run.
+
+    The arithmetic of SGLang's ``per_token_group_quant_fp8`` with one group a row (``fp8_kernel.py``): scale is the
+    largest magnitude, at least 1e-10, over the largest fp8 value; values are divided by it, in float32.
+
+    Returns:
+        fp8 ``[rows, columns]`` and float32 ``[rows, 1]``.
+    """
+    largest = torch.finfo(dtype).max
+    quantized, scales = torch.empty(values.shape, dtype=dtype), torch.empty(len(values), 1)
+    rows = max(1, CHUNK_ELEMENTS // values.shape[-1])
+    for part, out, scale in zip(values.split(rows), quantized.split(rows), scales.split(rows), strict=True):
+        wide = part.float()
+        torch.div(wide.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10), largest, out=scale)
+        out.copy_(wide.div_(scale).clamp_(-largest, largest))
+    return quantized, scales
 
 
 class PerTensorArithmetic(Protocol):
@@ -168,7 +212,7 @@ class KernelArithmetic:
         return products.nan_to_num_(nan=limit, posinf=limit, neginf=-limit).clamp_(min=-limit, max=limit)
 
 
-class PerTensorQuantizer:
+class PerTensorQuantizer(OneScaleAUnit):
     """Per-tensor, without ever joining the pieces: the largest of the pieces' maxima is the unit's.
 
     Needs no memory beyond one cache-sized chunk. Bit-identical to quantizing the whole unit, since a maximum does not

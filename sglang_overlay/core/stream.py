@@ -68,7 +68,8 @@ class ParameterStream:
         self.name = name
         self.storage = storage
         self.units = grid.count
-        self._shape = placeholder.shape
+        self._shape = torch.Size(grid.parameter_shape)
+        self._placeholder_shape = placeholder.shape
         self._dtype = placeholder.dtype
         self._grid = grid
         self._quantizer = quantizer
@@ -201,7 +202,7 @@ class ParameterStream:
             for piece in staged.pieces:
                 units[unit][slices(piece.box)].copy_(piece.values)
         self.release()
-        return weight
+        return weight.view(self._placeholder_shape)
 
     def release(self) -> None:
         """Give all staging memory back."""
@@ -306,11 +307,7 @@ class ParameterStream:
 
     def _compare(self, unit: int, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            stored = self.storage.weight[unit][slices(piece.box)].float() * self.storage.scale[unit]
-            smallest = torch.finfo(self.storage.weight.dtype).smallest_normal * self.storage.scale[unit]
-            # Half a step of e4m3: 2**-4 of the value, or of the smallest normal number below that.
-            allowed = piece.values.float().abs().clamp(min=float(smallest)) * 2**-4
-            if ((stored - piece.values.float()).abs() > allowed * 1.01).any():
+            if not self._quantizer.could_be(piece, self.storage.weight[unit], self.storage.scale[unit]):
                 names = ", ".join(self.origins([unit])) or "a tensor"
                 raise ConflictingWriteError(
                     self.name,

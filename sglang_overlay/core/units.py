@@ -16,8 +16,8 @@ class UnitGrid:
     Attributes:
         count: number of units.
         shape: shape of one unit, for example ``(2 * intermediate, hidden)`` for an expert's w13.
-        sliced: whether the parameter's first dimension counts the units (experts, output channels); otherwise the
-            parameter is one unit.
+        sliced: whether units lie one after the other along the first dimension (experts, output channels, blocks of
+            rows); otherwise the parameter is one unit.
     """
 
     count: int
@@ -30,9 +30,22 @@ class UnitGrid:
         return cls(count=shape[0], shape=tuple(shape[1:]), sliced=True)
 
     @classmethod
+    def of_rows(cls, shape: tuple[int, ...], rows: int) -> UnitGrid:
+        """Each block of ``rows`` rows is a unit, in every matrix of ``shape``; their height is a multiple of it."""
+        *matrices, height, width = shape
+        if height % rows:
+            raise ValueError(f"{height} rows do not divide into units of {rows}")
+        return cls(count=prod(matrices) * height // rows, shape=(rows, width), sliced=True)
+
+    @classmethod
     def one(cls, shape: tuple[int, ...]) -> UnitGrid:
         """The whole parameter is one unit."""
         return cls(count=1, shape=tuple(shape), sliced=False)
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The parameter's shape, with its units along the first dimension where it is sliced."""
+        return (self.count, *self.shape) if self.sliced else self.shape
 
     @property
     def unit_volume(self) -> int:
@@ -45,7 +58,7 @@ class UnitGrid:
         return whole(self.shape)
 
     def divide(self, box: Box) -> tuple[Interval, Box]:
-        """Units that a box of the parameter touches, and the box within each of them."""
+        """Units that a box of ``parameter_shape`` touches, and the box within each of them."""
         if self.sliced:
             return box[0], box[1:]
         return (0, 1), box

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from sglang_overlay.upstream.touch_point import HookKind, Place, TouchPoint
 
+_COMPRESSED = "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8_moe"
+
 TOUCH_POINTS = (
     TouchPoint(
         target="sglang.kernels.ops.quantization.fp8_kernel.scaled_fp8_quant",
@@ -28,6 +30,33 @@ TOUCH_POINTS = (
         why="quantizes the activation with a Triton kernel and multiplies with a GPU GEMM",
         related=(),
         remove_when="upstream's fp8 linear runs on a CPU without AMX",
+    ),
+    TouchPoint(
+        target="sglang.srt.layers.quantization.fp8_utils.triton_w8a8_block_fp8_linear",
+        hook="sglang_overlay.cpu_reference.linear:triton_w8a8_block_fp8_linear",
+        kind=HookKind.REPLACE,
+        parameters=("input", "weight", "block_size", "weight_scale", "input_scale", "bias"),
+        why="what upstream chooses for block-wise fp8 without a GPU is a Triton kernel",
+        related=(),
+        remove_when="upstream's block-wise fp8 linear runs on a CPU without AMX",
+    ),
+    TouchPoint(
+        target=f"{_COMPRESSED}.CompressedTensorsW8A8Fp8MoE.apply_weights",
+        hook="sglang_overlay.cpu_reference.moe:apply_weights",
+        kind=HookKind.REPLACE,
+        parameters=("self", "layer", "dispatch_output"),
+        why="per-channel experts run in GPU kernels only",
+        related=(),
+        remove_when="upstream's per-channel fp8 experts run on a CPU without AMX",
+    ),
+    TouchPoint(
+        target="sglang_overlay.schemes.int8.Int8ExpertsMethod.apply",
+        hook="sglang_overlay.cpu_reference.moe:apply_weights",
+        kind=HookKind.REPLACE,
+        parameters=("self", "layer", "dispatch_output"),
+        why="this package's own method, whose kernel is Triton's",
+        related=(),
+        remove_when="the int8 scheme goes",
     ),
     TouchPoint(
         target="sglang.srt.layers.quantization.fp8.Fp8MoEMethod.apply",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,48 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) ->
         dtype: of the result.
     """
     return (weight.float() * scale).to(dtype)
+
+
+def dequantize_blocks(
+    weight: torch.Tensor, scale: torch.Tensor, block_size: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """As ``dequantize``, with one scale a block.
+
+    Args:
+        weight: float8_e4m3fn ``[N, K]``.
+        scale: float32, ``[ceil(N / rows), ceil(K / columns)]``.
+        block_size: rows and columns of a block; those at the edges may be smaller.
+        dtype: of the result.
+    """
+    rows, columns = block_size
+    spread = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return dequantize(weight, spread[: weight.shape[0], : weight.shape[1]], dtype)
+
+
+def triton_w8a8_block_fp8_linear(
+    input: torch.Tensor,  # noqa: A002 (SGLang's callers name it)
+    weight: torch.Tensor,
+    block_size: Sequence[int],
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor | None = None,  # noqa: ARG001
+    bias: torch.Tensor | None = None,
+    **gpu_choices: Any,  # noqa: ARG001
+) -> torch.Tensor:
+    """SGLang's block-wise linear on a CPU. The activation is not quantized.
+
+    Args:
+        input: ``[..., K]`` in the model's dtype.
+        weight: ``[N, K]`` float8_e4m3fn.
+        block_size: rows and columns of a block.
+        weight_scale: float32, one a block.
+        input_scale: not used.
+        bias: ``[N]`` or None.
+        gpu_choices: SGLang's switches between GPU kernels.
+
+    Returns:
+        ``[..., N]`` in the input's dtype.
+    """
+    return linear(input, dequantize_blocks(weight, weight_scale, block_size, input.dtype), bias)
 
 
 def apply_fp8_linear(

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import gelu, linear, silu
 
-from sglang_overlay.cpu_reference.linear import dequantize
+from sglang_overlay.cpu_reference.linear import dequantize, dequantize_blocks
+
+Dequantize = Callable[..., torch.Tensor]
+"""``(weight, scale, dtype=...)``: a matrix of the dtype."""
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": silu, "gelu": gelu}
 
@@ -22,23 +26,48 @@ def apply(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
 
     Args:
         self: the ``Fp8MoEMethod``.
-        layer: the ``FusedMoE`` layer, with w13_weight ``[E, 2I, H]``, w2_weight ``[E, H, I]`` and one scale per expert.
+        layer: the ``FusedMoE`` layer, with w13_weight ``[E, 2I, H]``, w2_weight ``[E, H, I]``, and one scale per expert
+            or, block-wise, one per block of each.
         dispatch_output: SGLang's ``StandardDispatchOutput``.
 
     Raises:
-        NotImplementedError: for block-wise scales, or an activation without a reference here.
+        NotImplementedError: for fp4 experts, biases, or an activation without a reference here.
     """
+    if self.is_fp4_expert or self.with_bias:
+        raise NotImplementedError("the CPU reference platform has neither fp4 experts nor experts with biases")
+    if not self.block_quant:
+        return _apply(self.moe_runner_config, layer, dispatch_output, "weight_scale", dequantize)
+    block_size = self.quant_config.weight_block_size
+    unpack = functools.partial(dequantize_blocks, block_size=block_size)
+    return _apply(self.moe_runner_config, layer, dispatch_output, "weight_scale_inv", unpack)
+
+
+def apply_weights(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+    """SGLang's ``CompressedTensorsW8A8Fp8MoE.apply_weights``, and its like with int8 weights, on a CPU.
+
+    Args:
+        self: has the layer's ``moe_runner_config``.
+        layer: the ``FusedMoE`` layer, with scales ``[E, rows, 1]``, one for each output channel.
+        dispatch_output: SGLang's ``StandardDispatchOutput``.
+
+    Raises:
+        NotImplementedError: for an activation without a reference here.
+    """
+    return _apply(self.moe_runner_config, layer, dispatch_output, "weight_scale", dequantize)
+
+
+def _apply(config: Any, layer: torch.nn.Module, dispatch_output: Any, scale: str, unpack: Dequantize) -> Any:
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-    config = self.moe_runner_config
-    _check(self, config)
+    _check(config)
     weights, ids, _ = dispatch_output.topk_output
     output = experts(
         dispatch_output.hidden_states,
         weights,
         ids,
-        (layer.get_parameter("w13_weight"), layer.get_parameter("w13_weight_scale")),
-        (layer.get_parameter("w2_weight"), layer.get_parameter("w2_weight_scale")),
+        (layer.get_parameter("w13_weight"), layer.get_parameter(f"w13_{scale}")),
+        (layer.get_parameter("w2_weight"), layer.get_parameter(f"w2_{scale}")),
+        unpack,
         activation=config.activation,
         weight_input=config.apply_router_weight_on_input,
     )
@@ -51,6 +80,7 @@ def experts(
     ids: torch.Tensor,
     w13: tuple[torch.Tensor, torch.Tensor],
     w2: tuple[torch.Tensor, torch.Tensor],
+    unpack: Dequantize = dequantize,
     *,
     activation: str = "silu",
     weight_input: bool = False,
@@ -63,8 +93,9 @@ def experts(
         tokens: ``[T, H]`` in the model's dtype.
         weights: ``[T, K]`` float32, the router's weights.
         ids: ``[T, K]`` integer; local expert numbers, -1 for an expert another rank holds.
-        w13: gate and up projection ``[E, 2I, H]`` float8_e4m3fn, and its scales ``[E]`` float32.
-        w2: down projection ``[E, H, I]`` float8_e4m3fn, and its scales ``[E]`` float32.
+        w13: gate and up projection ``[E, 2I, H]`` float8_e4m3fn, and its scales ``[E, ...]`` float32.
+        w2: down projection ``[E, H, I]`` float8_e4m3fn, and its scales ``[E, ...]`` float32.
+        unpack: turns an expert's weight and its scales into a matrix of a dtype.
         activation: of the gate; "silu" or "gelu".
         weight_input: weight the expert's input, not its output.
 
@@ -80,8 +111,8 @@ def experts(
         chosen = tokens[rows]
         if weight_input:
             chosen, share = (chosen * share).to(tokens.dtype), torch.ones_like(share)
-        hidden = _gated(chosen, w13[0][expert], w13[1][expert], activation)
-        down = linear(hidden, dequantize(w2[0][expert], w2[1][expert], tokens.dtype))
+        hidden = _gated(chosen, unpack(w13[0][expert], w13[1][expert], dtype=tokens.dtype), activation)
+        down = linear(hidden, unpack(w2[0][expert], w2[1][expert], dtype=tokens.dtype))
         output.index_add_(0, rows, down.float() * share)
     return output.to(tokens.dtype)
 
@@ -106,18 +137,16 @@ def add_gated_shared_experts(
     final_hidden_states.copy_(final_hidden_states.float() + gate * shared_output.float())
 
 
-def _gated(tokens: torch.Tensor, w13: torch.Tensor, scale: torch.Tensor, activation: str) -> torch.Tensor:
-    gate, up = linear(tokens, dequantize(w13, scale, tokens.dtype)).chunk(2, dim=-1)
+def _gated(tokens: torch.Tensor, w13: torch.Tensor, activation: str) -> torch.Tensor:
+    gate, up = linear(tokens, w13).chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
 
 
-def _check(method: Any, config: Any) -> None:
-    if method.block_quant or method.is_fp4_expert:
-        raise NotImplementedError("the CPU reference platform has per-tensor fp8 experts, not block-wise or fp4 ones")
-    plain = config.is_gated and config.gemm1_alpha is None and config.swiglu_limit is None and not method.with_bias
+def _check(config: Any) -> None:
+    plain = config.is_gated and config.gemm1_alpha is None and config.swiglu_limit is None
     if not plain or config.activation not in _ACTIVATIONS:
         raise NotImplementedError(
-            f"the CPU reference platform has gated {'/'.join(_ACTIVATIONS)} experts without bias or clamping; layer "
+            f"the CPU reference platform has gated {'/'.join(_ACTIVATIONS)} experts without clamping; layer "
             f"{config.layer_id} has activation {config.activation!r}, is_gated={config.is_gated}, "
-            f"swiglu_limit={config.swiglu_limit}, with_bias={method.with_bias}"
+            f"swiglu_limit={config.swiglu_limit}"
         )

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The out-of-tree platform: what SGLang asks of a device, answered for a plain CPU."""
 
-# ruff: noqa: ARG002 (the signatures are SGLang's)
-
 from __future__ import annotations
 
 import inspect

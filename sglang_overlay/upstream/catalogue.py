@@ -124,6 +124,16 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),
     TouchPoint(
+        target=f"{_FP8}.Fp8Config.get_quant_method",
+        hook="sglang_overlay.upstream.methods:get_quant_method",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer", "prefix"),
+        why="Gives a layer the quantization method of the scheme that the user chose for it. Stock has one scheme for "
+        "online fp8 and refuses block-wise.",
+        related=("sgl-project/sglang#15440", "sgl-project/sglang#29727"),
+        remove_when="SGLang offers a choice of online schemes",
+    ),
+    TouchPoint(
         target=f"{_FP8}.Fp8LinearMethod.create_weights",
         hook="sglang_overlay.upstream.linear:create_weights",
         kind=HookKind.AROUND,

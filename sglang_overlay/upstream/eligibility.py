@@ -80,6 +80,14 @@ def why_not_loader(loader: Any) -> str | None:
     return None
 
 
+def why_not_schemes(loader: Any) -> str | None:
+    """Loaders that bring weights as stock has quantized them, or none at all, know no other scheme."""
+    name = type(loader).__name__
+    if name not in ("DefaultModelLoader", "RunaiModelStreamerLoader"):
+        return f"{name} loads only what stock SGLang makes of a checkpoint"
+    return None
+
+
 def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:
     """A layer whose quantization method is wrapped by another (kt-ep, paged experts) is managed by that one."""
     if getattr(layer, "quant_method", None) is not method:

@@ -7,21 +7,24 @@ import logging
 from typing import Any
 
 from sglang_overlay.errors import StreamingUnavailableError
-from sglang_overlay.settings import MODE_VARIABLE, Mode
 
 logger = logging.getLogger(__name__)
 
 _warned: set[str] = set()
 
 
-def refuse(mode: Mode, reason: str) -> None:
+def refuse(required_by: str | None, reason: str) -> None:
     """Say, once a process, that an fp8 load is not streamed.
 
+    Args:
+        required_by: the setting under which that is an error.
+        reason: why it is not.
+
     Raises:
-        StreamingUnavailableError: ``mode`` is ``require``.
+        StreamingUnavailableError: streaming is required.
     """
-    if mode is Mode.REQUIRE:
-        raise StreamingUnavailableError(f"{MODE_VARIABLE}=require, but this fp8 load cannot be streamed: {reason}.")
+    if required_by is not None:
+        raise StreamingUnavailableError(f"{required_by}, but this fp8 load cannot be streamed: {reason}.")
     if reason not in _warned:
         _warned.add(reason)
         logger.warning("StreamFP8: %s. The model is loaded as in stock SGLang.", reason)
@@ -30,8 +33,8 @@ def refuse(mode: Mode, reason: str) -> None:
 class ConfigGuard:
     """Hook after ``Fp8Config.__init__`` for releases that cannot be streamed: only fp8 loads get to hear of it."""
 
-    def __init__(self, mode: Mode, reason: str) -> None:
-        self._mode = mode
+    def __init__(self, required_by: str | None, reason: str) -> None:
+        self._required_by = required_by
         self._reason = reason
         self.__name__ = "sglang_streamfp8_guard"
 
@@ -39,4 +42,4 @@ class ConfigGuard:
         from sglang.srt.layers.quantization.fp8 import Fp8Config
 
         if type(config) is Fp8Config and not config.is_checkpoint_fp8_serialized:
-            refuse(self._mode, self._reason)
+            refuse(self._required_by, self._reason)

@@ -19,43 +19,54 @@ from sglang_overlay.core.quantizers import (
     RowQuantizer,
     UnitQuantizer,
     WholeUnitQuantizer,
+    quantize_rows,
 )
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream import update
-from sglang_overlay.upstream.load import ParameterPlan, create_streamed, current
+from sglang_overlay.upstream.load import create_streamed, process_streamed
+from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan
 
 
-class LinearPlan:
-    """Streams ``weight``, ``[N, K]``, as stock would quantize it."""
+class LinearPlan(OnlinePlan):
+    """Streams ``weight``, ``[N, K]``, as stock quantizes it per channel or per tensor."""
 
     weights = frozenset({"weight"})
 
-    def __init__(self, method: Any) -> None:
-        self._per_channel = method.cutlass_fp8_supported or method.use_marlin
+    def __init__(self, *, per_channel: bool) -> None:
+        self._per_channel = per_channel
 
-    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
+    @classmethod
+    def stock(cls, method: Any) -> LinearPlan:
+        """As stock would choose for an ``Fp8LinearMethod``."""
+        return cls(per_channel=method.cutlass_fp8_supported or method.use_marlin)
+
+    def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         from sglang.srt.layers.quantization import fp8
 
         weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
         return self._storage(weight, torch.empty(self._scales(placeholder), dtype=torch.float32, device=device))
 
-    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        from sglang.srt.layers.quantization import fp8
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
 
         rows, columns = placeholder.shape
         if self._per_channel:
-            quantizer = RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, columns))
-            return ParameterPlan(UnitGrid.per_slice((rows, columns)), quantizer, storage)
+            return ParameterPlan(UnitGrid.per_slice((rows, columns)), row_quantizer(storage.weight.device), storage)
         return ParameterPlan(UnitGrid.one((rows, columns)), _quantizer(storage.weight.device), storage)
 
-    def register(self, layer: Module, storages: dict[str, Storage]) -> None:
+    def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         storage = storages["weight"]
         rows, columns = storage.weight.shape[-2:]
         scale = storage.scale.view(1, rows) if self._per_channel else storage.scale.view(())
         layer.weight = Parameter(storage.weight.view(rows, columns).t(), requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.input_scale = None  # type: ignore[assignment]
+
+    def process(self, original: Callable[[], None], method: Any, layer: Module) -> None:
+        if method.use_marlin:
+            from sglang.srt.layers.quantization.fp8 import prepare_fp8_layer_for_marlin
+
+            prepare_fp8_layer_for_marlin(layer, not method.block_quant)
+            del layer.input_scale
 
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         from sglang.srt.layers.quantization import fp8
@@ -73,6 +84,15 @@ class LinearPlan:
         return Storage(weight if self._per_channel else weight.unsqueeze(0), scale)
 
 
+def row_quantizer(device: torch.device) -> UnitQuantizer:
+    """Per-channel, by upstream's kernel where there is a device for it."""
+    from sglang.srt.layers.quantization import fp8
+
+    if device.type == "cpu":
+        return RowQuantizer(lambda values: quantize_rows(values, fp8.fp8_dtype))
+    return RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, values.shape[-1]))
+
+
 def _quantizer(device: torch.device) -> UnitQuantizer:
     from sglang.srt.layers.quantization import fp8
 
@@ -83,19 +103,9 @@ def _quantizer(device: torch.device) -> UnitQuantizer:
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
     """Around ``Fp8LinearMethod.create_weights``."""
-    create_streamed(original, lambda: LinearPlan(method), method, layer, *args, **kwargs)
+    create_streamed(original, lambda: LinearPlan.stock(method), method, layer, *args, **kwargs)
 
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
-    """Around ``Fp8LinearMethod.process_weights_after_loading``: what upstream does after quantizing."""
-    if update.is_updating(layer):
-        return None
-    load = current()
-    if load is None or not load.finish(layer):
-        return original(method, layer)
-    if method.use_marlin:
-        from sglang.srt.layers.quantization.fp8 import prepare_fp8_layer_for_marlin
-
-        prepare_fp8_layer_for_marlin(layer, not method.block_quant)
-        del layer.input_scale
-    return None
+    """Around ``Fp8LinearMethod.process_weights_after_loading``."""
+    process_streamed(original, method, layer)

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,53 +21,23 @@ from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.placeholders import PlaceholderAllocation, materialize
-from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream, Storage
-from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.errors import PlaceholderLeakError
+from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.errors import PlaceholderLeakError, UnexpectedParametersError
 from sglang_overlay.observe.progress import Progress, SilentProgress
+from sglang_overlay.schemes.selection import SchemeSelection
 from sglang_overlay.settings import Mode, Settings
-from sglang_overlay.upstream import eligibility, snapshots
+from sglang_overlay.upstream import eligibility, snapshots, update
 from sglang_overlay.upstream.findings import Findings, shortened
 from sglang_overlay.upstream.guard import refuse
+from sglang_overlay.upstream.plan import LayerPlan
 from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
 from sglang_overlay.upstream.update import UpdatableLayer, set_loader
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ParameterPlan:
-    """How one parameter is quantized and where the result goes."""
-
-    grid: UnitGrid
-    quantizer: UnitQuantizer
-    storage: Storage
-
-
-class LayerPlan(Protocol):
-    """What a kind of layer (linear, experts) knows about being streamed."""
-
-    weights: frozenset[str]
-    """Names of the parameters that upstream creates in high precision and quantizes."""
-
-    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
-        """Final storage of one of ``weights``."""
-
-    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        """Plan one of ``weights``."""
-
-    def register(self, layer: torch.nn.Module, storages: dict[str, Storage]) -> None:
-        """Put the fp8 parameters on the layer as stock's quantization would leave them."""
-
-    def registered(
-        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
-    ) -> dict[str, Storage] | None:
-        """The memory of a layer's fp8 parameters, by name of the weight; None where they have been repacked since."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +54,7 @@ class ModelLoad:
     """State of one load. Belongs to the loading thread; loader threads reach only the streams, which lock themselves.
 
     Args:
-        mode: what the user asked for.
+        settings: what the user asked for.
         device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
@@ -92,12 +62,13 @@ class ModelLoad:
 
     def __init__(
         self,
-        mode: Mode,
+        settings: Settings,
         device: torch.device,
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.mode = mode
+        self.settings = settings
+        self.schemes = SchemeSelection(settings.schemes)
         self.sources = CheckpointSources()
         self._device = device
         self._pipeline: Pipeline | None = None
@@ -106,7 +77,7 @@ class ModelLoad:
         self.account = StagingAccount()
         self.deferred: dict[str, str] = {}
         self.fallback: dict[str, str] = {}
-        self.abandoned = "switched off" if mode is Mode.OFF else None
+        self.abandoned = "switched off" if settings.mode is Mode.OFF else None
         self.progress: Progress = SilentProgress()
         self.units = 0
         self.direct_units = 0
@@ -120,6 +91,8 @@ class ModelLoad:
         self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
         self._kept: dict[torch.nn.Module, list[KeptWeight]] = {}
         self._unstreamed: UnstreamedParameters | None = None
+        self._replacing: dict[torch.nn.Module, PendingLayer] = {}
+        self._finished: dict[torch.nn.Module, LayerPlan] = {}
         self._findings = Findings()
         self._seen: set[str] = set()
 
@@ -135,23 +108,21 @@ class ModelLoad:
             return False
         if self._obstacle is not None:
             self.abandon(self._obstacle)
-            refuse(self.mode, self._obstacle)
+            refuse(self.settings.required_by, self._obstacle)
         return not self.abandoned
 
     def create_weights(
         self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan
     ) -> None:
         """Run upstream's ``create_weights`` with the weights of ``plan`` as placeholders."""
-        allocation = PlaceholderAllocation(dtype)
-        with allocation:
-            create()
-        made = {name: value for name, value in layer._parameters.items() if value is not None and value.is_meta}
-        if set(made) != plan.weights or allocation.device is None:
-            self.leave(layer, f"upstream created {sorted(made)} where {sorted(plan.weights)} were expected")
+        try:
+            made = plan.create(create, layer, dtype)
+        except UnexpectedParametersError as error:
+            self.leave(layer, str(error))
             create()
             return
-        keys = {name: storage_key(value) for name, value in made.items()}
-        self._pending[layer] = PendingLayer(plan, allocation.device, made, keys)
+        keys = {name: storage_key(value) for name, value in made.parameters.items()}
+        self._pending[layer] = PendingLayer(plan, made.device, made.parameters, keys)
 
     def leave(self, layer: torch.nn.Module, reason: str) -> None:
         """Note that a layer takes stock's path."""
@@ -163,6 +134,7 @@ class ModelLoad:
         Returns:
             Why the model cannot be streamed at all, or None.
         """
+        self.schemes.check_used()
         names = {module: name for name, module in model.named_modules()}
         for layer, pending in self._pending.items():
             changed = _changed(layer, pending)
@@ -179,8 +151,7 @@ class ModelLoad:
         self._pending.clear()
         self._unnamed.clear()
         if self._streams and not self.prequantized:
-            kept = (weight.weight for weights in self._kept.values() for weight in weights)
-            self._unstreamed = UnstreamedParameters(model, kept)
+            self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
         return None
 
     def abandon(self, reason: str) -> None:
@@ -222,28 +193,31 @@ class ModelLoad:
 
     # -- after the weights are read ----------------------------------------------------------------------------------
 
-    def finish(self, layer: torch.nn.Module) -> bool:
-        """Replace a layer's placeholders by its fp8 parameters.
+    def finish(self, layer: torch.nn.Module) -> LayerPlan | None:
+        """Replace a layer's placeholders by its quantized parameters.
 
         Returns:
-            Whether the layer was streamed, now or by an earlier call; if not, upstream has to quantize it.
+            The plan of a layer that was quantized here, now or by an earlier call; None where upstream has to do it.
         """
+        if layer in self._finished:
+            return self._finished[layer]
         if self._unstreamed is not None:
             # Before upstream's post-processing, which may compute with them.
             self._unstreamed.settle()
         for weight in self._kept.pop(layer, ()):
             self._findings.note(weight.name.rpartition(".")[0], weight, weight.missing())
             weight.let_go()
-        if layer not in self._streams:
-            return False
-        stream, plan = self._streams[layer]
-        if stream.streaming and stream.streams:
+        stream, plan = self._streams.get(layer, (None, None))
+        if plan is not None and stream is not None and stream.streaming:
             self._settle(stream)
             plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
             stream.streams.clear()
             stream.placeholders.clear()
+            self._finished[layer] = plan
             self.layers += 1
-        return stream.streaming
+        elif layer in self._replacing:
+            self._finished[layer] = self._quantize_whole(layer, self._replacing.pop(layer))
+        return self._finished.get(layer)
 
     def check(self, model: torch.nn.Module, settings: Settings, model_config: Any) -> None:
         """Make sure that everything was written from the checkpoint and nothing still refers to a placeholder.
@@ -279,12 +253,20 @@ class ModelLoad:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def _looked_after(self) -> Iterator[str]:
+        """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""
+        yield from (weight.name for weights in self._kept.values() for weight in weights)
+        for stream, plan in self._streams.values():
+            yield from (f"{stream.name}.{name}" for name in plan.fills)
+
     def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer, pipeline: Pipeline) -> None:
         if name is None:
             # Not part of the module tree, so stock would never quantize it either.
             self._materialize(pending)
             return
         updatable = self.updatable[name] = UpdatableLayer(name, layer, pending.plan, pending.placeholders)
+        if pending.plan.replaces_stock:
+            self._replacing[layer] = pending
         reason = eligibility.why_deferred(name)
         if reason is not None:
             updatable.let_go()
@@ -294,15 +276,15 @@ class ModelLoad:
         if name in self._excluded:
             updatable.let_go()
             self._keep(layer, name, pending)
-            self._fall_back(name, self._excluded[name])
+            self._fall_back(name, self._excluded[name], pending.plan)
             return
         streams = {}
         for key, placeholder in pending.placeholders.items():
             size = placeholder.numel() * torch.float8_e4m3fn.itemsize
             with shortage_explained(f"for the fp8 storage of {name}.{key}", size, self.account):
-                storage = pending.plan.allocate(placeholder, pending.device)
+                storage = pending.plan.allocate(key, placeholder, pending.device)
             self._huge_pages.request(storage.weight)
-            plan = pending.plan.parameter(placeholder, storage)
+            plan = pending.plan.parameter(key, placeholder, storage)
             stream = ParameterStream(
                 f"{name}.{key}",
                 placeholder,
@@ -319,6 +301,15 @@ class ModelLoad:
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = (layer_stream, pending.plan)
+
+    def _quantize_whole(self, layer: torch.nn.Module, pending: PendingLayer) -> LayerPlan:
+        """Quantize a layer that was loaded in high precision, of a scheme that upstream does not know."""
+        storages = {}
+        for key, weight in pending.placeholders.items():
+            storages[key] = pending.plan.allocate(key, weight, pending.device)
+            pending.plan.parameter(key, weight, storages[key]).quantize_whole(weight.data)
+        pending.plan.register(layer, storages)
+        return pending.plan
 
     def _materialize(self, pending: PendingLayer) -> None:
         for placeholder in pending.placeholders.values():
@@ -337,16 +328,19 @@ class ModelLoad:
         self.progress.advance(size)
 
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
-        self.updatable[stream.name].let_go()
+        updatable = self.updatable[stream.name]
+        updatable.let_go()
         self._kept[layer] = [
             KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins())
             for key, part in stream.streams.items()
         ]
-        self._fall_back(stream.name, reason)
+        self._fall_back(stream.name, reason, updatable.plan)
 
-    def _fall_back(self, name: str, reason: str) -> None:
+    def _fall_back(self, name: str, reason: str, plan: LayerPlan | None = None) -> None:
         self.fallback[name] = reason
-        logger.warning("StreamFP8: %s is loaded as in stock SGLang: %s.", name, reason)
+        whole = plan is not None and plan.replaces_stock
+        manner = "quantized after it has been loaded whole" if whole else "loaded as in stock SGLang"
+        logger.warning("StreamFP8: %s is %s: %s.", name, manner, reason)
 
     def _settle(self, stream: LayerStream) -> None:
         for part in stream.streams.values():
@@ -385,6 +379,19 @@ def create_streamed(
         return
     dtype = inspect.signature(original).bind(method, layer, *args, **kwargs).arguments["params_dtype"]
     load.create_weights(create, layer, dtype, plan())
+
+
+def process_streamed(original: Callable[..., None], method: Any, layer: torch.nn.Module) -> None:
+    """Around ``process_weights_after_loading`` of a quantization method: what is left to do after quantizing."""
+    if update.is_updating(layer):
+        return
+    load = current()
+    plan = None if load is None else load.finish(layer)
+    process = functools.partial(original, method, layer)
+    if plan is None:
+        process()
+    else:
+        plan.process(process, method, layer)
 
 
 @contextmanager

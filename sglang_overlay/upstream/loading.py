@@ -17,11 +17,18 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.shortage import is_shortage, told
-from sglang_overlay.errors import LayerNotStreamableError, PlaceholderLeakError, StagingMemoryError, annotate
+from sglang_overlay.errors import (
+    LayerNotStreamableError,
+    PlaceholderLeakError,
+    SettingsError,
+    StagingMemoryError,
+    annotate,
+)
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
-from sglang_overlay.settings import Mode, load_settings
+from sglang_overlay.schemes import registry
+from sglang_overlay.settings import Mode, Settings, load_settings
 from sglang_overlay.upstream import eligibility, releases, update
 from sglang_overlay.upstream.checkpoint_files import file_problems
 from sglang_overlay.upstream.guard import refuse
@@ -36,14 +43,20 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     settings = load_settings(os.environ)
     if model_config.quantization != "fp8" and settings.report_folder is None:
         return original(loader, model_config=model_config, device_config=device_config)
+    registry.check(settings.schemes)
     device = torch.device(device_config.device)
     _mention_untested_release(settings.mode)
-    obstacle = eligibility.why_not_platform() or eligibility.why_not_options() or eligibility.why_not_loader(loader)
+    obstacle = (
+        eligibility.why_not_platform()
+        or eligibility.why_not_options()
+        or eligibility.why_not_loader(loader)
+        or (None if settings.schemes.is_stock else eligibility.why_not_schemes(loader))
+    )
     began = time.perf_counter()
     with MemorySampler(meter_for(device)) as sampler:
         load, model = _load(
             lambda: original(loader, model_config=model_config, device_config=device_config),
-            lambda why, excluded: ModelLoad(settings.mode, device, why, excluded),
+            lambda why, excluded: ModelLoad(settings, device, why, excluded),
             obstacle,
             lambda load, model: load.check(model, settings, model_config),
         )
@@ -108,7 +121,7 @@ def _remember(load: ModelLoad, model: torch.nn.Module) -> None:
     """Keep what later weight updates of the model need."""
     for layer in load.updatable.values():
         layer.seal()
-    stock = {"this model": load.abandoned} if load.abandoned and load.mode is not Mode.OFF else load.fallback
+    stock = {"this model": load.abandoned} if load.abandoned and load.settings.mode is not Mode.OFF else load.fallback
     if load.updatable or stock:
         update.remember(model, update.UpdatableModel(load.updatable.values(), stock))
 
@@ -125,13 +138,13 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
         model = original(*args, **kwargs)
         reason = load.adopt(model)
     except Exception as error:
-        if not load.building or is_shortage(error) or isinstance(error, StagingMemoryError):
-            raise  # Stock would need more memory still.
+        if not load.building or is_shortage(error) or isinstance(error, (StagingMemoryError, SettingsError)):
+            raise  # Stock would need more memory still, and is not what a setting asks for.
         reason = f"building it with placeholders fails ({type(error).__name__}: {error})"
     if reason is not None:
         model = None
         load.abandon(reason)
-        refuse(load.mode, f"{_architecture(call)} cannot be streamed: {reason}")
+        refuse(load.settings.required_by, f"{_architecture(call)} cannot be streamed: {reason}")
         return original(*args, **kwargs)
     load.progress = quantization_progress(load.streamed_bytes, parallel_ranks().tp.rank)
     return model
@@ -192,7 +205,7 @@ def load_from_presharded(original: Callable[..., Any], *args: Any, **kwargs: Any
 
 def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around ``PreshardedModelLoader._compute_local_structural_signature``: the model it builds is never loaded."""
-    with under_way(ModelLoad(Mode.OFF, torch.device("meta"))):
+    with under_way(ModelLoad(Settings(Mode.OFF), torch.device("meta"))):
         return original(*args, **kwargs)
 
 
@@ -240,10 +253,10 @@ def _write_report(report: LoadReport, folder: Path) -> None:
 
 def _refuse_other_loader(call: Mapping[str, Any]) -> None:
     """A load that did not come through ``load_model`` above fills its parameters in another way."""
-    mode = load_settings(os.environ).mode
-    if mode is not Mode.OFF and eligibility.is_online_fp8(call.get("quant_config")):
+    settings = load_settings(os.environ)
+    if settings.mode is not Mode.OFF and eligibility.is_online_fp8(call.get("quant_config")):
         load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)
-        refuse(mode, f"load format {load_format} is not streamed")
+        refuse(settings.required_by, f"load format {load_format} is not streamed")
 
 
 def _architecture(call: Mapping[str, Any]) -> str:

@@ -16,31 +16,42 @@ from torch.nn import Module, Parameter
 from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream import capabilities, update
-from sglang_overlay.upstream.load import ParameterPlan, create_streamed, current
+from sglang_overlay.upstream import capabilities
+from sglang_overlay.upstream.load import create_streamed, process_streamed
+from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan
 
 
-class ExpertsPlan:
+class ExpertsPlan(OnlinePlan):
     """Streams ``w13_weight`` and ``w2_weight``, one expert of each a unit."""
 
     weights = frozenset({"w13_weight", "w2_weight"})
 
-    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
+    def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         from sglang.srt.layers.quantization import fp8
 
         weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
         return Storage(weight, torch.ones(placeholder.shape[0], dtype=torch.float32, device=device))
 
-    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
         return ParameterPlan(UnitGrid.per_slice(placeholder.shape), _quantizer(storage.weight.device), storage)
 
-    def register(self, layer: Module, storages: dict[str, Storage]) -> None:
+    def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         w13, w2 = storages["w13_weight"], storages["w2_weight"]
         layer.w13_weight_scale = Parameter(w13.scale, requires_grad=False)
         # In place, as stock does it: experts are moved by references that a model has taken.
         layer.get_parameter("w2_weight_scale").data.copy_(w2.scale)
         layer.w13_weight = Parameter(w13.weight, requires_grad=False)
         layer.w2_weight = Parameter(w2.weight, requires_grad=False)
+
+    def process(self, original: Callable[[], None], method: Any, layer: Module) -> None:
+        _prepare_backend(method, layer)
+        dispatcher: Any = getattr(layer, "dispatcher", None)
+        if dispatcher is not None:
+            kernel = getattr(layer, "w13_kernel", None)
+            wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
+            # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
+            found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
+            dispatcher.set_quant_config(found if wanted is None else wanted)
 
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         from sglang.srt.layers.quantization import fp8
@@ -61,21 +72,8 @@ def create_weights(original: Callable[..., None], method: Any, layer: Module, *a
 
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
-    """Around ``Fp8MoEMethod.process_weights_after_loading``: what upstream does after quantizing."""
-    if update.is_updating(layer):
-        return None
-    load = current()
-    if load is None or not load.finish(layer):
-        return original(method, layer)
-    _prepare_backend(method, layer)
-    dispatcher: Any = getattr(layer, "dispatcher", None)
-    if dispatcher is not None:
-        kernel = getattr(layer, "w13_kernel", None)
-        wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
-        # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
-        found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
-        dispatcher.set_quant_config(found if wanted is None else wanted)
-    return None
+    """Around ``Fp8MoEMethod.process_weights_after_loading``."""
+    process_streamed(original, method, layer)
 
 
 def _prepare_backend(method: Any, layer: Module) -> None:

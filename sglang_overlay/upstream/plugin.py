@@ -13,7 +13,8 @@ from functools import partial
 from types import ModuleType
 
 from sglang_overlay.errors import SettingsError
-from sglang_overlay.settings import Mode, load_settings
+from sglang_overlay.schemes import registry
+from sglang_overlay.settings import Mode, Settings, load_settings
 
 FP8_MODULE = "sglang.srt.layers.quantization.fp8"
 
@@ -27,6 +28,7 @@ def activate() -> None:
     """
     try:
         settings = load_settings(os.environ)
+        registry.check(settings.schemes)
     except SettingsError as error:
         sys.exit(f"sglang-streamfp8: {error}")
     if settings.mode is Mode.OFF and settings.report_folder is None:
@@ -35,12 +37,12 @@ def activate() -> None:
 
     reason = releases.unsupported_reason()
     if reason is not None:
-        _guard(settings.mode, reason)
+        _guard(settings.required_by, reason)
         return
-    _patch_when_imported(settings.mode)
+    _patch_when_imported(settings)
 
 
-def _patch_when_imported(mode: Mode) -> None:
+def _patch_when_imported(settings: Settings) -> None:
     import wrapt
 
     from sglang_overlay.upstream import ray_actors
@@ -52,15 +54,15 @@ def _patch_when_imported(mode: Mode) -> None:
 
         mismatch = apply(points)
         if mismatch is not None:
-            _guard(mode, mismatch)
+            _guard(settings.required_by, mismatch)
 
-    if mode is not Mode.OFF:
+    if settings.mode is not Mode.OFF:
         wrapt.register_post_import_hook(ray_actors.warn_unless_set_up, ray_actors.DRIVER_MODULE)
     for module, points in by_module(STREAMING).items():
         wrapt.register_post_import_hook(partial(patch, points), module)
 
 
-def _guard(mode: Mode, reason: str) -> None:
+def _guard(required_by: str | None, reason: str) -> None:
     import wrapt
 
     def install(module: ModuleType) -> None:
@@ -72,7 +74,7 @@ def _guard(mode: Mode, reason: str) -> None:
             sys.exit(
                 f"sglang-streamfp8: {reason}, and {FP8_MODULE}.Fp8Config is not there to tell fp8 loads from others"
             )
-        HookRegistry.register(f"{FP8_MODULE}.Fp8Config.__init__", ConfigGuard(mode, reason), HookType.AFTER)
+        HookRegistry.register(f"{FP8_MODULE}.Fp8Config.__init__", ConfigGuard(required_by, reason), HookType.AFTER)
         HookRegistry.apply_hooks()
 
     wrapt.register_post_import_hook(install, FP8_MODULE)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +75,7 @@ class KeptWeight:
         """The unit, where there is NaN or Inf in it."""
         return [0] if _holds_not_finite(self.weight) else []
 
-    def origins(self, units: Sequence[int] | None = None) -> list[str]:  # noqa: ARG002
+    def origins(self, units: Sequence[int] | None = None) -> list[str]:
         """Names of the checkpoint tensors that were written, where they are known."""
         return list(self._origins)
 
@@ -89,16 +89,15 @@ class UnstreamedParameters:
 
     Args:
         model: just built.
-        others: parameters that somebody else looks after.
+        others: names of parameters that somebody else looks after.
     """
 
-    def __init__(self, model: torch.nn.Module, others: Iterable[torch.Tensor]) -> None:
+    def __init__(self, model: torch.nn.Module, others: Collection[str]) -> None:
         self._model = model
-        known = {id(parameter) for parameter in others}
         watched = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if is_watchable(parameter) and id(parameter) not in known
+            if is_watchable(parameter) and name not in others
         }
         # Weakly: upstream may still replace them, and then their memory is free.
         self._parameters = {name: weakref.ref(parameter) for name, parameter in watched.items()}

@@ -45,7 +45,7 @@ from sglang_overlay.upstream.findings import shortened
 
 if TYPE_CHECKING:
     from sglang_overlay.core.layer import WeightLoader
-    from sglang_overlay.upstream.load import LayerPlan, ParameterPlan
+    from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +318,7 @@ class WeightUpdate:
             if storages is None:
                 self._sinks[storage_key(placeholder)] = _Refusal(name)
                 continue
-            plan = layer.plan.parameter(placeholder, storages[key])
+            plan = layer.plan.parameter(key, placeholder, storages[key])
             self._sinks[storage_key(placeholder)] = (
                 self._whole_sink(name, placeholder, plan)
                 if layer.reads_whole
@@ -387,8 +387,7 @@ class WeightUpdate:
                     parameter.reset()
 
     def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan) -> None:
-        units = values if plan.grid.sliced else values.unsqueeze(0)
-        found = plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
+        found = plan.quantize_whole(values)
         self._damaged += [] if found.isfinite().all() else [name]
         self._replaced[name.rpartition(".")[0]] = None
 
@@ -399,7 +398,7 @@ class _Refusal:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:  # noqa: ARG002
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         raise WeightUpdateError(f"{self.name} was repacked for its kernel when it was loaded, and cannot be updated")
 
 

@@ -71,27 +71,32 @@ def expected(stream: ParameterStream, weight: torch.Tensor) -> tuple[torch.Tenso
 
 def per_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """The whole parameter is one unit."""
-    return _streamed(shape, dtype, UnitGrid.one(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), (1, *shape))
+    return _streamed(shape, UnitGrid.one(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), dtype)
 
 
 def per_expert(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """Each index of the first dimension is a unit with one scale."""
-    return _streamed(shape, dtype, UnitGrid.per_slice(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), shape)
+    return _streamed(shape, UnitGrid.per_slice(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), dtype)
 
 
 def per_expert_by_kernel(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """As ``per_expert``, each unit through a function that takes one whole unit."""
-    return _streamed(shape, dtype, UnitGrid.per_slice(shape), WholeUnitQuantizer(quantize_unit), shape)
+    return _streamed(shape, UnitGrid.per_slice(shape), WholeUnitQuantizer(quantize_unit), dtype)
 
 
 def per_channel(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """Each row is a unit with one scale."""
-    return _streamed(shape, dtype, UnitGrid.per_slice(shape), RowQuantizer(quantize_rows), shape)
+    return _streamed(shape, UnitGrid.per_slice(shape), RowQuantizer(quantize_rows), dtype)
 
 
-def _streamed(shape, dtype, grid, quantizer, stored) -> Streamed:
+def _streamed(shape, grid, quantizer, dtype) -> Streamed:
+    return streamed(shape, grid, quantizer, (grid.count,), dtype)
+
+
+def streamed(shape, grid, quantizer, scales, dtype: torch.dtype = torch.bfloat16) -> Streamed:
+    """Any grid and quantizer; ``scales`` is the shape of the scales, units first."""
     placeholder = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-    storage = Storage(torch.zeros(stored, dtype=FP8), torch.zeros(stored[0], dtype=torch.float32))
+    storage = Storage(torch.zeros((grid.count, *grid.shape), dtype=FP8), torch.zeros(scales, dtype=torch.float32))
     account, progress, sources = StagingAccount(), [], CheckpointSources()
     stream = ParameterStream(
         "layer.weight", placeholder, grid, quantizer, storage, account, progress.append, sources, PIPELINE

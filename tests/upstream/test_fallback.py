@@ -4,26 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
+from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.updates import Update
 
 from sglang_overlay.observe.report import read_folder
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def odd_workers(tmp_path_factory):
-    """Workers that know the models of ``misbehaving``."""
-    with pytest.MonkeyPatch.context() as patch:
-        # A spawned process gets its parent's sys.path.
-        patch.syspath_prepend(str(HERE))
-        environ = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "misbehaving"}
-        with LoadWorkers(tmp_path_factory.mktemp("odd"), environ, start_method="spawn") as group:
-            yield group
 
 
 @pytest.fixture

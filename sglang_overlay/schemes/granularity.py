@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``tensor`` and ``channel``: the granularity that stock SGLang chooses by platform, chosen by the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.quantization import fp8
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsFusedMoEMethod,
+)
+from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8MoE
+
+from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
+from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.upstream.linear import LinearPlan, row_quantizer
+from sglang_overlay.upstream.moe import ExpertsPlan
+from sglang_overlay.upstream.plan import LayerPlan
+
+
+class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
+    """SGLang's own, for layers whose granularity is the user's choice: the hooks for stock's choice pass it by."""
+
+
+class TensorScheme:
+    """One scale for each weight, and for each of an expert's two."""
+
+    summary = "fp8, one scale a weight (for experts, one for w13 and one for w2 of each)"
+
+    def why_not(self, kind: LayerKind) -> str | None:
+        return None
+
+    def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
+        config = ChosenFp8Config()
+        return fp8.Fp8LinearMethod(config) if kind is LayerKind.LINEAR else fp8.Fp8MoEMethod(config)
+
+    def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
+        return LinearPlan(per_channel=False) if kind is LayerKind.LINEAR else ExpertsPlan()
+
+
+class ChannelScheme:
+    """One scale for each output channel, that is each row of a weight; activations get one a token."""
+
+    summary = "fp8, one scale an output channel"
+
+    def why_not(self, kind: LayerKind) -> str | None:
+        return None
+
+    def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
+        if kind is LayerKind.LINEAR:
+            return fp8.Fp8LinearMethod(ChosenFp8Config())
+        config = CompressedTensorsConfig.from_config(CHANNEL_EXPERTS)
+        form = config.target_scheme_map["Linear"]
+        layer.scheme = CompressedTensorsW8A8Fp8MoE(form["weights"], form["input_activations"])
+        return CompressedTensorsFusedMoEMethod(config)
+
+    def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
+        return LinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
+
+
+class ChannelExpertsPlan(ExpertRowsPlan):
+    """Experts as of a checkpoint in compressed-tensors' format with channel-wise scales."""
+
+    def quantizer(self, device: torch.device) -> UnitQuantizer:
+        return row_quantizer(device)
+
+
+_CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+_TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+CHANNEL_EXPERTS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL, "input_activations": _TOKEN}},
+    "ignore": [],
+}
+"""What ``quantization_config`` of such a checkpoint says."""
+
+TENSOR = TensorScheme()
+CHANNEL = ChannelScheme()

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemes by name: those of this package, and those that other packages bring.
+
+Another package registers its own in the entry point group ``sglang_streamfp8.schemes``; the entry point names an object
+that is a ``Scheme``. It is imported when a user asks for it, and not before.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, cast
+
+from sglang_overlay.errors import SchemeError
+from sglang_overlay.schemes.choice import NONE, STOCK, SchemeChoice
+
+if TYPE_CHECKING:
+    from sglang_overlay.schemes.scheme import Scheme
+
+GROUP = "sglang_streamfp8.schemes"
+
+BUILT_IN = {
+    "tensor": "sglang_overlay.schemes.granularity:TENSOR",
+    "channel": "sglang_overlay.schemes.granularity:CHANNEL",
+    "block": "sglang_overlay.schemes.block:BLOCK",
+    "int8": "sglang_overlay.schemes.int8:INT8",
+}
+
+
+@cache
+def entry_points() -> dict[str, metadata.EntryPoint]:
+    """Every scheme there is, by name, not yet imported. Names of this package's cannot be taken by another."""
+    found = {point.name: point for point in metadata.entry_points(group=GROUP)}
+    return {**found, **{name: metadata.EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}}
+
+
+def valid_names() -> list[str]:
+    """What can be asked for."""
+    return [STOCK, *entry_points(), NONE]
+
+
+def check(choice: SchemeChoice) -> None:
+    """Make sure that all schemes of a choice exist.
+
+    Raises:
+        SchemeError: one does not; the message lists those that do.
+    """
+    unknown = sorted(choice.names - set(valid_names()))
+    if unknown:
+        raise SchemeError(f"there is no quantization scheme {unknown[0]!r}. Use one of: {', '.join(valid_names())}.")
+
+
+def find(name: str) -> Scheme:
+    """Import a scheme.
+
+    Raises:
+        SchemeError: importing it fails.
+    """
+    try:
+        return cast("Scheme", entry_points()[name].load())
+    except Exception as error:
+        raise SchemeError(f"the quantization scheme {name!r} cannot be imported: {error}") from error

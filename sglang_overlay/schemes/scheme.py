@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantization scheme is."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Protocol
+
+import torch
+
+from sglang_overlay.upstream.plan import LayerPlan
+
+
+class LayerKind(enum.Enum):
+    """Kinds of layers that have a scheme of their own; the value is the key in ``SGLANG_STREAMFP8_SCHEME``."""
+
+    LINEAR = "linear"
+    EXPERTS = "moe"
+
+
+class Scheme(Protocol):
+    """How layers are quantized while they are loaded, and served afterwards.
+
+    Attributes:
+        summary: one line for messages and documentation.
+    """
+
+    summary: str
+
+    def why_not(self, kind: LayerKind) -> str | None:
+        """Why layers of this kind cannot have the scheme on this platform; None where they can."""
+
+    def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
+        """SGLang's quantization method that serves ``layer``: an object of its own, it is changed for the load."""
+
+    def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
+        """How a layer with that method is loaded: a plan of its own for each layer."""

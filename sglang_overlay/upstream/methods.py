@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Fp8Config.get_quant_method`` of SGLang's ``fp8.py``: where a layer gets a scheme that is not stock's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from sglang_overlay.errors import SchemeError
+from sglang_overlay.schemes import registry
+from sglang_overlay.schemes.choice import NONE, STOCK
+from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.load import current, process_streamed
+from sglang_overlay.upstream.plan import LayerPlan
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that most models fuse, and the checkpoint's names of their parts; a model may name more."""
+
+
+def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.Module, prefix: str) -> Any:
+    """Around ``Fp8Config.get_quant_method``."""
+    method = original(config, layer, prefix)
+    load = current()
+    kind = _kind(method)
+    if load is None or load.schemes.is_stock or kind is None or not load.admits(config):
+        return method
+    names = _names(prefix, config)
+    name = load.schemes.scheme_of(kind, names)
+    if name == STOCK:
+        return method
+    if name == NONE or eligibility.why_deferred(prefix) is not None:
+        return _unquantized(original, layer, names)
+    scheme = registry.find(name)
+    reason = scheme.why_not(kind)
+    if reason is not None:
+        raise SchemeError(f"{prefix} cannot have the quantization scheme {name!r}: {reason}")
+    return _streamed(scheme.method(kind, layer, prefix), scheme.plan(kind, method), f"{prefix} as {name!r}")
+
+
+def _kind(method: Any) -> LayerKind | None:
+    from sglang.srt.layers.quantization import fp8
+
+    return {fp8.Fp8LinearMethod: LayerKind.LINEAR, fp8.Fp8MoEMethod: LayerKind.EXPERTS}.get(type(method))
+
+
+def _names(prefix: str, config: Any) -> Sequence[str]:
+    parent, _, last = prefix.rpartition(".")
+    parts = {**FUSED, **config.packed_modules_mapping}.get(last, ())
+    return [prefix, *(f"{parent}.{part}" for part in parts if part != last)]
+
+
+def _unquantized(original: Callable[..., Any], layer: torch.nn.Module, names: Sequence[str]) -> Any:
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    return original(Fp8Config(ignored_layers=list(names)), layer, names[0])
+
+
+def _streamed(method: Any, plan: LayerPlan, what: str) -> Any:
+    """Make a method, which belongs to one layer, load that layer by ``plan``."""
+    create, process = method.create_weights, method.process_weights_after_loading
+
+    @functools.wraps(create)
+    def create_weights(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        load = current()
+        reason = eligibility.why_not_layer(method, layer)
+        if load is None or reason is not None:
+            raise SchemeError(f"{what}: {reason or 'it is created outside of a load'}")
+        dtype = inspect.signature(create).bind(layer, *args, **kwargs).arguments["params_dtype"]
+        try:
+            load.create_weights(functools.partial(create, layer, *args, **kwargs), layer, dtype, plan)
+        except ValueError as error:
+            raise SchemeError(
+                f"{what}: {error} Choose another scheme for this layer, or another tensor parallel size."
+            ) from error
+
+    @functools.wraps(process)
+    def process_weights_after_loading(layer: torch.nn.Module) -> None:
+        process_streamed(lambda _method, layer: process(layer), method, layer)
+
+    method.create_weights = create_weights
+    method.process_weights_after_loading = process_weights_after_loading
+    return method

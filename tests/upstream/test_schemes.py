@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scheme of the user's choice: what SGLang has after loading a checkpoint that was quantized that way beforehand."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
+from workbench.updates import Update
+
+from sglang_overlay.observe.report import read_folder
+from upstream.streamed import assert_streamed
+
+HERE = Path(__file__).parent
+BLOCKS = (("hidden_size", 256), ("intermediate_size", 512), ("moe_intermediate_size", 128))
+"""Sizes that divide into blocks of 128."""
+
+MLA = (*BLOCKS, ("q_lora_rank", 128))
+SHARED = (*BLOCKS, ("shared_expert_intermediate_size", 256))
+FAMILIES = {"qwen3": BLOCKS, "qwen2_moe": SHARED, "qwen3_moe": BLOCKS, "deepseek_v3": MLA}
+MANY = {"files": 5, "assignment": "shuffled"}
+
+
+@pytest.fixture
+def load(workers, tmp_path):
+    """Load a checkpoint under a choice of schemes; the result, and the reports."""
+
+    def run(path, scheme, **fields):
+        environ = {"SGLANG_STREAMFP8_SCHEME": scheme, "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
+        result = workers.load(LoadJob(path, streaming="1", environ=environ, prompts=PROMPTS, **fields))
+        return result, read_folder(tmp_path / "reports")
+
+    return run
+
+
+def stock(workers, path, **fields):
+    return workers.load(LoadJob(path, streaming="0", prompts=PROMPTS, **fields))
+
+
+def differences(one, other, *ignored):
+    """What ``compare`` finds, but for tensors of which the name contains one of ``ignored``."""
+    return [line for line in compare(one, other) if not any(name in line for name in ignored)]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe", "qwen3_moe"])
+def test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint(family, workers, load, checkpoint):
+    serialized = stock(workers, checkpoint(family, stored="fp8_block", overrides=FAMILIES[family]))
+    result, reports = load(checkpoint(family, overrides=FAMILIES[family], **MANY), "block")
+    assert compare(serialized, result) == []
+    assert_streamed(reports)
+
+
+def test_block_leaves_mla_its_absorbed_weight_in_bf16(workers, load, checkpoint):
+    path = checkpoint("deepseek_v3", stored="fp8_block", overrides=MLA)
+    serialized = workers.load(LoadJob(path, streaming="0"))
+    result, reports = load(checkpoint("deepseek_v3", overrides=MLA, **MANY), "block")
+    weights = {name: tensor for name, tensor in result.ranks[0].tensors.items() if "kv_b_proj.weight" in name}
+    assert {tensor.dtype for tensor in weights.values()} == {str(torch.bfloat16)}
+    mla = ("kv_b_proj", "w_kc", "w_vc", "w_scale", "parameter order", "model_bytes", "logits", "tokens")
+    assert differences(serialized, result, *mla) == []
+    assert_streamed(reports)
+
+
+def test_block_over_two_ranks(workers, load, checkpoint):
+    sizes = (*BLOCKS, ("head_dim", 128))
+    serialized = stock(workers, checkpoint("qwen3", stored="fp8_block", overrides=sizes), tp_size=2)
+    result, reports = load(checkpoint("qwen3", overrides=sizes, **MANY), "block", tp_size=2)
+    assert compare(serialized, result) == []
+    assert_streamed(reports, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", ["channel", "tensor"])
+def test_forced_granularity_streams_and_generates(scheme, family, load, checkpoint):
+    result, reports = load(checkpoint(family, **MANY), scheme)
+    assert result.ranks[0].logits_finite
+    assert_streamed(reports)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "deepseek_v3"])
+def test_int8_experts_stream_and_generate(family, load, checkpoint):
+    result, reports = load(checkpoint(family, **MANY), '{"moe": "int8"}')
+    dtypes = {tensor.dtype for name, tensor in result.ranks[0].tensors.items() if "experts.w13_weight" in name}
+    assert dtypes == {str(torch.int8), str(torch.float32)}
+    assert result.ranks[0].logits_finite
+    assert_streamed(reports)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_tensor_is_stocks_own_choice_without_a_gpu(family, workers, load, checkpoint):
+    path = checkpoint(family, **MANY)
+    result, _ = load(path, "tensor")
+    assert compare(stock(workers, path), result) == []
+
+
+def test_stock_is_the_default(workers, load, checkpoint):
+    path = checkpoint("qwen3_moe", **MANY)
+    result, reports = load(path, "stock")
+    assert compare(stock(workers, path), result) == []
+    assert_streamed(reports)
+
+
+def test_schemes_are_chosen_by_kind_of_layer_and_by_name(load, checkpoint):
+    choice = {
+        "linear": "channel",
+        "moe": "block",
+        "ignore": ["re:.*layers.0.self_attn.o_proj"],
+        "overrides": {"model.layers.1.self_attn.qkv_proj": "tensor"},
+    }
+    result, reports = load(checkpoint("qwen3_moe", overrides=BLOCKS, **MANY), json.dumps(choice))
+    tensors = result.ranks[0].tensors
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert tensors["model.layers.0.self_attn.o_proj.weight"].dtype == str(torch.bfloat16)
+    assert shapes["model.layers.1.self_attn.qkv_proj.weight_scale"] == ()
+    assert shapes["model.layers.0.self_attn.qkv_proj.weight_scale"] == (1, 512)
+    assert shapes["model.layers.0.mlp.experts.w13_weight_scale_inv"] == (8, 2, 2)
+    assert result.ranks[0].logits_finite
+    assert_streamed(reports)
+
+
+def test_parts_of_a_fused_layer_go_by_the_checkpoints_names(load, checkpoint):
+    choice = {"linear": "channel", "ignore": ["q_proj", "k_proj", "v_proj"], "overrides": {}}
+    path = checkpoint("qwen3", **MANY)
+    with pytest.raises(LoadFailed, match=r"'q_proj' matches .*q_proj, but .*qkv_proj is one layer of it"):
+        load(path, json.dumps(choice))
+    result, _ = load(path, json.dumps({**choice, "ignore": [r"re:.*\.[qkv]_proj"]}))
+    assert result.ranks[0].tensors["model.layers.0.self_attn.qkv_proj.weight"].dtype == str(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("blocks", "no quantization scheme 'blocks'. Use one of: stock, tensor, channel, block, int8, none"),
+        ('{"linear": "block", "ignore": ["lm_heat"]}', "the pattern 'lm_heat' matches no layer"),
+        ("int8", "cannot have the quantization scheme 'int8': SGLang has no kernel for it"),
+        ('{"experts": "block"}', "no key 'experts'. Its keys are linear, moe, ignore, overrides"),
+    ],
+)
+def test_slip_of_the_pen_stops_the_load(scheme, said, load, checkpoint):
+    with pytest.raises(LoadFailed, match=re.escape(said)):
+        load(checkpoint("qwen3", **MANY), scheme)
+
+
+@pytest.fixture
+def workers_with_another_package(tmp_path_factory):
+    """Workers in which a package with a scheme of its own is installed."""
+    site = tmp_path_factory.mktemp("site")
+    shutil.copy(HERE.parent / "schemes/third_party/power_of_two.py", site)
+    described = site / "power_of_two-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: power-of-two\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[sglang_streamfp8.schemes]\npow2 = power_of_two:POWER_OF_TWO\n")
+    with pytest.MonkeyPatch.context() as patch:
+        # A spawned process gets its parent's sys.path.
+        patch.syspath_prepend(str(site))
+        with LoadWorkers(tmp_path_factory.mktemp("loads"), {}, start_method="spawn") as group:
+            yield group
+
+
+def test_another_package_brings_a_scheme(workers_with_another_package, checkpoint):
+    environ = {"SGLANG_STREAMFP8_SCHEME": "pow2"}
+    path = checkpoint("qwen3_moe", overrides=BLOCKS, **MANY)
+    result = workers_with_another_package.load(LoadJob(path, streaming="1", environ=environ, prompts=PROMPTS))
+    assert "model.layers.0.mlp.experts.w13_weight_scale_inv" in result.ranks[0].tensors
+    assert result.ranks[0].logits_finite
+
+
+def test_layer_that_cannot_be_streamed_is_quantized_whole_by_the_same_scheme(odd_workers, load, checkpoint):
+    fields = {"overrides": (*BLOCKS, ("architectures", ("AddingLoaderForCausalLM",)))}
+    environ = {"SGLANG_STREAMFP8_SCHEME": "block"}
+    result = odd_workers.load(LoadJob(checkpoint("qwen3", **fields), environ=environ, prompts=PROMPTS))
+    streamed, _ = load(checkpoint("qwen3", overrides=BLOCKS), "block")
+    assert differences(streamed, result) == []
+    (warning,) = [line for line in result.ranks[0].log if line.startswith("WARNING") and "StreamFP8" in line]
+    assert "model.layers.1.mlp.down_proj" in warning
+    assert "as in stock" not in warning
+
+
+@pytest.mark.parametrize("scheme", ["block", '{"linear": "channel", "moe": "int8"}'])
+def test_update_ends_as_a_fresh_load(scheme, workers, load, checkpoint):
+    old, new = (checkpoint("qwen3_moe", overrides=BLOCKS, seed=seed) for seed in (0, 1))
+    fresh, _ = load(new, scheme)
+    updated, _ = load(old, scheme, updates=(Update("disk", new),))
+    assert [(update.success, update.moved) for update in updated.ranks[0].updates] == [(True, ())]
+    assert compare(fresh, updated) == []
+
+
+def test_layer_that_does_not_divide_into_blocks_is_named(load, checkpoint):
+    path = checkpoint("qwen3_moe", overrides=(*BLOCKS, ("moe_intermediate_size", 192)))
+    with pytest.raises(LoadFailed, match=r"model.layers.0.mlp.experts as 'block'.*192 is not divisible by .*128"):
+        load(path, "block")
+
+
+def test_loader_that_knows_no_schemes_is_an_error(load, checkpoint):
+    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8_SCHEME=block.*DummyModelLoader"):
+        load(checkpoint("qwen3"), "block", server_args={"load_format": "dummy"})
