@@ -28,6 +28,7 @@ NamedTensor = tuple[str, "torch.Tensor"]
 _GROUP = "trainer"
 _TENSORS_A_CALL = 40
 _SECONDS = 300.0
+_IDLE_SECONDS = 60.0
 
 
 def broadcast(url: str, checkpoint: Path) -> None:
@@ -80,6 +81,19 @@ def post(url: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def until_idle(url: str) -> None:
+    """Wait until the server's scheduler has let go of all requests: it answers a little before that, and an update that
+    comes in between fails, since the cache of a running request cannot be flushed.
+
+    Raises:
+        httpx.HTTPStatusError: there are still requests after a minute.
+    """
+    import httpx
+
+    with httpx.Client(trust_env=False, timeout=_SECONDS) as client:
+        client.post(f"{url}/flush_cache", params={"timeout": _IDLE_SECONDS}).raise_for_status()
+
+
 def engine_updates(model: Path, checkpoint: Path, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """Update an engine to ``checkpoint`` by half an expert, by all tensors, back to ``model`` by flattened buckets, and
     to ``checkpoint`` from disk.
@@ -104,7 +118,11 @@ def engine_updates(model: Path, checkpoint: Path, prompts: list[list[int]], new_
 
 def _tokens(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    return [answer["output_ids"] for answer in engine.generate(input_ids=prompts, sampling_params=sampling)]
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling)
+    idle = engine.loop.run_until_complete(engine.tokenizer_manager.flush_cache(timeout_s=_IDLE_SECONDS))
+    if not idle.success:
+        raise RuntimeError(f"the engine is not idle after its answers: {idle.message}")
+    return [answer["output_ids"] for answer in answers]
 
 
 def _send_half_an_expert(engine: Any, checkpoint: Path) -> list[Any]:

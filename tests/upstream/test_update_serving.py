@@ -11,7 +11,7 @@ import sys
 import pytest
 from workbench import serving
 from workbench.loads import PROMPTS, LoadJob
-from workbench.trainer import has_sessions, post
+from workbench.trainer import has_sessions, post, until_idle
 
 SEED = 1
 
@@ -64,6 +64,7 @@ def checksum(url):
 def generated(url):
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     answers = post(url, "generate", {"input_ids": [list(prompt) for prompt in PROMPTS], "sampling_params": sampling})
+    until_idle(url)
     return [answer["output_ids"] for answer in answers]
 
 
