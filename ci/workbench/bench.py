@@ -87,10 +87,11 @@ class Run:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The counted runs of a case, in the order made, and the bytes of its checkpoint's weights."""
+    """The counted runs of a case, in the order made, and the bytes and number of its checkpoint's weights."""
 
     case: Case
     checkpoint_bytes: int
+    checkpoint_tensors: int
     runs: tuple[Run, ...]
 
 
@@ -124,6 +125,17 @@ def scaling_cases(threads: Sequence[int]) -> dict[str, list[Case]]:
         "experts": [Case(f"{n} experts", n, spec(2, n)) for n in (16, 32, 64, 128)],
         "threads": [Case(f"{n} threads", n, spec(4, 32), threads=n) for n in threads],
     }
+
+
+def overhead_case() -> Case:
+    """Thousands of tensors of 4 kB, which take no time to read or quantize: what a load costs is a cost per tensor."""
+    chosen = (
+        ("num_hidden_layers", 8),
+        ("num_experts", 512),
+        ("hidden_size", 64),
+        ("moe_intermediate_size", 32),
+    )
+    return Case("small tensors", 1, CheckpointSpec("qwen3_moe", files=4, overrides=chosen))
 
 
 def sized_spec(family: Family, gigabytes: float, order: FileOrder = "sorted") -> CheckpointSpec:
@@ -167,7 +179,7 @@ def measure(
             if number:
                 runs.append(run)
             done(run)
-    return CaseResult(case, _weight_bytes(case.spec), tuple(runs))
+    return CaseResult(case, _weight_bytes(case.spec), len(tensor_plans(case.spec)), tuple(runs))
 
 
 def remove(case: Case, folder: Path) -> None:
@@ -236,6 +248,12 @@ def ratio(runs: Sequence[Run], one: str, other: str, measured: str) -> float:
     """Median over the rounds of ``one / other``, each round's runs compared with each other."""
     pairs = zip(_of(runs, one), _of(runs, other), strict=True)
     return float(statistics.median(getattr(a, measured) / getattr(b, measured) for a, b in pairs))
+
+
+def added_seconds_a_tensor(result: CaseResult, one: str, other: str) -> float:
+    """Median over the rounds of the processor seconds that ``one`` takes beyond ``other``, for each tensor."""
+    pairs = zip(_of(result.runs, one), _of(result.runs, other), strict=True)
+    return statistics.median(a.cpu_seconds - b.cpu_seconds for a, b in pairs) / result.checkpoint_tensors
 
 
 def _of(runs: Sequence[Run], contender: str) -> list[Run]:

@@ -25,8 +25,10 @@ from workbench.bench import (
     CaseResult,
     FileOrder,
     Run,
+    added_seconds_a_tensor,
     figures,
     measure,
+    overhead_case,
     ratio,
     remove,
     scaling_cases,
@@ -38,7 +40,7 @@ from workbench.checkpoints import Family, checkpoint_path
 from workbench.environment import cache_root
 from workbench.loads import LoadWorkers
 
-console = Console(width=150)
+console = Console(width=165)
 
 
 def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[float, ...]:
@@ -70,6 +72,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
 )
 @click.option("--all", "everything", is_flag=True, help="All families and orders.")
 @click.option("--scaling", is_flag=True, help="Vary layers, experts and threads instead.")
+@click.option("--overhead", is_flag=True, help="A checkpoint of thousands of tiny tensors instead.")
 @click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
@@ -81,6 +84,7 @@ def main(
     orders: tuple[FileOrder, ...],
     everything: bool,  # noqa: FBT001
     scaling: bool,  # noqa: FBT001
+    overhead: bool,  # noqa: FBT001
     rounds: int,
     tp: int,
     keep: bool,  # noqa: FBT001
@@ -94,6 +98,8 @@ def main(
     if scaling:
         series = scaling_cases(_thread_numbers())
         axis = {"layers": "layers", "experts": "experts a layer", "threads": "threads"}
+    elif overhead:
+        series, axis = {"overhead": [overhead_case()]}, {"overhead": "checkpoints"}
     else:
         series = {
             f"{family}, {order}": size_cases([family], sizes, [order], tp) for family in families for order in orders
@@ -151,6 +157,7 @@ _HEADINGS = (
     "time / stock",
     "time / bf16",
     "processor / bf16",
+    "+ µs / tensor",
 )
 
 
@@ -179,6 +186,7 @@ def _add_rows(table: Table, result: CaseResult) -> None:
             f"{ratio(runs, name, STOCK.name, 'seconds'):.2f}",
             f"{ratio(runs, name, BF16.name, 'seconds'):.2f}",
             f"{ratio(runs, name, BF16.name, 'cpu_seconds'):.2f}",
+            f"{added_seconds_a_tensor(result, name, BF16.name) * 1e6:.0f}",
             end_section=number == len(figures(runs)) - 1,
         )
 

@@ -50,6 +50,7 @@ def _case(result: CaseResult) -> dict[str, Any]:
         "tp_size": case.tp_size,
         "threads": case.threads,
         "checkpoint_bytes": result.checkpoint_bytes,
+        "checkpoint_tensors": result.checkpoint_tensors,
         "runs": [asdict(run) for run in result.runs],
     }
 

@@ -123,7 +123,8 @@ class LayerStream:
 
     def _enter(self) -> bool:
         with self._condition:
-            self._condition.wait_for(lambda: not self._returning)
+            while self._returning:
+                self._condition.wait()
             self._loading += self.streaming
             self._thread.inside = self.streaming
             return self.streaming

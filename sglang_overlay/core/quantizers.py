@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from sglang_overlay.core import cpu_kernels
-from sglang_overlay.core.regions import slices, whole
+from sglang_overlay.core.regions import cut, slices, whole
 from sglang_overlay.core.staging import Piece
 
 CHUNK_ELEMENTS = 1 << 18
@@ -230,7 +230,7 @@ class PerTensorQuantizer(OneScaleAUnit):
             absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
         multiplier, stored = self._arithmetic.factors(absmax)
         for piece in pieces:
-            target = weight[slices(piece.box)]
+            target = cut(weight, piece.box)
             if not (in_range and _cast_by_loops(piece.values, multiplier, target)):
                 self._cast(piece.values, multiplier, target, in_range)
         scale.fill_(stored)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 
@@ -21,8 +21,7 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in _SHORTAGES)
 
 
-@contextmanager
-def shortage_explained(purpose: str, size: int, account: StagingAccount) -> Iterator[None]:
+def shortage_explained(purpose: str, size: int, account: StagingAccount) -> AbstractContextManager[None]:
     """Turn a memory shortage into an error that says what was needed and what streaming had allocated.
 
     Args:
@@ -33,12 +32,25 @@ def shortage_explained(purpose: str, size: int, account: StagingAccount) -> Iter
     Raises:
         StagingMemoryError: memory ran out inside the block; caused by torch's error.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_shortage(error):
-            raise
-        raise StagingMemoryError(f"memory ran out: {_mib(size)} were needed {purpose}. {told(account)}") from error
+    return _Explanation(purpose, size, account)
+
+
+class _Explanation(AbstractContextManager[None]):
+    """A class, since a generator would take as long as all else that is done for a small tensor."""
+
+    __slots__ = ("_account", "_purpose", "_size")
+
+    def __init__(self, purpose: str, size: int, account: StagingAccount) -> None:
+        self._purpose = purpose
+        self._size = size
+        self._account = account
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and is_shortage(error):
+            needed = f"{_mib(self._size)} were needed {self._purpose}"
+            raise StagingMemoryError(f"memory ran out: {needed}. {told(self._account)}") from error
 
 
 def told(account: StagingAccount) -> str:

@@ -97,6 +97,8 @@ class StagedUnit:
     def overwrite(self, box: Box) -> None:
         """Forget what earlier writes put into ``box``: the last write wins, as in stock."""
         touched = [piece for piece in self.pieces if intersection(piece.box, box) is not None]
+        if not touched:
+            return
         self.has_background |= any(piece.is_fill for piece in touched)
         self.pieces = [part for piece in self.pieces for part in piece.without(box)]
 

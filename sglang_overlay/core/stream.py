@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.quantizers import UnitQuantizer
-from sglang_overlay.core.regions import Box, Placement, slices, volume
+from sglang_overlay.core.regions import Box, Placements, slices, volume
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources, Watch
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
@@ -69,6 +69,7 @@ class ParameterStream:
         self.storage = storage
         self.units = grid.count
         self._shape = torch.Size(grid.parameter_shape)
+        self._placements = Placements(self._shape)
         self._placeholder_shape = placeholder.shape
         self._dtype = placeholder.dtype
         self._grid = grid
@@ -98,7 +99,7 @@ class ParameterStream:
         if not destination.numel():
             return
         self._refuse_integers(source)
-        placement = Placement(destination, self._shape)
+        placement = self._placements.of(destination)
         values = placement.lay_out(source)
         origin = self._sources.name_of(source)
         if origin:
@@ -212,16 +213,19 @@ class ParameterStream:
 
     def _write_whole(self, first: int, last: int, values: torch.Tensor, source: torch.Tensor) -> None:
         units = range(first, last)
-        self._claim(units)
-        with self._released_on_error(units):
+        with self._claim(units):
             for unit in units:
                 self._drop(unit)
-        self._run(units, source, [], partial(self._quantize_run, first, last, self._on_device(values), source))
+            values = self._on_device(values)
+        if len(units) == 1:
+            job = partial(self._quantize, first, [Piece(self._grid.full, values[0])], source)
+        else:
+            job = partial(self._quantize_run, units, values, source)
+        self._run(units, source, [], job)
 
     def _write_part(self, unit: int, piece: Piece, source: torch.Tensor) -> None:
         units = range(unit, unit + 1)
-        self._claim(units)
-        with self._released_on_error(units):
+        with self._claim(units):
             staged = self._staged.setdefault(unit, StagedUnit(self._account))
             staged.overwrite(piece.box)
             if not self._completes(staged, piece):
@@ -236,11 +240,11 @@ class ParameterStream:
         watches = [*earlier, Watch(source)]
 
         def quantize() -> None:
-            with self._released(units), self._shortage_explained("to quantize", units):
+            with _Release(self, units), self._shortage_explained("to quantize", units):
                 job()
                 self._refuse_changed(watches)
 
-        with self._released_on_error(units):
+        with _ReleaseOnError(self, units):
             self._pipeline.check()
         size = len(units) * self._grid.unit_volume * self._dtype.itemsize
         if self._pipeline.takes(size) and self._sources.holds(source):
@@ -269,18 +273,22 @@ class ParameterStream:
             return False
         return not (piece.is_fill and all(held.is_fill for held in staged.pieces))
 
-    def _quantize_run(self, first: int, last: int, values: torch.Tensor, source: torch.Tensor) -> None:
-        weight, scale = self.storage.weight[first:last], self.storage.scale[first:last]
-        with self._rewriting_noted(range(first, last), source):
-            self._magnitude[first:last] = self._quantizer.quantize_run(values, weight, scale)
-        self._done[first:last] = self._direct[first:last] = bytes([1]) * (last - first)
-        self._count(last - first)
+    def _quantize_run(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
+        run = slice(units.start, units.stop)
+        before = self._stored_before(units)
+        self._magnitude[run] = self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
+        self._note_rewriting(units, before, source)
+        self._done[run] = self._direct[run] = bytes([1]) * len(units)
+        self._count(len(units))
 
     def _quantize(self, unit: int, pieces: Sequence[Piece], source: torch.Tensor | None = None) -> None:
-        with self._rewriting_noted(range(unit, unit + 1), source):
-            self._quantize_unit(unit, pieces)
+        units = range(unit, unit + 1)
+        before = self._stored_before(units)
+        self._quantize_unit(unit, pieces)
+        self._note_rewriting(units, before, source)
         self._drop(unit)
         self._done[unit] = 1
+        self._direct[unit] |= len(pieces) == 1
         self._count(1)
 
     def _quantize_missing(self, unit: int) -> None:
@@ -294,15 +302,13 @@ class ParameterStream:
         weight, scale = self.storage.weight[unit], self.storage.scale[unit]
         self._magnitude[unit] = self._quantizer.quantize(pieces, weight, scale)
 
-    @contextmanager
-    def _rewriting_noted(self, units: range, source: torch.Tensor | None) -> Iterator[None]:
-        """Note where whole units that were quantized before get other values: the last write wins, as in stock."""
-        if not any(self._done[units.start : units.stop]):
-            yield
-            return
-        before = self._stored(units)
-        yield
-        if before != self._stored(units):
+    def _stored_before(self, units: range) -> list[bytes] | None:
+        """What lies where ``units`` go, if any of them has been quantized before."""
+        return self._stored(units) if any(self._done[units.start : units.stop]) else None
+
+    def _note_rewriting(self, units: range, before: list[bytes] | None, source: torch.Tensor | None) -> None:
+        """Note that whole units that were quantized before got other values: the last write wins, as in stock."""
+        if before is not None and before != self._stored(units):
             self._rewritten.add((source is not None and self._sources.name_of(source)) or self.name)
 
     def _compare(self, unit: int, pieces: Sequence[Piece]) -> None:
@@ -350,33 +356,42 @@ class ParameterStream:
         is_there = values.dtype == self._dtype and values.device == self.storage.weight.device
         return values if is_there else values.to(device=self.storage.weight.device, dtype=self._dtype)
 
-    def _claim(self, units: range) -> None:
+    def _claim(self, units: range) -> _ReleaseOnError:
         with self._condition:
             while not self._busy.isdisjoint(units):
                 self._condition.wait()
             self._busy.update(units)
+        return _ReleaseOnError(self, units)
 
     def _release(self, units: range) -> None:
         with self._condition:
             self._busy.difference_update(units)
             self._condition.notify_all()
 
-    @contextmanager
-    def _released(self, units: range) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._release(units)
-
-    @contextmanager
-    def _released_on_error(self, units: range) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._release(units)
-            raise
-
     def _finish_jobs(self) -> None:
         with self._condition:
             self._condition.wait_for(lambda: not self._busy)
         self._pipeline.check()
+
+
+class _Release(AbstractContextManager[None]):
+    """Ends the claim on units in any case. A class, since a generator would take longer than placing a small tensor."""
+
+    __slots__ = ("_stream", "_units")
+
+    def __init__(self, stream: ParameterStream, units: range) -> None:
+        self._stream = stream
+        self._units = units
+
+    def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
+        self._stream._release(self._units)
+
+
+class _ReleaseOnError(_Release):
+    """Ends the claim on units where the block fails; else whoever goes on with them does."""
+
+    __slots__ = ()
+
+    def __exit__(self, kind: type[BaseException] | None, *about: object) -> None:
+        if kind is not None:
+            super().__exit__(kind, *about)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from sglang_overlay.core.regions import Box, Interval, whole
@@ -42,17 +43,17 @@ class UnitGrid:
         """The whole parameter is one unit."""
         return cls(count=1, shape=tuple(shape), sliced=False)
 
-    @property
+    @cached_property
     def parameter_shape(self) -> tuple[int, ...]:
         """The parameter's shape, with its units along the first dimension where it is sliced."""
         return (self.count, *self.shape) if self.sliced else self.shape
 
-    @property
+    @cached_property
     def unit_volume(self) -> int:
         """Elements in one unit."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def full(self) -> Box:
         """The box of a whole unit."""
         return whole(self.shape)

@@ -231,9 +231,9 @@ def test_checkpoint_tensor_that_is_changed_while_it_is_quantized_is_an_error():
     weight = weight_of((64, 4096))
     streamed = per_tensor((64, 4096))
     streamed.sources.offer(weight)
-    slow = streamed.stream._quantizer.quantize_run
+    slow = streamed.stream._quantizer.quantize
     changed = threading.Event()
-    streamed.stream._quantizer.quantize_run = lambda *args: changed.wait(10) and slow(*args)
+    streamed.stream._quantizer.quantize = lambda *args: changed.wait(10) and slow(*args)
     with streamed.capture():
         streamed.placeholder.data.copy_(weight)
     weight.zero_()
