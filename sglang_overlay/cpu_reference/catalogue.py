@@ -50,15 +50,6 @@ TOUCH_POINTS = (
         remove_when="upstream's per-channel fp8 experts run on a CPU without AMX",
     ),
     TouchPoint(
-        target="sglang_overlay.schemes.int8.Int8ExpertsMethod.apply",
-        hook="sglang_overlay.cpu_reference.moe:apply_weights",
-        kind=HookKind.REPLACE,
-        parameters=("self", "layer", "dispatch_output"),
-        why="this package's own method, whose kernel is Triton's",
-        related=(),
-        remove_when="the int8 scheme goes",
-    ),
-    TouchPoint(
         target="sglang.srt.layers.quantization.fp8.Fp8MoEMethod.apply",
         hook="sglang_overlay.cpu_reference.moe:apply",
         kind=HookKind.REPLACE,
@@ -88,3 +79,16 @@ TOUCH_POINTS = (
         remove_when="0.5.22 is no longer supported",
     ),
 )
+
+OWN_METHODS = (
+    TouchPoint(
+        target="sglang_overlay.schemes.int8.Int8ExpertsMethod.apply",
+        hook="sglang_overlay.cpu_reference.moe:apply_weights",
+        kind=HookKind.REPLACE,
+        parameters=("self", "layer", "dispatch_output"),
+        why="this package's own method, whose kernel is Triton's",
+        related=(),
+        remove_when="the int8 scheme goes",
+    ),
+)
+"""Of this package, patched in the same way: nothing that an SGLang release could change."""

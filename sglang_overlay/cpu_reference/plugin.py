@@ -36,10 +36,10 @@ def activate() -> None:
     import wrapt
 
     from sglang_overlay.cpu_reference.attention import MLA_HANDLERS, select_absorbed_mla
-    from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
+    from sglang_overlay.cpu_reference.catalogue import OWN_METHODS, TOUCH_POINTS
     from sglang_overlay.upstream.touch_point import by_module
 
-    for module, points in by_module(TOUCH_POINTS).items():
+    for module, points in by_module((*TOUCH_POINTS, *OWN_METHODS)).items():
         wrapt.register_post_import_hook(partial(_patch, points), module)
     wrapt.register_post_import_hook(select_absorbed_mla, MLA_HANDLERS)
 

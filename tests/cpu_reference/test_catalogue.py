@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
+from sglang_overlay.cpu_reference.catalogue import OWN_METHODS, TOUCH_POINTS
 from sglang_overlay.upstream.releases import installed
 from sglang_overlay.upstream.touch_point import State, TouchPoint, inspect_point
 
@@ -16,7 +16,7 @@ ABSENT = {"sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add
 """The release that has nothing of the kind."""
 
 
-@pytest.mark.parametrize("point", TOUCH_POINTS, ids=lambda point: point.target.rpartition(".")[2])
+@pytest.mark.parametrize("point", [*TOUCH_POINTS, *OWN_METHODS], ids=lambda point: point.target.rpartition(".")[2])
 def test_target_is_as_expected_and_hook_exists(point: TouchPoint) -> None:
     found = inspect_point(point)
     absent = ABSENT.get(point.target) == installed()

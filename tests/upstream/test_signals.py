@@ -111,6 +111,8 @@ def _start(path, mode, folder):
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell's background job starts with SIGINT ignored, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     return LoadingServer(process, folder / "marker", folder / "log.txt")
 
