@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from sglang_overlay.observe import chart, report
 from sglang_overlay.observe.formats import bytes_text, seconds_text
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE
 from workbench import environment, serving
+from workbench.accuracy import Evaluation, gsm8k
 from workbench.checkpoints import CheckpointSpec, build
 
 Mode = Literal["stock", "streaming"]
@@ -39,6 +40,8 @@ SPECS = (
 QUESTION = "What does it take to load a large model?"
 ANSWER_TOKENS = 12
 """Few, because the reference platform that stands in for a GPU takes about a second for each."""
+ACCURACY_NOISE = 0.03
+"""Of a share of right answers: kernels add up in another order for another batch, so answers vary between runs."""
 WIDTH_WITHOUT_TERMINAL = 120
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
@@ -55,11 +58,13 @@ class Subject:
         name: for headings and file names.
         model: what `--model-path` gets: a folder, or a name on the hub.
         arguments: server arguments besides the model and the quantization.
+        evaluation: what else both servers are asked, if anything.
     """
 
     name: str
     model: str
     arguments: tuple[str, ...] = ()
+    evaluation: Evaluation | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -70,11 +75,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Trial:
-    """One server's answer and the load reports of all its ranks."""
+    """One server's answer, the load reports of all its ranks, and its share of right answers where it was evaluated."""
 
     mode: Mode
     answer: str
     reports: tuple[report.LoadReport, ...]
+    accuracy: float | None = None
 
     @property
     def peak(self) -> int:
@@ -105,6 +111,13 @@ class Comparison:
     def same_answer(self) -> bool:
         """Whether both servers said the same."""
         return self.stock.answer == self.streaming.answer
+
+    @property
+    def is_less_accurate(self) -> bool:
+        """Whether streaming answers fewer evaluation questions right, beyond what batching changes from run to run."""
+        if self.stock.accuracy is None or self.streaming.accuracy is None:
+            return False
+        return self.streaming.accuracy < self.stock.accuracy - ACCURACY_NOISE
 
 
 class Screen:
@@ -139,8 +152,8 @@ def try_server(screen: Screen, subject: Subject, mode: Mode, folder: Path, timeo
     launch = launch_of(subject, mode, folder)
     screen.say(f"{subject.name}, {mode}: {shown(launch, mode)}")
     try:
-        answer = answer_of(screen, launch, f"{subject.name}, {mode}", timeout)
-        trial = Trial(mode, answer, report.read_folder(folder / "reports"))
+        answer, accuracy = answers_of(screen, launch, subject, mode, timeout)
+        trial = Trial(mode, answer, report.read_folder(folder / "reports"), accuracy)
     except (serving.ServerError, StreamFP8Error) as error:
         told = str(error) if str(launch.log) in str(error) else f"{error}\n{serving.tail(launch)}"
         raise DemoError(f"{subject.name}, {mode}: {told}") from error
@@ -162,16 +175,22 @@ def launch_of(subject: Subject, mode: Mode, folder: Path) -> serving.Launch:
     )
 
 
-def answer_of(screen: Screen, launch: serving.Launch, title: str, timeout: float) -> str:
-    """Run the server for as long as one answer takes."""
+def answers_of(
+    screen: Screen, launch: serving.Launch, subject: Subject, mode: Mode, timeout: float
+) -> tuple[str, float | None]:
+    """Run the server for as long as an answer takes, and an evaluation where one is wanted."""
+    title, accuracy = f"{subject.name}, {mode}", None
     with (
         screen.step(f"{title}: starting the server, log in {launch.log}") as show,
         serving.running(launch, timeout, lambda seconds: show(f"{seconds:.0f} s")) as url,
     ):
         show("asking")
         answer = serving.ask(url, QUESTION, ANSWER_TOKENS)
+        if subject.evaluation is not None:
+            show("evaluating")
+            accuracy = gsm8k(url, subject.evaluation, launch.log.parent)
         show("stopping")
-    return answer
+    return answer, accuracy
 
 
 def check_mode(trial: Trial, launch: serving.Launch) -> None:
@@ -277,6 +296,7 @@ def facts_of(comparisons: list[Comparison]) -> str:
                         "peak_bytes": trial.peak,
                         "seconds": trial.seconds,
                         "final_bytes": trial.final_bytes,
+                        "accuracy": trial.accuracy,
                     }
                     for trial in (found.stock, found.streaming)
                 },
@@ -329,8 +349,18 @@ def subjects(screen: Screen, model: str | None, arguments: tuple[str, ...], scra
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for charts, reports and logs.")
 @click.option("--keep", "made", flag_value="keep", default="remove", help="Keep the checkpoints the demo made (2 GB).")
 @click.option("--timeout", type=float, default=1800, show_default=True, help="Seconds a server may take to be ready.")
+@click.option("--evaluate", type=click.IntRange(min=1), help="GSM8K questions that both servers are asked as well.")
+@click.option("--questions", type=click.Path(exists=True, path_type=Path), help="A file of them, else downloaded.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def main(model: str | None, out: Path | None, made: str, timeout: float, arguments: tuple[str, ...]) -> None:
+def main(
+    model: str | None,
+    out: Path | None,
+    made: str,
+    timeout: float,
+    evaluate: int | None,
+    questions: Path | None,
+    arguments: tuple[str, ...],
+) -> None:
     """Load a model with stock SGLang, then with streaming, and compare answers, peak memory and load time.
 
     ARGUMENTS after -- go to both servers, for example: ci/demo --model PATH -- --tp 2
@@ -340,8 +370,10 @@ def main(model: str | None, out: Path | None, made: str, timeout: float, argumen
     screen, results = Screen(), (out or environment.CLONE / "demo-output").resolve()
     scratch = results / "checkpoints"
     try:
+        evaluation = Evaluation(evaluate, questions and questions.resolve()) if evaluate else None
         with subjects(screen, model, arguments, scratch) as found:
-            comparisons = [compare(screen, subject, results, timeout) for subject in found]
+            tried = [replace(subject, evaluation=evaluation) for subject in found]
+            comparisons = [compare(screen, subject, results, timeout) for subject in tried]
     except (DemoError, StreamFP8Error) as error:
         screen.console.print(Text(f"error: {error}"), style="bold red", soft_wrap=True)
         sys.exit(1)
@@ -349,13 +381,16 @@ def main(model: str | None, out: Path | None, made: str, timeout: float, argumen
         if made == "remove":
             shutil.rmtree(scratch, ignore_errors=True)
     publish(screen, comparisons, results)
-    sys.exit(0 if all(found.same_answer for found in comparisons) else 1)
+    sys.exit(0 if all(found.same_answer and not found.is_less_accurate for found in comparisons) else 1)
 
 
 def publish(screen: Screen, comparisons: list[Comparison], results: Path) -> None:
     """Print the table, and write it where it can be copied from."""
     screen.console.print(table_of(comparisons))
     for found in comparisons:
+        if found.stock.accuracy is not None:
+            share = f"stock {found.stock.accuracy:.3f}, streaming {found.streaming.accuracy:.3f}"
+            screen.say(f"{found.subject.name}: share of GSM8K questions answered right: {share}")
         screen.say(f"{found.subject.name}: memory over time in {found.picture}")
     (results / "table.md").write_text(markdown_of(comparisons), encoding="utf-8")
     (results / "results.json").write_text(facts_of(comparisons) + "\n", encoding="utf-8")

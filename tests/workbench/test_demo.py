@@ -104,3 +104,18 @@ def test_results_are_written_where_they_can_be_copied_from(comparison: Compariso
     demo.publish(demo.Screen(), [comparison], tmp_path)
     assert (tmp_path / "table.md").read_text() == demo.markdown_of([comparison])
     assert json.loads((tmp_path / "results.json").read_text())[0]["streaming"]["peak_bytes"] == 550_000_000
+
+
+@pytest.mark.parametrize(
+    ("stock", "streaming", "less"), [(0.6, 0.6, False), (0.6, 0.58, False), (0.6, 0.5, True), (None, None, False)]
+)
+def test_streaming_must_be_as_accurate_as_stock(
+    comparison: Comparison, stock: float | None, streaming: float | None, less: bool
+) -> None:
+    other = dataclasses.replace(
+        comparison,
+        stock=dataclasses.replace(comparison.stock, accuracy=stock),
+        streaming=dataclasses.replace(comparison.streaming, accuracy=streaming),
+    )
+    assert other.is_less_accurate is less
+    assert json.loads(demo.facts_of([other]))[0]["streaming"]["accuracy"] == streaming
