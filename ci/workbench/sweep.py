@@ -113,7 +113,9 @@ def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:
 
 
 def _first_line(text: str) -> str:
-    return " ".join(text.split())[:240]
+    """As much as a table takes, without what differs from run to run: folders, and the time of a log line."""
+    told = re.sub(r"(?<![\w/])/(?:[\w.+-]+/)+", "", re.sub(r"^\[?\d{4}-\d\d-\d\d [\d:,.]+\]?\s*", "", text.strip()))
+    return " ".join(told.split())[:240]
 
 
 def _last_error(traceback: str) -> str:

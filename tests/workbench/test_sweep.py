@@ -51,6 +51,13 @@ def test_model_that_cannot_be_built_has_no_checkpoint(outcome_of):
     )
 
 
+def test_what_is_told_holds_no_folder_and_no_time(outcome_of, tmp_path):
+    def build(architecture):
+        raise ValueError(f"no file {tmp_path}/checkpoints/config.json in a/b")
+
+    assert outcome_of(build).detail == "ValueError: no file config.json in a/b"
+
+
 def test_json_counts_outcomes():
     document = json.loads(to_json("0.5.23", [OUTCOME, replace(OUTCOME, outcome="refused")]))
     assert document["counts"] == {"identical": 1, "refused": 1}
