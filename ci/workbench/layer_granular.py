@@ -16,9 +16,9 @@ from unittest import mock
 
 import torch
 
+from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,11 +32,11 @@ class _Layer:
         self.members: list[GatheredStream] = []
 
 
-class GatheredStream(ParameterStream):
-    """A parameter that waits for the rest of its layer. Arguments are those of ``ParameterStream``."""
+class GatheredStream(PipelinedStream):
+    """A parameter that waits for the rest of its layer. Arguments are those of ``PipelinedStream``."""
 
-    def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any) -> None:
-        super().__init__(name, placeholder, *args)
+    def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        super().__init__(name, placeholder, *args, **kwargs)
         self._placeholder = placeholder
         self._layer = layer
         self._gathered: torch.Tensor | None = None
@@ -83,7 +83,7 @@ class GatheredStream(ParameterStream):
         units = self.units if self._grid.sliced else 1
         for place, values in zip(self._placeholder.chunk(units), gathered.chunk(units), strict=True):
             super().write(place, values)
-        self._finish_jobs()
+        self._wait()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -97,10 +97,11 @@ def whole_layers() -> Iterator[None]:
     """Make all loads in this process gather layers. Parameters belong together whose names differ in the last part."""
     layers: dict[tuple[StagingAccount, str], _Layer] = {}
 
-    def stream(name: str, placeholder: torch.Tensor, grid: Any, quantizer: Any, storage: Any, *args: Any) -> Any:
+    def stream(name: str, *args: Any, **kwargs: Any) -> Any:
         # One load has one account.
-        layer = layers.setdefault((args[0], name.rpartition(".")[0]), _Layer())
-        return GatheredStream(layer, name, placeholder, grid, quantizer, storage, *args)
+        account = next(value for value in args if isinstance(value, StagingAccount))
+        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer())
+        return GatheredStream(layer, name, *args, **kwargs)
 
-    with mock.patch("sglang_overlay.upstream.load.ParameterStream", stream):
+    with mock.patch("sglang_overlay.upstream.overlay_load.PipelinedStream", stream):
         yield

@@ -41,6 +41,7 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
+from sglang_overlay.upstream import built_in  # noqa: E402
 from workbench import layer_granular, runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
@@ -58,6 +59,7 @@ gc.collect()
 gc.freeze()
 
 _STREAMING = "SGLANG_STREAMFP8"
+_STREAMING_LOGGERS = ("sglang_overlay", built_in.PACKAGE)
 _MEMORY_INTERVAL_MS = 3.0
 
 #: First thing a worker says.
@@ -236,14 +238,14 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
 
 
 class LogCollector(logging.Handler):
-    """Keeps warnings of any logger and everything of the overlay's."""
+    """Keeps warnings of any logger and everything of what streams, the overlay or SGLang itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING or record.name.startswith("sglang_overlay"):
+        if record.levelno >= logging.WARNING or record.name.startswith(_STREAMING_LOGGERS):
             self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
 
 

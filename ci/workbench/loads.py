@@ -119,7 +119,7 @@ class RankResult:
         tokens: generated ids, one tuple a prompt.
         logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
         logits_finite: whether all of these are finite.
-        log: warnings of any logger, and everything of the overlay's, as ``LEVEL logger: message``.
+        log: warnings of any logger, and everything of what streams, as ``LEVEL logger: message``.
     """
 
     rank: int

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_overlay.errors import UnsupportedWriteError
+from sglang_overlay.core.errors import UnsupportedWriteError
 
 aten = torch.ops.aten
 
@@ -92,21 +92,6 @@ class WriteCapture(TorchDispatchMode):
             raise UnsupportedWriteError(f"{func} needs the contents of a parameter that is being streamed") from error
 
 
-class PartialCapture(WriteCapture):
-    """As ``WriteCapture``, where only a part of the placeholders is going to be written.
-
-    What upstream computes from a placeholder that is not written has no data, and the weight it belongs to has not
-    changed: a copy of it leaves its destination as it is.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is aten.copy_.default and _has_no_data(args[1]) and not args[0].is_meta:
-            return args[0]
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 @cache
 def _is_mutable(func: Any) -> bool:
     mutable: bool = func._schema.is_mutable
@@ -138,11 +123,6 @@ _SOURCES = {
     aten.fill_.Tensor: _filled,
     aten.zero_.default: _zeroed,
 }
-
-
-def _has_no_data(value: Any) -> bool:
-    # A number that is copied comes as the number it is.
-    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _is_meta(device: Any) -> bool:

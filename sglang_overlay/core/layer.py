@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
 from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
 
 WeightLoader = Callable[..., Any]
 

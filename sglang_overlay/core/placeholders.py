@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,3 +53,12 @@ def materialize(placeholder: torch.nn.Parameter, values: torch.Tensor) -> torch.
     other = twin(placeholder, values)
     torch.utils.swap_tensors(placeholder, other)
     return other
+
+
+def set_loader(placeholder: torch.nn.Parameter, loader: Callable[..., Any]) -> None:
+    """Give a parameter another weight loader."""
+    # SGLang's own parameter classes have weight_loader as a read-only property over _weight_loader.
+    attribute = (
+        "_weight_loader" if isinstance(getattr(type(placeholder), "weight_loader", None), property) else "weight_loader"
+    )
+    setattr(placeholder, attribute, loader)

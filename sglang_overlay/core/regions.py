@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from sglang_overlay.errors import UnsupportedWriteError
+from sglang_overlay.core.errors import UnsupportedWriteError
 
 Interval = tuple[int, int]
 """Half-open ``(start, stop)``."""

@@ -8,8 +8,8 @@ from types import TracebackType
 
 import torch
 
+from sglang_overlay.core.errors import StagingMemoryError
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.errors import StagingMemoryError
 
 _SHORTAGES = ("can't allocate memory", "can't start new thread", "Cannot allocate memory")
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_overlay.core.regions import Box, difference, extent, intersection, shifted, slices, volume
-from sglang_overlay.core.sources import Watch
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,12 @@ class StagedUnit:
 
     Attributes:
         pieces: what has been written and not been overwritten since.
-        references: watches over the memory of pieces that are not the unit's own.
         has_background: a fill has been partly overwritten. The loader clears first and writes afterwards, so a covered
             unit need not be a finished one.
     """
 
     account: StagingAccount
     pieces: list[Piece] = field(default_factory=list)
-    references: list[Watch] = field(default_factory=list)
     has_background: bool = False
     _bytes: int = 0
 
@@ -109,11 +106,6 @@ class StagedUnit:
         self._bytes += size
         self.account.add(size)
 
-    def refer(self, piece: Piece, source: torch.Tensor) -> None:
-        """Keep a piece whose memory costs nothing: a view of ``source``, in a checkpoint file that is mapped."""
-        self.pieces.append(piece)
-        self.references.append(Watch(source))
-
     @property
     def covered(self) -> int:
         """Elements held."""
@@ -122,6 +114,5 @@ class StagedUnit:
     def release(self) -> None:
         """Give all memory back."""
         self.pieces = []
-        self.references = []
         self.account.add(-self._bytes)
         self._bytes = 0

@@ -11,14 +11,13 @@ from functools import partial
 
 import torch
 
-from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedDtypeError
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.regions import Box, Placements, slices, volume
 from sglang_overlay.core.shortage import shortage_explained
-from sglang_overlay.core.sources import CheckpointSources, Watch
+from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedDtypeError
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Storage:
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
-    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, or
-    to the job it submitted, with its state and staging; copying and quantizing happen without the lock, so different
-    units of a parameter are quantized at the same time.
+    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, with
+    its state and staging; copying and quantizing happen without the lock, so different units of a parameter are
+    quantized at the same time.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.
@@ -48,9 +47,7 @@ class ParameterStream:
         quantizer: turns a complete unit into fp8.
         storage: where the results go; its device is where staging lies.
         account: counts staging memory.
-        quantized: called with the bytes of fp8 written, each time units are done; from any thread.
-        sources: tells which sources stay as they are when a loader has returned.
-        pipeline: where units from such sources are quantized.
+        sources: tells the names of checkpoint tensors.
     """
 
     def __init__(
@@ -61,9 +58,7 @@ class ParameterStream:
         quantizer: UnitQuantizer,
         storage: Storage,
         account: StagingAccount,
-        quantized: Callable[[int], None],
         sources: CheckpointSources,
-        pipeline: Pipeline,
     ) -> None:
         self.name = name
         self.storage = storage
@@ -75,9 +70,7 @@ class ParameterStream:
         self._grid = grid
         self._quantizer = quantizer
         self._account = account
-        self._quantized = quantized
         self._sources = sources
-        self._pipeline = pipeline
         self._condition = threading.Condition()
         self._done = bytearray(grid.count)
         self._direct = bytearray(grid.count)
@@ -137,9 +130,8 @@ class ParameterStream:
         return missing
 
     def _settle(self) -> list[int]:
-        self._finish_jobs()
+        self._wait()
         for unit, staged in list(self._staged.items()):
-            self._refuse_changed(staged.references)
             if staged.covered == self._grid.unit_volume:
                 self._quantize(unit, staged.pieces)
             elif self._done[unit]:
@@ -177,29 +169,18 @@ class ParameterStream:
         """Units quantized so far."""
         return sum(self._done)
 
-    @property
-    def partial_units(self) -> list[int]:
-        """Units of which a part has come and the rest has not, in order. For when no loader runs."""
-        self._finish_jobs()
-        return sorted(
-            unit
-            for unit, staged in self._staged.items()
-            if not self._done[unit] and staged.covered < self._grid.unit_volume
-        )
-
     def restore(self) -> torch.Tensor:
         """Everything written so far, in high precision on the storage's device, as stock would hold it. Ends streaming.
 
         Raises:
             LayerNotStreamableError: some units have been quantized, and their high-precision values are gone.
         """
-        self._finish_jobs()
+        self._wait()
         if any(self._done):
             raise LayerNotStreamableError(self.name, f"{sum(self._done)} of {self.units} units are quantized already")
         weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
         units = weight if self._grid.sliced else weight.unsqueeze(0)
         for unit, staged in self._staged.items():
-            self._refuse_changed(staged.references)
             for piece in staged.pieces:
                 units[unit][slices(piece.box)].copy_(piece.values)
         self.release()
@@ -221,7 +202,7 @@ class ParameterStream:
             job = partial(self._quantize, first, [Piece(self._grid.full, values[0])], source)
         else:
             job = partial(self._quantize_run, units, values, source)
-        self._run(units, source, [], job)
+        self._run(units, source, job)
 
     def _write_part(self, unit: int, piece: Piece, source: torch.Tensor) -> None:
         units = range(unit, unit + 1)
@@ -229,44 +210,22 @@ class ParameterStream:
             staged = self._staged.setdefault(unit, StagedUnit(self._account))
             staged.overwrite(piece.box)
             if not self._completes(staged, piece):
-                self._stage(staged, piece, source)
+                self._stage(unit, staged, piece, source)
                 self._release(units)
                 return
             pieces = [*staged.pieces, Piece(piece.box, self._on_device(piece.values))]
-        self._run(units, source, staged.references, partial(self._quantize, unit, pieces, source))
+        self._run(units, source, partial(self._quantize, unit, pieces, source))
 
-    def _run(self, units: range, source: torch.Tensor, earlier: Sequence[Watch], job: Callable[[], None]) -> None:
-        """Run ``job`` and release ``units``: beside the loader where ``source`` stays as it is, else at once."""
-        watches = [*earlier, Watch(source)]
+    def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
+        """Run ``job``, which reads ``source``, and release ``units``."""
+        with Release(self, units), self._shortage_explained("to quantize", units):
+            job()
 
-        def quantize() -> None:
-            with _Release(self, units), self._shortage_explained("to quantize", units):
-                job()
-                self._refuse_changed(watches)
-
-        with _ReleaseOnError(self, units):
-            self._pipeline.check()
-        size = len(units) * self._grid.unit_volume * self._dtype.itemsize
-        if self._pipeline.takes(size) and self._sources.holds(source):
-            self._pipeline.submit(quantize)
-        else:
-            quantize()
-
-    def _refuse_changed(self, watches: Sequence[Watch]) -> None:
-        if any(watch.has_changed for watch in watches):
-            raise ConflictingWriteError(self.name, "a checkpoint tensor was changed after its weight loader returned")
-
-    def _stage(self, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
-        if self._sources.is_mapped(source) and piece.values.dtype == self._dtype and not self._is_elsewhere():
-            staged.refer(piece, source)
-        else:
-            # The loader may use the source's memory again once it returns.
-            size = volume(piece.box) * self._dtype.itemsize
-            with shortage_explained(f"to stage a piece of {self.name}", size, self._account):
-                staged.hold(piece.copied(self._dtype, self.storage.weight.device))
-
-    def _is_elsewhere(self) -> bool:
-        return self.storage.weight.device.type != "cpu"
+    def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
+        """Keep a copy of ``piece``: the loader may use the memory of ``source`` again once it returns."""
+        size = volume(piece.box) * self._dtype.itemsize
+        with shortage_explained(f"to stage a piece of {self.name}", size, self._account):
+            staged.hold(piece.copied(self._dtype, self.storage.weight.device))
 
     def _completes(self, staged: StagedUnit, piece: Piece) -> bool:
         if staged.covered + volume(piece.box) < self._grid.unit_volume or staged.has_background:
@@ -279,7 +238,6 @@ class ParameterStream:
         self._magnitude[run] = self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
         self._note_rewriting(units, before, source)
         self._done[run] = self._direct[run] = bytes([1]) * len(units)
-        self._count(len(units))
 
     def _quantize(self, unit: int, pieces: Sequence[Piece], source: torch.Tensor | None = None) -> None:
         units = range(unit, unit + 1)
@@ -289,7 +247,6 @@ class ParameterStream:
         self._drop(unit)
         self._done[unit] = 1
         self._direct[unit] |= len(pieces) == 1
-        self._count(1)
 
     def _quantize_missing(self, unit: int) -> None:
         staged = self._staged.get(unit)
@@ -320,9 +277,6 @@ class ParameterStream:
                     f"part of unit {unit} was written again with other values after it had been quantized; {names} may "
                     "be in the checkpoint twice",
                 )
-
-    def _count(self, units: int) -> None:
-        self._quantized(units * self._grid.unit_volume * self.storage.weight.element_size())
 
     def _stored(self, units: range) -> list[bytes]:
         parts = (self.storage.weight, self.storage.scale)
@@ -356,25 +310,25 @@ class ParameterStream:
         is_there = values.dtype == self._dtype and values.device == self.storage.weight.device
         return values if is_there else values.to(device=self.storage.weight.device, dtype=self._dtype)
 
-    def _claim(self, units: range) -> _ReleaseOnError:
+    def _claim(self, units: range) -> ReleaseOnError:
         with self._condition:
             while not self._busy.isdisjoint(units):
                 self._condition.wait()
             self._busy.update(units)
-        return _ReleaseOnError(self, units)
+        return ReleaseOnError(self, units)
 
     def _release(self, units: range) -> None:
         with self._condition:
             self._busy.difference_update(units)
             self._condition.notify_all()
 
-    def _finish_jobs(self) -> None:
+    def _wait(self) -> None:
+        """Wait until no unit is being quantized."""
         with self._condition:
             self._condition.wait_for(lambda: not self._busy)
-        self._pipeline.check()
 
 
-class _Release(AbstractContextManager[None]):
+class Release(AbstractContextManager[None]):
     """Ends the claim on units in any case. A class, since a generator would take longer than placing a small tensor."""
 
     __slots__ = ("_stream", "_units")
@@ -387,7 +341,7 @@ class _Release(AbstractContextManager[None]):
         self._stream._release(self._units)
 
 
-class _ReleaseOnError(_Release):
+class ReleaseOnError(Release):
     """Ends the claim on units where the block fails; else whoever goes on with them does."""
 
     __slots__ = ()

@@ -31,14 +31,6 @@ class UnitGrid:
         return cls(count=shape[0], shape=tuple(shape[1:]), sliced=True)
 
     @classmethod
-    def of_rows(cls, shape: tuple[int, ...], rows: int) -> UnitGrid:
-        """Each block of ``rows`` rows is a unit, in every matrix of ``shape``; their height is a multiple of it."""
-        *matrices, height, width = shape
-        if height % rows:
-            raise ValueError(f"{height} rows do not divide into units of {rows}")
-        return cls(count=prod(matrices) * height // rows, shape=(rows, width), sliced=True)
-
-    @classmethod
     def one(cls, shape: tuple[int, ...]) -> UnitGrid:
         """The whole parameter is one unit."""
         return cls(count=1, shape=tuple(shape), sliced=False)

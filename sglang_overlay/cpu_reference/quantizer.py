@@ -17,6 +17,8 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+CHUNK_ELEMENTS = 1 << 18
+"""Elements cast at once."""
 
 
 def quantize_per_tensor(tensor: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,11 +31,15 @@ def quantize_per_tensor(tensor: torch.Tensor, scale: torch.Tensor | None = None)
     Returns:
         The values as float8_e4m3fn, contiguous, of the tensor's shape; the scale, float32, shape ``[1]``.
     """
-    values = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     if scale is None:
         scale = absmax(tensor).div_(FP8_MAX)
-    values.mul_(scale.reciprocal()).nan_to_num_(nan=FP8_MAX).clamp_(-FP8_MAX, FP8_MAX)
-    return values.to(FP8), scale.reshape(1)
+    values, multiplier = tensor.reshape(-1), scale.reciprocal().reshape(1)
+    quantized = torch.empty(values.shape, dtype=FP8)
+    # In pieces: like the kernel, this takes no memory for a copy in float32.
+    for part, out in zip(values.split(CHUNK_ELEMENTS), quantized.split(CHUNK_ELEMENTS), strict=True):
+        products = part.to(torch.float32, copy=True).mul_(multiplier)
+        out.copy_(products.nan_to_num_(nan=FP8_MAX).clamp_(-FP8_MAX, FP8_MAX))
+    return quantized.view(tensor.shape), scale.reshape(1)
 
 
 def absmax(tensor: torch.Tensor) -> torch.Tensor:

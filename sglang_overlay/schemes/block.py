@@ -13,8 +13,10 @@ from sglang_overlay.core.quantizers import UnitQuantizer, assemble, is_rounding_
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.schemes.expert_rows import grid_of_rows
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.upstream.plan import LayerPlan, SerializedPlan
+from sglang_overlay.upstream.plan import LayerPlan
+from sglang_overlay.upstream.updatable_plan import SerializedPlan
 
 BLOCK_SIZE = 128
 SMALLEST_ABSMAX = 1e-12
@@ -47,7 +49,7 @@ class BlockPlan(SerializedPlan):
     def grid(self, layer: torch.nn.Module, shape: tuple[int, ...]) -> UnitGrid:
         parts = [*getattr(layer, "logical_widths", ()), shape[-2]]
         if not any(part % BLOCK_SIZE for part in parts):
-            return UnitGrid.of_rows(shape, BLOCK_SIZE)
+            return grid_of_rows(shape, BLOCK_SIZE)
         return UnitGrid.one(shape) if len(shape) == 2 else UnitGrid.per_slice(shape)
 
     def quantizer(self, device: torch.device) -> UnitQuantizer:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from math import gcd
+from math import gcd, prod
 
 import torch
 
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream.plan import SerializedPlan
+from sglang_overlay.upstream.updatable_plan import SerializedPlan
 
 ROWS = 128
 """Rows that are quantized at once; fewer where a size is no multiple."""
@@ -23,4 +23,12 @@ class ExpertRowsPlan(SerializedPlan):
     def grid(self, layer: torch.nn.Module, shape: tuple[int, ...]) -> UnitGrid:
         # A gate_proj and an up_proj of intermediate size rows each are written into one w13.
         intermediate: int = layer.intermediate_size_per_partition  # type: ignore[assignment]
-        return UnitGrid.of_rows(shape, gcd(intermediate, shape[1], ROWS))
+        return grid_of_rows(shape, gcd(intermediate, shape[1], ROWS))
+
+
+def grid_of_rows(shape: tuple[int, ...], rows: int) -> UnitGrid:
+    """Each block of ``rows`` rows is a unit, in every matrix of ``shape``; their height is a multiple of it."""
+    *matrices, height, width = shape
+    if height % rows:
+        raise ValueError(f"{height} rows do not divide into units of {rows}")
+    return UnitGrid(count=prod(matrices) * height // rows, shape=(rows, width), sliced=True)

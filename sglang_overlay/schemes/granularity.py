@@ -16,8 +16,7 @@ from sglang.srt.layers.quantization.compressed_tensors.schemes import Compressed
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.upstream.linear import LinearPlan, row_quantizer
-from sglang_overlay.upstream.moe import ExpertsPlan
+from sglang_overlay.upstream.overlay_plans import UpdatableExpertsPlan, UpdatableLinearPlan
 from sglang_overlay.upstream.plan import LayerPlan
 
 
@@ -38,7 +37,7 @@ class TensorScheme:
         return fp8.Fp8LinearMethod(config) if kind is LayerKind.LINEAR else fp8.Fp8MoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return LinearPlan(per_channel=False) if kind is LayerKind.LINEAR else ExpertsPlan()
+        return UpdatableLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else UpdatableExpertsPlan()
 
 
 class ChannelScheme:
@@ -58,14 +57,14 @@ class ChannelScheme:
         return CompressedTensorsFusedMoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return LinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
+        return UpdatableLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):
     """Experts as of a checkpoint in compressed-tensors' format with channel-wise scales."""
 
     def quantizer(self, device: torch.device) -> UnitQuantizer:
-        return row_quantizer(device)
+        return UpdatableLinearPlan(per_channel=True).quantizer(device)
 
 
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}

@@ -17,7 +17,8 @@ from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import set_weight_attrs
 
-from sglang_overlay.core.quantizers import CHUNK_ELEMENTS, RowQuantizer, UnitQuantizer
+from sglang_overlay.core.cpu_quantizers import CHUNK_ELEMENTS
+from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan

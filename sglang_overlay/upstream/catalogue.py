@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from sglang_overlay.upstream.touch_point import HookKind, Place, TouchPoint
+from sglang_overlay.upstream.touch_point import BuiltIn, HookKind, Place, TouchPoint
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
 _LOADER = "sglang.srt.model_loader.loader"
@@ -29,6 +29,10 @@ STREAMING: tuple[TouchPoint, ...] = (
         why="Opens and closes the load that owns all streaming state, measures memory and reports.",
         related=_MEMORY_ISSUES,
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(
+            BuiltIn(2, "entry:load_model"),
+            BuiltIn(4, "checked_entry:load_model"),
+        ),
     ),
     *(
         TouchPoint(
@@ -102,26 +106,29 @@ STREAMING: tuple[TouchPoint, ...] = (
         "streaming.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "model_loading:initialize_model"),),
     ),
     TouchPoint(
         target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
-        hook="sglang_overlay.upstream.loading:get_all_weights",
+        hook="sglang_overlay.upstream.checked_load:get_all_weights",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "model"),
         why="Sees the checkpoint's tensors go by: their memory stays as it is, so units can be quantized beside the "
         "loader, which must not be done with memory that model code may use again.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(4, "checked_load:get_all_weights"),),
     ),
     TouchPoint(
         target=f"{_LOADER}.device_loading_context",
-        hook="sglang_overlay.upstream.loading:device_loading_context",
+        hook="sglang_overlay.upstream.model_loading:device_loading_context",
         kind=HookKind.AROUND,
         parameters=("module", "target_device"),
         why="Runs right before a layer's process_weights_after_loading: swaps the placeholders for the fp8 parameters, "
         "since upstream moves every parameter of the layer to the device here and cannot move one without memory.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "model_loading:device_loading_context"),),
     ),
     TouchPoint(
         target=f"{_FP8}.Fp8Config.get_quant_method",
@@ -135,39 +142,43 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_FP8}.Fp8LinearMethod.create_weights",
-        hook="sglang_overlay.upstream.linear:create_weights",
+        hook="sglang_overlay.upstream.overlay_plans:create_linear_weights",
         kind=HookKind.AROUND,
         parameters=("self", "layer", "params_dtype"),
         why="Runs upstream's code with the bf16 weight on the meta device: shape, attributes and loader, no memory.",
         related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "linear:create_weights"),),
     ),
     TouchPoint(
         target=f"{_FP8}.Fp8LinearMethod.process_weights_after_loading",
-        hook="sglang_overlay.upstream.linear:process_weights_after_loading",
+        hook="sglang_overlay.upstream.overlay_plans:process_weights_after_loading",
         kind=HookKind.AROUND,
         parameters=("self", "layer"),
         why="The weight is fp8 already: registers it as stock would leave it instead of quantizing.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "linear:process_weights_after_loading"),),
     ),
     TouchPoint(
         target=f"{_FP8}.Fp8MoEMethod.create_weights",
-        hook="sglang_overlay.upstream.moe:create_weights",
+        hook="sglang_overlay.upstream.overlay_plans:create_experts_weights",
         kind=HookKind.AROUND,
         parameters=("self", "layer", "params_dtype"),
         why="As for linear layers: w13 and w2 on the meta device, scales and biases real.",
         related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(3, "moe:create_weights"),),
     ),
     TouchPoint(
         target=f"{_FP8}.Fp8MoEMethod.process_weights_after_loading",
-        hook="sglang_overlay.upstream.moe:process_weights_after_loading",
+        hook="sglang_overlay.upstream.overlay_plans:process_weights_after_loading",
         kind=HookKind.AROUND,
         parameters=("self", "layer"),
         why="The experts are fp8 already: registers them as stock would leave them instead of quantizing.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(3, "moe:process_weights_after_loading"),),
     ),
     TouchPoint(
         target=f"{_LOADER}.DefaultModelLoader.load_weights_and_postprocess",

@@ -18,19 +18,6 @@ dots3).
 """
 
 
-STREAMED_LOADERS = (
-    "DefaultModelLoader",
-    "DummyModelLoader",
-    "PreshardedModelLoader",
-    "RunaiModelStreamerLoader",
-    "ShardedStateLoader",
-)
-"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here.
-
-Not every release has all of them.
-"""
-
-
 def is_online_fp8(config: Any) -> bool:
     """Whether this is SGLang's own fp8 config over a high-precision checkpoint.
 
@@ -64,27 +51,6 @@ def why_not_options() -> str | None:
 
     if not isinstance(offloader.get_offloader(), offloader.NoopOffloader):
         return "CPU offload (--cpu-offload-gb, --offload-group-size) moves weights while the model is built"
-    return None
-
-
-def why_not_loader(loader: Any) -> str | None:
-    """Loaders that load in their own way (layer by layer, quantized RL) stay on stock's path."""
-    from sglang.srt.environ import envs
-    from sglang.srt.model_loader import loader as upstream
-
-    name = type(loader).__name__
-    if type(loader) not in [getattr(upstream, streamed, None) for streamed in STREAMED_LOADERS]:
-        return f"loading with {name} is not covered yet"
-    if type(loader) is upstream.DummyModelLoader and envs.SGLANG_CPU_QUANTIZATION.get():
-        return "SGLANG_CPU_QUANTIZATION builds the model on the CPU, whose arithmetic is not the device's"
-    return None
-
-
-def why_not_schemes(loader: Any) -> str | None:
-    """Loaders that bring weights as stock has quantized them, or none at all, know no other scheme."""
-    name = type(loader).__name__
-    if name not in ("DefaultModelLoader", "RunaiModelStreamerLoader"):
-        return f"{name} loads only what stock SGLang makes of a checkpoint"
     return None
 
 

@@ -9,16 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from sglang_overlay.core.errors import MAX_LISTED, IncompleteLoadError, NonFiniteWeightError, shortened
 from sglang_overlay.core.tensor_names import missing_names
-from sglang_overlay.errors import IncompleteLoadError, NonFiniteWeightError
-from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 8
-"""How many names a message lists before it says how many more there are."""
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What is a warning, where it would otherwise be an error.
+
+    Attributes:
+        missing: weights that the checkpoint lacks.
+        not_finite: NaN and Inf.
+        missing_switch: the user's setting that makes ``missing`` so, such as ``VARIABLE=1``.
+        not_finite_switch: likewise.
+    """
+
+    missing: bool
+    missing_switch: str
+    not_finite: bool = True
+    not_finite_switch: str = ""
 
 
 class Weight(Protocol):
@@ -92,43 +105,29 @@ class Findings:
             self._not_finite.append(_NotFinite(told, weight.origins(damaged)))
         self._rewritten += weight.rewritten
 
-    def note_unstreamed(self, missing: Sequence[str], not_finite: Sequence[str]) -> None:
-        """Take over names of parameters that are not streamed."""
-        if missing:
-            self._warn(
-                f"nothing was loaded into {len(missing)} parameters that the checkpoint should hold: "
-                f"{shortened(missing)}. As in stock SGLang they keep what they were created with: ones, zeros, or "
-                "uninitialized memory"
-            )
-        if not_finite:
-            self._warn(
-                f"NaN or Inf in {len(not_finite)} parameters that are served in high precision: "
-                f"{shortened(not_finite)}. Expect garbage"
-            )
-
-    def conclude(self, settings: Settings, seen: Collection[str], folder: Path) -> None:
+    def conclude(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
         """Say all of it.
 
         Args:
-            settings: what is an error and what a warning.
+            tolerance: what is an error and what a warning.
             seen: names of all tensors that the checkpoint held.
             folder: of the checkpoint.
 
         Raises:
             IncompleteLoadError: weights are missing, and that is not allowed.
-            NonFiniteWeightError: there are NaN or Inf, and streaming is ``require``.
+            NonFiniteWeightError: there are NaN or Inf, and that is not allowed.
         """
         if self._incomplete:
-            self._conclude_missing(settings, seen, folder)
+            self._conclude_missing(tolerance, seen, folder)
         if self._not_finite:
-            self._conclude_not_finite(settings, folder)
+            self._conclude_not_finite(tolerance, folder)
         if self._rewritten:
-            self._warn(
+            self.warn(
                 f"the checkpoint holds these tensors more than once, with different values: "
                 f"{shortened(sorted(set(self._rewritten)))}. The last one read is served, as in stock SGLang"
             )
 
-    def _conclude_missing(self, settings: Settings, seen: Collection[str], folder: Path) -> None:
+    def _conclude_missing(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
         lines = [self._describe(found, seen) for found in self._incomplete[:MAX_LISTED]]
         more = len(self._incomplete) - MAX_LISTED
         lines += [f"and {more} more parameters"] if more > 0 else []
@@ -137,10 +136,10 @@ class Findings:
             [f"{len(self._incomplete)} parameters were never completely written from the checkpoint:", *lines]
         )
         needed = [found.parameter for found in self._incomplete if eligibility.why_deferred(found.layer)]
-        if settings.allow_missing and not needed:
-            self._warn(f"{text}\n  What is missing is zero, since {ALLOW_MISSING_VARIABLE}=1")
+        if tolerance.missing and not needed:
+            self.warn(f"{text}\n  What is missing is zero, since {tolerance.missing_switch}")
             return
-        zeros = f"{ALLOW_MISSING_VARIABLE}=1 serves zeros in these places"
+        zeros = f"{tolerance.missing_switch} serves zeros in these places"
         raise IncompleteLoadError(
             f"{text}\nStock SGLang would serve uninitialized memory here. Complete the checkpoint (download it anew, "
             f"check its index). {f'SGLang cannot serve at all without {shortened(needed)}' if needed else zeros}."
@@ -156,27 +155,23 @@ class Findings:
             f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing tells its name'}"
         )
 
-    def _conclude_not_finite(self, settings: Settings, folder: Path) -> None:
+    def _conclude_not_finite(self, tolerance: Tolerance, folder: Path) -> None:
         listed = self._not_finite[:MAX_LISTED]
         names = [name for found in listed for name in found.origins[:MAX_LISTED]]
         counts = values_not_finite(folder, names)
         lines = [f"{found.told}, loaded from {found.tell_origins(counts)}" for found in self._not_finite]
         text = f"NaN or Inf in {len(self._not_finite)} parameters: {shortened(lines)}"
-        if settings.mode is Mode.REQUIRE:
+        if not tolerance.not_finite:
             raise NonFiniteWeightError(
-                f"{text}. The model would answer with garbage; {MODE_VARIABLE}=1 serves it nonetheless, with a warning."
+                f"{text}. The model would answer with garbage; {tolerance.not_finite_switch} serves it nonetheless, "
+                "with a warning."
             )
-        self._warn(f"{text}. They are quantized as in stock SGLang, which says nothing; expect garbage")
+        self.warn(f"{text}. They are quantized as in stock SGLang, which says nothing; expect garbage")
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say it in the log, and keep it."""
         self.warnings.append(text)
         logger.warning("StreamFP8: %s.", text)
-
-
-def shortened(names: Sequence[str]) -> str:
-    """A list for a message."""
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _counted(units: Sequence[int], total: int) -> str:

@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.quantizers import (
-    PerTensorQuantizer,
-    RatioArithmetic,
-    RowQuantizer,
-    UnitQuantizer,
-    WholeUnitQuantizer,
-    quantize_rows,
-)
+from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream.load import create_streamed, process_streamed
@@ -35,11 +28,6 @@ class LinearPlan(OnlinePlan):
     def __init__(self, *, per_channel: bool) -> None:
         self._per_channel = per_channel
 
-    @classmethod
-    def stock(cls, method: Any) -> LinearPlan:
-        """As stock would choose for an ``Fp8LinearMethod``."""
-        return cls(per_channel=method.cutlass_fp8_supported or method.use_marlin)
-
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         from sglang.srt.layers.quantization import fp8
 
@@ -47,11 +35,17 @@ class LinearPlan(OnlinePlan):
         return self._storage(weight, torch.empty(self._scales(placeholder), dtype=torch.float32, device=device))
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-
         rows, columns = placeholder.shape
+        grid = UnitGrid.per_slice((rows, columns)) if self._per_channel else UnitGrid.one((rows, columns))
+        return ParameterPlan(grid, self.quantizer(storage.weight.device), storage)
+
+    def quantizer(self, device: torch.device) -> UnitQuantizer:
+        """What turns rows, or the whole weight, into fp8: upstream's own functions."""
+        from sglang.srt.layers.quantization import fp8
+
         if self._per_channel:
-            return ParameterPlan(UnitGrid.per_slice((rows, columns)), row_quantizer(storage.weight.device), storage)
-        return ParameterPlan(UnitGrid.one((rows, columns)), _quantizer(storage.weight.device), storage)
+            return RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, values.shape[-1]))
+        return WholeUnitQuantizer(fp8.input_to_float8)
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         storage = storages["weight"]
@@ -68,15 +62,6 @@ class LinearPlan(OnlinePlan):
             prepare_fp8_layer_for_marlin(layer, not method.block_quant)
             del layer.input_scale
 
-    def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
-        from sglang.srt.layers.quantization import fp8
-
-        weight, scale = layer.get_parameter("weight").data.t(), layer.get_parameter("weight_scale").data
-        placeholder = placeholders["weight"]
-        if (weight.dtype, weight.shape) != (fp8.fp8_dtype, placeholder.shape) or not weight.is_contiguous():
-            return None
-        return {"weight": self._storage(weight, scale.view(-1))} if scale.numel() == self._scales(placeholder) else None
-
     def _scales(self, placeholder: torch.Tensor) -> int:
         return placeholder.shape[0] if self._per_channel else 1
 
@@ -84,26 +69,14 @@ class LinearPlan(OnlinePlan):
         return Storage(weight if self._per_channel else weight.unsqueeze(0), scale)
 
 
-def row_quantizer(device: torch.device) -> UnitQuantizer:
-    """Per-channel, by upstream's kernel where there is a device for it."""
-    from sglang.srt.layers.quantization import fp8
-
-    if device.type == "cpu":
-        return RowQuantizer(lambda values: quantize_rows(values, fp8.fp8_dtype))
-    return RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, values.shape[-1]))
-
-
-def _quantizer(device: torch.device) -> UnitQuantizer:
-    from sglang.srt.layers.quantization import fp8
-
-    if device.type == "cpu":
-        return PerTensorQuantizer(RatioArithmetic(torch.finfo(fp8.fp8_dtype).max))
-    return WholeUnitQuantizer(fp8.input_to_float8)
+def is_per_channel(method: Any) -> bool:
+    """Whether stock would quantize the weight of an ``Fp8LinearMethod`` per channel."""
+    return bool(method.cutlass_fp8_supported or method.use_marlin)
 
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
     """Around ``Fp8LinearMethod.create_weights``."""
-    create_streamed(original, lambda: LinearPlan.stock(method), method, layer, *args, **kwargs)
+    create_streamed(original, lambda: LinearPlan(per_channel=is_per_channel(method)), method, layer, *args, **kwargs)
 
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:

@@ -6,36 +6,30 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.capture import storage_key
-from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
+from sglang_overlay.core.errors import (
+    PlaceholderLeakError,
+    StagingMemoryError,
+    UnexpectedParametersError,
+    shortened,
+)
 from sglang_overlay.core.layer import LayerStream
-from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.placeholders import materialize
+from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.errors import PlaceholderLeakError, UnexpectedParametersError
-from sglang_overlay.observe.progress import Progress, SilentProgress
-from sglang_overlay.schemes.selection import SchemeSelection
-from sglang_overlay.settings import Mode, Settings
-from sglang_overlay.upstream import eligibility, snapshots, update
-from sglang_overlay.upstream.findings import Findings, shortened
-from sglang_overlay.upstream.guard import refuse
-from sglang_overlay.upstream.plan import LayerPlan
-from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
-from sglang_overlay.upstream.update import UpdatableLayer, set_loader
+from sglang_overlay.core.stream import ParameterStream, Storage
+from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 
 logger = logging.getLogger(__name__)
 
@@ -54,61 +48,40 @@ class ModelLoad:
     """State of one load. Belongs to the loading thread; loader threads reach only the streams, which lock themselves.
 
     Args:
-        settings: what the user asked for.
-        device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
+
+    Attributes:
+        final: errors that building the model without placeholders would not mend.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        device: torch.device,
-        obstacle: str | None = None,
-        excluded: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self.settings = settings
-        self.schemes = SchemeSelection(settings.schemes)
+    final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError,)
+
+    def __init__(self, obstacle: str | None = None, excluded: Mapping[str, str] = MappingProxyType({})) -> None:
         self.sources = CheckpointSources()
-        self._device = device
-        self._pipeline: Pipeline | None = None
-        # Half: reading the files needs free memory as well.
-        self._huge_pages = HugePages(free_huge_pages() // 2)
         self.account = StagingAccount()
         self.deferred: dict[str, str] = {}
         self.fallback: dict[str, str] = {}
-        self.abandoned = "switched off" if settings.mode is Mode.OFF else None
-        self.progress: Progress = SilentProgress()
+        self.abandoned: str | None = None
         self.units = 0
         self.direct_units = 0
         self.layers = 0
-        self.updatable: dict[str, UpdatableLayer] = {}
-        self.prequantized = False
         self._obstacle = obstacle
         self._excluded = excluded
         self._pending: dict[torch.nn.Module, PendingLayer] = {}
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
         self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
-        self._kept: dict[torch.nn.Module, list[KeptWeight]] = {}
-        self._unstreamed: UnstreamedParameters | None = None
-        self._replacing: dict[torch.nn.Module, PendingLayer] = {}
         self._finished: dict[torch.nn.Module, LayerPlan] = {}
-        self._findings = Findings()
-        self._seen: set[str] = set()
 
     # -- building the model ------------------------------------------------------------------------------------------
 
     def admits(self, config: Any) -> bool:
-        """Whether layers of this quantization config are to be streamed.
-
-        Raises:
-            StreamingUnavailableError: streaming is required, and something stands against it.
-        """
+        """Whether layers of this quantization config are to be streamed."""
         if self.abandoned or not eligibility.is_online_fp8(config):
             return False
         if self._obstacle is not None:
             self.abandon(self._obstacle)
-            refuse(self.settings.required_by, self._obstacle)
+            self.refuse(self._obstacle)
         return not self.abandoned
 
     def create_weights(
@@ -134,7 +107,6 @@ class ModelLoad:
         Returns:
             Why the model cannot be streamed at all, or None.
         """
-        self.schemes.check_used()
         names = {module: name for name, module in model.named_modules()}
         for layer, pending in self._pending.items():
             changed = _changed(layer, pending)
@@ -142,16 +114,10 @@ class ModelLoad:
                 return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
         for layer, reason in self._unnamed:
             self._fall_back(names.get(layer, type(layer).__name__), reason)
-        if self._device.type == "cpu":
-            cpu_kernels.prepare()
-        # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that compute.
-        self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
         for layer, pending in self._pending.items():
-            self._start(layer, names.get(layer), pending, self._pipeline)
+            self._start(layer, names.get(layer), pending)
         self._pending.clear()
         self._unnamed.clear()
-        if self._streams and not self.prequantized:
-            self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
         return None
 
     def abandon(self, reason: str) -> None:
@@ -160,36 +126,14 @@ class ModelLoad:
         self._pending.clear()
         self._unnamed.clear()
 
-    def see(self, name: str, tensor: torch.Tensor) -> None:
-        """Note a tensor of the checkpoint, before the model gets it."""
-        self._seen.add(name)
-        self.sources.offer(tensor, name)
-
-    @property
-    def warnings(self) -> list[str]:
-        """What was found wrong with the checkpoint, and is served all the same."""
-        return self._findings.warnings
-
-    def expect_quantized(self) -> None:
-        """What is read is fp8 already: upstream quantizes the empty parameters first and fills the result."""
-        self.prequantized = True
-
-    def placeholders(self) -> Iterator[tuple[str, torch.nn.Parameter, ParameterStream]]:
-        """Every placeholder that waits to be written: its name, itself, and what takes the writes."""
-        for layer, _ in self._streams.values():
-            for key, stream in layer.streams.items():
-                yield f"{layer.name}.{key}", layer.placeholders[key], stream
+    def refuse(self, reason: str) -> None:
+        """Say that the model is loaded as stock does."""
+        logger.warning("StreamFP8: %s. The model is loaded without streaming.", reason)
 
     @property
     def building(self) -> bool:
         """Whether any placeholder has been made."""
         return bool(self._pending)
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Size of all fp8 weights to be filled."""
-        streams = (stream for layer, _ in self._streams.values() for stream in layer.streams.values())
-        return sum(stream.storage.weight.nbytes for stream in streams)
 
     # -- after the weights are read ----------------------------------------------------------------------------------
 
@@ -199,44 +143,23 @@ class ModelLoad:
         Returns:
             The plan of a layer that was quantized here, now or by an earlier call; None where upstream has to do it.
         """
-        if layer in self._finished:
-            return self._finished[layer]
-        if self._unstreamed is not None:
-            # Before upstream's post-processing, which may compute with them.
-            self._unstreamed.settle()
-        for weight in self._kept.pop(layer, ()):
-            self._findings.note(weight.name.rpartition(".")[0], weight, weight.missing())
-            weight.let_go()
         stream, plan = self._streams.get(layer, (None, None))
-        if plan is not None and stream is not None and stream.streaming:
+        if layer not in self._finished and plan is not None and stream is not None and stream.streaming:
             self._settle(stream)
             plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
             stream.streams.clear()
             stream.placeholders.clear()
             self._finished[layer] = plan
             self.layers += 1
-        elif layer in self._replacing:
-            self._finished[layer] = self._quantize_whole(layer, self._replacing.pop(layer))
         return self._finished.get(layer)
 
-    def check(self, model: torch.nn.Module, settings: Settings, model_config: Any) -> None:
-        """Make sure that everything was written from the checkpoint and nothing still refers to a placeholder.
+    def check(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Make sure that nothing still refers to a placeholder.
 
         Raises:
-            IncompleteLoadError: units were never completely written.
-            NonFiniteWeightError: a weight is not finite, where streaming is required.
             PlaceholderLeakError: the model holds a tensor without memory.
             LayerNotStreamableError: a layer has to be loaded anew.
         """
-        if self._pipeline is not None:
-            # First: a unit whose job failed is incomplete too.
-            self._pipeline.close()
-            self._pipeline.check()
-        if self._unstreamed is not None:
-            self._unstreamed.settle()
-            self._findings.note_unstreamed(self._unstreamed.missing(model_config), self._unstreamed.not_finite())
-        self._findings.conclude(settings, self._seen, Path(model_config.model_path))
-        snapshots.refresh(model)
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
         if leaks and not self.abandoned:
             raise PlaceholderLeakError(
@@ -244,110 +167,76 @@ class ModelLoad:
             )
 
     def close(self) -> None:
-        """End what runs beside the load. To be called once, also when loading failed."""
-        self.progress.close()
-        if self._pipeline is not None:
-            self._pipeline.close()
+        """Give all staging memory back. To be called once, also when loading failed."""
         for stream, _ in self._streams.values():
             stream.release()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _looked_after(self) -> Iterator[str]:
-        """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""
-        yield from (weight.name for weights in self._kept.values() for weight in weights)
-        for stream, plan in self._streams.values():
-            yield from (f"{stream.name}.{name}" for name in plan.fills)
-
-    def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer, pipeline: Pipeline) -> None:
+    def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
         if name is None:
             # Not part of the module tree, so stock would never quantize it either.
-            self._materialize(pending)
+            for placeholder in pending.placeholders.values():
+                materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
             return
-        updatable = self.updatable[name] = UpdatableLayer(name, layer, pending.plan, pending.placeholders)
-        if pending.plan.replaces_stock:
-            self._replacing[layer] = pending
         reason = eligibility.why_deferred(name)
         if reason is not None:
-            updatable.let_go()
             self._keep(layer, name, pending)
             self.deferred[name] = reason
-            return
-        if name in self._excluded:
-            updatable.let_go()
+        elif name in self._excluded:
             self._keep(layer, name, pending)
-            self._fall_back(name, self._excluded[name], pending.plan)
-            return
+            self._fall_back(name, self._excluded[name])
+        else:
+            self._open(layer, name, pending)
+
+    def _open(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
+        """Stream a layer's parameters from now on."""
         streams = {}
         for key, placeholder in pending.placeholders.items():
             size = placeholder.numel() * torch.float8_e4m3fn.itemsize
             with shortage_explained(f"for the fp8 storage of {name}.{key}", size, self.account):
-                storage = pending.plan.allocate(key, placeholder, pending.device)
-            self._huge_pages.request(storage.weight)
+                storage = self._allocate(pending, key)
             plan = pending.plan.parameter(key, placeholder, storage)
-            stream = ParameterStream(
-                f"{name}.{key}",
-                placeholder,
-                plan.grid,
-                plan.quantizer,
-                plan.storage,
-                self.account,
-                self._quantized,
-                self.sources,
-                pipeline,
-            )
-            streams[key] = (placeholder, stream)
+            streams[key] = (placeholder, self._stream(f"{name}.{key}", placeholder, plan))
         layer_stream = LayerStream(name, streams, functools.partial(self._return, layer))
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = (layer_stream, pending.plan)
 
-    def _quantize_whole(self, layer: torch.nn.Module, pending: PendingLayer) -> LayerPlan:
-        """Quantize a layer that was loaded in high precision, of a scheme that upstream does not know."""
-        storages = {}
-        for key, weight in pending.placeholders.items():
-            storages[key] = pending.plan.allocate(key, weight, pending.device)
-            pending.plan.parameter(key, weight, storages[key]).quantize_whole(weight.data)
-        pending.plan.register(layer, storages)
-        return pending.plan
+    def _allocate(self, pending: PendingLayer, key: str) -> Storage:
+        return pending.plan.allocate(key, pending.placeholders[key], pending.device)
 
-    def _materialize(self, pending: PendingLayer) -> None:
+    def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
+        return ParameterStream(name, placeholder, plan.grid, plan.quantizer, plan.storage, self.account, self.sources)
+
+    def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
+        """Leave a layer to stock."""
         for placeholder in pending.placeholders.values():
             materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
 
-    def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
-        """Leave a layer to stock, with an eye on what is loaded into it."""
-        for key, placeholder in pending.placeholders.items():
-            materialize(placeholder, torch.zeros_like(placeholder, device=pending.device))
-            weight = KeptWeight(f"{name}.{key}", placeholder, self.sources)
-            set_loader(placeholder, weight.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
-            if not self.prequantized:
-                self._kept.setdefault(layer, []).append(weight)
-
-    def _quantized(self, size: int) -> None:
-        self.progress.advance(size)
-
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
-        updatable = self.updatable[stream.name]
-        updatable.let_go()
-        self._kept[layer] = [
-            KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins())
-            for key, part in stream.streams.items()
-        ]
-        self._fall_back(stream.name, reason, updatable.plan)
+        """A layer has gone back to stock."""
+        self._fall_back(stream.name, reason)
 
-    def _fall_back(self, name: str, reason: str, plan: LayerPlan | None = None) -> None:
+    def _fall_back(self, name: str, reason: str) -> None:
         self.fallback[name] = reason
-        whole = plan is not None and plan.replaces_stock
-        manner = "quantized after it has been loaded whole" if whole else "loaded as in stock SGLang"
-        logger.warning("StreamFP8: %s is %s: %s.", name, manner, reason)
+        logger.warning("StreamFP8: %s is %s: %s.", name, self._manner(name), reason)
+
+    def _manner(self, name: str) -> str:
+        """How a layer that is not streamed is loaded."""
+        return "loaded as in stock SGLang"
 
     def _settle(self, stream: LayerStream) -> None:
         for part in stream.streams.values():
-            missing = [] if self.prequantized else part.settle_with_zeros()
+            missing = part.settle_with_zeros()
             self.units += part.units - len(missing)
             self.direct_units += part.direct_units
-            self._findings.note(stream.name, part, missing)
+            self._note(stream.name, part, missing)
+
+    def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
+        """A parameter is finished; ``missing`` are units that were never completely written, and hold zeros."""
+        if missing:
+            logger.warning("StreamFP8: %s: %d of %d units were not loaded.", part.name, len(missing), part.units)
 
 
 _current: ContextVar[ModelLoad | None] = ContextVar("streamfp8_load", default=None)
@@ -383,8 +272,6 @@ def create_streamed(
 
 def process_streamed(original: Callable[..., None], method: Any, layer: torch.nn.Module) -> None:
     """Around ``process_weights_after_loading`` of a quantization method: what is left to do after quantizing."""
-    if update.is_updating(layer):
-        return
     load = current()
     plan = None if load is None else load.finish(layer)
     process = functools.partial(original, method, layer)
@@ -424,12 +311,6 @@ def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, torch.
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
         for key, item in items:
             yield from _tensors_in(item, f"{name}[{key!r}]", depth - 1)
-
-
-def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all memory that the model's tensors hold, shared memory counted once."""
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for _, t in tensors_of(model))}
-    return sum(storages.values())
 
 
 def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:

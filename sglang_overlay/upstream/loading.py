@@ -3,37 +3,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_overlay.core.shortage import is_shortage, told
-from sglang_overlay.errors import (
-    LayerNotStreamableError,
-    PlaceholderLeakError,
-    SettingsError,
-    StagingMemoryError,
-    annotate,
-)
 from sglang_overlay.observe.memory import MemorySampler, meter_for
-from sglang_overlay.observe.progress import quantization_progress
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.schemes import registry
 from sglang_overlay.settings import Mode, Settings, load_settings
-from sglang_overlay.upstream import eligibility, releases, update
-from sglang_overlay.upstream.checkpoint_files import file_problems
+from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, update
 from sglang_overlay.upstream.guard import refuse
-from sglang_overlay.upstream.load import ModelLoad, current, under_way
-from sglang_overlay.upstream.summary import parallel_ranks, summarize
+from sglang_overlay.upstream.load import under_way
+from sglang_overlay.upstream.overlay_load import OverlayLoad, current
+from sglang_overlay.upstream.ranks import parallel_ranks
+from sglang_overlay.upstream.summary import summarize
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +39,16 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     obstacle = (
         eligibility.why_not_platform()
         or eligibility.why_not_options()
-        or eligibility.why_not_loader(loader)
-        or (None if settings.schemes.is_stock else eligibility.why_not_schemes(loader))
+        or loaders.why_not_loader(loader)
+        or (None if settings.schemes.is_stock else loaders.why_not_schemes(loader))
     )
     began = time.perf_counter()
     with MemorySampler(meter_for(device)) as sampler:
-        load, model = _load(
+        load, model = model_loading.load_streamed(
             lambda: original(loader, model_config=model_config, device_config=device_config),
-            lambda why, excluded: ModelLoad(settings, device, why, excluded),
+            lambda why, excluded: OverlayLoad(settings, device, why, excluded),
             obstacle,
-            lambda load, model: load.check(model, settings, model_config),
+            model_config,
         )
     seconds = time.perf_counter() - began
     _remember(load, model)
@@ -78,46 +68,7 @@ def _mention_untested_release(mode: Mode) -> None:
         logger.warning("StreamFP8: %s", releases.untested_note())
 
 
-def _load(
-    read: Callable[[], torch.nn.Module],
-    begin: Callable[[str | None, Mapping[str, str]], ModelLoad],
-    obstacle: str | None,
-    check: Callable[[ModelLoad, torch.nn.Module], None],
-) -> tuple[ModelLoad, torch.nn.Module]:
-    """Load a model; where it turns out too late that something cannot be streamed, load it anew as stock does.
-
-    The first time only the layer in question takes stock's path, the second time the whole model.
-    """
-    excluded: dict[str, str] = {}
-    while True:
-        load = begin(obstacle, excluded)
-        try:
-            with under_way(load), contextlib.closing(load):
-                model = _read(read, load)
-                check(load, model)
-            return load, model
-        except (LayerNotStreamableError, PlaceholderLeakError) as error:
-            if isinstance(error, LayerNotStreamableError) and not excluded:
-                excluded[error.layer] = f"{error.reason}; the model was loaded anew"
-            elif obstacle is None:
-                obstacle = f"{error}; the model was loaded anew"
-            else:
-                raise
-        # Out of the except block, whose traceback keeps the first model's memory.
-        del load
-        gc.collect()
-
-
-def _read(read: Callable[[], torch.nn.Module], load: ModelLoad) -> torch.nn.Module:
-    try:
-        return read()
-    except Exception as error:
-        if is_shortage(error):
-            annotate(error, f"StreamFP8: {told(load.account)}")
-        raise
-
-
-def _remember(load: ModelLoad, model: torch.nn.Module) -> None:
+def _remember(load: OverlayLoad, model: torch.nn.Module) -> None:
     """Keep what later weight updates of the model need."""
     for layer in load.updatable.values():
         layer.seal()
@@ -127,45 +78,10 @@ def _remember(load: ModelLoad, model: torch.nn.Module) -> None:
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around ``_initialize_model``: build the model with placeholders, or again without where it cannot take them."""
-    load = current()
-    call = inspect.signature(original).bind(*args, **kwargs).arguments
-    if load is None:
-        _refuse_other_loader(call)
-    if load is None or load.abandoned:
-        return original(*args, **kwargs)
-    try:
-        model = original(*args, **kwargs)
-        reason = load.adopt(model)
-    except Exception as error:
-        if not load.building or is_shortage(error) or isinstance(error, (StagingMemoryError, SettingsError)):
-            raise  # Stock would need more memory still, and is not what a setting asks for.
-        reason = f"building it with placeholders fails ({type(error).__name__}: {error})"
-    if reason is not None:
-        model = None
-        load.abandon(reason)
-        refuse(load.settings.required_by, f"{_architecture(call)} cannot be streamed: {reason}")
-        return original(*args, **kwargs)
-    load.progress = quantization_progress(load.streamed_bytes, parallel_ranks().tp.rank)
-    return model
-
-
-def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Around ``DefaultModelLoader._get_all_weights``."""
-    load = current()
-    if load is None:
-        yield from original(*args, **kwargs)
-        return
-    try:
-        for name, tensor in original(*args, **kwargs):
-            load.see(name, tensor)
-            yield name, tensor
-    except Exception as error:
-        # Not what the model raises: that ends this generator with GeneratorExit.
-        folder = Path(inspect.signature(original).bind(*args, **kwargs).arguments["model_config"].model_path)
-        for problem in file_problems(folder):
-            annotate(error, f"StreamFP8: {folder}: {problem}")
-        raise
+    """Around ``_initialize_model``."""
+    if current() is None:
+        _refuse_other_loader(inspect.signature(original).bind(*args, **kwargs).arguments)
+    return model_loading.initialize_model(original, *args, **kwargs)
 
 
 def load_quantized(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
@@ -205,7 +121,7 @@ def load_from_presharded(original: Callable[..., Any], *args: Any, **kwargs: Any
 
 def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around ``PreshardedModelLoader._compute_local_structural_signature``: the model it builds is never loaded."""
-    with under_way(ModelLoad(Settings(Mode.OFF), torch.device("meta"))):
+    with under_way(OverlayLoad(Settings(Mode.OFF), torch.device("meta"))):
         return original(*args, **kwargs)
 
 
@@ -235,14 +151,6 @@ class _State:
         return self._tensors
 
 
-def device_loading_context(original: Callable[..., Any], module: torch.nn.Module, target_device: torch.device) -> Any:
-    """Around ``device_loading_context``."""
-    load = current()
-    if load is not None:
-        load.finish(module)
-    return original(module, target_device)
-
-
 def _write_report(report: LoadReport, folder: Path) -> None:
     try:
         write(report, folder)
@@ -257,7 +165,3 @@ def _refuse_other_loader(call: Mapping[str, Any]) -> None:
     if settings.mode is not Mode.OFF and eligibility.is_online_fp8(call.get("quant_config")):
         load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)
         refuse(settings.required_by, f"load format {load_format} is not streamed")
-
-
-def _architecture(call: Mapping[str, Any]) -> str:
-    return ", ".join(getattr(call["model_config"].hf_config, "architectures", None) or ["this model"])

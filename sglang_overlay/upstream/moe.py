@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, UnitQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.quantizers import UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream import capabilities
@@ -33,7 +33,13 @@ class ExpertsPlan(OnlinePlan):
         return Storage(weight, torch.ones(placeholder.shape[0], dtype=torch.float32, device=device))
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), _quantizer(storage.weight.device), storage)
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(storage.weight.device), storage)
+
+    def quantizer(self, device: torch.device) -> UnitQuantizer:
+        """What turns one expert's matrix into fp8: upstream's own function."""
+        from sglang.srt.layers.quantization import fp8
+
+        return WholeUnitQuantizer(fp8.scaled_fp8_quant)
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         w13, w2 = storages["w13_weight"], storages["w2_weight"]
@@ -52,18 +58,6 @@ class ExpertsPlan(OnlinePlan):
             # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
             found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
             dispatcher.set_quant_config(found if wanted is None else wanted)
-
-    def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
-        from sglang.srt.layers.quantization import fp8
-
-        storages = {
-            name: Storage(getattr(layer, name).data, getattr(layer, f"{name}_scale").data) for name in placeholders
-        }
-        for name, storage in storages.items():
-            shape = placeholders[name].shape
-            if (storage.weight.dtype, storage.weight.shape, storage.scale.shape) != (fp8.fp8_dtype, shape, shape[:1]):
-                return None
-        return storages
 
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
@@ -84,11 +78,3 @@ def _prepare_backend(method: Any, layer: Module) -> None:
         method._prepare_flashinfer_trtllm_activation_params(layer)
     if capabilities.takes_hpc_ops_weights(backend):
         method._prepare_hpc_ops_weights(layer)
-
-
-def _quantizer(device: torch.device) -> UnitQuantizer:
-    from sglang.srt.layers.quantization import fp8
-
-    if device.type == "cpu":
-        return PerTensorQuantizer(KernelArithmetic(torch.finfo(fp8.fp8_dtype).max))
-    return WholeUnitQuantizer(fp8.scaled_fp8_quant)

@@ -13,17 +13,17 @@ from sglang_overlay.observe.report import (
     LayerCounts,
     LayerNote,
     LoadReport,
-    ParallelRank,
-    Ranks,
     StagingUsage,
     UnitCounts,
 )
 from sglang_overlay.upstream import releases
-from sglang_overlay.upstream.load import ModelLoad, stored_bytes
+from sglang_overlay.upstream.load import tensors_of
+from sglang_overlay.upstream.overlay_load import OverlayLoad
+from sglang_overlay.upstream.ranks import parallel_ranks
 
 
 def summarize(
-    load: ModelLoad, model: torch.nn.Module, model_config: Any, load_config: Any, seconds: float, memory: MemoryUsage
+    load: OverlayLoad, model: torch.nn.Module, model_config: Any, load_config: Any, seconds: float, memory: MemoryUsage
 ) -> LoadReport:
     """The report of a load that has ended."""
     return LoadReport(
@@ -44,23 +44,10 @@ def summarize(
     )
 
 
-def parallel_ranks() -> Ranks:
-    """This process's place; rank 0 of 1 in every kind of parallelism that is not set up."""
-    from sglang.srt.distributed import parallel_state
-
-    return Ranks(
-        tp=_rank(parallel_state, "get_tp_group"),
-        pp=_rank(parallel_state, "get_pp_group"),
-        ep=_rank(parallel_state, "get_moe_ep_group"),
-    )
-
-
-def _rank(parallel_state: Any, getter: str) -> ParallelRank:
-    try:
-        group = getattr(parallel_state, getter)()
-        return ParallelRank(group.rank_in_group, group.world_size)
-    except (AttributeError, AssertionError, RuntimeError):
-        return ParallelRank()
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all memory that the model's tensors hold, shared memory counted once."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for _, t in tensors_of(model))}
+    return sum(storages.values())
 
 
 def _notes(reasons: dict[str, str]) -> tuple[LayerNote, ...]:

@@ -56,6 +56,19 @@ class Place:
 
 
 @dataclass(frozen=True)
+class BuiltIn:
+    """What stands at a touch point in an SGLang that streams by itself, where the patch series has been applied.
+
+    Attributes:
+        patch: number of the patch, from 1, that puts it there.
+        hook: ``module:function`` of the package that the series adds.
+    """
+
+    patch: int
+    hook: str
+
+
+@dataclass(frozen=True)
 class TouchPoint:
     """One place where SGLang is patched.
 
@@ -69,6 +82,7 @@ class TouchPoint:
         remove_when: what must happen upstream for the entry to be deleted.
         elsewhere: where releases have it that do not have it at ``target``.
         without: what is lost with a release that has nothing of the kind; empty where streaming cannot do without.
+        built_in: what the patch series has there instead, one patch after the other; empty where it has nothing.
     """
 
     target: str
@@ -80,6 +94,7 @@ class TouchPoint:
     remove_when: str
     elsewhere: tuple[Place, ...] = ()
     without: str = ""
+    built_in: tuple[BuiltIn, ...] = ()
 
     @property
     def candidates(self) -> tuple[TouchPoint, ...]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.marks import Marks, is_watchable
 from sglang_overlay.core.quantizers import magnitude
 from sglang_overlay.core.tensor_names import pattern_of
@@ -119,6 +120,23 @@ class UnstreamedParameters:
             for name, layer in unwritten.items()
             if not _is_provided(layer, model_config) and (pattern_of(name) in written or _is_certain(name, layer))
         ]
+
+    def problems(self, model_config: Any) -> list[str]:
+        """What to say of parameters that were not loaded, or hold NaN or Inf."""
+        missing, not_finite = self.missing(model_config), self.not_finite()
+        found = []
+        if missing:
+            found.append(
+                f"nothing was loaded into {len(missing)} parameters that the checkpoint should hold: "
+                f"{shortened(missing)}. As in stock SGLang they keep what they were created with: ones, zeros, or "
+                "uninitialized memory"
+            )
+        if not_finite:
+            found.append(
+                f"NaN or Inf in {len(not_finite)} parameters that are served in high precision: "
+                f"{shortened(not_finite)}. Expect garbage"
+            )
+        return found
 
     def not_finite(self) -> list[str]:
         """Names of parameters that hold NaN or Inf, embeddings aside: they are too large to be read once more."""

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_overlay.core.capture import PartialCapture, WriteCapture, WriteSink, storage_key
+from sglang_overlay.core.capture import WriteCapture, WriteSink, storage_key
+from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.mapped_sources import MappedSources
+from sglang_overlay.core.partial_capture import PartialCapture
 from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.placeholders import twin
-from sglang_overlay.core.sources import CheckpointSources
+from sglang_overlay.core.pipelined_stream import PipelinedStream
+from sglang_overlay.core.placeholders import set_loader, twin
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import (
     LayerNotStreamableError,
@@ -41,11 +43,12 @@ from sglang_overlay.errors import (
     UnsupportedWriteError,
     WeightUpdateError,
 )
-from sglang_overlay.upstream.findings import shortened
+from sglang_overlay.upstream.updatable_plan import quantize_whole
 
 if TYPE_CHECKING:
     from sglang_overlay.core.layer import WeightLoader
-    from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
+    from sglang_overlay.upstream.plan import ParameterPlan
+    from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class UpdatableLayer:
     """
 
     def __init__(
-        self, name: str, module: torch.nn.Module, plan: LayerPlan, placeholders: Mapping[str, torch.nn.Parameter]
+        self, name: str, module: torch.nn.Module, plan: UpdatablePlan, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> None:
         self.name = name
         self.module = module
@@ -204,11 +207,11 @@ class WeightUpdate:
     """
 
     def __init__(self, layers: Iterable[UpdatableLayer], workers: int = 0) -> None:
-        self.sources = CheckpointSources()
+        self.sources = MappedSources()
         self.account = StagingAccount()
         self._pipeline = Pipeline(workers)
         self._layers = {layer.module: layer for layer in layers}
-        self._streams: dict[str, ParameterStream] = {}
+        self._streams: dict[str, PipelinedStream] = {}
         self._whole: dict[str, tuple[WholeParameter, ParameterPlan]] = {}
         self._sinks: dict[int, WriteSink] = {}
         self._replaced: dict[str, None] = {}
@@ -331,16 +334,16 @@ class WeightUpdate:
         return sink
 
     def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> WriteSink:
-        self._streams[name] = ParameterStream(
+        self._streams[name] = PipelinedStream(
             name,
             placeholder,
             plan.grid,
             plan.quantizer,
             plan.storage,
             self.account,
-            _ignore,
             self.sources,
-            self._pipeline,
+            quantized=_ignore,
+            pipeline=self._pipeline,
         )
         return self._streams[name]
 
@@ -387,7 +390,7 @@ class WeightUpdate:
                     parameter.reset()
 
     def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan) -> None:
-        found = plan.quantize_whole(values)
+        found = quantize_whole(plan, values)
         self._damaged += [] if found.isfinite().all() else [name]
         self._replaced[name.rpartition(".")[0]] = None
 
@@ -447,15 +450,6 @@ def updatable(model: torch.nn.Module) -> UpdatableModel | None:
     return _models.get(model)
 
 
-def set_loader(placeholder: torch.nn.Parameter, loader: WeightLoader) -> None:
-    """Give a parameter another weight loader."""
-    # SGLang's own parameter classes have weight_loader as a read-only property over _weight_loader.
-    attribute = (
-        "_weight_loader" if isinstance(getattr(type(placeholder), "weight_loader", None), property) else "weight_loader"
-    )
-    setattr(placeholder, attribute, loader)
-
-
 @contextmanager
 def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
     with ExitStack() as stack:
@@ -483,7 +477,7 @@ def _given(model: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[Non
             attributes["load_weights"] = own
 
 
-def _settled(stream: ParameterStream) -> LayerNotStreamableError | None:
+def _settled(stream: PipelinedStream) -> LayerNotStreamableError | None:
     try:
         stream.settle()
     except LayerNotStreamableError as error:

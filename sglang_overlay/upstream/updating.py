@@ -18,8 +18,8 @@ import torch
 
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.upstream import load
-from sglang_overlay.upstream.capabilities import has_sessions, model_of
 from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate, updatable
+from sglang_overlay.upstream.updaters import has_sessions, model_of
 
 logger = logging.getLogger(__name__)
 

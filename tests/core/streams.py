@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builders shared by the tests of the core: a stream over a placeholder, and what one-shot quantization gives."""
+"""Builders shared by the tests of streams: a stream over a placeholder, and what one-shot quantization gives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
-from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.quantizers import PerTensorQuantizer, RatioArithmetic, RowQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
@@ -17,8 +17,6 @@ from sglang_overlay.core.units import UnitGrid
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-
-PIPELINE = Pipeline(2, smallest=0)
 
 
 def quantize_unit(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +40,6 @@ class Streamed:
     placeholder: torch.nn.Parameter
     account: StagingAccount
     sources: CheckpointSources
-    progress: list[int] = field(default_factory=list)
 
     def capture(self) -> WriteCapture:
         return WriteCapture({storage_key(self.placeholder): self.stream})
@@ -71,12 +68,12 @@ def expected(stream: ParameterStream, weight: torch.Tensor) -> tuple[torch.Tenso
 
 def per_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """The whole parameter is one unit."""
-    return _streamed(shape, UnitGrid.one(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), dtype)
+    return _streamed(shape, UnitGrid.one(shape), one_scale(), dtype)
 
 
 def per_expert(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """Each index of the first dimension is a unit with one scale."""
-    return _streamed(shape, UnitGrid.per_slice(shape), PerTensorQuantizer(RatioArithmetic(FP8_MAX)), dtype)
+    return _streamed(shape, UnitGrid.per_slice(shape), one_scale(), dtype)
 
 
 def per_expert_by_kernel(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Streamed:
@@ -97,8 +94,21 @@ def streamed(shape, grid, quantizer, scales, dtype: torch.dtype = torch.bfloat16
     """Any grid and quantizer; ``scales`` is the shape of the scales, units first."""
     placeholder = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
     storage = Storage(torch.zeros((grid.count, *grid.shape), dtype=FP8), torch.zeros(scales, dtype=torch.float32))
-    account, progress, sources = StagingAccount(), [], CheckpointSources()
-    stream = ParameterStream(
-        "layer.weight", placeholder, grid, quantizer, storage, account, progress.append, sources, PIPELINE
-    )
-    return Streamed(stream, placeholder, account, sources, progress)
+    account, sources = StagingAccount(), make_sources()
+    stream = make_stream("layer.weight", placeholder, grid, quantizer, storage, account, sources)
+    return Streamed(stream, placeholder, account, sources)
+
+
+def make_stream(*arguments: Any) -> ParameterStream:
+    """What all builders make their stream with."""
+    return ParameterStream(*arguments)
+
+
+def make_sources() -> CheckpointSources:
+    """What all builders tell tensors' names by."""
+    return CheckpointSources()
+
+
+def one_scale() -> UnitQuantizer:
+    """What quantizes a unit of one scale."""
+    return WholeUnitQuantizer(quantize_unit)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.streams import per_expert, per_tensor
+from sglang_overlay.core.errors import LayerNotStreamableError
 from sglang_overlay.core.layer import LayerStream
-from sglang_overlay.errors import LayerNotStreamableError
 
 
 def layer_of(streamed):

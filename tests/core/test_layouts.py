@@ -13,11 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core import pipelined
 from core.streams import per_channel, per_expert, per_tensor
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pipelined():
+    with pytest.MonkeyPatch.context() as patch:
+        pipelined.use(patch)
+        yield
+
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

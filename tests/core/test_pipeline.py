@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from core import streams
+from core import pipelined, streams
 from sglang_overlay.core.pipeline import Pipeline
 
 
@@ -89,7 +89,8 @@ def test_workers_compute_with_one_thread_and_others_keep_theirs():
 @pytest.mark.parametrize(("columns", "is_beside"), [(64, False), (4096, True)])
 def test_only_units_worth_it_are_quantized_beside_the_loader(monkeypatch, columns, is_beside):
     pipeline, seen = Pipeline(1), []
-    monkeypatch.setattr(streams, "PIPELINE", pipeline)
+    pipelined.use(monkeypatch)
+    monkeypatch.setattr(pipelined, "PIPELINE", pipeline)
     streamed, weight = streams.per_expert((1, 32, columns)), torch.randn(1, 32, columns).to(torch.bfloat16)
     streamed.stream._count = lambda _: seen.append(threading.current_thread())
     streamed.sources.offer(weight)

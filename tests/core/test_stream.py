@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever the order, the split, the duplicates and the threads: the result is that of one-shot quantization."""
+"""However a weight is written, the result is that of quantizing it in one go."""
 
 from __future__ import annotations
 
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from core.streams import per_channel, per_expert, per_expert_by_kernel, per_tensor
-from sglang_overlay.core.regions import slices
-from sglang_overlay.errors import (
+from sglang_overlay.core.errors import (
     ConflictingWriteError,
     LayerNotStreamableError,
     UnsupportedDtypeError,
     UnsupportedWriteError,
 )
-
-BUILDERS = {"per-tensor": per_tensor, "per-expert": per_expert, "per-channel": per_channel}
 
 
 def weight_of(shape, seed=0, dtype=torch.bfloat16):
@@ -35,67 +28,6 @@ def weight_of(shape, seed=0, dtype=torch.bfloat16):
 
 def is_untouched(streamed):
     return streamed.stream.settle() == list(range(streamed.stream.units)) and streamed.account.peak == 0
-
-
-@st.composite
-def splits(draw, box):
-    """Disjoint boxes that together are ``box``."""
-    axis = draw(st.integers(0, len(box) - 1))
-    start, stop = box[axis]
-    if stop - start < 2 or not draw(st.booleans()):
-        return [box]
-    cut = draw(st.integers(start + 1, stop - 1))
-    low = (*box[:axis], (start, cut), *box[axis + 1 :])
-    high = (*box[:axis], (cut, stop), *box[axis + 1 :])
-    return draw(splits(low)) + draw(splits(high))
-
-
-@st.composite
-def plans(draw):
-    kind = draw(st.sampled_from(sorted(BUILDERS)))
-    rank = 3 if kind == "per-expert" else 2
-    shape = tuple(draw(st.integers(1, 6)) for _ in range(rank))
-    parts = draw(splits(tuple((0, size) for size in shape)))
-    duplicates = draw(st.lists(st.sampled_from(parts), max_size=3))
-    return kind, shape, draw(st.permutations(parts + duplicates)), draw(st.integers(0, 1 << 16))
-
-
-@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(plans(), st.booleans())
-def test_any_order_split_and_duplicate_gives_the_one_shot_result(plan, from_checkpoint):
-    kind, shape, parts, seed = plan
-    weight = weight_of(shape, seed)
-    streamed = BUILDERS[kind](shape)
-    if from_checkpoint:
-        streamed.sources.offer(weight)
-    with streamed.capture():
-        for part in parts:
-            streamed.placeholder.data[slices(part)].copy_(weight[slices(part)])
-    assert streamed.stream.settle() == []
-    assert streamed.equals(weight)
-    assert streamed.account.held == 0
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(plans(), st.integers(2, 4))
-def test_threads_give_the_one_shot_result(plan, threads):
-    kind, shape, parts, seed = plan
-    parts = list(dict.fromkeys(parts))
-    weight = weight_of(shape, seed)
-    streamed = BUILDERS[kind](shape)
-    barrier = threading.Barrier(threads)
-
-    def write(mine):
-        barrier.wait()
-        with streamed.capture():
-            for part in mine:
-                streamed.placeholder.data[slices(part)].copy_(weight[slices(part)])
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(write, [parts[index::threads] for index in range(threads)]))
-    assert streamed.stream.settle() == []
-    assert streamed.equals(weight)
-    assert streamed.account.held == 0
 
 
 def test_two_threads_may_complete_the_same_unit_again_and_again():
@@ -126,13 +58,13 @@ def test_expert_unit_waits_for_both_shards():
     streamed = per_expert((3, 4, 8))
     with streamed.capture():
         streamed.placeholder.data[1].narrow(0, 0, 2).copy_(weight[1, :2])
-        assert streamed.progress == []
+        assert streamed.stream.done_units == 0
         assert streamed.account.held == 2 * 8 * 2
         streamed.placeholder.data[1].narrow(0, 2, 2).copy_(weight[1, 2:])
     assert streamed.account.held == 0
     assert streamed.stream.settle() == [0, 2]
     assert streamed.account.peak == 2 * 8 * 2
-    assert streamed.progress == [4 * 8]
+    assert streamed.stream.done_units == 1
 
 
 def test_unit_that_comes_whole_needs_no_staging():
@@ -187,7 +119,7 @@ def test_unit_that_is_only_cleared_is_quantized_at_the_end():
     streamed = per_expert((2, 6, 8))
     with streamed.capture():
         streamed.placeholder.data.zero_()
-    assert streamed.progress == []
+    assert streamed.stream.done_units == 0
     assert streamed.stream.settle() == []
     assert streamed.equals(torch.zeros(2, 6, 8, dtype=torch.bfloat16))
 
@@ -211,35 +143,6 @@ def test_source_may_be_overwritten_after_the_loader_returns():
             streamed.placeholder.data[row].copy_(buffer)
             buffer.fill_(1e6)
     assert streamed.equals(weight)
-
-
-def test_piece_of_a_mapped_file_is_kept_without_memory(tmp_path):
-    save_file({"weight": weight_of((2, 8, 64))}, tmp_path / "model.safetensors")
-    mapped = load_file(tmp_path / "model.safetensors")["weight"]
-    streamed = per_expert((2, 8, 64))
-    streamed.sources.offer(mapped)
-    with streamed.capture():
-        for half in (slice(0, 4), slice(4, 8)):
-            for expert in range(2):
-                streamed.placeholder.data[expert, half].copy_(mapped[expert, half])
-    assert streamed.stream.settle() == []
-    assert streamed.equals(weight_of((2, 8, 64)))
-    assert streamed.account.peak == 0
-
-
-def test_checkpoint_tensor_that_is_changed_while_it_is_quantized_is_an_error():
-    weight = weight_of((64, 4096))
-    streamed = per_tensor((64, 4096))
-    streamed.sources.offer(weight)
-    slow = streamed.stream._quantizer.quantize
-    changed = threading.Event()
-    streamed.stream._quantizer.quantize = lambda *args: changed.wait(10) and slow(*args)
-    with streamed.capture():
-        streamed.placeholder.data.copy_(weight)
-    weight.zero_()
-    changed.set()
-    with pytest.raises(ConflictingWriteError, match="changed after its weight loader returned"):
-        streamed.stream.settle()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -412,18 +315,6 @@ def test_units_know_the_tensors_they_came_from():
             streamed.placeholder.data[expert, 2 * half : 2 * half + 2].copy_(tensor)
     assert streamed.stream.origins([1]) == ["1.gate", "1.up"]
     assert streamed.stream.origins() == ["0.gate", "0.up", "1.gate", "1.up"]
-
-
-def test_partial_units_are_those_of_which_a_part_is_missing():
-    streamed = per_expert((4, 6, 8))
-    values = torch.randn(4, 6, 8, dtype=torch.bfloat16)
-    with streamed.capture():
-        streamed.placeholder.data[1].copy_(values[1])
-        for expert in (0, 3):
-            streamed.placeholder.data[expert, :3].copy_(values[expert, :3])
-        streamed.placeholder.data[0, 3:].copy_(values[0, 3:])
-    assert streamed.stream.partial_units == [3]
-    assert streamed.stream.done_units == 2
 
 
 def test_units_that_were_not_written_stay_as_they_are():

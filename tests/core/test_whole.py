@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_overlay.core.capture import PartialCapture, WriteCapture, storage_key
+from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.partial_capture import PartialCapture
 from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import UnsupportedWriteError
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from sglang_overlay.core.regions import whole
 from sglang_overlay.core.staging import Piece
-from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.block import BLOCK_SIZE, BlockQuantizer
+from sglang_overlay.schemes.expert_rows import grid_of_rows
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -85,7 +85,7 @@ def test_units_of_any_order_and_split_equal_the_whole(data):
     values = random_values(rows, columns, data.draw(st.integers(0, 99)))
     cuts = sorted({0, rows, *data.draw(st.lists(st.integers(1, rows - 1), max_size=6))})
     parts = data.draw(st.permutations(list(pairwise(cuts))))
-    grid = UnitGrid.of_rows((rows, columns), BLOCK_SIZE)
+    grid = grid_of_rows((rows, columns), BLOCK_SIZE)
     found = streamed((rows, columns), grid, QUANTIZER, (grid.count, blocks_of(1, columns)[1]))
     aligned = all(cut % BLOCK_SIZE == 0 for cut in cuts)
     with found.capture():

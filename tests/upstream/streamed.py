@@ -1,11 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reports of a load say when all of it was streamed."""
+"""Loads that have to be streamed, by the overlay or by an SGLang that has the patch series, and what tells that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from sglang_overlay.observe.report import LoadReport
+from workbench.loads import LoadJob, LoadResult
+
+from sglang_overlay.observe.report import LoadReport, read_folder
+from sglang_overlay.upstream import built_in
+
+
+def load_streamed(load: Callable[[LoadJob], LoadResult], job: LoadJob, folder: Path) -> LoadResult:
+    """Run a load, make sure that all of it was streamed, and by what.
+
+    Args:
+        load: of some ``LoadWorkers``.
+        job: whose ``streaming`` is set here.
+        folder: for reports, where the overlay streams.
+    """
+    if built_in.streams_itself():
+        result = load(replace(job, streaming="1"))
+        assert_streamed_by_sglang(result)
+        return result
+    environ = {**job.environ, "SGLANG_STREAMFP8_REPORT": str(folder)}
+    result = load(replace(job, streaming="require", environ=environ))
+    assert_streamed(read_folder(folder), job.ranks)
+    return result
+
+
+def assert_streamed_by_sglang(result: LoadResult) -> None:
+    """Every rank says that it streamed, nothing else is said of streaming, and the overlay is not there."""
+    for rank in result.ranks:
+        told = [line for line in rank.log if "StreamFP8" in line]
+        assert len(told) == 1, told
+        assert told[0].startswith(f"INFO {built_in.PACKAGE}.entry: StreamFP8: quantized ")
+        assert not any(" sglang_overlay.upstream" in line for line in rank.log)
 
 
 def assert_streamed(reports: Sequence[LoadReport], ranks: int = 1) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_overlay.core import cpu_kernels
-from sglang_overlay.core.quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
+from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.cpu_reference.quantizer import quantize_per_tensor
 

@@ -15,10 +15,9 @@ import pytest
 from workbench.checkpoints import FAMILIES
 from workbench.loads import PROMPTS, LoadJob, compare
 
-from sglang_overlay.observe.report import read_folder
-from upstream.streamed import assert_streamed
+from upstream.streamed import load_streamed
 
-pytestmark = pytest.mark.every_release
+pytestmark = [pytest.mark.every_release, pytest.mark.patched]
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,18 @@ def stock(workers, checkpoint):
 
 @pytest.fixture
 def stream(workers, checkpoint, tmp_path):
-    """A streaming load and its reports, one a rank."""
+    """A streaming load."""
 
     def load(family, variant, tp_size=1, ep_size=1, **fields):
         job = LoadJob(
             checkpoint(family, **variant.files),
-            streaming="require",
             tp_size=tp_size,
             ep_size=ep_size,
-            environ={**variant.environ, "SGLANG_STREAMFP8_REPORT": str(tmp_path)},
+            environ=variant.environ,
             loader_config=variant.loader_config,
             **fields,
         )
-        return workers.load(job), read_folder(tmp_path)
+        return load_streamed(workers.load, job, tmp_path)
 
     return load
 
@@ -75,30 +73,26 @@ def stream(workers, checkpoint, tmp_path):
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_and_greedy_outputs_equal_stock(family, tp_size, stock, stream):
-    result, reports = stream(family, Variant(files=MANY), tp_size=tp_size, prompts=PROMPTS)
+    result = stream(family, Variant(files=MANY), tp_size=tp_size, prompts=PROMPTS)
     assert compare(stock(family, tp_size, 1), result) == []
     assert result.tokens
-    assert_streamed(reports, tp_size)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_layout_on_disk_gives_stock_weights(family, variant, stock, stream):
-    result, reports = stream(family, VARIANTS[variant])
+    result = stream(family, VARIANTS[variant])
     assert compare(stock(family, 1, 1), result) == []
-    assert_streamed(reports, 1)
 
 
 @pytest.mark.parametrize("variant", ["files staggered by rank", "tensors and files shuffled"])
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
 def test_any_layout_on_disk_gives_stock_weights_on_two_ranks(family, variant, stock, stream):
-    result, reports = stream(family, VARIANTS[variant], tp_size=2)
+    result = stream(family, VARIANTS[variant], tp_size=2)
     assert compare(stock(family, 2, 1), result) == []
-    assert_streamed(reports, 2)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_expert_parallel_gives_stock_weights_and_outputs(family, stock, stream):
-    result, reports = stream(family, Variant(files=MANY), tp_size=2, ep_size=2, prompts=PROMPTS)
+    result = stream(family, Variant(files=MANY), tp_size=2, ep_size=2, prompts=PROMPTS)
     assert compare(stock(family, 2, 2), result) == []
-    assert_streamed(reports, 2)

@@ -8,7 +8,7 @@ from workbench.layer_granular import whole_layers
 from workbench.loads import LoadJob, compare
 
 from sglang_overlay.observe.report import read_folder
-from sglang_overlay.upstream import load
+from sglang_overlay.upstream import overlay_load
 
 LAYOUTS = {
     "one file": {},
@@ -50,7 +50,7 @@ def test_a_layers_bf16_bytes_are_held_where_units_hold_few(workers, checkpoint, 
 
 
 def test_loads_after_it_stream_units_again():
-    stream = load.ParameterStream
+    stream = overlay_load.PipelinedStream
     with whole_layers():
-        assert load.ParameterStream is not stream
-    assert load.ParameterStream is stream
+        assert overlay_load.PipelinedStream is not stream
+    assert overlay_load.PipelinedStream is stream

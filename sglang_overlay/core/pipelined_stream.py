@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize beside the loader, and stage without copies, where the source is known to stay as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.errors import ConflictingWriteError
+from sglang_overlay.core.mapped_sources import MappedSources, Watch
+from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.staging import Piece, StagedUnit
+from sglang_overlay.core.stream import ParameterStream, Release, ReleaseOnError
+
+
+class PipelinedStream(ParameterStream):
+    """A ``ParameterStream`` that works with the checkpoint's own memory after a loader has returned.
+
+    A busy unit may belong to the job that was submitted for it. ``_watches`` belongs to units as their staging does.
+
+    Args:
+        arguments: those of ``ParameterStream``, in order; its sources tell which memory stays as it is.
+        quantized: called with the bytes of fp8 written, each time units are done; from any thread.
+        pipeline: where units from such memory are quantized.
+    """
+
+    _sources: MappedSources
+
+    def __init__(self, *arguments: Any, quantized: Callable[[int], None], pipeline: Pipeline) -> None:
+        super().__init__(*arguments)
+        self._report = quantized
+        self._pipeline = pipeline
+        self._watches: dict[int, list[Watch]] = {}
+
+    @property
+    def partial_units(self) -> list[int]:
+        """Units of which a part has come and the rest has not, in order. For when no loader runs."""
+        self._wait()
+        return sorted(
+            unit
+            for unit, staged in self._staged.items()
+            if not self._done[unit] and staged.covered < self._grid.unit_volume
+        )
+
+    def restore(self) -> torch.Tensor:
+        self._wait()
+        self._refuse_changed(self._all_watches())
+        return super().restore()
+
+    def release(self) -> None:
+        super().release()
+        self._watches.clear()
+
+    def _settle(self) -> list[int]:
+        self._wait()
+        self._refuse_changed(self._all_watches())
+        return super()._settle()
+
+    def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
+        """Beside the loader where ``source`` stays as it is, else at once."""
+        watches = [*(watch for unit in units for watch in self._watches.get(unit, ())), Watch(source)]
+
+        def quantize() -> None:
+            with Release(self, units), self._shortage_explained("to quantize", units):
+                job()
+                self._refuse_changed(watches)
+
+        with ReleaseOnError(self, units):
+            self._pipeline.check()
+        size = len(units) * self._grid.unit_volume * self._dtype.itemsize
+        if self._pipeline.takes(size) and self._sources.holds(source):
+            self._pipeline.submit(quantize)
+        else:
+            quantize()
+
+    def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
+        is_here = self.storage.weight.device.type == "cpu"
+        if self._sources.is_mapped(source) and piece.values.dtype == self._dtype and is_here:
+            staged.pieces.append(piece)
+            self._watches.setdefault(unit, []).append(Watch(source))
+        else:
+            super()._stage(unit, staged, piece, source)
+
+    def _quantize_run(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
+        super()._quantize_run(units, values, source)
+        self._count(len(units))
+
+    def _quantize(self, unit: int, pieces: Sequence[Piece], source: torch.Tensor | None = None) -> None:
+        super()._quantize(unit, pieces, source)
+        self._count(1)
+
+    def _drop(self, unit: int) -> None:
+        super()._drop(unit)
+        self._watches.pop(unit, None)
+
+    def _wait(self) -> None:
+        super()._wait()
+        self._pipeline.check()
+
+    def _count(self, units: int) -> None:
+        self._report(units * self._grid.unit_volume * self.storage.weight.element_size())
+
+    def _all_watches(self) -> list[Watch]:
+        return [watch for watches in self._watches.values() for watch in watches]
+
+    def _refuse_changed(self, watches: Iterable[Watch]) -> None:
+        if any(watch.has_changed for watch in watches):
+            raise ConflictingWriteError(self.name, "a checkpoint tensor was changed after its weight loader returned")

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The patch series that put streaming into SGLang's own source tree, and how one is applied."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.upstream import built_in, releases
+
+SERIES = "series"
+PACKAGE = Path("python", *built_in.PACKAGE.split("."))
+"""What the series adds, in SGLang's source tree."""
+
+
+class PatchError(StreamFP8Error):
+    """A patch series cannot be applied; the tree is as it was."""
+
+
+def files_of(release: str) -> list[Path]:
+    """The series for a release, in order.
+
+    Raises:
+        PatchError: there is none.
+    """
+    folder = _folder() / release
+    if not (folder / SERIES).is_file():
+        known = ", ".join(sorted(found.parent.name for found in _folder().glob(f"*/{SERIES}")))
+        raise PatchError(f"There is no patch series for SGLang {release}. There are series for: {known}.")
+    return [folder / name for name in (folder / SERIES).read_text(encoding="utf-8").split()]
+
+
+def release_of(tree: Path) -> str:
+    """The release whose series fits a source tree.
+
+    Raises:
+        PatchError: no series does, or ``tree`` is no source tree of SGLang's.
+    """
+    check_tree(tree)
+    for release in reversed(releases.supported()):
+        if problem_with(tree, files_of(release)) is None:
+            return release
+    raise PatchError(
+        f"No series fits {tree}; nothing was changed. Series are for releases: {', '.join(releases.supported())}. "
+        "Say which one this tree should be with --release, and the first hunk that does not fit is shown."
+    )
+
+
+def check_tree(tree: Path) -> None:
+    """Make sure that a folder is a source tree of SGLang's that has not been patched.
+
+    Raises:
+        PatchError: it is not.
+    """
+    if not (tree / "python" / "sglang" / "srt").is_dir():
+        raise PatchError(f"{tree} is no source tree of SGLang's: it has no python/sglang/srt.")
+    if (tree / PACKAGE).exists():
+        raise PatchError(f"{tree} streams already: it has {PACKAGE.as_posix()}. Nothing was changed.")
+
+
+def apply(tree: Path, release: str) -> list[Path]:
+    """Apply a release's series to a source tree, as ``git apply`` does: to the files, not to any history.
+
+    Returns:
+        The patches applied.
+
+    Raises:
+        PatchError: it does not fit; nothing was changed.
+    """
+    check_tree(tree)
+    files = files_of(release)
+    problem = problem_with(tree, files)
+    if problem is not None:
+        raise PatchError(f"The series for SGLang {release} does not fit {tree}; nothing was changed. {problem}")
+    done = _git_apply(tree, files)
+    if done.returncode:
+        raise PatchError(f"git apply failed: {done.stderr.strip()}")
+    return files
+
+
+def problem_with(tree: Path, files: Sequence[Path]) -> str | None:
+    """Why a series does not fit a tree, with the patch and the file, or None where it does. Changes nothing."""
+    if not _git_apply(tree, files, "--check").returncode:
+        return None
+    for number, file in enumerate(files, 1):
+        told = _git_apply(tree, files[:number], "--check").stderr.splitlines()
+        errors = [line.removeprefix("error: ") for line in told if line.startswith("error: ")]
+        if errors:
+            return f"{file.name} does not apply: {'; '.join(errors)}."
+    return "git says that it does not apply, but no patch of it by itself."
+
+
+def _git_apply(tree: Path, files: Sequence[Path], *options: str) -> subprocess.CompletedProcess[str]:
+    """All patches as one, so that either all of them are applied or none."""
+    # Without a repository: git leaves out, without a word, what lies outside of the one that it finds.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environ = {**kept, "GIT_DIR": str(tree / "no-repository"), "LC_ALL": "C"}
+    try:
+        return subprocess.run(
+            ["git", "-c", "core.autocrlf=false", "apply", "--whitespace=nowarn", *options],
+            input="".join(file.read_text(encoding="utf-8") for file in files),
+            cwd=tree,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise PatchError("git is needed to apply patches, and is not installed.") from None
+
+
+def _folder() -> Path:
+    """In a wheel the series lie in the package, in a clone beside it."""
+    with resources.as_file(resources.files("sglang_overlay")) as package:
+        packed = package / "patch_series"
+        return packed if packed.is_dir() else package.parent / "patches"

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang with streaming built in, by the patch series of this project: told from its files, without importing it."""
+
+from __future__ import annotations
+
+from importlib import util
+from pathlib import Path
+
+PACKAGE = "sglang.srt.layers.quantization.streaming_fp8"
+"""What the series adds."""
+
+NOTE = (
+    "this SGLang streams fp8 loads itself (it has the patch series), so the overlay stands aside. Reports, schemes and "
+    "weight updates are the overlay's alone"
+)
+
+
+def streams_itself() -> bool:
+    """Whether the SGLang that would be imported streams fp8 loads without the overlay."""
+    found = util.find_spec("sglang")
+    places = found.submodule_search_locations if found is not None else None
+    return any(Path(place, *PACKAGE.split(".")[1:], "__init__.py").is_file() for place in places or ())

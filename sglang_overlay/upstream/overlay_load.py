@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The overlay's load: what it adds to streaming itself.
+
+Schemes that stock does not have, quantizing in threads beside the loader, huge pages, progress, what weight updates
+need to know, and a look at weights that are not streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+
+from sglang_overlay.core import cpu_kernels
+from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
+from sglang_overlay.core.layer import LayerStream
+from sglang_overlay.core.mapped_sources import MappedSources
+from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.pipelined_stream import PipelinedStream
+from sglang_overlay.core.placeholders import materialize, set_loader
+from sglang_overlay.core.stream import ParameterStream, Storage
+from sglang_overlay.errors import SettingsError, StagingMemoryError
+from sglang_overlay.observe.progress import Progress, SilentProgress, quantization_progress
+from sglang_overlay.schemes.selection import SchemeSelection
+from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
+from sglang_overlay.upstream import load, snapshots
+from sglang_overlay.upstream.checked_load import CheckedLoad
+from sglang_overlay.upstream.findings import Tolerance
+from sglang_overlay.upstream.guard import refuse
+from sglang_overlay.upstream.load import PendingLayer
+from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
+from sglang_overlay.upstream.ranks import parallel_ranks
+from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
+from sglang_overlay.upstream.updatable_plan import UpdatablePlan, quantize_whole
+from sglang_overlay.upstream.update import UpdatableLayer
+
+
+class OverlayLoad(CheckedLoad):
+    """One load, as the user's settings want it.
+
+    Args:
+        settings: what the user asked for.
+        device: where the model goes.
+        obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
+        excluded: why certain layers, by name, must take stock's path.
+    """
+
+    final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError)
+    sources: MappedSources
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        obstacle: str | None = None,
+        excluded: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(_tolerance(settings), obstacle, excluded)
+        self.settings = settings
+        self.schemes = SchemeSelection(settings.schemes)
+        self.sources = MappedSources()
+        self.abandoned = "switched off" if settings.mode is Mode.OFF else None
+        self.progress: Progress = SilentProgress()
+        self.updatable: dict[str, UpdatableLayer] = {}
+        self.prequantized = False
+        self._device = device
+        self._pipeline: Pipeline | None = None
+        # Half: reading the files needs free memory as well.
+        self._huge_pages = HugePages(free_huge_pages() // 2)
+        self._kept: dict[torch.nn.Module, list[KeptWeight]] = {}
+        self._unstreamed: UnstreamedParameters | None = None
+        self._replacing: dict[torch.nn.Module, PendingLayer] = {}
+
+    # -- building the model ------------------------------------------------------------------------------------------
+
+    def refuse(self, reason: str) -> None:
+        """Say that the model is loaded as stock does.
+
+        Raises:
+            StreamingUnavailableError: streaming is required.
+        """
+        refuse(self.settings.required_by, reason)
+
+    def adopt(self, model: torch.nn.Module) -> str | None:
+        self.schemes.check_used()
+        reason = super().adopt(model)
+        if reason is not None:
+            return reason
+        if self._streams and not self.prequantized:
+            self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
+        self.progress = quantization_progress(self.streamed_bytes, parallel_ranks().tp.rank)
+        return None
+
+    def expect_quantized(self) -> None:
+        """What is read is fp8 already: upstream quantizes the empty parameters first and fills the result."""
+        self.prequantized = True
+
+    def placeholders(self) -> Iterator[tuple[str, torch.nn.Parameter, ParameterStream]]:
+        """Every placeholder that waits to be written: its name, itself, and what takes the writes."""
+        for layer, _ in self._streams.values():
+            for key, stream in layer.streams.items():
+                yield f"{layer.name}.{key}", layer.placeholders[key], stream
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Size of all fp8 weights to be filled."""
+        streams = (stream for layer, _ in self._streams.values() for stream in layer.streams.values())
+        return sum(stream.storage.weight.nbytes for stream in streams)
+
+    # -- after the weights are read ----------------------------------------------------------------------------------
+
+    def finish(self, layer: torch.nn.Module) -> LayerPlan | None:
+        if layer in self._finished:
+            return self._finished[layer]
+        if self._unstreamed is not None:
+            # Before upstream's post-processing, which may compute with them.
+            self._unstreamed.settle()
+        for weight in self._kept.pop(layer, ()):
+            self._findings.note(weight.name.rpartition(".")[0], weight, weight.missing())
+            weight.let_go()
+        if super().finish(layer) is None and layer in self._replacing:
+            self._finished[layer] = self._quantize_whole(layer, self._replacing.pop(layer))
+        return self._finished.get(layer)
+
+    def check(self, model: torch.nn.Module, model_config: Any) -> None:
+        if self._pipeline is not None:
+            # First: a unit whose job failed is incomplete too.
+            self._pipeline.close()
+            self._pipeline.check()
+        if self._unstreamed is not None:
+            self._unstreamed.settle()
+            for text in self._unstreamed.problems(model_config):
+                self._findings.warn(text)
+        snapshots.refresh(model)
+        super().check(model, model_config)
+
+    def close(self) -> None:
+        """End what runs beside the load, and give all staging memory back."""
+        self.progress.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
+        super().close()
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _looked_after(self) -> Iterator[str]:
+        """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""
+        yield from (weight.name for weights in self._kept.values() for weight in weights)
+        for stream, plan in self._streams.values():
+            yield from (f"{stream.name}.{name}" for name in _updatable(plan).fills)
+
+    def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
+        if name is not None:
+            plan = _updatable(pending.plan)
+            self.updatable[name] = UpdatableLayer(name, layer, plan, pending.placeholders)
+            if plan.replaces_stock:
+                self._replacing[layer] = pending
+        super()._start(layer, name, pending)
+
+    def _allocate(self, pending: PendingLayer, key: str) -> Storage:
+        storage = super()._allocate(pending, key)
+        self._huge_pages.request(storage.weight)
+        return storage
+
+    def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
+        return PipelinedStream(
+            name,
+            placeholder,
+            plan.grid,
+            plan.quantizer,
+            plan.storage,
+            self.account,
+            self.sources,
+            quantized=self._quantized,
+            pipeline=self._workers(),
+        )
+
+    def _workers(self) -> Pipeline:
+        if self._pipeline is None:
+            if self._device.type == "cpu":
+                cpu_kernels.prepare()
+            # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that
+            # compute.
+            self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
+        return self._pipeline
+
+    def _quantize_whole(self, layer: torch.nn.Module, pending: PendingLayer) -> LayerPlan:
+        """Quantize a layer that was loaded in high precision, of a scheme that upstream does not know."""
+        storages = {}
+        for key, weight in pending.placeholders.items():
+            storages[key] = pending.plan.allocate(key, weight, pending.device)
+            quantize_whole(pending.plan.parameter(key, weight, storages[key]), weight.data)
+        pending.plan.register(layer, storages)
+        return pending.plan
+
+    def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
+        """Leave a layer to stock, with an eye on what is loaded into it."""
+        self.updatable[name].let_go()
+        for key, placeholder in pending.placeholders.items():
+            materialize(placeholder, torch.zeros_like(placeholder, device=pending.device))
+            weight = KeptWeight(f"{name}.{key}", placeholder, self.sources)
+            set_loader(placeholder, weight.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
+            if not self.prequantized:
+                self._kept.setdefault(layer, []).append(weight)
+
+    def _quantized(self, size: int) -> None:
+        self.progress.advance(size)
+
+    def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
+        self.updatable[stream.name].let_go()
+        self._kept[layer] = [
+            KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins())
+            for key, part in stream.streams.items()
+        ]
+        super()._return(layer, stream, reason)
+
+    def _manner(self, name: str) -> str:
+        known = self.updatable.get(name)
+        if known is not None and known.plan.replaces_stock:
+            return "quantized after it has been loaded whole"
+        return super()._manner(name)
+
+    def _settle(self, stream: LayerStream) -> None:
+        if not self.prequantized:
+            super()._settle(stream)
+            return
+        # What fills the parameters comes later, and is fp8 already.
+        for part in stream.streams.values():
+            self.units += part.units
+            self.direct_units += part.direct_units
+            self._note(stream.name, part, [])
+
+
+def current() -> OverlayLoad | None:
+    """The load that is under way in this thread and may stream, or None."""
+    found = load.current()
+    return found if isinstance(found, OverlayLoad) else None
+
+
+def _updatable(plan: LayerPlan) -> UpdatablePlan:
+    if not isinstance(plan, UpdatablePlan):
+        raise TypeError(f"{type(plan).__name__} is no plan of the overlay's")
+    return plan
+
+
+def _tolerance(settings: Settings) -> Tolerance:
+    return Tolerance(
+        missing=settings.allow_missing,
+        missing_switch=f"{ALLOW_MISSING_VARIABLE}=1",
+        not_finite=settings.mode is not Mode.REQUIRE,
+        not_finite_switch=f"{MODE_VARIABLE}=1",
+    )

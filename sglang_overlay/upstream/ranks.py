@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This process's place in SGLang's parallel groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_overlay.observe.report import ParallelRank, Ranks
+
+
+def parallel_ranks() -> Ranks:
+    """This process's place; rank 0 of 1 in every kind of parallelism that is not set up."""
+    from sglang.srt.distributed import parallel_state
+
+    return Ranks(
+        tp=_rank(parallel_state, "get_tp_group"),
+        pp=_rank(parallel_state, "get_pp_group"),
+        ep=_rank(parallel_state, "get_moe_ep_group"),
+    )
+
+
+def _rank(parallel_state: Any, getter: str) -> ParallelRank:
+    try:
+        group = getattr(parallel_state, getter)()
+        return ParallelRank(group.rank_in_group, group.world_size)
+    except (AttributeError, AssertionError, RuntimeError):
+        return ParallelRank()
