@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load one rank of a model without memory, in one mode, and say what it would have taken."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedMemory, TouchedMemory
+from sglang_overlay.plan.checkpoint import Checkpoint, read_headers
+from sglang_overlay.plan.job import Job, PlannedLoad
+from sglang_overlay.plan.layers import LayerGranularLoad
+from sglang_overlay.plan.published import from_config
+from sglang_overlay.plan.weightless import EmptyFile, weightless
+from sglang_overlay.settings import Mode as StreamingMode
+from sglang_overlay.settings import Settings
+from sglang_overlay.upstream.load import LayerPlan, ModelLoad, ParameterPlan, tensors_of, under_way
+from sglang_overlay.upstream.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
+
+
+def simulate(job: Job) -> PlannedLoad:
+    """Do what a rank does, on tensors without memory.
+
+    Raises:
+        StreamFP8Error: the checkpoint's headers cannot be read, or the load would fail (a missing tensor, say).
+    """
+    checkpoint = checkpoint_of(job.model, job.from_config)
+    account: Account = AllocatedMemory("cuda", CUDA_BLOCK) if job.device == "cuda" else TouchedMemory("cpu")
+    device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
+    load = _load(job, device)
+    with _config_folder(job.model) as folder, ExitStack() as stack:
+        rank = stack.enter_context(simulated_rank(folder, job.layout, job.rank, dict(job.server_args)))
+        stack.enter_context(_modelled(job))
+        stack.enter_context(weightless(account))
+        stack.enter_context(under_way(load))
+        with closing(load):
+            model = rank.load(device, lambda: _weights(job, checkpoint, account, load))
+            load.check(model, Settings(), folder)
+        account.finish()
+        return _summary(job, checkpoint, account, load, model, rank.architecture)
+
+
+@cache
+def checkpoint_of(model: Path, from_config_alone: bool) -> Checkpoint:  # noqa: FBT001 - part of the cache's key
+    """The headers in a folder; what ``config.json`` says where there are none."""
+    if from_config_alone or not model.is_dir() or not any(model.glob("*.safetensors")):
+        with _config_folder(model) as folder:
+            return from_config(folder)
+    return read_headers(model)
+
+
+@contextmanager
+def _config_folder(model: Path) -> Iterator[Path]:
+    """A folder that holds the model's ``config.json`` under this name."""
+    if model.is_dir():
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(model, Path(folder) / "config.json")
+        yield Path(folder)
+
+
+@contextmanager
+def _modelled(job: Job) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    # One thread: no workers beside the loader, so the same plan every time.
+    torch.set_num_threads(1)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(loading_in_this_thread())
+            if job.device == "cuda":
+                stack.enter_context(cuda_kernels())
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load(job: Job, device: torch.device) -> ModelLoad:
+    if job.mode == "stock":
+        return ModelLoad(StreamingMode.OFF, device)
+    if job.mode == "layers":
+        return LayerGranularLoad(StreamingMode.ON, device)
+    return ModelLoad(StreamingMode.ON, device) if job.device == "cuda" else _UncomputedLoad(StreamingMode.ON, device)
+
+
+def _weights(
+    job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What SGLang's own iterator gives, tensor by tensor."""
+    contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
+    previous = None
+    for file in checkpoint.read_by(job.order, job.rank % job.layout.tp, job.layout.tp):
+        for header in file.tensors:
+            tensor = contents.tensor(header.shape, header.dtype)
+            account.read(header.size)
+            load.see(header.name, tensor)
+            yield header.name, tensor
+            # As long as one tensor of a mapped file lives, those that follow are known to be mapped as well.
+            previous = tensor
+    del previous
+
+
+class _UncomputedLoad(ModelLoad):
+    """Streams as ever, but writes no values: the CPU's own quantizer needs no memory, and here there is nothing to read."""
+
+    def create_weights(self, create: Any, layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan) -> None:
+        super().create_weights(create, layer, dtype, _UncomputedPlan(plan))
+
+
+class _UncomputedPlan:
+    def __init__(self, plan: LayerPlan) -> None:
+        self._plan = plan
+        self.weights = plan.weights
+
+    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
+        return self._plan.allocate(placeholder, device)
+
+    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        return replace(self._plan.parameter(placeholder, storage), quantizer=_NoQuantizer())
+
+    def register(self, layer: torch.nn.Module, storages: dict[str, Storage]) -> None:
+        self._plan.register(layer, storages)
+
+    def registered(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, Storage] | None:
+        return self._plan.registered(layer, placeholders)
+
+
+class _NoQuantizer:
+    """Writes where the results would go."""
+
+    def quantize(self, _pieces: Any, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        weight.zero_()
+        scale.zero_()
+        return torch.zeros(())
+
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        weight.zero_()
+        scale.zero_()
+        return torch.zeros(len(values))
+
+
+def _summary(
+    job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad, model: torch.nn.Module, architecture: str
+) -> PlannedLoad:
+    storages = (tensor.untyped_storage() for _, tensor in tensors_of(model) if not tensor.is_meta)
+    return PlannedLoad(
+        mode=job.mode,
+        rank=job.rank,
+        peak=account.peak,
+        final=sum({storage._cdata: storage.nbytes() for storage in storages}.values()),
+        staging_peak=load.account.peak,
+        units=load.units,
+        direct_units=load.direct_units,
+        streamed=load.layers,
+        deferred=len(load.deferred),
+        fallback=len(load.fallback),
+        checkpoint_bytes=checkpoint.size,
+        checkpoint_parameters=checkpoint.parameters,
+        checkpoint_files=len(checkpoint.files),
+        checkpoint_source=checkpoint.source,
+        architecture=architecture,
+        samples=tuple(account.samples),
+    )

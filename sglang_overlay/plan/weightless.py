@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run code that builds and loads a model on tensors that have shape, dtype and device, and no memory.
+
+PyTorch's ``FakeTensorMode`` does the main part. On top of it here:
+
+- parameters of classes of upstream's own keep their class and attributes (``torch.nn.Parameter`` drops them for any
+  data that is not a plain tensor);
+- small tensors on the CPU are real: code that looks at contents (tables, permutations) finds them;
+- tensors of the checkpoint are real too, but over an empty file, and are never read;
+- where code asks for contents that do not exist, a number is zero and a search finds nothing;
+- every allocation is told to an account.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from sglang_overlay.plan.account import Account
+
+aten = torch.ops.aten
+
+REAL_BELOW = 1 << 20
+"""Tensors on the CPU of fewer bytes than this have real memory."""
+
+
+@contextmanager
+def weightless(account: Account) -> Iterator[None]:
+    """Make what is created in the block weightless, and count it."""
+    with _own_parameter_classes(), _fake_mode(), _Weightless(account):
+        yield
+
+
+def _fake_mode() -> FakeTensorMode:
+    mode = FakeTensorMode()
+    # It remembers tensors by weak references, which ``torch.utils.swap_tensors`` refuses.
+    mode.fake_tensor_converter.meta_converter.tensor_memo = _Forgetful()  # type: ignore[assignment]
+    return mode
+
+
+class _Forgetful(dict[Any, Any]):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class _Weightless(TorchDispatchMode):
+    """Decides for each operation whether it runs for real, on fake tensors, or not at all."""
+
+    def __init__(self, account: Account) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._account = account
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        if _is_composite(func):
+            # Where another mode's handler calls it, it comes here whole; what it is made of is what counts.
+            with self:
+                return func.decompose(*args, **kwargs)
+        has_fake = any(issubclass(kind, FakeTensor) for kind in types)
+        if has_fake and func in _INSTEAD:
+            return _INSTEAD[func](self._account, args)
+        if has_fake or _needs_fake(func, args, kwargs):
+            args, kwargs = tree_map(_stand_in, (args, kwargs))
+            result = func(*args, **kwargs)
+        else:
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+        if _is_mutable(func) and isinstance(args[0], torch.Tensor):
+            self._account.written(args[0])
+        elif not _is_view(func):
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    self._account.made(tensor, filled=func not in _UNINITIALIZED)
+        return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def _needs_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation on real tensors, or on none, must not run for real."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        return True
+    if device is not None and torch.device(device).type == "meta":
+        return False
+    if func in _FACTORIES:
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        return prod(args[_FACTORIES[func]]) * dtype.itemsize >= REAL_BELOW
+    if _is_view(func):
+        return False
+    return any(_is_large(value) for value in args)
+
+
+def _stand_in(value: Any) -> Any:
+    """A fake tensor in place of a real one."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _is_large(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_is_large(item) for item in value)
+    return isinstance(value, torch.Tensor) and not value.is_meta and value.numel() * value.element_size() >= REAL_BELOW
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(func._can_decompose())
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    return bool(func.is_view)
+
+
+@cache
+def _is_mutable(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+def _copy(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
+    destination, source = args[0], args[1]
+    if source.shape != destination.shape:
+        source.expand(destination.shape)
+    if destination.device != source.device and not destination.is_contiguous():
+        # PyTorch copies between devices through contiguous memory on the destination's.
+        account.pulse(destination.numel() * destination.element_size())
+    account.written(destination)
+    return destination  # type: ignore[no-any-return]
+
+
+def _fill(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
+    account.written(args[0])
+    return args[0]  # type: ignore[no-any-return]
+
+
+def _number(_account: Account, args: tuple[Any, ...]) -> float | int | bool:
+    dtype = args[0].dtype
+    if dtype == torch.bool:
+        return False
+    return 0.0 if dtype.is_floating_point else 0
+
+
+def _found_nothing(_account: Account, args: tuple[Any, ...]) -> torch.Tensor:
+    return torch.empty((0, args[0].ndim), dtype=torch.int64, device=args[0].device)
+
+
+_INSTEAD = {
+    aten.copy_.default: _copy,
+    aten.fill_.Scalar: _fill,
+    aten.fill_.Tensor: _fill,
+    aten.zero_.default: _fill,
+    aten._local_scalar_dense.default: _number,
+    aten.nonzero.default: _found_nothing,
+}
+
+_FACTORIES = {
+    aten.empty.memory_format: 0,
+    aten.empty_strided.default: 0,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
+    aten.rand.default: 0,
+    aten.randn.default: 0,
+    aten.empty_permuted.default: 0,
+}
+"""Operations that make a tensor from nothing, and which argument is its shape."""
+
+_UNINITIALIZED = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_strided.default,
+        aten.empty_like.default,
+        aten.empty_permuted.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
+
+
+@contextmanager
+def _own_parameter_classes() -> Iterator[None]:
+    """Let ``Parameter`` subclasses be what they are over fake data too, also where two parameters change places."""
+    make, swap = Parameter.__new__, torch.utils.swap_tensors
+
+    def make_own(cls: type[Parameter], data: Any = None, requires_grad: bool = True) -> Any:  # noqa: FBT001
+        made = make(cls, data, requires_grad)
+        if isinstance(made, FakeTensor) and cls is not Parameter and not isinstance(made, cls):
+            made.__class__ = _fake_class(cls)
+        return made
+
+    def swap_own(one: torch.Tensor, other: torch.Tensor) -> None:
+        swap(one, other)
+        for tensor in (one, other):
+            tensor.__class__ = _class_for(tensor)
+
+    Parameter.__new__ = make_own  # type: ignore[method-assign, assignment]
+    torch.utils.swap_tensors = swap_own
+    try:
+        yield
+    finally:
+        Parameter.__new__ = make  # type: ignore[method-assign]
+        torch.utils.swap_tensors = swap
+
+
+def _class_for(tensor: torch.Tensor) -> type[torch.Tensor]:
+    """The class a tensor must have: that of fake tensors is known by its methods, whether it is one by its keys."""
+    plain = getattr(type(tensor), "_plain_class", type(tensor))
+    is_fake = torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+    return _fake_class(plain) if is_fake and not issubclass(plain, FakeTensor) else plain
+
+
+@cache
+def _fake_class(cls: type[Parameter]) -> type[Parameter]:
+    return type(cls)(cls.__name__, (cls, FakeTensor), {"__module__": cls.__module__, "_plain_class": cls})
+
+
+class EmptyFile:
+    """Tensors over an empty file, mapped as a checkpoint is: they may be viewed, and are never read.
+
+    Args:
+        size: bytes of the largest tensor.
+    """
+
+    def __init__(self, size: int) -> None:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(max(size, 1))
+            self._map = mmap.mmap(file.fileno(), max(size, 1), access=mmap.ACCESS_COPY)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor on the CPU, with a storage of its own."""
+        if not prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=prod(shape)).view(shape)
