@@ -7,8 +7,10 @@ must not depend on the machine: no GPU is visible to these processes, and stream
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -60,6 +62,8 @@ class Planners:
 
     def __exit__(self, *_: object) -> None:
         self._pipe.close()
+        # It may be in the middle of jobs that nobody waits for any more.
+        self._process.terminate()
         self._process.join()
         self._log.close()
 
@@ -95,15 +99,14 @@ def _serve(orders: Connection, workers: int, log: str) -> None:
     opened = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _import_sglang()
     context = multiprocessing.get_context("fork")
-    with context.Pool(workers, maxtasksperchild=1) as pool:
-        try:
-            while True:
-                for found in pool.imap(_simulate, orders.recv(), chunksize=1):
-                    orders.send(found)
-        except (EOFError, BrokenPipeError):
-            pool.terminate()
+    # Leaving the block ends what the pool has under way.
+    with context.Pool(workers, maxtasksperchild=1) as pool, contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            for found in pool.imap(_simulate, orders.recv(), chunksize=1):
+                orders.send(found)
 
 
 def _import_sglang() -> None:

@@ -38,8 +38,9 @@ def from_config(folder: Path) -> Checkpoint:
             f"transformers {transformers.__version__} cannot build the model of {folder / 'config.json'}, so its "
             f"weights' names and shapes are unknown: {error}. Use a folder that has the checkpoint's headers."
         ) from error
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in (model._tied_weights_keys or ())}
-    saved = revert_weight_conversion(model, state)
+    saved = revert_weight_conversion(model, model.state_dict())
+    if config.tie_word_embeddings:
+        saved.pop("lm_head.weight", None)
     tensors = [TensorHeader(name, tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()]
     files = split_into_files(sorted(tensors, key=lambda tensor: _place(tensor.name)), FILE_BYTES)
     return Checkpoint(files, f"config.json (names and shapes from transformers {transformers.__version__})")

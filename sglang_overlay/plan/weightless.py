@@ -7,7 +7,7 @@ PyTorch's ``FakeTensorMode`` does the main part. On top of it here:
   data that is not a plain tensor);
 - small tensors on the CPU are real: code that looks at contents (tables, permutations) finds them;
 - tensors of the checkpoint are real too, but over an empty file, and are never read;
-- where code asks for contents that do not exist, a number is zero and a search finds nothing;
+- single numbers keep their value; one that is unknown is zero, and a search finds nothing;
 - every allocation is told to an account.
 """
 
@@ -25,7 +25,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from sglang_overlay.plan.account import Account
 
@@ -75,8 +74,7 @@ class _Weightless(TorchDispatchMode):
         if has_fake and func in _INSTEAD:
             return _INSTEAD[func](self._account, args)
         if has_fake or _needs_fake(func, args, kwargs):
-            args, kwargs = tree_map(_stand_in, (args, kwargs))
-            result = func(*args, **kwargs)
+            result = _on_fakes(func, args, kwargs)
         else:
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
@@ -108,11 +106,53 @@ def _needs_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     return any(_is_large(value) for value in args)
 
 
+def _on_fakes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = func(*map(_stand_in, args), **kwargs)
+    if isinstance(result, FakeTensor) and result.numel() == 1 and not _is_view(func) and func not in _UNINITIALIZED:
+        _follow_number(func, args, kwargs, result)
+    return result
+
+
 def _stand_in(value: Any) -> Any:
-    """A fake tensor in place of a real one."""
+    """Fake tensors in place of real ones."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_stand_in, value))
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
         return value
     return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _follow_number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: FakeTensor) -> None:
+    """Work out a single number that comes of single numbers, where one of them is known or the answer is yes or no."""
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    if any(tensor.numel() != 1 for tensor in tensors) or any(isinstance(value, (tuple, list)) and value for value in args):
+        return
+    if tensors and result.dtype != torch.bool and all(_number_of(tensor) is None for tensor in tensors):
+        return
+    on_cpu = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
+    known = [_known(value) for value in args]
+    with unset_fake_temporarily():
+        number = func(*known, **on_cpu)
+    _remember(result, number)
+
+
+def _remember(tensor: torch.Tensor, value: Any) -> None:
+    # On the storage, which all views share, and which keeps its attributes as long as it lives.
+    tensor.untyped_storage()._streamfp8_number = value  # type: ignore[attr-defined]
+
+
+def _number_of(tensor: torch.Tensor) -> Any:
+    return getattr(tensor.untyped_storage(), "_streamfp8_number", None) if isinstance(tensor, FakeTensor) else tensor
+
+
+def _known(value: Any) -> Any:
+    """A real tensor of one number in place of a fake one; what is unknown is zero."""
+    if not isinstance(value, FakeTensor):
+        return value
+    known = _number_of(value)
+    with unset_fake_temporarily():
+        number = 0 if known is None else known.item() if isinstance(known, torch.Tensor) else known
+        return torch.full(value.shape, number, dtype=value.dtype)
 
 
 def _is_large(value: Any) -> bool:
@@ -138,25 +178,33 @@ def _is_mutable(func: Any) -> bool:
 
 def _copy(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
     destination, source = args[0], args[1]
+    if not isinstance(source, torch.Tensor):
+        # A number that is copied comes as the number it is.
+        return _fill(account, args)
     if source.shape != destination.shape:
         source.expand(destination.shape)
     if destination.device != source.device and not destination.is_contiguous():
         # PyTorch copies between devices through contiguous memory on the destination's.
         account.pulse(destination.numel() * destination.element_size())
     account.written(destination)
+    if destination.numel() == 1:
+        _remember(destination, _known(source))
     return destination  # type: ignore[no-any-return]
 
 
 def _fill(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
-    account.written(args[0])
-    return args[0]  # type: ignore[no-any-return]
+    destination, value = args[0], args[1] if len(args) > 1 else 0
+    account.written(destination)
+    if destination.numel() == 1:
+        _remember(destination, _known(value))
+    return destination  # type: ignore[no-any-return]
 
 
 def _number(_account: Account, args: tuple[Any, ...]) -> float | int | bool:
-    dtype = args[0].dtype
-    if dtype == torch.bool:
-        return False
-    return 0.0 if dtype.is_floating_point else 0
+    known = _known(args[0])
+    with unset_fake_temporarily():
+        number: float | int | bool = known.item()
+    return number
 
 
 def _found_nothing(_account: Account, args: tuple[Any, ...]) -> torch.Tensor:
