@@ -133,15 +133,21 @@ def report(folder: Path, other_folder: Path | None, png: Path | None, as_json: b
 
 
 @main.command("plan", short_help="Will a model load, and with what peak?")
-@click.option("--model-path", "model", required=True, type=click.Path(path_type=Path), help="Checkpoint or config.json.")
+@click.option(
+    "--model-path", "model", required=True, type=click.Path(path_type=Path), help="Checkpoint or config.json."
+)
 @click.option("--tp", "--tp-size", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--ep", "--ep-size", default=1, show_default=True, help="Expert-parallel ranks.")
 @click.option("--pp", "--pp-size", default=1, show_default=True, help="Pipeline stages.")
-@click.option("--dp", "--dp-size", default=1, show_default=True, help="Data-parallel ranks, with --enable-dp-attention.")
+@click.option(
+    "--dp", "--dp-size", default=1, show_default=True, help="Data-parallel ranks, with --enable-dp-attention."
+)
 @click.option("--enable-dp-attention", "dp_attention", is_flag=True, help="Attention is data-parallel.")
 @click.option("--order", default="sorted", show_default=True, type=click.Choice(ORDERS), help="How files are read.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this way of loading; repeatable.")
-@click.option("--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]), help="What is modelled.")
+@click.option(
+    "--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]), help="What is modelled."
+)
 @click.option("--gpu", "gpu_name", help="Say whether it fits this GPU: H200, H100, A100, B200, L40S, ...")
 @click.option("--every-rank", is_flag=True, help="Compute each rank, not one for each pipeline stage.")
 @click.option("--from-config", is_flag=True, help="Take names and shapes from config.json although there are headers.")

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -46,16 +48,19 @@ class Planners:
 
     Args:
         workers: processes that plan at the same time.
+        task: ``module:function`` that does a job; another one than the planner's own to see what it would report if
+            the code it runs were different.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, task: str = "sglang_overlay.plan.simulate:simulate") -> None:
         self._workers = workers
+        self._task = task
 
     def __enter__(self) -> Planners:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._log = tempfile.NamedTemporaryFile(prefix="plan-", suffix=".log")  # noqa: SIM115 - closed in __exit__
-        self._process = context.Process(target=_serve, args=(theirs, self._workers, self._log.name))
+        self._log = tempfile.NamedTemporaryFile(prefix="plan-", suffix=".log")
+        self._process = context.Process(target=_serve, args=(theirs, self._workers, self._task, self._log.name))
         self._process.start()
         theirs.close()
         return self
@@ -93,7 +98,7 @@ class Planners:
         return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-_LAST_LINES:])
 
 
-def _serve(orders: Connection, workers: int, log: str) -> None:
+def _serve(orders: Connection, workers: int, task: str, log: str) -> None:
     """The process that imports SGLang and forks one process a job."""
     os.environ.update(_ENVIRON)
     opened = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -105,7 +110,7 @@ def _serve(orders: Connection, workers: int, log: str) -> None:
     # Leaving the block ends what the pool has under way.
     with context.Pool(workers, maxtasksperchild=1) as pool, contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            for found in pool.imap(_simulate, orders.recv(), chunksize=1):
+            for found in pool.imap(partial(_do, task), orders.recv(), chunksize=1):
                 orders.send(found)
 
 
@@ -120,11 +125,10 @@ def _import_sglang() -> None:
     importlib.import_module("sglang_overlay.plan.simulate")
 
 
-def _simulate(job: Job) -> PlannedLoad | _Failure:
-    from sglang_overlay.plan.simulate import simulate
-
+def _do(task: str, job: Job) -> PlannedLoad | _Failure:
     try:
-        return simulate(job)
+        found: PlannedLoad = pkgutil.resolve_name(task)(job)
+        return found
     except StreamFP8Error as error:
         return _Failure(job, True, str(error))
     except Exception:

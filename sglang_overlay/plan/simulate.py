@@ -92,9 +92,7 @@ def _load(job: Job, device: torch.device) -> ModelLoad:
     return ModelLoad(StreamingMode.ON, device) if job.device == "cuda" else _UncomputedLoad(StreamingMode.ON, device)
 
 
-def _weights(
-    job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad) -> Iterator[tuple[str, torch.Tensor]]:
     """What SGLang's own iterator gives, tensor by tensor."""
     contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
     previous = None
@@ -110,7 +108,7 @@ def _weights(
 
 
 class _UncomputedLoad(ModelLoad):
-    """Streams as ever, but writes no values: the CPU's own quantizer needs no memory, and here there is nothing to read."""
+    """Streams as ever, but computes nothing: the CPU's own quantizer needs no memory, and reads what is not there."""
 
     def create_weights(self, create: Any, layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan) -> None:
         super().create_weights(create, layer, dtype, _UncomputedPlan(plan))

@@ -125,7 +125,9 @@ def _stand_in(value: Any) -> Any:
 def _follow_number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: FakeTensor) -> None:
     """Work out a single number that comes of single numbers, where one of them is known or the answer is yes or no."""
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
-    if any(tensor.numel() != 1 for tensor in tensors) or any(isinstance(value, (tuple, list)) and value for value in args):
+    if any(tensor.numel() != 1 for tensor in tensors) or any(
+        isinstance(value, (tuple, list)) and value for value in args
+    ):
         return
     if tensors and result.dtype != torch.bool and all(_number_of(tensor) is None for tensor in tensors):
         return

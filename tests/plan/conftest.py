@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process that has SGLang imported, for all plans of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from sglang_overlay.plan.job import Job, PlannedLoad
+from sglang_overlay.plan.planner import Plan, Request, collect
+from sglang_overlay.plan.process import Planners
+
+
+@pytest.fixture(scope="session")
+def planners() -> Iterator[Planners]:
+    with Planners(2) as found:
+        yield found
+
+
+@pytest.fixture
+def simulated(planners) -> Callable[[Job], PlannedLoad]:
+    return lambda job: next(planners.run([job]))
+
+
+@pytest.fixture
+def planned(planners) -> Callable[[Request], Plan]:
+    return lambda request: collect(request, planners.run(request.jobs()))

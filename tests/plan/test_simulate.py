@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A planned load is the load that would have been."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from workbench.loads import LoadJob
+from workbench.measured import MODELS, measure
+
+from sglang_overlay.observe.report import read_folder
+from sglang_overlay.plan.job import MODES, Job, Layout
+from sglang_overlay.plan.process import PlanError
+
+MANY = {"files": 7, "assignment": "round_robin"}
+
+
+@pytest.fixture
+def reports(workers, tmp_path):
+    def load(path, **fields):
+        folder = tmp_path / "reports"
+        workers.load(LoadJob(path, streaming="require", environ={"SGLANG_STREAMFP8_REPORT": str(folder)}, **fields))
+        return read_folder(folder)
+
+    return load
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_units_layers_and_size_are_those_of_a_real_load(family, checkpoint, reports, simulated):
+    path = checkpoint(family, **MANY)
+    (real,) = reports(path)
+    found = simulated(Job(path, device="cpu"))
+    assert (found.units, found.direct_units) == (real.units.streamed, real.units.direct)
+    assert (found.streamed, found.deferred) == (real.layers.streamed, len(real.layers.deferred))
+    assert found.final == real.final_bytes
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, ep=2), Layout(pp=2)])
+def test_each_rank_is_the_real_one(layout, checkpoint, reports, simulated):
+    path = checkpoint("qwen3_moe", **MANY)
+    real = reports(path, tp_size=layout.tp, ep_size=layout.ep, pp_size=layout.pp)
+    found = [simulated(Job(path, layout, rank, device="cpu")) for rank in range(layout.ranks)]
+    assert [load.final for load in found] == [load.final_bytes for load in real]
+    assert [load.units for load in found] == [load.units.streamed for load in real]
+
+
+@pytest.mark.memory
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("mode", ["stock", "streaming"])
+def test_planned_peak_is_within_two_percent_of_the_measured_one(model, mode, checkpoint_folder, simulated):
+    measured = measure(model, mode, checkpoint_folder)
+    found = simulated(model.job(mode, checkpoint_folder))
+    assert found.final == measured.final_bytes
+    assert found.peak == pytest.approx(measured.memory.peak_above_start, rel=0.02)
+
+
+@pytest.fixture
+def larger(checkpoint):
+    """Large enough that weights, not tables, make the peak; small enough to plan in a second."""
+    overrides = (("hidden_size", 512), ("moe_intermediate_size", 512), ("num_experts", 32))
+    return checkpoint("qwen3_moe", overrides=overrides, **MANY)
+
+
+def test_streaming_needs_less_than_whole_layers_and_these_less_than_stock(larger, simulated):
+    stock, layers, streaming = (simulated(Job(larger, mode=mode)) for mode in MODES)
+    assert stock.peak > 2 * stock.final
+    assert stock.peak > layers.peak > streaming.peak
+    assert streaming.peak < 1.1 * streaming.final
+    assert stock.final == layers.final == streaming.final
+
+
+def test_the_same_job_gives_the_same_plan(larger, planners):
+    first, second = planners.run([Job(larger, order="shuffled")] * 2)
+    assert first == second
+
+
+def test_layers_wait_longer_where_files_are_shuffled(checkpoint, simulated):
+    path = checkpoint("qwen3_moe", files=12)
+    ordered, shuffled = (simulated(Job(path, mode="layers", order=order)) for order in ("sorted", "shuffled"))
+    assert shuffled.staging_peak > ordered.staging_peak
+
+
+def test_a_config_alone_gives_the_plan_of_its_checkpoint(checkpoint, simulated):
+    path = checkpoint("deepseek_v3")
+    headers, config = simulated(Job(path)), simulated(Job(path / "config.json"))
+    assert "headers" in headers.checkpoint_source
+    assert "config.json" in config.checkpoint_source
+    assert (config.final, config.units) == (headers.final, headers.units)
+    assert config.checkpoint_parameters == headers.checkpoint_parameters
+
+
+def test_weights_are_not_read(checkpoint, simulated, tmp_path):
+    path = checkpoint("qwen3_moe")
+    hollow = shutil.copytree(path, tmp_path / "hollow")
+    for file in hollow.glob("*.safetensors"):
+        header = int.from_bytes(file.read_bytes()[:8], "little")
+        with file.open("r+b") as opened:
+            opened.truncate(8 + header)
+    assert simulated(Job(hollow)) == simulated(Job(path))
+
+
+def test_a_missing_tensor_is_what_the_load_would_say(checkpoint, simulated, tmp_path):
+    path = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "incomplete")
+    _rename_in_header(path / "model.safetensors", "layers.1.mlp.experts.3.up_proj", "layers.1.mlp.experts.3.xx_proj")
+    with pytest.raises(PlanError, match=r"layers\.1\.mlp\.experts"):
+        simulated(Job(path))
+
+
+def _rename_in_header(file, name, other):
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(name.encode(), other.encode())
+    assert len(header) == length
+    json.loads(header)
+    file.write_bytes(content[:8] + header + content[8 + length :])
