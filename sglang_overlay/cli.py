@@ -171,9 +171,8 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
     try:
         sys.exit(command.run(asked, gpu_name, png, command.JSON if as_json else command.TABLE))
     except StreamFP8Error as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = 2
-        raise failure from error
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
 
 
 def _or_exit(work: Callable[[], Result]) -> Result:

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_overlay.plan.account import Account
+from sglang_overlay.plan.replacing import replaced
 
 aten = torch.ops.aten
 
@@ -93,14 +94,12 @@ class _Weightless(TorchDispatchMode):
 
 def _needs_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operation on real tensors, or on none, must not run for real."""
-    device = kwargs.get("device")
-    if device is not None and torch.device(device).type not in ("cpu", "meta"):
-        return True
-    if device is not None and torch.device(device).type == "meta":
-        return False
+    device = torch.device(kwargs.get("device") or "cpu").type
+    if device != "cpu":
+        return device != "meta"
     if func in _FACTORIES:
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        return prod(args[_FACTORIES[func]]) * dtype.itemsize >= REAL_BELOW
+        return int(prod(args[0])) * dtype.itemsize >= REAL_BELOW
     if _is_view(func):
         return False
     return any(_is_large(value) for value in args)
@@ -222,17 +221,19 @@ _INSTEAD = {
     aten.nonzero.default: _found_nothing,
 }
 
-_FACTORIES = {
-    aten.empty.memory_format: 0,
-    aten.empty_strided.default: 0,
-    aten.zeros.default: 0,
-    aten.ones.default: 0,
-    aten.full.default: 0,
-    aten.rand.default: 0,
-    aten.randn.default: 0,
-    aten.empty_permuted.default: 0,
-}
-"""Operations that make a tensor from nothing, and which argument is its shape."""
+_FACTORIES = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_permuted.default,
+        aten.empty_strided.default,
+        aten.full.default,
+        aten.ones.default,
+        aten.rand.default,
+        aten.randn.default,
+        aten.zeros.default,
+    }
+)
+"""Operations that make a tensor from nothing; their first argument is its shape."""
 
 _UNINITIALIZED = frozenset(
     {
@@ -258,28 +259,23 @@ def _own_parameter_classes() -> Iterator[None]:
         return made
 
     def swap_own(one: torch.Tensor, other: torch.Tensor) -> None:
-        swap(one, other)
+        swap(one, other)  # type: ignore[no-untyped-call]
         for tensor in (one, other):
             tensor.__class__ = _class_for(tensor)
 
-    Parameter.__new__ = make_own  # type: ignore[method-assign, assignment]
-    torch.utils.swap_tensors = swap_own
-    try:
+    with replaced(Parameter, "__new__", make_own), replaced(torch.utils, "swap_tensors", swap_own):
         yield
-    finally:
-        Parameter.__new__ = make  # type: ignore[method-assign]
-        torch.utils.swap_tensors = swap
 
 
-def _class_for(tensor: torch.Tensor) -> type[torch.Tensor]:
-    """The class a tensor must have: that of fake tensors is known by its methods, whether it is one by its keys."""
+def _class_for(tensor: torch.Tensor) -> Any:
+    """The class that belongs to what a tensor is now, fake or not; swapping has exchanged the two."""
     plain = getattr(type(tensor), "_plain_class", type(tensor))
     is_fake = torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
     return _fake_class(plain) if is_fake and not issubclass(plain, FakeTensor) else plain
 
 
 @cache
-def _fake_class(cls: type[Parameter]) -> type[Parameter]:
+def _fake_class(cls: Any) -> Any:
     return type(cls)(cls.__name__, (cls, FakeTensor), {"__module__": cls.__module__, "_plain_class": cls})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.plan.job import Layout
+from sglang_overlay.plan.replacing import replaced
 
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
@@ -188,14 +189,3 @@ def cuda_kernels() -> Iterator[None]:
         replaced(fp8, "per_token_group_quant_fp8", per_group),
     ):
         yield
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Put ``value`` in place of an attribute."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -53,7 +53,7 @@ def test_each_rank_is_the_real_one(layout, checkpoint, reports, simulated):
 def test_planned_peak_is_within_two_percent_of_the_measured_one(model, mode, checkpoint_folder, simulated):
     measured = measure(model, mode, checkpoint_folder)
     found = simulated(model.job(mode, checkpoint_folder))
-    assert found.final == measured.final_bytes
+    assert found.final == pytest.approx(measured.final_bytes, rel=1e-4)
     assert found.peak == pytest.approx(measured.memory.peak_above_start, rel=0.02)
 
 
