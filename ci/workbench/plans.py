@@ -70,16 +70,17 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "# Planned peaks of published models",
         "",
         f"What `python -m sglang_overlay plan` says of SGLang {release}: one rank on a GPU, a bf16 checkpoint served as "
-        "FP8. `ci/baseline --refresh` works it out, `ci/plans` writes this page. Names and shapes come from each "
-        "model's `config.json` alone; [planner.md](planner.md) says what is counted.",
+        "FP8.",
+        "`ci/baseline --refresh` works it out, `ci/plans` writes this page. Names and shapes come from each model's",
+        "`config.json` alone; [planner.md](planner.md) says what is counted.",
         "",
-        f"| model | parameters | TP | files | {peaks} | FP8 model | streaming / model | open: whole layers | "
-        "open: units | stock loads on | streaming loads on |",
+        f"| model | parameters | TP | files | {peaks} | FP8 model | streaming / model | open: whole layers "
+        "| open: units | stock loads on | streaming loads on |",
         "| --- | ---: | ---: | --- " + "| ---: " * 7 + "| --- | --- |",
         *(_row(published_plan, baseline) for published_plan, baseline in found),
         "",
-        "*Open* is the most high-precision memory of layers, or of units, of which a part has not been read yet. *Loads "
-        "on* is the smallest GPU of the planner's table of whose memory the peak leaves a twentieth to others.",
+        "*Open* is the most high-precision memory of layers, or of units, of which a part has not been read yet.",
+        "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak.",
     ]
     return "\n".join(lines) + "\n"
 

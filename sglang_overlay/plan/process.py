@@ -106,12 +106,31 @@ def _serve(orders: Connection, workers: int, task: str, log: str) -> None:
     os.dup2(opened, 2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _import_sglang()
-    context = multiprocessing.get_context("fork")
-    # Leaving the block ends what the pool has under way.
-    with context.Pool(workers, maxtasksperchild=1) as pool, contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            for found in pool.imap(partial(_do, task), orders.recv(), chunksize=1):
-                orders.send(found)
+            jobs = orders.recv()
+            _read_checkpoints(jobs)
+            _answer(orders, jobs, task, min(workers, len(jobs)))
+
+
+def _answer(orders: Connection, jobs: list[Job], task: str, workers: int) -> None:
+    """Send what comes of each job, up to the first that fails; leaving the block ends those that are under way."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers, maxtasksperchild=1) as pool:
+        for found in pool.imap(partial(_do, task), jobs, chunksize=1):
+            orders.send(found)
+            if isinstance(found, _Failure):
+                return
+
+
+def _read_checkpoints(jobs: list[Job]) -> None:
+    """Before processes are forked, each of which would else read them, or build transformers' model, again."""
+    from sglang_overlay.plan.simulate import checkpoint_of
+
+    for model, from_config in {(job.model, job.from_config): None for job in jobs}:
+        # What is wrong with one is for the job to say.
+        with contextlib.suppress(Exception):
+            checkpoint_of(model, from_config)
 
 
 def _import_sglang() -> None:
