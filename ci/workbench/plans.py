@@ -69,8 +69,7 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
     lines = [
         "# Planned peaks of published models",
         "",
-        f"What `python -m sglang_overlay plan` says of SGLang {release}: one rank on a GPU, a bf16 checkpoint served as "
-        "FP8.",
+        f"What `python -m sglang_overlay plan` says of SGLang {release} for one rank on a GPU, bf16 served as FP8.",
         "`ci/baseline --refresh` works it out, `ci/plans` writes this page. Names and shapes come from each model's",
         "`config.json` alone; [planner.md](planner.md) says what is counted.",
         "",

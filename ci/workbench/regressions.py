@@ -1,7 +1,9 @@
-"""Old behaviour, brought back on purpose, to see that the baselines notice: tasks for ``Planners``."""
+"""Old behaviour, brought back on purpose, to see that it is noticed: tasks for ``Planners``."""
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +27,12 @@ def _holding(original: Any) -> Any:
         return original(self, values, *results)
 
     return quantize_run
+
+
+def killed(_job: Job) -> PlannedLoad:
+    """The system ends the process that plans, as it does where memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
 
 
 def layer_sized_staging(job: Job) -> PlannedLoad:

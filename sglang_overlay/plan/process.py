@@ -15,11 +15,13 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, cast
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import Job, PlannedLoad
@@ -27,6 +29,7 @@ from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE
 
 _ENVIRON = {"CUDA_VISIBLE_DEVICES": "", MODE_VARIABLE: "1", REPORT_VARIABLE: "", "SGLANG_PLUGINS": ""}
 _LAST_LINES = 15
+_PATIENCE_SECONDS = 5.0
 
 
 class PlanError(StreamFP8Error):
@@ -114,13 +117,77 @@ def _serve(orders: Connection, workers: int, task: str, log: str) -> None:
 
 
 def _answer(orders: Connection, jobs: list[Job], task: str, workers: int) -> None:
-    """Send what comes of each job, up to the first that fails; leaving the block ends those that are under way."""
-    context = multiprocessing.get_context("fork")
-    with context.Pool(workers, maxtasksperchild=1) as pool:
-        for found in pool.imap(partial(_do, task), jobs, chunksize=1):
-            orders.send(found)
-            if isinstance(found, _Failure):
+    """Send what comes of each job, up to the first that fails."""
+    results = _InOrder()
+    with contextlib.closing(_Forks(task)) as forks:
+        waiting = deque(enumerate(jobs))
+        while results.given < len(jobs):
+            while waiting and len(forks) < workers:
+                forks.start(*waiting.popleft())
+            results.add(forks.finished())
+            for found in results.next():
+                orders.send(found)
+                if isinstance(found, _Failure):
+                    return
+            if not _is_awaited():
                 return
+
+
+def _is_awaited() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and parent.is_alive()
+
+
+class _Forks:
+    """A process for each job that is under way."""
+
+    def __init__(self, task: str) -> None:
+        self._task = task
+        self._running: dict[Connection, tuple[int, Job, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, number: int, job: Job) -> None:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_do, args=(self._task, job, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        self._running[ours] = (number, job, process)
+
+    def finished(self) -> Iterator[tuple[int, PlannedLoad | _Failure]]:
+        """Numbers and results of jobs that have ended; waits a while for one."""
+        ready = cast("list[Connection]", connection.wait(list(self._running), timeout=_PATIENCE_SECONDS))
+        for pipe in ready:
+            number, job, process = self._running.pop(pipe)
+            try:
+                found = pipe.recv()
+            except EOFError:
+                process.join()
+                found = _Failure(job, known=False, text=f"its process ended with exit code {process.exitcode}")
+            yield number, found
+
+    def close(self) -> None:
+        for _, _, process in self._running.values():
+            process.kill()
+            process.join()
+
+
+class _InOrder:
+    """Gives results in the order of their numbers, whatever order they come in."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self._early: dict[int, PlannedLoad | _Failure] = {}
+
+    def add(self, results: Iterable[tuple[int, PlannedLoad | _Failure]]) -> None:
+        self._early.update(results)
+
+    def next(self) -> Iterator[PlannedLoad | _Failure]:
+        while self.given in self._early:
+            self.given += 1
+            yield self._early.pop(self.given - 1)
 
 
 def _read_checkpoints(jobs: list[Job]) -> None:
@@ -144,12 +211,12 @@ def _import_sglang() -> None:
     importlib.import_module("sglang_overlay.plan.simulate")
 
 
-def _do(task: str, job: Job) -> PlannedLoad | _Failure:
+def _do(task: str, job: Job, answer: Connection) -> None:
     try:
-        found: PlannedLoad = pkgutil.resolve_name(task)(job)
-        return found
+        answer.send(pkgutil.resolve_name(task)(job))
     except StreamFP8Error as error:
-        return _Failure(job, True, str(error))
+        answer.send(_Failure(job, known=True, text=str(error)))
     except Exception:
         traceback.print_exc(file=sys.stderr)
-        return _Failure(job, False, "".join(traceback.format_exc().splitlines(keepends=True)[-_LAST_LINES:]))
+        last = "".join(traceback.format_exc().splitlines(keepends=True)[-_LAST_LINES:])
+        answer.send(_Failure(job, known=False, text=last))

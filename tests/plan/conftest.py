@@ -18,11 +18,11 @@ def planners() -> Iterator[Planners]:
         yield found
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def simulated(planners) -> Callable[[Job], PlannedLoad]:
     return lambda job: next(planners.run([job]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def planned(planners) -> Callable[[Request], Plan]:
     return lambda request: collect(request, planners.run(request.jobs()))

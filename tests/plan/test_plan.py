@@ -18,7 +18,7 @@ from sglang_overlay.plan.job import Layout
 from sglang_overlay.plan.planner import Request
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan(checkpoint, planned):
     return planned(Request(checkpoint("qwen3_moe", files=3), Layout(tp=2, pp=2)))
 

@@ -12,7 +12,7 @@ from workbench.measured import MODELS, measure
 
 from sglang_overlay.observe.report import read_folder
 from sglang_overlay.plan.job import MODES, Job, Layout
-from sglang_overlay.plan.process import PlanError
+from sglang_overlay.plan.process import PlanError, Planners
 
 MANY = {"files": 7, "assignment": "round_robin"}
 
@@ -107,6 +107,19 @@ def test_a_missing_tensor_is_what_the_load_would_say(checkpoint, simulated, tmp_
     _rename_in_header(path / "model.safetensors", "layers.1.mlp.experts.3.up_proj", "layers.1.mlp.experts.3.xx_proj")
     with pytest.raises(PlanError, match=r"layers\.1\.mlp\.experts"):
         simulated(Job(path))
+
+
+def test_a_process_that_is_killed_is_an_error(checkpoint):
+    with Planners(2, "workbench.regressions:killed") as planners, pytest.raises(PlanError, match="exit code -9"):
+        list(planners.run([Job(checkpoint("qwen3_moe"))] * 3))
+
+
+def test_after_a_failure_the_next_jobs_get_their_own_answers(checkpoint, planners, tmp_path):
+    good, bad = Job(checkpoint("qwen3_moe")), Job(tmp_path / "config.json")
+    with pytest.raises(PlanError):
+        list(planners.run([bad, good]))
+    (found,) = planners.run([good])
+    assert found.mode == "streaming"
 
 
 def _rename_in_header(file, name, other):
