@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,17 +49,11 @@ MODELS = (
 
 def measure(model: MeasuredModel, mode: MeasuredMode, folder: Path) -> LoadReport:
     """The report of rank 0 of a real load; checkpoints are kept in ``folder``."""
-    tiny = build(CheckpointSpec(model.spec.family), folder)
     with tempfile.TemporaryDirectory() as scratch, _workers(Path(scratch) / "logs") as workers:
-        workers.load(LoadJob(tiny, streaming=STREAMING[mode], tp_size=model.tp))
         reports = Path(scratch) / "reports"
-        job = LoadJob(
-            build(model.spec, folder),
-            streaming=STREAMING[mode],
-            tp_size=model.tp,
-            environ={"SGLANG_STREAMFP8_REPORT": str(reports)},
-        )
+        job = LoadJob(build(model.spec, folder), streaming=STREAMING[mode], tp_size=model.tp)
         workers.load(job)
+        workers.load(replace(job, environ={"SGLANG_STREAMFP8_REPORT": str(reports)}))
         return read_folder(reports)[0]
 
 
