@@ -65,11 +65,11 @@ class Account:
         self._records[key] = record
         self._count(record, self._counted_when_made(size, filled))
 
-    def written(self, tensor: torch.Tensor) -> None:
-        """Note that all of ``tensor``, which may be a view, has been written to."""
+    def written(self, tensor: torch.Tensor, elements: int) -> None:
+        """Note that so many elements of ``tensor``, which may be a view, have been written to."""
         record = self._records.get(tensor.untyped_storage()._cdata)
         if record is not None:
-            self._count(record, min(record.size - record.counted, tensor.numel() * tensor.element_size()))
+            self._count(record, min(record.size - record.counted, elements * tensor.element_size()))
 
     def pulse(self, size: int) -> None:
         """Note memory that an operation takes and gives back before it returns."""

@@ -30,7 +30,7 @@ class LayerGranularLoad(ModelLoad):
 
     def finish(self, layer: torch.nn.Module) -> bool:
         """Whether the layer has been quantized while the checkpoint was read."""
-        return layer in self._quantized_layers
+        return super().finish(layer) or layer in self._quantized_layers
 
     def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer, pipeline: Pipeline) -> None:
         if name is None or eligibility.why_deferred(name):

@@ -44,7 +44,7 @@ def simulate(job: Job) -> PlannedLoad:
         stack.enter_context(under_way(load))
         with closing(load):
             model = rank.load(device, lambda: _weights(job, checkpoint, account, load))
-            load.check(model, Settings(), folder)
+            load.check(model, Settings(), rank.model_config)
         account.finish()
         return _summary(job, checkpoint, account, load, model, rank.architecture)
 

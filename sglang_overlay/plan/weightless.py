@@ -80,7 +80,7 @@ class _Weightless(TorchDispatchMode):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
         if _is_mutable(func) and isinstance(args[0], torch.Tensor):
-            self._account.written(args[0])
+            self._account.written(args[0], _elements_put(args) if func in _PUTS else args[0].numel())
         elif not _is_view(func):
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, torch.Tensor):
@@ -156,6 +156,11 @@ def _known(value: Any) -> Any:
         return torch.full(value.shape, number, dtype=value.dtype)
 
 
+def _elements_put(args: tuple[Any, ...]) -> int:
+    """How many elements an operation among ``_PUTS`` writes: one for each index, or each value."""
+    return max(tensor.numel() for tensor in (*args[1], args[2]) if tensor is not None)
+
+
 def _is_large(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_is_large(item) for item in value)
@@ -187,7 +192,7 @@ def _copy(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
     if destination.device != source.device and not destination.is_contiguous():
         # PyTorch copies between devices through contiguous memory on the destination's.
         account.pulse(destination.numel() * destination.element_size())
-    account.written(destination)
+    account.written(destination, destination.numel())
     if destination.numel() == 1:
         _remember(destination, _known(source))
     return destination  # type: ignore[no-any-return]
@@ -195,7 +200,7 @@ def _copy(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
 
 def _fill(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
     destination, value = args[0], args[1] if len(args) > 1 else 0
-    account.written(destination)
+    account.written(destination, destination.numel())
     if destination.numel() == 1:
         _remember(destination, _known(value))
     return destination  # type: ignore[no-any-return]
@@ -234,6 +239,9 @@ _FACTORIES = frozenset(
     }
 )
 """Operations that make a tensor from nothing; their first argument is its shape."""
+
+_PUTS = frozenset({aten.index_put_.default, aten._index_put_impl_.default})
+"""Operations that write to some elements of their first argument."""
 
 _UNINITIALIZED = frozenset(
     {

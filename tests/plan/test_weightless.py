@@ -132,6 +132,8 @@ def test_on_the_cpu_memory_counts_when_it_is_written_to():
         assert account.held == zeros.nbytes
         tensor[:256].zero_()
         assert account.held == zeros.nbytes + SIZE // 4
+        tensor.view(-1)[torch.arange(8)] = 1.0
+        assert account.held == zeros.nbytes + SIZE // 4 + 16
         for _ in range(8):
             tensor.zero_()
         assert account.held == zeros.nbytes + SIZE
