@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
 from typing import Any
 
 from sglang_overlay.core import quantizers
 from sglang_overlay.plan.job import Job, PlannedLoad
+from sglang_overlay.plan.layers import whole_layers
 from sglang_overlay.plan.simulate import simulate
 
 _held: list[Any] = []
@@ -37,4 +37,5 @@ def killed(_job: Job) -> PlannedLoad:
 
 def layer_sized_staging(job: Job) -> PlannedLoad:
     """Whole layers wait in bf16, where units should."""
-    return replace(simulate(replace(job, mode="layers")), mode=job.mode)
+    with whole_layers():
+        return simulate(job)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sglang_overlay.plan import document, gpus, planner, table, timeline
 from sglang_overlay.plan.gpus import GPU
 from sglang_overlay.plan.job import MODES, Layout
 from sglang_overlay.plan.planner import Plan, Request
+from sglang_overlay.schemes import registry
+from sglang_overlay.settings import load_settings
 
 Output = Callable[[Plan, "GPU | None"], None]
 
@@ -49,4 +52,6 @@ def run(asked: Mapping[str, Any], gpu_name: str | None, png: Path | None, output
 def _request(
     *, model: Path, tp: int, ep: int, pp: int, dp: int, dp_attention: bool, modes: tuple[Any, ...], **more: Any
 ) -> Request:
-    return Request(model, Layout(tp, ep, pp, dp, dp_attention), modes or MODES, **more)
+    schemes = load_settings(os.environ).schemes
+    registry.check(schemes)
+    return Request(model, Layout(tp, ep, pp, dp, dp_attention), modes or MODES, schemes=schemes, **more)

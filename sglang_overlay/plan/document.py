@@ -42,6 +42,7 @@ def to_json(plan: Plan, gpu: GPU | None = None) -> dict[str, Any]:
         "layout": asdict(request.layout),
         "order": request.order,
         "device": request.device,
+        "schemes": asdict(request.schemes),
         "ranks": [_rank(rank) for rank in plan.ranks],
         "gpu": None if gpu is None else {**asdict(gpu), "fits": {mode: plan.fits(mode, gpu) for mode in request.modes}},
     }

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sglang_overlay.schemes.choice import SchemeChoice
+
 Mode = Literal["stock", "layers", "streaming"]
 """How fp8 comes about: after everything is loaded (``stock``); a whole layer at a time, as soon as all of it has come
 (``layers``: vLLM's layerwise loading, SGLang's PR #17945); a quantization unit at a time (``streaming``, this
@@ -59,6 +61,7 @@ class Job:
         device: what is modelled. ``cuda``: allocations on a GPU, the checkpoint in host memory. ``cpu``: memory written
             to (``RssAnon``), the checkpoint in files that are mapped.
         from_config: take names and shapes from ``config.json`` although there are headers.
+        schemes: as ``SGLANG_STREAMFP8_SCHEME`` says; stock SGLang knows only its own.
         server_args: further fields of SGLang's ``ServerArgs``.
     """
 
@@ -69,6 +72,7 @@ class Job:
     order: Order = "sorted"
     device: Device = "cuda"
     from_config: bool = False
+    schemes: SchemeChoice = field(default_factory=SchemeChoice)
     server_args: tuple[tuple[str, Any], ...] = ()
 
 

@@ -1,85 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer-granular streaming, to compare with: a layer waits in high precision until all of it has come.
+"""Layer-granular streaming, to compare with: a layer is gathered whole in high precision, then quantized and let go of.
 
-What vLLM's layerwise loading and SGLang's PR #17945 do. Never used for serving.
+That is what vLLM #31914 and SGLang #17945 do. Here it is a mode of this package's own streaming, so that a comparison
+shows the granularity and nothing else: the same capture, the same kernels, the same threads, the same reports. For
+plans and benchmarks (``ci/bench``) only, never for serving.
+
+    with whole_layers(): load()
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_overlay.core.capture import WriteCapture, storage_key
-from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.pipeline import WORTH_HANDING_OVER
+from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.whole import WholeParameter
-from sglang_overlay.upstream import eligibility
-from sglang_overlay.upstream.load import ModelLoad, PendingLayer
-from sglang_overlay.upstream.update import set_loader
+from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.plan.replacing import replaced
+from sglang_overlay.upstream import load as upstream_load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
-class LayerGranularLoad(ModelLoad):
-    """Gathers each layer's weights whole and has upstream quantize the layer when the last piece has come."""
+class _Layer:
+    """The parameters of one layer; ``lock`` guards their gathering. Complete when all of each has come."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._quantized_layers: set[torch.nn.Module] = set()
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.members: list[GatheredStream] = []
 
-    def finish(self, layer: torch.nn.Module) -> bool:
-        """Whether the layer has been quantized while the checkpoint was read."""
-        return super().finish(layer) or layer in self._quantized_layers
 
-    def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer, pipeline: Pipeline) -> None:
-        if name is None or eligibility.why_deferred(name):
-            super()._start(layer, name, pending, pipeline)
+class GatheredStream(ParameterStream):
+    """A parameter that waits for the rest of its layer. Arguments are those of ``ParameterStream``."""
+
+    def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any) -> None:
+        super().__init__(name, placeholder, *args)
+        self._placeholder = placeholder
+        self._layer = layer
+        self._gathered: torch.Tensor | None = None
+        self._missing: list[Box] = [whole(self._shape)]
+        self._is_passed_on = False
+        layer.members.append(self)
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if not destination.numel():
             return
-        gathered = _GatheredLayer(pending, self.account, functools.partial(self._quantize, layer))
-        for placeholder in pending.placeholders.values():
-            set_loader(placeholder, gathered.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
+        with self._layer.lock:
+            if self._is_passed_on:
+                super().write(destination, source)
+                return
+            self._gather(Placement(destination, self._shape), source)
+            if not any(member._missing for member in self._layer.members):
+                for member in self._layer.members:
+                    member._pass_on()
 
-    def _quantize(self, layer: torch.nn.Module) -> None:
-        layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
-        self._quantized_layers.add(layer)
-        self.layers += 1
-        self.units += 1
+    def restore(self) -> torch.Tensor:
+        if self._gathered is None:
+            return super().restore()
+        gathered = self._gathered
+        self._let_go()
+        return gathered.view(self._placeholder_shape)
+
+    def release(self) -> None:
+        self._let_go()
+        super().release()
+
+    def _gather(self, placement: Placement, source: torch.Tensor) -> None:
+        if self._gathered is None:
+            self._gathered = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
+            self._account.add(self._gathered.nbytes)
+        self._gathered[slices(placement.box)].copy_(placement.lay_out(source))
+        self._missing = [part for box in self._missing for part in difference(box, placement.box)]
+
+    def _pass_on(self) -> None:
+        """Quantize everything, on all threads as stock's operators do, and wait for it: the memory is the layer's."""
+        gathered = self._gathered
+        assert gathered is not None
+        self._is_passed_on = True
+        self._sources.offer(gathered)
+        parts = min(self.units, max(1, gathered.nbytes // WORTH_HANDING_OVER)) if self._grid.sliced else 1
+        placeholder = self._placeholder.detach().view(self._shape)
+        for place, values in zip(placeholder.chunk(parts), gathered.chunk(parts), strict=True):
+            super().write(place, values)
+        self._finish_jobs()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._gathered is not None:
+            self._account.add(-self._gathered.nbytes)
+            self._gathered = None
 
 
-class _GatheredLayer:
-    """The weights of one layer, in high precision from the first write to the last."""
+@contextlib.contextmanager
+def whole_layers() -> Iterator[None]:
+    """Make all loads in this process gather layers. Parameters belong together whose names differ in the last part."""
+    layers: dict[tuple[StagingAccount, str], _Layer] = {}
 
-    def __init__(self, pending: PendingLayer, account: StagingAccount, complete: Callable[[], None]) -> None:
-        placeholders = pending.placeholders
-        self._parts = {
-            storage_key(placeholder): WholeParameter(name, placeholder, pending.device)
-            for name, placeholder in placeholders.items()
-        }
-        self._size = sum(placeholder.nbytes for placeholder in placeholders.values())
-        self._account = account
-        self._complete = complete
-        self._is_open = False
+    def stream(name: str, placeholder: torch.Tensor, grid: Any, quantizer: Any, storage: Any, *args: Any) -> Any:
+        # One load has one account.
+        layer = layers.setdefault((args[0], name.rpartition(".")[0]), _Layer())
+        return GatheredStream(layer, name, placeholder, grid, quantizer, storage, *args)
 
-    def wrap(self, loader: Callable[..., Any]) -> Callable[..., Any]:
-        """Upstream's loader, with its writes gathered."""
-
-        @functools.wraps(loader)
-        def load(*args: Any, **kwargs: Any) -> Any:
-            if not self._is_open:
-                self._is_open = True
-                self._account.add(self._size)
-            with WriteCapture(self._parts):
-                result = loader(*args, **kwargs)
-            if all(part.values is not None for part in self._parts.values()):
-                self._close()
-            return result
-
-        return load
-
-    def _close(self) -> None:
-        self._complete()
-        for part in self._parts.values():
-            part.reset()
-        self._account.add(-self._size)
-        self._is_open = False
+    with replaced(upstream_load, "ParameterStream", stream):
+        yield

@@ -13,6 +13,7 @@ from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.gpus import GPU
 from sglang_overlay.plan.job import MODES, Device, Job, Layout, Mode, Order, PlannedLoad
 from sglang_overlay.plan.process import Planners
+from sglang_overlay.schemes.choice import SchemeChoice
 
 
 class RequestError(StreamFP8Error):
@@ -34,6 +35,7 @@ class Request:
     device: Device = "cuda"
     every_rank: bool = False
     from_config: bool = False
+    schemes: SchemeChoice = field(default_factory=SchemeChoice)
     server_args: tuple[tuple[str, Any], ...] = ()
 
     def jobs(self) -> list[Job]:
@@ -51,6 +53,7 @@ class Request:
             order=self.order,
             device=self.device,
             from_config=self.from_config,
+            schemes=self.schemes,
             server_args=self.server_args,
         )
         return [replace(base, rank=rank, mode=mode) for rank in self.computed_ranks() for mode in self.modes]

@@ -25,9 +25,15 @@ from typing import Any, cast
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import Job, PlannedLoad
-from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE
+from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
 
-_ENVIRON = {"CUDA_VISIBLE_DEVICES": "", MODE_VARIABLE: "1", REPORT_VARIABLE: "", "SGLANG_PLUGINS": ""}
+_ENVIRON = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "SGLANG_PLUGINS": "",
+    MODE_VARIABLE: "1",
+    REPORT_VARIABLE: "",
+    SCHEME_VARIABLE: "",
+}
 _LAST_LINES = 15
 _PATIENCE_SECONDS = 5.0
 
@@ -86,7 +92,7 @@ class Planners:
         for _ in listed:
             try:
                 found = self._pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 raise PlanError(f"the planning process ended:\n{self._tail()}") from None
             if isinstance(found, _Failure):
                 raise PlanError(self._describe(found))

@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from sglang_overlay.core.stream import Storage
 from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedMemory, TouchedMemory
 from sglang_overlay.plan.checkpoint import Checkpoint, read_headers
 from sglang_overlay.plan.job import Job, PlannedLoad
-from sglang_overlay.plan.layers import LayerGranularLoad
+from sglang_overlay.plan.layers import whole_layers
 from sglang_overlay.plan.published import from_config
+from sglang_overlay.plan.replacing import replaced
 from sglang_overlay.plan.weightless import EmptyFile, weightless
 from sglang_overlay.settings import Mode as StreamingMode
 from sglang_overlay.settings import Settings
-from sglang_overlay.upstream.load import LayerPlan, ModelLoad, ParameterPlan, tensors_of, under_way
+from sglang_overlay.upstream import load as upstream_load
+from sglang_overlay.upstream.load import ModelLoad, tensors_of, under_way
+from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 from sglang_overlay.upstream.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
 
 
@@ -34,7 +36,7 @@ def simulate(job: Job) -> PlannedLoad:
         StreamFP8Error: the checkpoint's headers cannot be read, or the load would fail (a missing tensor, say).
     """
     checkpoint = checkpoint_of(job.model, job.from_config)
-    account: Account = AllocatedMemory("cuda", CUDA_BLOCK) if job.device == "cuda" else TouchedMemory("cpu")
+    account = _account(job)
     device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
     load = _load(job, device)
     with _config_folder(job.model) as folder, ExitStack() as stack:
@@ -44,9 +46,16 @@ def simulate(job: Job) -> PlannedLoad:
         stack.enter_context(under_way(load))
         with closing(load):
             model = rank.load(device, lambda: _weights(job, checkpoint, account, load))
-            load.check(model, Settings(), rank.model_config)
+            load.check(model, load.settings, rank.model_config)
         account.finish()
         return _summary(job, checkpoint, account, load, model, rank.architecture)
+
+
+def _account(job: Job) -> Account:
+    if job.device == "cpu":
+        return TouchedMemory("cpu")
+    # Who waits for whole layers allocates each layer's fp8 memory when it is quantized, and not all of it beforehand.
+    return (TouchedMemory if job.mode == "layers" else AllocatedMemory)("cuda", CUDA_BLOCK)
 
 
 @cache
@@ -77,6 +86,9 @@ def _modelled(job: Job) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(loading_in_this_thread())
+            stack.enter_context(replaced(upstream_load, "free_huge_pages", lambda: 0))
+            if job.mode == "layers":
+                stack.enter_context(whole_layers())
             if job.device == "cuda":
                 stack.enter_context(cuda_kernels())
             yield
@@ -86,10 +98,9 @@ def _modelled(job: Job) -> Iterator[None]:
 
 def _load(job: Job, device: torch.device) -> ModelLoad:
     if job.mode == "stock":
-        return ModelLoad(StreamingMode.OFF, device)
-    if job.mode == "layers":
-        return LayerGranularLoad(StreamingMode.ON, device)
-    return ModelLoad(StreamingMode.ON, device) if job.device == "cuda" else _UncomputedLoad(StreamingMode.ON, device)
+        return ModelLoad(Settings(StreamingMode.OFF), device)
+    settings = Settings(StreamingMode.ON, schemes=job.schemes)
+    return (ModelLoad if job.device == "cuda" else _UncomputedLoad)(settings, device)
 
 
 def _weights(job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad) -> Iterator[tuple[str, torch.Tensor]]:
@@ -108,36 +119,34 @@ def _weights(job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad
 
 
 class _UncomputedLoad(ModelLoad):
-    """Streams as ever, but computes nothing: the CPU's own quantizer needs no memory, and reads what is not there."""
+    """Streams as ever, but computes nothing: the CPU's own quantizers need no memory, and read what is not there."""
 
-    def create_weights(self, create: Any, layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan) -> None:
-        super().create_weights(create, layer, dtype, _UncomputedPlan(plan))
+    def create_weights(
+        self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan
+    ) -> None:
+        super().create_weights(create, layer, dtype, cast("LayerPlan", _UncomputedPlan(plan)))
 
 
 class _UncomputedPlan:
+    """A ``LayerPlan`` with another quantizer."""
+
     def __init__(self, plan: LayerPlan) -> None:
         self._plan = plan
-        self.weights = plan.weights
 
-    def allocate(self, placeholder: torch.Tensor, device: torch.device) -> Storage:
-        return self._plan.allocate(placeholder, device)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plan, name)
 
-    def parameter(self, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        return replace(self._plan.parameter(placeholder, storage), quantizer=_NoQuantizer())
-
-    def register(self, layer: torch.nn.Module, storages: dict[str, Storage]) -> None:
-        self._plan.register(layer, storages)
-
-    def registered(
-        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
-    ) -> dict[str, Storage] | None:
-        return self._plan.registered(layer, placeholders)
+    def parameter(self, *args: Any) -> ParameterPlan:
+        return replace(self._plan.parameter(*args), quantizer=_NoQuantizer())
 
 
 class _NoQuantizer:
     """Writes where the results would go."""
 
-    def quantize(self, _pieces: Any, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def could_be(self, piece: Any, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        return True
+
+    def quantize(self, pieces: Any, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         weight.zero_()
         scale.zero_()
         return torch.zeros(())
@@ -151,7 +160,7 @@ class _NoQuantizer:
 def _summary(
     job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad, model: torch.nn.Module, architecture: str
 ) -> PlannedLoad:
-    storages = (tensor.untyped_storage() for _, tensor in tensors_of(model) if not tensor.is_meta)
+    storages = (tensor.untyped_storage() for _, tensor in tensors_of(model) if tensor.device.type == job.device)
     return PlannedLoad(
         mode=job.mode,
         rank=job.rank,

@@ -54,6 +54,9 @@ def _print_subject(out: Console, plan: Plan) -> None:
         f"{escape(load.checkpoint_source)}; device {request.device}\n",
         soft_wrap=True,
     )
+    if not request.schemes.is_stock:
+        names = ", ".join(sorted(request.schemes.names))
+        out.print(f"Quantization schemes: {escape(names)}; stock SGLang is planned with its own.\n", soft_wrap=True)
 
 
 def _cells(load: PlannedLoad) -> list[str]:

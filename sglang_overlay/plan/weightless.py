@@ -99,7 +99,7 @@ def _needs_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
         return device != "meta"
     if func in _FACTORIES:
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        return int(prod(args[0])) * dtype.itemsize >= REAL_BELOW
+        return bool(prod(args[0]) * dtype.itemsize >= REAL_BELOW)
     if _is_view(func):
         return False
     return any(_is_large(value) for value in args)
