@@ -1,32 +1,30 @@
-"""Peaks of real loads on the CPU, to hold plans against: in a process that has loaded a model before.
+"""Peaks of real loads on the CPU, to hold plans against.
 
-The first load in a process also imports, compiles and starts what every later one uses: near 100 MB that have nothing
-to do with the model.
+What is measured is a load in a process that has made the same load before. The first one in a process also imports,
+compiles and starts what every later one uses: near 100 MB that have nothing to do with the model. What is left beside
+the model are threads' scratch memory and Python objects, some MB: models are large enough that this is below 1 %.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from sglang_overlay.observe.report import LoadReport, read_folder
-from sglang_overlay.plan.job import Job, Layout
+from sglang_overlay.plan.job import MODES, Job, Layout, Mode
+from sglang_overlay.settings import REPORT_VARIABLE
 from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadJob, LoadWorkers
 
-MeasuredMode = Literal["stock", "streaming"]
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 """glibc raises both as large memory is freed, and then keeps up to 64 MB: here it gives all back, as a plan assumes."""
-
-STREAMING: dict[MeasuredMode, str] = {"stock": "0", "streaming": "require"}
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A checkpoint that is loaded for real, large enough that what a process needs anyway does not count."""
+    """A checkpoint that is loaded for real."""
 
     spec: CheckpointSpec
     tp: int = 1
@@ -36,34 +34,44 @@ class MeasuredModel:
         """For files and tables."""
         return f"{self.spec.family}-{self.spec.size}-tp{self.tp}"
 
-    def job(self, mode: MeasuredMode, folder: Path) -> Job:
-        """The same load, to be planned."""
+    def planned(self, mode: Mode, folder: Path) -> Job:
+        """The same load, to be planned; checkpoints are kept in ``folder``."""
         return Job(build(self.spec, folder), Layout(tp=self.tp), mode=mode, device="cpu")
+
+    def loaded(self, mode: Mode, folder: Path) -> LoadJob:
+        """The load itself."""
+        streaming, staging = "0" if mode == "stock" else "require", "layers" if mode == "layers" else "units"
+        return LoadJob(build(self.spec, folder), streaming=streaming, staging=staging, tp_size=self.tp)
 
 
 MODELS = (
+    MeasuredModel(CheckpointSpec("qwen3", size="demo", files=3)),
     MeasuredModel(CheckpointSpec("qwen3_moe", size="bench_2g", files=4)),
+    MeasuredModel(CheckpointSpec("qwen3_moe", size="bench_2g", files=4), tp=2),
     MeasuredModel(CheckpointSpec("deepseek_v3", size="bench_2g", files=4)),
+    MeasuredModel(CheckpointSpec("deepseek_v3", size="bench_2g", files=4), tp=2),
 )
 
 
-def measure(model: MeasuredModel, mode: MeasuredMode, folder: Path) -> LoadReport:
-    """The report of rank 0 of a real load; checkpoints are kept in ``folder``."""
+def measure(model: MeasuredModel, folder: Path) -> Mapping[Mode, list[LoadReport]]:
+    """Each rank's report of a load in each mode."""
     with tempfile.TemporaryDirectory() as scratch, _workers(Path(scratch) / "logs") as workers:
-        reports = Path(scratch) / "reports"
-        job = LoadJob(build(model.spec, folder), streaming=STREAMING[mode], tp_size=model.tp)
-        workers.load(job)
-        workers.load(replace(job, environ={"SGLANG_STREAMFP8_REPORT": str(reports)}))
-        return read_folder(reports)[0]
+        return {mode: _second_load(workers, model.loaded(mode, folder), Path(scratch) / mode) for mode in MODES}
 
 
-def _workers(folder: Path) -> LoadWorkers:
+def _workers(logs: Path) -> LoadWorkers:
     # Spawned: glibc reads its settings when a program starts.
-    return LoadWorkers(folder, _MALLOC, "spawn")
+    return LoadWorkers(logs, _MALLOC, "spawn")
 
 
-def measure_all(models: tuple[MeasuredModel, ...], folder: Path) -> Iterator[tuple[MeasuredModel, MeasuredMode, int]]:
-    """Peak of each model in each mode, in bytes above the memory at the start."""
-    for model in models:
-        for mode in STREAMING:
-            yield model, mode, measure(model, mode, folder).memory.peak_above_start
+def _second_load(workers: LoadWorkers, job: LoadJob, reports: Path) -> list[LoadReport]:
+    workers.load(job)
+    workers.load(replace(job, environ={REPORT_VARIABLE: str(reports)}))
+    return read_folder(reports)
+
+
+def measure_all(folder: Path) -> Iterator[tuple[MeasuredModel, Mapping[Mode, int]]]:
+    """Highest peak of any rank in each mode, in bytes above the memory at the start."""
+    for model in MODELS:
+        reports = measure(model, folder)
+        yield model, {mode: max(load.memory.peak_above_start for load in loads) for mode, loads in reports.items()}

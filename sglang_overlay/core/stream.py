@@ -257,7 +257,7 @@ class ParameterStream:
             raise ConflictingWriteError(self.name, "a checkpoint tensor was changed after its weight loader returned")
 
     def _stage(self, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
-        if self._sources.is_mapped(source) and piece.values.dtype == self._dtype and not self._is_elsewhere():
+        if not self._is_elsewhere() and piece.values.dtype == self._dtype and self._sources.is_mapped(source):
             staged.refer(piece, source)
         else:
             # The loader may use the source's memory again once it returns.

@@ -80,7 +80,7 @@ class Account:
         """End the timeline."""
         self._close_step()
 
-    def _counted_when_made(self, size: int, filled: bool) -> int:  # noqa: ARG002, FBT001
+    def _counted_when_made(self, size: int, filled: bool) -> int:  # noqa: FBT001
         return size
 
     def _count(self, record: _Record, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -27,6 +28,8 @@ from sglang_overlay.upstream import load as upstream_load
 from sglang_overlay.upstream.load import ModelLoad, tensors_of, under_way
 from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 from sglang_overlay.upstream.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
+
+_KEPT_TENSORS = 8
 
 
 def simulate(job: Job) -> PlannedLoad:
@@ -106,16 +109,15 @@ def _load(job: Job, device: torch.device) -> ModelLoad:
 def _weights(job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad) -> Iterator[tuple[str, torch.Tensor]]:
     """What SGLang's own iterator gives, tensor by tensor."""
     contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
-    previous = None
+    # As long as one tensor of a mapped file lives, those that follow are known to be mapped as well.
+    latest: deque[torch.Tensor] = deque(maxlen=_KEPT_TENSORS)
     for file in checkpoint.read_by(job.order, job.rank % job.layout.tp, job.layout.tp):
         for header in file.tensors:
             tensor = contents.tensor(header.shape, header.dtype)
             account.read(header.size)
             load.see(header.name, tensor)
             yield header.name, tensor
-            # As long as one tensor of a mapped file lives, those that follow are known to be mapped as well.
-            previous = tensor
-    del previous
+            latest.append(tensor)
 
 
 class _UncomputedLoad(ModelLoad):
