@@ -44,15 +44,20 @@ class PublishedPlan:
         return f"{self.model}-tp{self.tp}-{self.order}"
 
     @property
+    def names(self) -> set[str]:
+        """What it may be asked for by."""
+        return {self.model, f"{self.model}-tp{self.tp}", self.name}
+
+    @property
     def request(self) -> Request:
         """What to plan."""
         return Request(CONFIGS / f"{self.model}.json", Layout(tp=self.tp), MODES, self.order)
 
 
-def published(models: Sequence[str] = ()) -> list[PublishedPlan]:
-    """All of them, or those of the models named."""
-    chosen = {model: sizes for model, sizes in _SIZES.items() if not models or model in models}
-    return [PublishedPlan(model, tp, order) for model, sizes in chosen.items() for tp in sizes for order in ORDERS]
+def published(names: Sequence[str] = ()) -> list[PublishedPlan]:
+    """All of them, or those of the names of a model, of a model at a TP size (``DeepSeek-V3-tp8``), or of a plan."""
+    plans = [PublishedPlan(model, tp, order) for model, sizes in _SIZES.items() for tp in sizes for order in ORDERS]
+    return [plan for plan in plans if not names or not plan.names.isdisjoint(names)]
 
 
 def compute(planners: Planners, plans: Iterable[PublishedPlan]) -> Iterator[tuple[PublishedPlan, Plan]]:

@@ -15,14 +15,19 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from math import prod
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +43,8 @@ REAL_BELOW = 1 << 20
 @contextmanager
 def weightless(account: Account) -> Iterator[None]:
     """Make what is created in the block weightless, and count it."""
-    with _own_parameter_classes(), _fake_mode(), _Weightless(account):
+    mode = _fake_mode()
+    with _own_parameter_classes(), mode, _Weightless(account, mode):
         yield
 
 
@@ -57,9 +63,10 @@ class _Forgetful(dict[Any, Any]):
 class _Weightless(TorchDispatchMode):
     """Decides for each operation whether it runs for real, on fake tensors, or not at all."""
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: Account, fakes: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._account = account
+        self._fakes = fakes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -75,7 +82,7 @@ class _Weightless(TorchDispatchMode):
         if has_fake and func in _INSTEAD:
             return _INSTEAD[func](self._account, args)
         if has_fake or _needs_fake(func, args, kwargs):
-            result = _on_fakes(func, args, kwargs)
+            result = _on_fakes(self._fakes, func, args, kwargs)
         else:
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
@@ -105,11 +112,42 @@ def _needs_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     return any(_is_large(value) for value in args)
 
 
-def _on_fakes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = func(*map(_stand_in, args), **kwargs)
+def _on_fakes(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in _PLAIN or _is_view(func):
+        result = _without_special_cases(mode, func, args, kwargs)
+    else:
+        result = func(*map(_stand_in, args), **kwargs)
     if isinstance(result, FakeTensor) and result.numel() == 1 and not _is_view(func) and func not in _UNINITIALIZED:
         _follow_number(func, args, kwargs, result)
     return result
+
+
+def _without_special_cases(
+    mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FakeTensor | list[FakeTensor]:
+    """What ``FakeTensorMode`` does in the end, several times as fast: run the operation for tensors on ``meta``."""
+    device = torch.device(kwargs["device"]) if kwargs.get("device") else _device_of(args)
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": "meta"}
+    with in_kernel_invocation_manager(mode):
+        found = func(*map(_on_meta, args), **kwargs)
+    if isinstance(found, (tuple, list)):
+        return [FakeTensor(mode, tensor, device) for tensor in found]
+    return FakeTensor(mode, found, device)
+
+
+def _device_of(args: Sequence[Any]) -> torch.device:
+    tensors = args[0] if isinstance(args[0], (tuple, list)) else args
+    device: torch.device = next(tensor for tensor in tensors if isinstance(tensor, FakeTensor)).fake_device
+    return device
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_on_meta(item) for item in value]
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
 
 
 def _stand_in(value: Any) -> Any:
@@ -239,6 +277,12 @@ _FACTORIES = frozenset(
     }
 )
 """Operations that make a tensor from nothing; their first argument is its shape."""
+
+_PLAIN = _FACTORIES | {
+    aten._to_copy.default,
+    aten.empty_like.default,
+}
+"""Operations, beside views, that load a model's every tensor and are the same for fake tensors as for others."""
 
 _PUTS = frozenset({aten.index_put_.default, aten._index_put_impl_.default})
 """Operations that write to some elements of their first argument."""
