@@ -136,11 +136,16 @@ def report(folder: Path, other_folder: Path | None, png: Path | None, as_json: b
 @click.option(
     "--model-path", "model", required=True, type=click.Path(path_type=Path), help="Checkpoint or config.json."
 )
-@click.option("--tp", "--tp-size", default=1, show_default=True, help="Tensor-parallel ranks.")
-@click.option("--ep", "--ep-size", default=1, show_default=True, help="Expert-parallel ranks.")
-@click.option("--pp", "--pp-size", default=1, show_default=True, help="Pipeline stages.")
+@click.option("--tp", "--tp-size", default=1, show_default=True, type=click.IntRange(1), help="Tensor-parallel ranks.")
+@click.option("--ep", "--ep-size", default=1, show_default=True, type=click.IntRange(1), help="Expert-parallel ranks.")
+@click.option("--pp", "--pp-size", default=1, show_default=True, type=click.IntRange(1), help="Pipeline stages.")
 @click.option(
-    "--dp", "--dp-size", default=1, show_default=True, help="Data-parallel ranks, with --enable-dp-attention."
+    "--dp",
+    "--dp-size",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Data-parallel ranks, with --enable-dp-attention.",
 )
 @click.option("--enable-dp-attention", "dp_attention", is_flag=True, help="Attention is data-parallel.")
 @click.option("--order", default="sorted", show_default=True, type=click.Choice(ORDERS), help="How files are read.")
@@ -148,7 +153,7 @@ def report(folder: Path, other_folder: Path | None, png: Path | None, as_json: b
 @click.option(
     "--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]), help="What is modelled."
 )
-@click.option("--gpu", "gpu_name", help="Say whether it fits this GPU: H200, H100, A100, B200, L40S, ...")
+@click.option("--gpu", "gpu_name", help="Say whether it fits this GPU: H200, H100, A100-40GB, B200, L40S, ...")
 @click.option("--every-rank", is_flag=True, help="Compute each rank, not one for each pipeline stage.")
 @click.option("--from-config", is_flag=True, help="Take names and shapes from config.json although there are headers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/plan, version 1).")

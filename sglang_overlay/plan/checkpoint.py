@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -127,6 +127,34 @@ def _header(path: Path) -> Iterator[TensorHeader]:
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which is not known here")
         yield TensorHeader(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor, from ``model.safetensors.index.json``; None where there is no such index.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the index {path} cannot be read: {error!r}") from error
+    return found
+
+
+def arranged(checkpoint: Checkpoint, index: Mapping[str, str]) -> Checkpoint:
+    """``checkpoint`` in the files that an index names; tensors that either of the two lacks are left out."""
+    groups: dict[str, list[TensorHeader]] = {}
+    for tensor in sorted(checkpoint.tensors, key=lambda tensor: tensor.name):
+        if tensor.name in index:
+            groups.setdefault(index[tensor.name], []).append(tensor)
+    files = tuple(WeightFile(name, tuple(groups[name])) for name in sorted(groups))
+    unknown = len(index) - sum(len(file.tensors) for file in files)
+    note = f"; {unknown} of its tensors have no known shape" if unknown else ""
+    return Checkpoint(files, f"{checkpoint.source}, in the files of the index{note}")
 
 
 def split_into_files(tensors: Sequence[TensorHeader], most: int) -> tuple[WeightFile, ...]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,11 +43,10 @@ class Request:
         """A job for each computed rank and mode, ranks first.
 
         Raises:
-            RequestError: the model's folder has no ``config.json``.
+            RequestError: there is no ``config.json`` of a model, or the ranks do not divide evenly.
         """
-        config = self.model / "config.json" if self.model.is_dir() else self.model
-        if not config.is_file():
-            raise RequestError(f"{config} is not there: name a folder with a config.json, or such a file")
+        self._check_config()
+        self._check_layout()
         base = Job(
             self.model.resolve(),
             self.layout,
@@ -57,6 +57,24 @@ class Request:
             server_args=self.server_args,
         )
         return [replace(base, rank=rank, mode=mode) for rank in self.computed_ranks() for mode in self.modes]
+
+    def _check_config(self) -> None:
+        config = self.model / "config.json" if self.model.is_dir() else self.model
+        if not config.is_file():
+            raise RequestError(f"{config} is not there: name a folder with a config.json, or such a file")
+        try:
+            architectures = json.loads(config.read_text(encoding="utf-8"))["architectures"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RequestError(f"{config} is no model's config.json: {error!r}") from error
+        if not architectures:
+            raise RequestError(f"{config} names no architectures, by which SGLang finds the model's class")
+
+    def _check_layout(self) -> None:
+        layout = self.layout
+        parts = {"ep": layout.ep, **({"dp": layout.dp} if layout.dp_attention else {})}
+        for name, size in parts.items():
+            if layout.tp % size:
+                raise RequestError(f"{layout.tp} TP ranks do not divide into {size} {name.upper()} ranks")
 
     def computed_ranks(self) -> list[int]:
         """Ranks for which there is a job."""

@@ -35,6 +35,7 @@ _ENVIRON = {
     SCHEME_VARIABLE: "",
 }
 _LAST_LINES = 15
+_LAST_FRAMES = 3
 _PATIENCE_SECONDS = 5.0
 
 
@@ -101,7 +102,7 @@ class Planners:
     def _describe(self, failure: _Failure) -> str:
         if failure.known:
             return failure.text
-        return f"rank {failure.job.rank} of {failure.job.model} could not be planned:\n{failure.text}"
+        return f"rank {failure.job.rank} of {failure.job.model} could not be planned: {failure.text}"
 
     def _tail(self) -> str:
         return "\n".join(Path(self._log.name).read_text(errors="replace").splitlines()[-_LAST_LINES:])
@@ -222,7 +223,12 @@ def _do(task: str, job: Job, answer: Connection) -> None:
         answer.send(pkgutil.resolve_name(task)(job))
     except StreamFP8Error as error:
         answer.send(_Failure(job, known=True, text=str(error)))
-    except Exception:
-        traceback.print_exc(file=sys.stderr)
-        last = "".join(traceback.format_exc().splitlines(keepends=True)[-_LAST_LINES:])
-        answer.send(_Failure(job, known=False, text=last))
+    except Exception as error:
+        answer.send(_Failure(job, known=False, text=_in_short(error)))
+
+
+def _in_short(error: Exception) -> str:
+    """What was raised, and the lines of code that led to it, the innermost last."""
+    frames = traceback.extract_tb(error.__traceback__)[-_LAST_FRAMES:]
+    lines = [f"  {frame.filename}:{frame.lineno}: {frame.line}" for frame in frames]
+    return "\n".join([f"{type(error).__name__}: {error}".strip(": "), *lines])

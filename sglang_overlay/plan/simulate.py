@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 
 from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedMemory, TouchedMemory
-from sglang_overlay.plan.checkpoint import Checkpoint, read_headers
+from sglang_overlay.plan.checkpoint import Checkpoint, arranged, read_headers, read_index
+from sglang_overlay.plan.from_config import from_config
 from sglang_overlay.plan.job import Job, PlannedLoad
 from sglang_overlay.plan.layers import whole_layers
-from sglang_overlay.plan.published import from_config
 from sglang_overlay.plan.replacing import replaced
 from sglang_overlay.plan.weightless import EmptyFile, weightless
 from sglang_overlay.settings import Mode as StreamingMode
@@ -63,11 +63,13 @@ def _account(job: Job) -> Account:
 
 @cache
 def checkpoint_of(model: Path, from_config_alone: bool) -> Checkpoint:  # noqa: FBT001 - part of the cache's key
-    """The headers in a folder; what ``config.json`` says where there are none."""
-    if from_config_alone or not model.is_dir() or not any(model.glob("*.safetensors")):
-        with _config_folder(model) as folder:
-            return from_config(folder)
-    return read_headers(model)
+    """The headers in a folder; where there are none, what ``config.json`` says, in the files of the index if any."""
+    if not from_config_alone and model.is_dir() and any(model.glob("*.safetensors")):
+        return read_headers(model)
+    with _config_folder(model) as folder:
+        found = from_config(folder)
+    index = None if from_config_alone or not model.is_dir() else read_index(model)
+    return found if index is None else arranged(found, index)
 
 
 @contextmanager

@@ -130,21 +130,19 @@ def _without_special_cases(
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "meta"}
     with in_kernel_invocation_manager(mode):
-        found = func(*map(_on_meta, args), **kwargs)
+        found = func(*[_on_meta(value) for value in args], **kwargs)
     if isinstance(found, (tuple, list)):
         return [FakeTensor(mode, tensor, device) for tensor in found]
     return FakeTensor(mode, found, device)
 
 
 def _device_of(args: Sequence[Any]) -> torch.device:
-    tensors = args[0] if isinstance(args[0], (tuple, list)) else args
-    device: torch.device = next(tensor for tensor in tensors if isinstance(tensor, FakeTensor)).fake_device
+    found = next(value for value in args if isinstance(value, torch.Tensor))
+    device: torch.device = found.fake_device if isinstance(found, FakeTensor) else found.device
     return device
 
 
 def _on_meta(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_on_meta(item) for item in value]
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
         return value
     return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")

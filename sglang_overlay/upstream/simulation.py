@@ -17,8 +17,15 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import Layout
 from sglang_overlay.plan.replacing import replaced
+from sglang_overlay.upstream import eligibility
+
+
+class NotOnlineFP8Error(StreamFP8Error):
+    """The model would not be quantized to fp8 while it is loaded."""
+
 
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
@@ -36,11 +43,21 @@ class SimulatedRank:
         return ", ".join(self.model_config.hf_config.architectures or ["unknown"])
 
     def load(self, device: torch.device, weights: Weights) -> torch.nn.Module:
-        """As ``DefaultModelLoader.load_model``, with tensors from ``weights`` in place of the checkpoint's."""
+        """As ``DefaultModelLoader.load_model``, with tensors from ``weights`` in place of the checkpoint's.
+
+        Raises:
+            NotOnlineFP8Error: the checkpoint is quantized already.
+        """
         from sglang.srt.model_loader import loader
         from sglang.srt.model_loader.utils import set_default_torch_dtype
 
         quant_config = loader._get_quantization_config(self.model_config, self.load_config)
+        if not eligibility.is_online_fp8(quant_config):
+            raise NotOnlineFP8Error(
+                "this checkpoint is quantized already, as quantization_config in its config.json says, so nothing is "
+                "quantized while it is loaded. To plan for its bf16 weights use their config.json, which has no such "
+                "entry"
+            )
         with set_default_torch_dtype(self.model_config.dtype), torch.no_grad():
             with device:
                 model = loader._initialize_model(self.model_config, self.load_config, quant_config)
