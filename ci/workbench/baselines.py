@@ -8,7 +8,7 @@ loads may be higher by a tolerance; lower is no regression.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,36 @@ class Difference:
         return f"{(self.now - self.before) / self.before:+.2%}" if self.before else "new"
 
 
-def figures_of(plan: Plan) -> Figures:
-    """Of the rank that needs the most, by mode."""
-    return {mode: _figures(plan.highest(mode)) for mode in plan.request.modes}
+@dataclass(frozen=True)
+class Found:
+    """What was worked out now, to be compared with the baseline of its name or to replace it.
+
+    Attributes:
+        kind: ``planned`` or ``measured``, where in the baseline its figures are.
+        figures: by mode.
+        facts: what else a baseline says of the model.
+        compare: from the baseline's figures to the differences that count.
+    """
+
+    name: str
+    kind: str
+    figures: Mapping[str, Figures]
+    facts: Mapping[str, Any]
+    compare: Callable[[Mapping[str, Figures]], list[Difference]]
 
 
-def facts_of(plan: Plan) -> dict[str, Any]:
-    """What a plan says of the checkpoint."""
+def planned(name: str, plan: Plan) -> Found:
+    """A plan: of the rank that needs the most, in each mode. Every figure that differs counts."""
+    figures: dict[str, Figures] = {mode: _figures(plan.highest(mode)) for mode in plan.request.modes}
     load = plan.ranks[0].loads[0]
-    return {"parameters": load.checkpoint_parameters, "bytes": load.checkpoint_bytes}
+    facts = {"parameters": load.checkpoint_parameters, "bytes": load.checkpoint_bytes}
+    return Found(name, "planned", figures, facts, lambda before: _every_difference(name, before, figures))
+
+
+def measured(name: str, peaks: Mapping[str, int]) -> Found:
+    """Real loads: a peak that is higher by more than the tolerance counts."""
+    figures = {mode: {"peak_bytes": peak} for mode, peak in peaks.items()}
+    return Found(name, "measured", figures, {}, lambda before: _higher_peaks(name, before, figures))
 
 
 def _figures(load: PlannedLoad) -> Figures:
@@ -67,8 +88,8 @@ def _figures(load: PlannedLoad) -> Figures:
     }
 
 
-def compare_planned(name: str, before: Mapping[str, Figures], now: Mapping[str, Figures]) -> list[Difference]:
-    """Every figure of a plan that differs; a mode that is only on one side differs in everything."""
+def _every_difference(name: str, before: Mapping[str, Figures], now: Mapping[str, Figures]) -> list[Difference]:
+    """A mode that is only on one side differs in everything."""
     differences = []
     for mode in dict.fromkeys([*before, *now]):
         old, new = before.get(mode, {}), now.get(mode, {})
@@ -78,12 +99,11 @@ def compare_planned(name: str, before: Mapping[str, Figures], now: Mapping[str, 
     return differences
 
 
-def compare_measured(name: str, before: Mapping[str, Figures], now: Mapping[str, Figures]) -> list[Difference]:
-    """Peaks of real loads that are higher than before by more than the tolerance."""
+def _higher_peaks(name: str, before: Mapping[str, Figures], now: Mapping[str, Figures]) -> list[Difference]:
     return [
-        Difference(name, f"{mode}, measured", "peak_bytes", old["peak_bytes"], now[mode]["peak_bytes"])
-        for mode, old in before.items()
-        if mode in now and now[mode]["peak_bytes"] > old["peak_bytes"] * (1 + MEASURED_TOLERANCE)
+        Difference(name, mode, "peak_bytes", before.get(mode, {}).get("peak_bytes", 0), figures["peak_bytes"])
+        for mode, figures in now.items()
+        if figures["peak_bytes"] > before.get(mode, {}).get("peak_bytes", 0) * (1 + MEASURED_TOLERANCE)
     ]
 
 
@@ -103,6 +123,13 @@ def read(path: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def refresh(now: Found, release: str, folder: Path = FOLDER) -> Path:
+    """Make what was found the baseline; returns its file."""
+    path = path_of(release, now.name, folder)
+    write(path, {**read(path), "name": now.name, "release": release, **now.facts, now.kind: now.figures})
+    return path
 
 
 def write(path: Path, baseline: Mapping[str, Any]) -> None:

@@ -40,8 +40,12 @@ class MeasuredModel:
 
     def loaded(self, mode: Mode, folder: Path) -> LoadJob:
         """The load itself."""
-        streaming, staging = "0" if mode == "stock" else "require", "layers" if mode == "layers" else "units"
-        return LoadJob(build(self.spec, folder), streaming=streaming, staging=staging, tp_size=self.tp)
+        return LoadJob(
+            build(self.spec, folder),
+            streaming="0" if mode == "stock" else "require",
+            staging="layers" if mode == "layers" else "units",
+            tp_size=self.tp,
+        )
 
 
 MODELS = (
@@ -67,10 +71,10 @@ def _workers(logs: Path) -> LoadWorkers:
 def _second_load(workers: LoadWorkers, job: LoadJob, reports: Path) -> list[LoadReport]:
     workers.load(job)
     workers.load(replace(job, environ={REPORT_VARIABLE: str(reports)}))
-    return read_folder(reports)
+    return list(read_folder(reports))
 
 
-def measure_all(folder: Path) -> Iterator[tuple[MeasuredModel, Mapping[Mode, int]]]:
+def measure_all(folder: Path) -> Iterator[tuple[MeasuredModel, dict[str, int]]]:
     """Highest peak of any rank in each mode, in bytes above the memory at the start."""
     for model in MODELS:
         reports = measure(model, folder)

@@ -29,6 +29,9 @@ _SIZES = {
 }
 """TP sizes at which the FP8 weights of a rank fit one of the largest GPUs."""
 
+CHECKED_ALWAYS = ("Qwen1.5-MoE-A2.7B-tp8-sorted", "DeepSeek-V2-Lite-tp8-shuffled")
+"""Plans that the test suite compares with their baselines, in seconds; the others are compared every night."""
+
 
 @dataclass(frozen=True)
 class PublishedPlan:

@@ -219,6 +219,7 @@ def _import_sglang() -> None:
 
 
 def _do(task: str, job: Job, answer: Connection) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         answer.send(pkgutil.resolve_name(task)(job))
     except StreamFP8Error as error:
