@@ -14,8 +14,8 @@ from workbench.plans import PAGE, published, to_markdown
 @click.command()
 @click.option("--page", default=PAGE, type=click.Path(path_type=Path), help="The page to write.")
 def main(page: Path) -> None:
-    """Write the page that shows the baselines of the published models."""
-    release = releases.installed() or "unknown"
+    """Write the page that shows the newest release's baselines of the published models."""
+    release = releases.supported()[-1]
     found = [(plan, baselines.read(baselines.path_of(release, plan.name))) for plan in published()]
     page.write_text(to_markdown(release, [(plan, baseline) for plan, baseline in found if baseline]), encoding="utf-8")
     click.echo(page)

@@ -194,7 +194,8 @@ def _known(value: Any) -> Any:
 
 def _elements_put(args: tuple[Any, ...]) -> int:
     """How many elements an operation among ``_PUTS`` writes: one for each index, or each value."""
-    return max(tensor.numel() for tensor in (*args[1], args[2]) if tensor is not None)
+    counts: list[int] = [tensor.numel() for tensor in (*args[1], args[2]) if tensor is not None]
+    return max(counts)
 
 
 def _is_large(value: Any) -> bool:

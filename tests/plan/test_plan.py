@@ -16,6 +16,7 @@ from sglang_overlay.plan import document, gpus, table, timeline
 from sglang_overlay.plan.gpus import GPU
 from sglang_overlay.plan.job import Layout
 from sglang_overlay.plan.planner import Request
+from sglang_overlay.settings import SCHEME_VARIABLE
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,14 @@ def _run(*arguments):
     return CliRunner().invoke(main, ["plan", *map(str, arguments)])
 
 
+@pytest.mark.parametrize(("scheme", "message"), [("blok", "there is no quantization scheme"), ("{", "no valid JSON")])
+def test_a_scheme_that_is_none_is_exit_code_2(scheme, message, monkeypatch):
+    monkeypatch.setenv(SCHEME_VARIABLE, scheme)
+    result = _run("--model-path", CONFIGS / "DeepSeek-V3.json")
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_what_does_not_fit_is_exit_code_1():
     result = _run("--model-path", CONFIGS / "DeepSeek-V2-Lite.json", "--mode", "stock", "--gpu", "L4")
     assert result.exit_code == 1, result.output
@@ -77,6 +86,9 @@ def test_what_does_not_fit_is_exit_code_1():
     [
         (["--model-path", "/nowhere"], "/nowhere is not there"),
         (["--model-path", CONFIGS / "DeepSeek-V3.json", "--gpu", "H999"], "known: L4, "),
+        (["--model-path", CONFIGS / "README.md"], "no model's config.json"),
+        (["--model-path", CONFIGS / "DeepSeek-V3.json", "--tp", "8", "--ep", "3"], "do not divide into 3 EP ranks"),
+        (["--model-path", CONFIGS / "DeepSeek-V3.json", "--tp", "0"], "0 is not in the range x>=1"),
     ],
 )
 def test_what_cannot_be_planned_is_exit_code_2(arguments, message):
