@@ -16,11 +16,19 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import Layout
 from sglang_overlay.plan.replacing import replaced
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream import eligibility, releases
+
+FIRST_RELEASE = "0.5.21"
+"""The first in which arguments, ranks and groups are set up by functions of their own (``runtime_context``)."""
+
+
+class UnplannableReleaseError(StreamFP8Error):
+    """The installed SGLang cannot be made one rank of many in one process."""
 
 
 class NotOnlineFP8Error(StreamFP8Error):
@@ -66,6 +74,11 @@ class SimulatedRank:
         return found
 
 
+def can_simulate() -> bool:
+    """Whether the installed SGLang is one that ``simulated_rank`` knows."""
+    return Version(releases.installed() or "0") >= Version(FIRST_RELEASE)
+
+
 @contextlib.contextmanager
 def simulated_rank(
     folder: Path, layout: Layout, rank: int, server_args: Mapping[str, Any] = MappingProxyType({})
@@ -77,7 +90,16 @@ def simulated_rank(
         layout: sizes of the kinds of parallelism.
         rank: ``pp_rank * tp + tp_rank``.
         server_args: further fields of SGLang's ``ServerArgs``.
+
+    Raises:
+        UnplannableReleaseError: the installed SGLang is too old.
     """
+    if not can_simulate():
+        raise UnplannableReleaseError(
+            f"SGLang {releases.installed()} sets a rank's configuration and groups up in another way than the planner "
+            f"knows, which is that of SGLang {FIRST_RELEASE} and later. Plan with one of those: what a load needs "
+            "hardly differs from release to release"
+        )
     from sglang.srt import runtime_context
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -141,6 +163,7 @@ def _initialize_kernels() -> None:
 def _fake_groups(size: int, rank: int) -> Iterator[None]:
     """A world of ``size`` of which only ``rank`` exists; SGLang asks for gloo groups too, which would wait for all."""
     import torch.distributed
+    from sglang.srt.distributed.device_communicators import pynccl
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     new_group = torch.distributed.new_group
@@ -149,8 +172,13 @@ def _fake_groups(size: int, rank: int) -> Iterator[None]:
         return new_group(ranks, backend="fake")
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    with replaced(torch.distributed, "new_group", fake_group):
+    with replaced(torch.distributed, "new_group", fake_group), replaced(pynccl, "NCCLLibrary", _no_library):
         yield
+
+
+def _no_library(*_: Any) -> Any:
+    """What a machine without NCCL says, and is never asked to communicate."""
+    raise OSError("a simulated rank has no NCCL")
 
 
 class _InlineExecutor:

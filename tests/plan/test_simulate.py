@@ -56,9 +56,9 @@ def test_planned_peaks_are_within_two_percent_of_measured_ones(model, checkpoint
     for mode, reports in measure(model, checkpoint_folder).items():
         found = simulated(model.planned(mode, checkpoint_folder))
         assert len(reports) == model.tp
-        for real in reports:
-            assert found.final == pytest.approx(real.final_bytes, rel=1e-4), mode
-            assert found.peak == pytest.approx(real.memory.peak_above_start, rel=0.02), mode
+        assert [real.final_bytes for real in reports] == pytest.approx([found.final] * model.tp, rel=1e-4), mode
+        # The highest of equal ranks: a peak between two samples, as whole layers have it, is not seen on each of them.
+        assert found.peak == pytest.approx(max(real.memory.peak_above_start for real in reports), rel=0.02), mode
 
 
 @pytest.fixture
