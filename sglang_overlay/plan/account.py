@@ -63,7 +63,7 @@ class Account:
         size = -(-storage.nbytes() // self._block) * self._block
         record = _Record(weakref.ref(storage, lambda _: self._freed(key)), size, 0)
         self._records[key] = record
-        self._count(record, self._counted_when_made(size, filled))
+        self._count(record, self._counted_when_made(tensor, size, filled))
 
     def written(self, tensor: torch.Tensor, elements: int) -> None:
         """Note that so many elements of ``tensor``, which may be a view, have been written to."""
@@ -80,7 +80,7 @@ class Account:
         """End the timeline."""
         self._close_step()
 
-    def _counted_when_made(self, size: int, filled: bool) -> int:  # noqa: FBT001
+    def _counted_when_made(self, tensor: torch.Tensor, size: int, filled: bool) -> int:  # noqa: FBT001
         return size
 
     def _count(self, record: _Record, size: int) -> None:
@@ -109,5 +109,12 @@ class AllocatedMemory(Account):
 class TouchedMemory(Account):
     """Counts of a storage what has been written to. A part that is written twice counts twice, up to the whole."""
 
-    def _counted_when_made(self, size: int, filled: bool) -> int:  # noqa: FBT001
+    def _counted_when_made(self, tensor: torch.Tensor, size: int, filled: bool) -> int:  # noqa: FBT001
         return size if filled else 0
+
+
+class AllocatedLate(AllocatedMemory):
+    """Counts quantized memory when it is filled: who waits for whole layers allocates each layer's then, not before."""
+
+    def _counted_when_made(self, tensor: torch.Tensor, size: int, filled: bool) -> int:  # noqa: FBT001
+        return size if filled or tensor.element_size() > 1 else 0

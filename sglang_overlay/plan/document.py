@@ -62,6 +62,11 @@ def _load(load: PlannedLoad) -> dict[str, Any]:
         "final_bytes": load.final,
         "staging_peak_bytes": load.staging_peak,
         "units": {"count": load.units, "direct": load.direct_units},
-        "layers": {"streamed": load.streamed, "deferred": load.deferred, "fallback": load.fallback},
+        "layers": {
+            "streamed": load.streamed,
+            "deferred": load.deferred,
+            "fallback": load.fallback,
+            "why_none": load.why_none,
+        },
         "samples": [list(sample) for sample in thin(load.samples, MAX_SAMPLES)],
     }

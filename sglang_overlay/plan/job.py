@@ -87,6 +87,7 @@ class PlannedLoad:
         units: quantization units; layers in mode ``layers``.
         direct_units: of these, how many came whole from one checkpoint tensor.
         streamed, deferred, fallback: layers by the way they take (see the load report).
+        why_none: why the whole model is loaded as stock does, if so.
         checkpoint_bytes, checkpoint_parameters, checkpoint_files: of what every rank reads.
         checkpoint_source: where names and shapes come from.
         samples: memory over the bytes read; what follows the last tensor is at the last position.
@@ -102,6 +103,7 @@ class PlannedLoad:
     streamed: int
     deferred: int
     fallback: int
+    why_none: str | None
     checkpoint_bytes: int
     checkpoint_parameters: int
     checkpoint_files: int

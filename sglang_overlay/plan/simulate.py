@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import torch
 
-from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedMemory, TouchedMemory
+from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedLate, AllocatedMemory, TouchedMemory
 from sglang_overlay.plan.checkpoint import Checkpoint, arranged, read_headers, read_index
 from sglang_overlay.plan.from_config import from_config
 from sglang_overlay.plan.job import Job, PlannedLoad
@@ -25,11 +26,17 @@ from sglang_overlay.plan.weightless import EmptyFile, weightless
 from sglang_overlay.settings import Mode as StreamingMode
 from sglang_overlay.settings import Settings
 from sglang_overlay.upstream import load as upstream_load
+from sglang_overlay.upstream.catalogue import STREAMING
 from sglang_overlay.upstream.load import ModelLoad, tensors_of, under_way
 from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 from sglang_overlay.upstream.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
+from sglang_overlay.upstream.touch_point import State, inspect_points
 
 _KEPT_TENSORS = 8
+
+
+class NotHookedError(StreamFP8Error):
+    """SGLang is as it comes: nothing here would be streamed."""
 
 
 def simulate(job: Job) -> PlannedLoad:
@@ -39,6 +46,7 @@ def simulate(job: Job) -> PlannedLoad:
         StreamFP8Error: the checkpoint's headers cannot be read, or the load would fail (a missing tensor, say).
     """
     checkpoint = checkpoint_of(job.model, job.from_config)
+    _check_hooked()
     account = _account(job)
     device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
     load = _load(job, device)
@@ -54,11 +62,19 @@ def simulate(job: Job) -> PlannedLoad:
         return _summary(job, checkpoint, account, load, model, rank.architecture)
 
 
+def _check_hooked() -> None:
+    """A plan of streaming in a process whose SGLang is not patched would be stock's."""
+    if not any(found.state is State.ACTIVE for found in inspect_points(STREAMING)):
+        raise NotHookedError(
+            "SGLang has not loaded this package's plugin, so nothing would be streamed: "
+            "`python -m sglang_overlay check` says what is wrong"
+        )
+
+
 def _account(job: Job) -> Account:
     if job.device == "cpu":
         return TouchedMemory("cpu")
-    # Who waits for whole layers allocates each layer's fp8 memory when it is quantized, and not all of it beforehand.
-    return (TouchedMemory if job.mode == "layers" else AllocatedMemory)("cuda", CUDA_BLOCK)
+    return (AllocatedLate if job.mode == "layers" else AllocatedMemory)("cuda", CUDA_BLOCK)
 
 
 @cache
@@ -176,6 +192,7 @@ def _summary(
         streamed=load.layers,
         deferred=len(load.deferred),
         fallback=len(load.fallback),
+        why_none=load.abandoned,
         checkpoint_bytes=checkpoint.size,
         checkpoint_parameters=checkpoint.parameters,
         checkpoint_files=len(checkpoint.files),

@@ -86,6 +86,10 @@ def _print_notes(out: Console, plan: Plan) -> None:
     out.print()
     if any(len(rank.stands_for) > 1 for rank in plan.ranks):
         out.print("Ranks of a pipeline stage hold equal shapes, so the first was computed for all (--every-rank).")
+    for mode in plan.request.modes:
+        why = plan.highest(mode).why_none
+        if why is not None and mode != "stock":
+            out.print(f"{LABELS[mode]}: the whole model is loaded as in stock SGLang: {escape(why)}.", soft_wrap=True)
     out.print(NOT_COUNTED)
 
 

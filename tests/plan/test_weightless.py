@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sglang_overlay.core.placeholders import materialize
-from sglang_overlay.plan.account import CUDA_BLOCK, AllocatedMemory, TouchedMemory
+from sglang_overlay.plan.account import CUDA_BLOCK, AllocatedLate, AllocatedMemory, TouchedMemory
 from sglang_overlay.plan.weightless import EmptyFile, weightless
 
 GPU = torch.device("cuda", 0)
@@ -137,6 +137,16 @@ def test_on_the_cpu_memory_counts_when_it_is_written_to():
         for _ in range(8):
             tensor.zero_()
         assert account.held == zeros.nbytes + SIZE
+
+
+def test_quantized_memory_may_count_when_it_is_filled():
+    account = AllocatedLate("cuda")
+    with weightless(account):
+        layer = weight()
+        quantized = torch.empty(SHAPE, dtype=torch.float8_e4m3fn, device=GPU)
+        assert account.held == SIZE
+        quantized[:512].copy_(layer[:512])
+        assert account.held == SIZE + SIZE // 4
 
 
 def test_the_timeline_has_the_highest_and_the_last_figure_of_each_step(account):
