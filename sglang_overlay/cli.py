@@ -13,6 +13,7 @@ import click
 
 from sglang_overlay import __version__
 from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.plan.job import MODES, ORDERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ def main() -> None:
       # Compare with stock SGLang, and draw memory over time.
       SGLANG_STREAMFP8=0 SGLANG_STREAMFP8_REPORT=stock python -m sglang.launch_server ...
       python -m sglang_overlay report stock reports --png memory.png
+    \b
+      # Will a model load, and with what peak? No GPU and no weights are needed to know.
+      python -m sglang_overlay plan --model-path MODEL --tp 8 --gpu H200
     """
 
 
@@ -158,6 +162,54 @@ def report(folder: Path, other_folder: Path | None, png: Path | None, as_json: b
     _print(named)
     if png is not None:
         click.echo(f"\nmemory over time: {png}")
+
+
+@main.command("plan", short_help="Will a model load, and with what peak?")
+@click.option(
+    "--model-path", "model", required=True, type=click.Path(path_type=Path), help="Checkpoint or config.json."
+)
+@click.option("--tp", "--tp-size", default=1, show_default=True, type=click.IntRange(1), help="Tensor-parallel ranks.")
+@click.option("--ep", "--ep-size", default=1, show_default=True, type=click.IntRange(1), help="Expert-parallel ranks.")
+@click.option("--pp", "--pp-size", default=1, show_default=True, type=click.IntRange(1), help="Pipeline stages.")
+@click.option(
+    "--dp",
+    "--dp-size",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Data-parallel ranks, with --enable-dp-attention.",
+)
+@click.option("--enable-dp-attention", "dp_attention", is_flag=True, help="Attention is data-parallel.")
+@click.option("--order", default="sorted", show_default=True, type=click.Choice(ORDERS), help="How files are read.")
+@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this way of loading; repeatable.")
+@click.option(
+    "--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]), help="What is modelled."
+)
+@click.option("--gpu", "gpu_name", help="Say whether it fits this GPU: H200, H100, A100-40GB, B200, L40S, ...")
+@click.option("--every-rank", is_flag=True, help="Compute each rank, not one for each pipeline stage.")
+@click.option("--from-config", is_flag=True, help="Take names and shapes from config.json although there are headers.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/plan, version 1).")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw memory over bytes read into this file.")
+def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked: Any) -> None:  # noqa: FBT001
+    """Work out what memory loading a model with --quantization fp8 takes, without a GPU and without its weights.
+
+    SGLang's own model is built for each rank and its own loader run over the headers of the checkpoint, on tensors
+    without memory. Where there are no *.safetensors files, names and shapes come from config.json alone.
+    Exit code 0: planned, and streaming fits the GPU if one was named. 1: it does not fit. 2: it could not be planned.
+
+    \b
+    Examples:
+      python -m sglang_overlay plan --model-path MODEL --tp 8 --gpu H200
+      python -m sglang_overlay plan --model-path config.json --tp 8 --ep 8 --order shuffled --png plan.png
+      python -m sglang_overlay plan --model-path MODEL --json | jq '.ranks[0].loads.streaming.peak_bytes'
+    """
+    from sglang_overlay.plan import command
+
+    try:
+        sys.exit(command.run(asked, gpu_name, png, command.JSON if as_json else command.TABLE))
+    except StreamFP8Error as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
 
 
 def _or_exit(work: Callable[[], Result]) -> Result:

@@ -41,8 +41,9 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
+from sglang_overlay.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.upstream import built_in  # noqa: E402
-from workbench import layer_granular, runtime, updates  # noqa: E402
+from workbench import runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
@@ -214,7 +215,7 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
             if job.uninitialized is not None:
                 stack.enter_context(Filling(job.uninitialized))
             if job.staging == "layers":
-                stack.enter_context(layer_granular.whole_layers())
+                stack.enter_context(whole_layers())
             if job.threads is not None:
                 stack.enter_context(torch_threads(job.threads))
             runner = build_runner(job, rank, port)

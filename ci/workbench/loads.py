@@ -71,7 +71,7 @@ class LoadJob:
         new_tokens: tokens generated for each prompt.
         uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
             two loads agree on it; None leaves it as it is.
-        staging: what streaming holds back until it is whole; ``layers`` is :mod:`workbench.layer_granular`.
+        staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.plan.layers``.
         threads: of torch's, and so of streaming's; None leaves their number as it is.
         device: as ``--device``.
         timeout_seconds: of the job, processes' start not counted.

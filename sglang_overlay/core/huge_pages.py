@@ -28,7 +28,7 @@ class HugePages:
 
     def request(self, tensor: torch.Tensor) -> None:
         """Ask for those that lie inside ``tensor`` as a whole, so that it takes no more memory than before."""
-        if not self._size or tensor.device.type != "cpu":
+        if not self._size or not self._free or tensor.device.type != "cpu":
             return
         start = -(-tensor.data_ptr() // self._size) * self._size
         stop = (tensor.data_ptr() + tensor.nbytes) // self._size * self._size

@@ -77,7 +77,8 @@ class PipelinedStream(ParameterStream):
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
         is_here = self.storage.weight.device.type == "cpu"
-        if self._sources.is_mapped(source) and piece.values.dtype == self._dtype and is_here:
+        # Last, since it may have to read the process's mappings.
+        if is_here and piece.values.dtype == self._dtype and self._sources.is_mapped(source):
             staged.pieces.append(piece)
             self._watches.setdefault(unit, []).append(Watch(source))
         else:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 # Vermilion, blue, green and purple of Okabe and Ito's palette: told apart with every form of colour blindness, and on a
 # grey printout by lightness.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
-_INK = "#333333"
-_GRID = "#E3E3E3"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
+INK = "#333333"
+GRID = "#E3E3E3"
 
 
 class ChartError(StreamFP8Error):
@@ -49,17 +49,11 @@ def draw(curves: Sequence[Curve], file: Path | str, title: str) -> Path:
     """
     if not any(report.memory.samples for curve in curves for report in curve.reports):
         raise ChartError("these reports hold no memory samples, so there is nothing to draw")
-    figure = _figure(curves, title)
-    target = Path(file)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, format="png", dpi=160)
-    except OSError as error:
-        raise ChartError(f"the chart could not be written to {target}: {error}") from error
-    return target
+    return write(_figure(curves, title), file)
 
 
-def _figure(curves: Sequence[Curve], title: str) -> Any:
+def empty_figure() -> tuple[Any, Any]:
+    """A figure of this package's size, and its axes. ChartError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -70,9 +64,37 @@ def _figure(curves: Sequence[Curve], title: str) -> Any:
     # Not through pyplot: its global state and window toolkits are no business of a server process.
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure, figure.add_subplot()
+
+
+def write(figure: Any, file: Path | str) -> Path:
+    """Write a figure into the PNG ``file`` and return its path. ChartError if it cannot be written."""
+    target = Path(file)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, format="png", dpi=160)
+    except OSError as error:
+        raise ChartError(f"the chart could not be written to {target}: {error}") from error
+    return target
+
+
+def dress(axes: Any, title: str, along: str, up: str) -> None:
+    """Title, labels, grid and legend in this package's manner."""
+    axes.set_title(title, loc="left", color=INK, fontsize=12)
+    axes.set_xlabel(along, color=INK)
+    axes.set_ylabel(up, color=INK)
+    axes.grid(visible=True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="best", labelcolor=INK)
+
+
+def _figure(curves: Sequence[Curve], title: str) -> Any:
+    figure, axes = empty_figure()
     for index, curve in enumerate(curves):
-        _draw_curve(axes, curve, _COLOURS[index % len(_COLOURS)])
+        _draw_curve(axes, curve, COLOURS[index % len(COLOURS)])
     _draw_model_size(axes, curves)
     _dress(axes, curves, title)
     return figure
@@ -110,21 +132,13 @@ def _draw_model_size(axes: Any, curves: Sequence[Curve]) -> None:
     sizes = sorted({report.final_bytes for curve in curves for report in curve.reports})
     label: str | None = f"loaded model: {' and '.join(bytes_text(size) for size in sizes[:3])}"
     for size in sizes:
-        axes.axhline(size / GIGABYTE, color=_INK, linestyle=(0, (6, 4)), linewidth=1.2, label=label, zorder=1)
+        axes.axhline(size / GIGABYTE, color=INK, linestyle=(0, (6, 4)), linewidth=1.2, label=label, zorder=1)
         label = None
 
 
 def _dress(axes: Any, curves: Sequence[Curve], title: str) -> None:
     metrics = sorted({report.memory.metric for curve in curves for report in curve.reports})
-    axes.set_title(title, loc="left", color=_INK, fontsize=12)
-    axes.set_xlabel("seconds since the load began", color=_INK)
-    axes.set_ylabel(f"memory above start, GB ({', '.join(metrics)})", color=_INK)
     axes.set_xlim(left=0)
     highest = max(max(curve.peak, *(report.final_bytes for report in curve.reports)) for curve in curves)
     axes.set_ylim(0, 1.12 * highest / GIGABYTE or 1)
-    axes.grid(visible=True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="best", labelcolor=_INK)
+    dress(axes, title, "seconds since the load began", f"memory above start, GB ({', '.join(metrics)})")

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from workbench.layer_granular import whole_layers
 from workbench.loads import LoadJob, compare
 
 from sglang_overlay.observe.report import read_folder
+from sglang_overlay.plan.layers import whole_layers
 from sglang_overlay.upstream import overlay_load
 
 LAYOUTS = {

@@ -2,7 +2,8 @@
 """Layer-granular streaming, to compare with: a layer is gathered whole in high precision, then quantized and let go of.
 
 That is what vLLM #31914 and SGLang #17945 do. Here it is a mode of this package's own streaming, so that a comparison
-shows the granularity and nothing else: the same capture, the same kernels, the same threads, the same reports.
+shows the granularity and nothing else: the same capture, the same kernels, the same threads, the same reports. For
+plans and benchmarks (``ci/bench``) only, never for serving.
 
     with whole_layers(): load()
 """
@@ -12,13 +13,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 
+from sglang_overlay.core.pipeline import WORTH_HANDING_OVER
 from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
 from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.plan.replacing import replaced
+from sglang_overlay.upstream import overlay_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +64,7 @@ class GatheredStream(PipelinedStream):
             return super().restore()
         gathered = self._gathered
         self._let_go()
-        return gathered
+        return gathered.view(self._placeholder_shape)
 
     def release(self) -> None:
         self._let_go()
@@ -80,8 +83,9 @@ class GatheredStream(PipelinedStream):
         assert gathered is not None
         self._is_passed_on = True
         self._sources.offer(gathered)
-        units = self.units if self._grid.sliced else 1
-        for place, values in zip(self._placeholder.chunk(units), gathered.chunk(units), strict=True):
+        parts = min(self.units, max(1, gathered.nbytes // WORTH_HANDING_OVER)) if self._grid.sliced else 1
+        placeholder = self._placeholder.detach().view(self._shape)
+        for place, values in zip(placeholder.chunk(parts), gathered.chunk(parts), strict=True):
             super().write(place, values)
         self._wait()
         self._let_go()
@@ -103,5 +107,5 @@ def whole_layers() -> Iterator[None]:
         layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer())
         return GatheredStream(layer, name, *args, **kwargs)
 
-    with mock.patch("sglang_overlay.upstream.overlay_load.PipelinedStream", stream):
+    with replaced(overlay_load, "PipelinedStream", stream):
         yield
