@@ -1,9 +1,11 @@
 """Packaging of sglang-streamfp8; tool configuration is in pyproject.toml."""
 
 import json
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 RELEASES = json.loads((ROOT / "sglang_overlay" / "upstream" / "releases.json").read_text(encoding="utf-8"))["supported"]
@@ -34,6 +36,19 @@ DEV = [
     "types-tqdm",
 ]
 
+
+class BuildWithPatches(build_py):
+    """The patch series lie beside the package in a clone, and in it where it is installed."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for series in (ROOT / "patches").glob("*/series"):
+            target = Path(self.build_lib, "sglang_overlay", "patch_series", series.parent.name)
+            shutil.copytree(series.parent, target, dirs_exist_ok=True)
+
+
 setup(
     name="sglang-streamfp8",
     version="0.1.0",
@@ -58,6 +73,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["sglang_overlay", "sglang_overlay.*"]),
     package_data={"sglang_overlay": ["py.typed", "**/*.json"]},
+    cmdclass={"build_py": BuildWithPatches},
     install_requires=RUNTIME,
     extras_require={
         "chart": CHART,

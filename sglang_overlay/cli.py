@@ -100,6 +100,38 @@ def run(module: str, arguments: tuple[str, ...]) -> None:
     launch.run(module, arguments)
 
 
+@main.command(short_help="Put streaming into a source tree of SGLang.")
+@click.option(
+    "--apply",
+    "tree",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A source tree of SGLang: the folder that has python/sglang in it.",
+)
+@click.option("--release", help="Whose series to apply; found out where it is not said.")
+def patch(tree: Path, release: str | None) -> None:
+    """Apply the patch series of an SGLang release to a source tree of it.
+
+    An SGLang built from that tree streams fp8 loads without this package. Where the series does not fit, nothing is
+    changed and the exit code is 1.
+
+    \b
+    Examples:
+      python -m sglang_overlay patch --apply sglang
+      python -m sglang_overlay patch --apply sglang --release 0.5.23
+    """
+    from sglang_overlay import patches
+
+    def apply() -> tuple[str, list[Path]]:
+        found = release or patches.release_of(tree)
+        return found, patches.apply(tree, found)
+
+    applied, files = _or_exit(apply)
+    for file in files:
+        click.echo(f"applied {file.name}")
+    click.echo(f"{tree} is SGLang {applied} with streaming fp8 loading built in.")
+
+
 @main.command(short_help="What did loads cost?")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("other_folder", required=False, type=click.Path(path_type=Path))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_overlay import __version__, settings
 from sglang_overlay.errors import StreamFP8Error
-from sglang_overlay.upstream import releases, touch_point
+from sglang_overlay.upstream import built_in, releases, touch_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -85,6 +85,8 @@ def to_json(found: Activation) -> dict[str, Any]:
 def inspect_activation(environ: Mapping[str, str]) -> Activation:
     """Load SGLang's plugins as a server would and report what became of each touch point. Imports SGLang: seconds."""
     mode, folder, problems = _read_settings(environ)
+    if built_in.streams_itself():
+        return _stands_aside(mode, folder, problems)
     problems += _installation_problems(environ)
     streaming: tuple[Hook, ...] = ()
     cpu_reference: tuple[Hook, ...] = ()
@@ -107,6 +109,21 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
         problems=tuple(problems),
         messages=tuple(messages),
         notes=(releases.untested_note(), *NOTES) if releases.is_untested() and not problems else NOTES,
+    )
+
+
+def _stands_aside(mode: str | None, folder: str | None, problems: Sequence[str]) -> Activation:
+    """With an SGLang that streams by itself there is nothing of this package's to look at."""
+    return Activation(
+        release=releases.installed(),
+        supported=releases.supported(),
+        mode=mode,
+        report_folder=folder,
+        streaming=(),
+        cpu_reference=(),
+        problems=tuple(problems),
+        messages=(),
+        notes=(built_in.NOTE[:1].upper() + built_in.NOTE[1:],),
     )
 
 

@@ -7,6 +7,7 @@ importing it for their sake would cost them seconds.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import partial
@@ -14,7 +15,9 @@ from types import ModuleType
 
 from sglang_overlay.errors import SettingsError
 from sglang_overlay.schemes import registry
-from sglang_overlay.settings import Mode, Settings, load_settings
+from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
+
+logger = logging.getLogger(__name__)
 
 FP8_MODULE = "sglang.srt.layers.quantization.fp8"
 
@@ -33,13 +36,28 @@ def activate() -> None:
         sys.exit(f"sglang-streamfp8: {error}")
     if settings.mode is Mode.OFF and settings.report_folder is None:
         return
-    from sglang_overlay.upstream import releases
+    from sglang_overlay.upstream import built_in, releases
 
+    if built_in.streams_itself():
+        _stand_aside(settings)
+        return
     reason = releases.unsupported_reason()
     if reason is not None:
         _guard(settings.required_by, reason)
         return
     _patch_when_imported(settings)
+
+
+def _stand_aside(settings: Settings) -> None:
+    from sglang_overlay.upstream import built_in
+
+    if not settings.schemes.is_stock:
+        sys.exit(
+            f"sglang-streamfp8: {SCHEME_VARIABLE} is set, and {built_in.NOTE}. Unset it, or use SGLang's own release."
+        )
+    logger.info("StreamFP8: %s.", built_in.NOTE)
+    if settings.report_folder is not None:
+        logger.warning("StreamFP8: no reports are written: %s.", built_in.NOTE)
 
 
 def _patch_when_imported(settings: Settings) -> None:
