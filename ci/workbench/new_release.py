@@ -4,8 +4,9 @@
 2. Compares every function that is hooked: where it is, what it takes, what it does.
 3. Enters it into releases.json, with what its package says of Python, torch and transformers, and what it lacks.
 4. Resolves its lock (`ci/lock`).
-5. Makes its environment, and has `python -m sglang_overlay check` look at the release itself.
-6. Runs the tests that have to pass with each release.
+5. Makes its patch series (`ci/make_patches`).
+6. Makes its environment, and has `python -m sglang_overlay check` look at the release itself.
+7. Runs the tests that have to pass with each release, as overlay and on the patched release.
 
 Then it prints what to look at. With --compare-only it stops after the second step and changes nothing. The exit code
 is 0 where all that was done went well, whatever there is to look at.
@@ -165,9 +166,15 @@ def _run(script: str, *arguments: str) -> None:
     subprocess.run([str(environment.CLONE / script), *arguments], cwd=environment.CLONE, check=True)
 
 
-def tests_pass(release: str) -> bool:
-    """Run the tests that have to pass with each release."""
-    command = [str(environment.CLONE / "ci" / "test"), "--release", release, "--tests-only", "--", *TESTS]
+def tests_pass(release: str, *options: str) -> bool:
+    """Run ``ci/test`` on a release."""
+    command = [str(environment.CLONE / "ci" / "test"), "--release", release, *options]
+    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
+
+
+def patches_made(release: str) -> bool:
+    """Make the release's patch series."""
+    command = [str(environment.CLONE / "ci" / "make_patches"), "--release", release]
     return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
 
 
@@ -195,11 +202,14 @@ def previous(release: str, known: Sequence[str]) -> str:
 
 
 def take_on(release: str, package: Path, date: str) -> list[str]:
-    """Steps 3 to 6; what went wrong, a line each."""
+    """Steps 3 to 7; what went wrong, a line each."""
     enter(release, package, date)
-    problems = [f"check: {problem}" for problem in check(release)]
-    if not tests_pass(release):
-        problems.append(f"tests fail: ci/test --release {release} --tests-only -- {' '.join(TESTS)}")
+    has_patches = patches_made(release)
+    problems = [] if has_patches else [f"no patch series: ci/make_patches --release {release}"]
+    problems += [f"check: {problem}" for problem in check(release)]
+    for options in (("--tests-only", "--", *TESTS), *([("--patched",)] if has_patches else [])):
+        if not tests_pass(release, *options):
+            problems.append(f"tests fail: ci/test --release {release} {' '.join(options)}")
     return problems
 
 
@@ -208,7 +218,7 @@ def to_do(release: str) -> str:
     return (
         f"Left to you: look at the differences above; set the date of {release} in {environment.RELEASES}; run "
         f"ci/test --release {release}; add a row to docs/releases.md and what differs.\n"
-        f"Not done by this script, since the project has none yet: the patch series and the baselines of {release}."
+        f"Not done by this script, since the project has none yet: the baselines of {release}."
     )
 
 
