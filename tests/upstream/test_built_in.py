@@ -21,8 +21,9 @@ load_plugins()
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.model_loader import loader
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang_overlay.upstream.catalogue import STREAMING
 print("built in:", loader.DefaultModelLoader.load_model.__wrapped__.__name__)
-print("hooks:", [target for target in HookRegistry._hooks if "fp8.Fp8" in target or "model_loader" in target])
+print("hooks:", [point.target for point in STREAMING if point.target in HookRegistry._hooks])
 """
 
 
