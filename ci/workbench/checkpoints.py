@@ -37,6 +37,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tokenizers import Tokenizer
+
 Family = Literal["qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 Assignment = Literal["sequential", "round_robin", "shuffled"]
 FileNames = Literal["ordered", "shuffled"]
@@ -635,7 +637,7 @@ def _write_json(path: Path, content: Any) -> None:
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -659,12 +661,17 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = list(_letter_pairs(vocab_size - len(_SPECIAL_TOKENS) - len(alphabet)))
-    tokens = [*_SPECIAL_TOKENS, *alphabet, *(first + second for first, second in merges)]
+    merges = list(_letter_pairs(vocab_size - len(SPECIAL_TOKENS) - len(alphabet)))
+    tokens = [*SPECIAL_TOKENS, *alphabet, *(first + second for first, second in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, with the chat template."""
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_config.json",
