@@ -14,7 +14,8 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.upstream.plan import LayerPlan, SerializedPlan
+from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.upstream.plan import SerializedPlan
 
 BLOCK_SIZE = 128
 SMALLEST_ABSMAX = 1e-12
@@ -33,8 +34,26 @@ class BlockScheme:
         config = fp8.Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[BLOCK_SIZE, BLOCK_SIZE])
         return fp8.Fp8LinearMethod(config) if kind is LayerKind.LINEAR else fp8.Fp8MoEMethod(config)
 
-    def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
+    def plan(self, kind: LayerKind, method: Any) -> BlockPlan:
         return BlockPlan(kind)
+
+    def stored(self) -> StoredForm | None:
+        """As DeepSeek-V3's and Qwen3's fp8 checkpoints; vLLM's ``Fp8Config``, transformers' ``FineGrainedFP8Config``."""
+        quantizer = self.plan(LayerKind.LINEAR, None).quantizer(torch.device("cpu"))
+        return StoredForm(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE)
+
+
+STORED = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
+}
+"""What ``quantization_config`` of such a checkpoint says."""
+
+
+def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-size // BLOCK_SIZE) for size in shape)
 
 
 class BlockPlan(SerializedPlan):

@@ -16,6 +16,7 @@ from sglang.srt.layers.quantization.compressed_tensors.schemes import Compressed
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.linear import LinearPlan, row_quantizer
 from sglang_overlay.upstream.moe import ExpertsPlan
 from sglang_overlay.upstream.plan import LayerPlan
@@ -40,6 +41,10 @@ class TensorScheme:
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         return LinearPlan(per_channel=False) if kind is LayerKind.LINEAR else ExpertsPlan()
 
+    def stored(self) -> StoredForm | None:
+        # Stock quantizes the parts of a fused layer anew on loading such a checkpoint, from values already rounded.
+        return None
+
 
 class ChannelScheme:
     """One scale for each output channel, that is each row of a weight; activations get one a token."""
@@ -52,13 +57,17 @@ class ChannelScheme:
     def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
         if kind is LayerKind.LINEAR:
             return fp8.Fp8LinearMethod(ChosenFp8Config())
-        config = CompressedTensorsConfig.from_config(CHANNEL_EXPERTS)
+        config = CompressedTensorsConfig.from_config({**STORED, "ignore": []})
         form = config.target_scheme_map["Linear"]
         layer.scheme = CompressedTensorsW8A8Fp8MoE(form["weights"], form["input_activations"])
         return CompressedTensorsFusedMoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         return LinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
+
+    def stored(self) -> StoredForm | None:
+        """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
+        return StoredForm(STORED, "ignore", "_scale", lambda shape: (shape[0], 1), row_quantizer(torch.device("cpu")), 1)
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):
@@ -70,13 +79,13 @@ class ChannelExpertsPlan(ExpertRowsPlan):
 
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 _TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-CHANNEL_EXPERTS = {
+STORED = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL, "input_activations": _TOKEN}},
-    "ignore": [],
+    "quantization_status": "compressed",
 }
-"""What ``quantization_config`` of such a checkpoint says."""
+"""What ``quantization_config`` of a checkpoint with channel-wise scales says."""
 
 TENSOR = TensorScheme()
 CHANNEL = ChannelScheme()
