@@ -25,14 +25,15 @@ import math
 import os
 import random
 import shutil
-import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from sglang_overlay.export.weight_file import Entry, as_bytes, header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -592,30 +593,12 @@ def _moved(numbers: list[int], chance: random.Random) -> list[int]:
     return shuffled
 
 
-_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
-
-
 def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
     """Write `entries` one at a time, so memory stays near one tensor (``save_file`` wants the whole file's)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.nbytes
-        header[entry.name] = {
-            "dtype": _SAFETENSORS_DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(header([Entry(entry.name, entry.shape, entry.dtype) for entry in entries]))
         for entry in entries:
-            _write_bytes(file, entry.make())
-
-
-def _write_bytes(file: BinaryIO, values: torch.Tensor) -> None:
-    values.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.write(as_bytes(entry.make()))
 
 
 def _write_bin(path: Path, entries: list[_Entry]) -> None:

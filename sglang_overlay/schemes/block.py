@@ -38,7 +38,7 @@ class BlockScheme:
         return BlockPlan(kind)
 
     def stored(self) -> StoredForm | None:
-        """As DeepSeek-V3's and Qwen3's fp8 checkpoints; vLLM's ``Fp8Config``, transformers' ``FineGrainedFP8Config``."""
+        """As DeepSeek-V3's fp8 checkpoint: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers."""
         quantizer = self.plan(LayerKind.LINEAR, None).quantizer(torch.device("cpu"))
         return StoredForm(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE)
 

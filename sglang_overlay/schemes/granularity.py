@@ -67,7 +67,9 @@ class ChannelScheme:
 
     def stored(self) -> StoredForm | None:
         """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
-        return StoredForm(STORED, "ignore", "_scale", lambda shape: (shape[0], 1), row_quantizer(torch.device("cpu")), 1)
+        return StoredForm(
+            STORED, "ignore", "_scale", lambda shape: (shape[0], 1), row_quantizer(torch.device("cpu")), 1
+        )
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):

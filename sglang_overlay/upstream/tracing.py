@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which checkpoint tensor ends up where: SGLang's own model and loader, run on parameters without memory.
 
-The model is built on the meta device and its ``load_weights`` given the checkpoint's tensors, which stay in their mapped
-files. What it writes into parameters that would be quantized is noted, and nothing is copied.
+The model is built on the meta device and its ``load_weights`` given the checkpoint's tensors, which stay in their
+mapped files. What it writes into parameters that would be quantized is noted, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class _TracedLoad(ModelLoad):
         for weight in weights:
             parameter = layer.get_parameter(weight)
             sink = _Sink(f"{name}.{weight}", parameter.shape, self.provenance, self.trace.landings)
-            set_loader(parameter, _followed(parameter.weight_loader, {storage_key(parameter): sink}))
+            loader = parameter.weight_loader  # type: ignore[attr-defined]
+            set_loader(parameter, _followed(loader, {storage_key(parameter): sink}))
 
 
 def _followed(loader: Callable[..., Any], sinks: Mapping[int, _Sink]) -> Callable[..., Any]:
@@ -182,7 +183,9 @@ def _followed(loader: Callable[..., Any], sinks: Mapping[int, _Sink]) -> Callabl
             with WriteCapture(sinks):
                 return loader(*args, **kwargs)
         except UnsupportedWriteError as error:
-            raise ExportError(f"it cannot be told what is loaded into {next(iter(sinks.values())).name}: {error}") from error
+            raise ExportError(
+                f"it cannot be told what is loaded into {next(iter(sinks.values())).name}: {error}"
+            ) from error
 
     return load
 
