@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization import fp8
 
-from sglang_overlay.core.quantizers import UnitQuantizer, assemble, is_rounding_of
+from sglang_overlay.core.quantizers import CHUNK_ELEMENTS, UnitQuantizer, assemble, is_rounding_of
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
@@ -18,6 +18,8 @@ from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.plan import SerializedPlan
 
 BLOCK_SIZE = 128
+COLUMNS = CHUNK_ELEMENTS // BLOCK_SIZE
+"""Of a strip of blocks, quantized at once on the CPU: a multiple of 128."""
 SMALLEST_ABSMAX = 1e-12
 """A block of zeros gets the scale of this."""
 
@@ -100,6 +102,13 @@ class BlockQuantizer:
 
     def _quantize_strip(self, strip: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Quantize one row of blocks, ``[at most 128, columns]``, with ``scale`` of one element a block."""
+        if strip.device.type != "cpu":
+            return self._quantize_blocks(strip, out, scale)
+        # So that what is between stays in cache.
+        parts = (strip.split(COLUMNS, 1), out.split(COLUMNS, 1), scale.split(COLUMNS // BLOCK_SIZE))
+        return torch.stack([self._quantize_blocks(*part) for part in zip(*parts, strict=True)]).amax()
+
+    def _quantize_blocks(self, strip: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         rows, columns = strip.shape
         wide = torch.nn.functional.pad(strip.float(), (0, -columns % BLOCK_SIZE)).view(rows, -1, BLOCK_SIZE)
         largest = wide.abs().amax(dim=(0, 2))

@@ -180,7 +180,7 @@ def test_quantized_checkpoint_is_refused(checkpoint, tmp_path):
 
 def test_part_that_cuts_a_block_is_refused(checkpoint, tmp_path):
     path = checkpoint("deepseek_v3", overrides=(*BLOCKS, ("q_lora_rank", 96)))
-    said = r"q_a_proj.weight .* from row 0 to 96, which cuts a block of 128 rows.*\"ignore\""
+    said = r"kv_a_proj_with_mqa.weight .* from row 96 to 256, which cuts a block of 128 rows.*\"ignore\""
     with pytest.raises(ExportError, match=said):
         run_export(ExportJob(path, tmp_path / "out"))
 
