@@ -113,6 +113,7 @@ def measure(model: SmallModel, workers: LoadWorkers, length: int, count: int) ->
         for number, contender in enumerate(CONTENDERS):
             is_original = contender is BF16
             state = original if is_original else Path(scratch) / f"quantized-{number}"
+            state.mkdir()
             job = LoadJob(
                 model.folder,
                 quantization=contender.quantization,

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from workbench.checkpoints import Family
 from workbench.environment import CLONE, cache_root
 from workbench.loads import LoadWorkers
 from workbench.quality import CONTENDERS, Quality, measure
@@ -22,6 +23,15 @@ console = Console(width=120)
 
 
 @click.command()
+@click.option(
+    "--family",
+    "families",
+    multiple=True,
+    type=click.Choice(FAMILIES),
+    default=FAMILIES,
+    show_default=True,
+    help="Shape of the model; may be given more than once.",
+)
 @click.option("--steps", default=Recipe().steps, show_default=True, help="Of training.")
 @click.option("--windows", default=64, show_default=True, help="Of held-out text.")
 @click.option("--length", default=Recipe().length, show_default=True, help="Tokens in a window.")
@@ -39,13 +49,13 @@ console = Console(width=120)
     show_default="docs of the clone",
     help="Folder for quality.md, quality.json and images/quality.png.",
 )
-def main(steps: int, windows: int, length: int, cache: Path, docs: Path) -> None:
+def main(families: tuple[Family, ...], steps: int, windows: int, length: int, cache: Path, docs: Path) -> None:
     """Train two small models, serve them with every scheme, and write down what it costs in quality.
 
     Training is seeded, takes minutes, downloads nothing, and is done once: models are kept in the cache.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    models = [_trained(family, Recipe(steps=steps), cache) for family in FAMILIES]
+    models = [_trained(family, Recipe(steps=steps), cache) for family in families]
     results: dict[str, list[Quality]] = {}
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers, Progress(console=console) as bar:
         for model in models:
@@ -59,11 +69,11 @@ def main(steps: int, windows: int, length: int, cache: Path, docs: Path) -> None
     console.print(f"written: {docs / 'quality.md'}", soft_wrap=True)
 
 
-def _trained(family: str, recipe: Recipe, cache: Path) -> SmallModel:
+def _trained(family: Family, recipe: Recipe, cache: Path) -> SmallModel:
     with Progress(console=console) as bar:
         task = bar.add_task(f"{family}: training", total=recipe.steps)
         return trained(
-            family,  # type: ignore[arg-type]
+            family,
             recipe,
             cache,
             lambda step, _steps, loss: bar.update(task, completed=step, description=f"{family}: loss {loss:.2f}"),
