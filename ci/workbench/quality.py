@@ -139,7 +139,7 @@ def difference(one: Quality, other: Quality) -> Difference:
 def is_pointless(found: Quality, stock: Quality) -> bool:
     """Whether it is worse than stock without being smaller."""
     worse = difference(found, stock)
-    return worse.is_certain and worse.mean > 0 and found.model_bytes >= stock.model_bytes
+    return bool(found.layers) and worse.is_certain and worse.mean > 0 and found.model_bytes >= stock.model_bytes
 
 
 def layer_errors(
