@@ -194,8 +194,8 @@ def summary_line(report: LoadReport) -> str:
     layers = report.layers
     scheme = "" if report.scheme == "stock" else f"scheme: {report.scheme}; "
     return (
-        f"StreamFP8: {scheme}{count_text(report.units.streamed, 'unit')} in {count_text(layers.streamed, 'layer')} streamed, "
-        f"{len(layers.deferred)} deferred, {len(layers.fallback)} fell back; {cost}; "
+        f"StreamFP8: {scheme}{count_text(report.units.streamed, 'unit')} in {count_text(layers.streamed, 'layer')} "
+        f"streamed, {len(layers.deferred)} deferred, {len(layers.fallback)} fell back; {cost}; "
         f"staging peak {bytes_text(report.staging.peak_bytes)}"
     )
 
