@@ -17,5 +17,4 @@ def test_fp8_kv_cache_is_left_as_the_user_sets_it(scheme, workers, checkpoint):
     streamed = workers.load(LoadJob(path, environ=environ, **fp8))
     assert compare(workers.load(LoadJob(stored, streaming="0", **fp8)), streamed) == []
     with_bf16_cache = workers.load(LoadJob(path, environ=environ, prompts=PROMPTS))
-    assert with_bf16_cache.ranks[0].logits_sha256 == with_bf16_cache.ranks[0].logits_sha256
-    assert streamed.tokens
+    assert with_bf16_cache.ranks[0].logits_sha256 != streamed.ranks[0].logits_sha256
