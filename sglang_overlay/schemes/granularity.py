@@ -66,10 +66,8 @@ class ChannelScheme:
         return LinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
     def stored(self) -> StoredForm | None:
-        """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
-        return StoredForm(
-            STORED, "ignore", "_scale", lambda shape: (shape[0], 1), row_quantizer(torch.device("cpu")), 1
-        )
+        # compressed-tensors has a form; the weights of an online load differ from it in the last bit, not yet known why.
+        return None
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):
