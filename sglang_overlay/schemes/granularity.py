@@ -66,7 +66,7 @@ class ChannelScheme:
         return LinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
     def stored(self) -> StoredForm | None:
-        # compressed-tensors has a form; the weights of an online load differ from it in the last bit, not yet known why.
+        # Stock's compressed-tensors form holds what an online load does not, in the last bits; it is not known why.
         return None
 
 
