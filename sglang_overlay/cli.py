@@ -49,6 +49,8 @@ def main() -> None:
     \b
       # Will a model load, and with what peak? No GPU and no weights are needed to know.
       python -m sglang_overlay plan --model-path MODEL --tp 8 --gpu H200
+      # Quantize once, for any SGLang.
+      python -m sglang_overlay export --model-path MODEL --out MODEL-FP8 --scheme block
     """
 
 
@@ -210,6 +212,35 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
     except StreamFP8Error as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+
+
+@main.command("export", short_help="Write an fp8 checkpoint that stock SGLang loads.")
+@click.option(
+    "--model-path",
+    "source",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of a bf16 checkpoint.",
+)
+@click.option("--out", "target", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--scheme", required=True, help="Name of a scheme, or JSON as in SGLANG_STREAMFP8_SCHEME.")
+@click.option("--max-shard-gb", "most", default=5.0, show_default=True, help="Size of a file, in GB.")
+@click.option("--trust-remote-code", is_flag=True, help="As SGLang's option of that name.")
+def export_command(source: Path, target: Path, scheme: str, most: float, trust_remote_code: bool) -> None:  # noqa: FBT001
+    """Quantize a bf16 checkpoint once, on the CPU, into an fp8 checkpoint that SGLang, vLLM and transformers load.
+
+    Stock SGLang then serves the same weights as an online load with this scheme, bit for bit. A GPU is not needed, nor
+    memory for the model. An export that was interrupted goes on where it stopped when it is started again.
+
+    \b
+    Examples:
+      python -m sglang_overlay export --model-path MODEL --out MODEL-FP8 --scheme block
+      python -m sglang_overlay export --model-path MODEL --out MODEL-FP8 \\
+          --scheme '{"linear": "block", "moe": "block", "ignore": ["re:.*layers.0.*"]}'
+    """
+    from sglang_overlay.export import command
+
+    _or_exit(lambda: command.run(source, target, scheme, int(most * 1e9), trust_remote_code=trust_remote_code))
 
 
 def _or_exit(work: Callable[[], Result]) -> Result:

@@ -55,3 +55,7 @@ class WeightUpdateError(StreamFP8Error):
 
 class PartialUpdateError(WeightUpdateError):
     """A weight update ended with units of which only a part came."""
+
+
+class ExportError(StreamFP8Error):
+    """A checkpoint cannot be exported, or not to where it was to go."""

@@ -25,17 +25,20 @@ import math
 import os
 import random
 import shutil
-import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from sglang_overlay.export.weight_file import Entry, as_bytes, header
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tokenizers import Tokenizer
 
 Family = Literal["qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
 Assignment = Literal["sequential", "round_robin", "shuffled"]
@@ -590,30 +593,12 @@ def _moved(numbers: list[int], chance: random.Random) -> list[int]:
     return shuffled
 
 
-_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
-
-
 def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
     """Write `entries` one at a time, so memory stays near one tensor (``save_file`` wants the whole file's)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        start, end = end, end + entry.nbytes
-        header[entry.name] = {
-            "dtype": _SAFETENSORS_DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(header([Entry(entry.name, entry.shape, entry.dtype) for entry in entries]))
         for entry in entries:
-            _write_bytes(file, entry.make())
-
-
-def _write_bytes(file: BinaryIO, values: torch.Tensor) -> None:
-    values.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.write(as_bytes(entry.make()))
 
 
 def _write_bin(path: Path, entries: list[_Entry]) -> None:
@@ -635,7 +620,7 @@ def _write_json(path: Path, content: Any) -> None:
 # Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -659,12 +644,17 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = list(_letter_pairs(vocab_size - len(_SPECIAL_TOKENS) - len(alphabet)))
-    tokens = [*_SPECIAL_TOKENS, *alphabet, *(first + second for first, second in merges)]
+    merges = list(_letter_pairs(vocab_size - len(SPECIAL_TOKENS) - len(alphabet)))
+    tokens = [*SPECIAL_TOKENS, *alphabet, *(first + second for first, second in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, with the chat template."""
     tokenizer.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_config.json",

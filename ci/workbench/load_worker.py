@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.upstream import built_in  # noqa: E402
-from workbench import runtime, updates  # noqa: E402
+from workbench import runtime, scoring, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
@@ -74,6 +74,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
     load_seconds: float
     load_cpu_seconds: float
     is_draft_worker: bool
+    logits_output: Any
 
     def load_model(self) -> None:
         give_back_memory()
@@ -83,6 +84,11 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
             self.load_seconds = time.perf_counter() - begin
             self.load_cpu_seconds = time.process_time() - cpu_begin
         self.memory = sampler.usage
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        self.logits_output = getattr(output, "logits_output", None)
+        return output
 
     def init_torch_distributed(self) -> Any:
         """Until 0.5.19; a draft runner expects its target's runner, which is not made here, to have done it."""
@@ -168,7 +174,6 @@ def model_config_of(job: LoadJob, server_args: ServerArgs) -> ModelConfig:
 
 def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
     """Continue the job's prompts greedily, all in one batch, with SGLang's own batch and attention backend."""
-    runtime.get_ready_to_generate(runner)
     requests = [_request(number, prompt, job.new_tokens) for number, prompt in enumerate(job.prompts)]
     next_ids, logits, batch = runtime.one_batch.extend(requests, runner)
     steps = [next_ids.tolist()]
@@ -224,9 +229,12 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
         described = describe(runner)
         if job.save_sharded_state is not None:
             ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
+        if job.prompts or job.scored:
+            runtime.get_ready_to_generate(runner)
         if job.prompts:
             outputs = generate(runner, job)
-        return {**described, **outputs, "updates": updated}
+        logprobs = scoring.score(runner, job.scored, job.recorded_inputs)
+        return {**described, **outputs, "updates": updated, "logprobs": logprobs}
     finally:
         del runner
         runtime.take_down()

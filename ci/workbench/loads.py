@@ -69,6 +69,9 @@ class LoadJob:
         save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
         prompts: token ids to continue greedily; none, no generation.
         new_tokens: tokens generated for each prompt.
+        scored: token ids, windows of one length, of which SGLang's input logprobs are wanted.
+        recorded_inputs: file for what the first batch of ``scored`` gives each linear and expert layer
+            (:mod:`workbench.scoring`).
         uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
             two loads agree on it; None leaves it as it is.
         staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.plan.layers``.
@@ -91,6 +94,8 @@ class LoadJob:
     save_sharded_state: Path | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     new_tokens: int = 8
+    scored: tuple[tuple[int, ...], ...] = ()
+    recorded_inputs: Path | None = None
     uninitialized: float | None = None
     staging: Literal["units", "layers"] = "units"
     threads: int | None = None
@@ -119,6 +124,7 @@ class RankResult:
         tokens: generated ids, one tuple a prompt.
         logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
         logits_finite: whether all of these are finite.
+        logprobs: for each window of the job's ``scored``, in nats, of each token but the first.
         log: warnings of any logger, and everything of what streams, as ``LEVEL logger: message``.
     """
 
@@ -135,6 +141,7 @@ class RankResult:
     logits_finite: bool
     log: tuple[str, ...]
     updates: tuple[UpdateResult, ...] = ()
+    logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from sglang_overlay.upstream.touch_point import HookKind, Place, TouchPoint
 
 _COMPRESSED = "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8_moe"
+_COMPRESSED_CONFIG = "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig"
 
 TOUCH_POINTS = (
     TouchPoint(
@@ -48,6 +49,16 @@ TOUCH_POINTS = (
         why="per-channel experts run in GPU kernels only",
         related=(),
         remove_when="upstream's per-channel fp8 experts run on a CPU without AMX",
+    ),
+    TouchPoint(
+        target=f"{_COMPRESSED_CONFIG}._check_scheme_supported",
+        hook="sglang_overlay.cpu_reference.linear:is_scheme_supported",
+        kind=HookKind.REPLACE,
+        parameters=("self", "min_capability", "error"),
+        why="asks CUDA for its compute capability, which fails without a GPU: no checkpoint in compressed-tensors' "
+        "format could be loaded",
+        related=(),
+        remove_when="upstream asks its platform instead",
     ),
     TouchPoint(
         target="sglang.srt.layers.quantization.fp8.Fp8MoEMethod.apply",

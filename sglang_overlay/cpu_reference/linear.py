@@ -9,6 +9,26 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+FP8_CAPABILITY = 89
+"""Compute capability of the first GPUs with fp8 (Ada)."""
+
+
+def is_scheme_supported(self: Any, min_capability: int, error: bool = True) -> bool:  # noqa: ARG001, FBT001
+    """SGLang's ``CompressedTensorsConfig._check_scheme_supported``: as a GPU that has fp8 and nothing newer.
+
+    Args:
+        self: the config.
+        min_capability: compute capability that a scheme's kernels need.
+        error: raise where it is not supported.
+
+    Raises:
+        RuntimeError: the scheme needs newer kernels.
+    """
+    supported = min_capability <= FP8_CAPABILITY
+    if error and not supported:
+        raise RuntimeError(f"the CPU reference platform has no scheme that needs compute capability {min_capability}")
+    return supported
+
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``weight * scale`` computed in float32 and rounded once to ``dtype``.

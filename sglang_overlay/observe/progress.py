@@ -58,7 +58,10 @@ class ProgressLine:
 
 
 def quantization_progress(total_bytes: int, rank: int, description: str = "Quantizing weights to FP8") -> Progress:
-    """A progress line on rank 0, silence on the others. ``total_bytes``: fp8 bytes this rank will hold when done."""
-    if rank != 0:
+    """A progress line on rank 0, silence on the others and where nothing is to be quantized.
+
+    ``total_bytes``: fp8 bytes this rank will hold when done.
+    """
+    if rank != 0 or not total_bytes:
         return SilentProgress()
     return ProgressLine(total_bytes, description)

@@ -25,6 +25,8 @@ SCHEMA = "sglang-streamfp8/load-report"
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("load_report.schema.json")
 _PATTERN = "load-*.json"
+_ADDED = ("scheme",)
+"""Fields that earlier reports of this version do not have."""
 
 Mode = Literal["stock", "streaming"]
 Role = Literal["target", "draft"]
@@ -95,7 +97,11 @@ class LayerCounts:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """One load on one rank. ``final_bytes``: storage of the loaded model's parameters and buffers on this rank."""
+    """One load on one rank.
+
+    ``final_bytes``: storage of the loaded model's parameters and buffers on this rank
+    ``scheme``: how fp8 layers are quantized, as the user chose it
+    """
 
     release: str
     overlay_version: str
@@ -111,6 +117,7 @@ class LoadReport:
     staging: StagingUsage = field(default_factory=StagingUsage)
     layers: LayerCounts = field(default_factory=LayerCounts)
     warnings: tuple[str, ...] = ()
+    scheme: str = "stock"
 
 
 def to_json(report: LoadReport) -> dict[str, Any]:
@@ -185,9 +192,10 @@ def summary_line(report: LoadReport) -> str:
     if report.mode == "stock":
         return f"StreamFP8: nothing streamed, loaded as stock SGLang does; {cost}"
     layers = report.layers
+    scheme = "" if report.scheme == "stock" else f"scheme: {report.scheme}; "
     return (
-        f"StreamFP8: {count_text(report.units.streamed, 'unit')} in {count_text(layers.streamed, 'layer')} streamed, "
-        f"{len(layers.deferred)} deferred, {len(layers.fallback)} fell back; {cost}; "
+        f"StreamFP8: {scheme}{count_text(report.units.streamed, 'unit')} in {count_text(layers.streamed, 'layer')} "
+        f"streamed, {len(layers.deferred)} deferred, {len(layers.fallback)} fell back; {cost}; "
         f"staging peak {bytes_text(report.staging.peak_bytes)}"
     )
 
@@ -246,6 +254,8 @@ def _record(kind: type[Record], data: object, where: str) -> Record:
     values = {}
     for item in fields(kind):  # type: ignore[arg-type]
         place = f"{where}.{item.name}" if where else item.name
+        if item.name not in data and place in _ADDED:
+            continue
         if item.name not in data:
             raise ReportError(f"{place} is missing")
         values[item.name] = _value(hints[item.name], data[item.name], place)

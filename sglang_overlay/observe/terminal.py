@@ -73,6 +73,8 @@ def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> No
     for report in reports:
         table.add_row(*_cells(report))
     out.print(table)
+    for scheme in dict.fromkeys(report.scheme for report in reports if report.scheme != "stock"):
+        out.print(Padding(f"scheme  {escape(scheme)}", (0, 0, 0, 2), expand=False))
     _print_notes(out, "deferred", [note for report in reports for note in report.layers.deferred])
     _print_notes(out, "fell back", [note for report in reports for note in report.layers.fallback])
     for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization import fp8
 
+from sglang_overlay.core.cpu_quantizers import CHUNK_ELEMENTS
 from sglang_overlay.core.quantizers import UnitQuantizer, assemble, is_rounding_of
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.expert_rows import grid_of_rows
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.upstream.plan import LayerPlan
+from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.updatable_plan import SerializedPlan
 
 BLOCK_SIZE = 128
+COLUMNS = CHUNK_ELEMENTS // BLOCK_SIZE
+"""Of a strip of blocks, quantized at once on the CPU: a multiple of 128."""
 SMALLEST_ABSMAX = 1e-12
 """A block of zeros gets the scale of this."""
 
@@ -35,8 +38,26 @@ class BlockScheme:
         config = fp8.Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[BLOCK_SIZE, BLOCK_SIZE])
         return fp8.Fp8LinearMethod(config) if kind is LayerKind.LINEAR else fp8.Fp8MoEMethod(config)
 
-    def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
+    def plan(self, kind: LayerKind, method: Any) -> BlockPlan:
         return BlockPlan(kind)
+
+    def stored(self) -> StoredForm | None:
+        """As DeepSeek-V3's fp8 checkpoint: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers."""
+        quantizer = self.plan(LayerKind.LINEAR, None).quantizer(torch.device("cpu"))
+        return StoredForm(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE)
+
+
+STORED = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
+}
+"""What ``quantization_config`` of such a checkpoint says."""
+
+
+def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-size // BLOCK_SIZE) for size in shape)
 
 
 class BlockPlan(SerializedPlan):
@@ -83,6 +104,13 @@ class BlockQuantizer:
 
     def _quantize_strip(self, strip: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Quantize one row of blocks, ``[at most 128, columns]``, with ``scale`` of one element a block."""
+        if strip.device.type != "cpu":
+            return self._quantize_blocks(strip, out, scale)
+        # So that what is between stays in cache.
+        parts = (strip.split(COLUMNS, 1), out.split(COLUMNS, 1), scale.split(COLUMNS // BLOCK_SIZE))
+        return torch.stack([self._quantize_blocks(*part) for part in zip(*parts, strict=True)]).amax()
+
+    def _quantize_blocks(self, strip: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         rows, columns = strip.shape
         wide = torch.nn.functional.pad(strip.float(), (0, -columns % BLOCK_SIZE)).view(rows, -1, BLOCK_SIZE)
         largest = wide.abs().amax(dim=(0, 2))

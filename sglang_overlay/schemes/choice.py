@@ -47,6 +47,14 @@ class SchemeChoice:
         """Whether every layer is what stock SGLang makes of it."""
         return self.names == {STOCK}
 
+    @property
+    def text(self) -> str:
+        """The choice in a few words: ``block``, or ``linear channel, moe block, 1 pattern``."""
+        kinds = self.linear if self.linear == self.moe else f"linear {self.linear}, moe {self.moe}"
+        if not self.overrides:
+            return kinds
+        return f"{kinds}, {len(self.overrides)} pattern{'s' if len(self.overrides) > 1 else ''}"
+
     def override(self, names: Sequence[str]) -> str | None:
         """The pattern that decides over a layer, or None.
 

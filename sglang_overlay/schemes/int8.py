@@ -23,6 +23,7 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.plan import LayerPlan
 
 INT8_MAX = 127
@@ -47,6 +48,9 @@ class Int8Scheme:
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         return Int8ExpertsPlan()
+
+    def stored(self) -> StoredForm | None:
+        return None  # No quantization method of SGLang's reads it.
 
 
 class Int8ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.plan import LayerPlan
 
 
@@ -35,3 +36,6 @@ class Scheme(Protocol):
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         """How a layer with that method is loaded: a plan of its own for each layer."""
+
+    def stored(self) -> StoredForm | None:
+        """How its weights are stored in a checkpoint that stock SGLang loads; None where there is no such form."""

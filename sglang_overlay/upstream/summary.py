@@ -40,6 +40,7 @@ def summarize(
         units=UnitCounts(streamed=load.units, direct=load.direct_units),
         staging=StagingUsage(peak_bytes=load.account.peak),
         layers=LayerCounts(streamed=load.layers, deferred=_notes(load.deferred), fallback=_notes(load.fallback)),
+        scheme=load.settings.schemes.text if load.layers else "stock",
         warnings=(*([load.abandoned] if load.abandoned else []), *load.warnings),
     )
 

@@ -80,3 +80,15 @@ def test_fused_layer_is_matched_by_all_of_its_parts():
 def test_part_of_a_fused_layer_alone_is_an_error():
     with pytest.raises(SettingsError, match=r"'q_proj' matches .*q_proj, but .*qkv_proj is one layer"):
         SchemeChoice(overrides={"q_proj": "none"}).override(QKV)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("block", "block"),
+        ('{"linear": "channel", "moe": "block"}', "linear channel, moe block"),
+        ('{"linear": "block", "moe": "block", "ignore": ["lm_head"]}', "block, 1 pattern"),
+    ],
+)
+def test_choice_has_a_short_text(given, text):
+    assert parse(given, VARIABLE).text == text

@@ -53,6 +53,7 @@ def test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint(family, wo
     result, reports = load(checkpoint(family, overrides=FAMILIES[family], **MANY), "block")
     assert compare(serialized, result) == []
     assert_streamed(reports)
+    assert reports[0].scheme == "block"
 
 
 def test_block_leaves_mla_its_absorbed_weight_in_bf16(workers, load, checkpoint):
@@ -168,6 +169,7 @@ def test_another_package_brings_a_scheme(workers_with_another_package, checkpoin
     result = workers_with_another_package.load(LoadJob(path, streaming="1", environ=environ, prompts=PROMPTS))
     assert "model.layers.0.mlp.experts.w13_weight_scale_inv" in result.ranks[0].tensors
     assert result.ranks[0].logits_finite
+    assert any("scheme: pow2" in line for line in result.log)
 
 
 def test_layer_that_cannot_be_streamed_is_quantized_whole_by_the_same_scheme(odd_workers, load, checkpoint):

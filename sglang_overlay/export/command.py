@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m sglang_overlay export``: the process SGLang's model is traced in, and what is printed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from sglang_overlay.observe.formats import bytes_text, count_text
+from sglang_overlay.schemes.choice import parse
+from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
+
+_ENVIRON = {
+    "CUDA_VISIBLE_DEVICES": "",
+    MODE_VARIABLE: "1",
+    REPORT_VARIABLE: "",
+    SCHEME_VARIABLE: "",
+    "SGLANG_PLUGINS": "",
+}
+"""An export is the same on every machine: no GPU is seen, hooks are in place, nothing else is asked for."""
+
+
+def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code: bool) -> None:
+    """Export and say what came of it.
+
+    Raises:
+        StreamFP8Error: it cannot be done.
+    """
+    schemes = parse(scheme, "--scheme")
+    console = Console(stderr=True)
+    with console.status("Importing SGLang and tracing its loader ..."):
+        os.environ.update(_ENVIRON)
+        # SGLang's modules warn of what they could do on other hardware.
+        warnings.simplefilter("ignore")
+        # First, as its own programs do: applying hooks looks into it, and must not find it half imported.
+        importlib.import_module("sglang.srt.server_args")
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        from sglang_overlay.export.run import export
+    made = export(
+        source,
+        target,
+        schemes,
+        most,
+        {"trust_remote_code": trust_remote_code},
+        lambda total: _ExportBar(console, total),
+    )
+    resumed = f", {made.resumed} of them written before" if made.resumed else ""
+    console.print(
+        f"{target}: {count_text(made.quantized, 'tensor')} of {made.tensors} quantized, "
+        f"{bytes_text(made.source_bytes)} are {bytes_text(made.stored_bytes)} "
+        f"in {count_text(made.shards, 'file')}{resumed}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class _ExportBar:
+    """A bar on the terminal; nothing in a file."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._bar = Bar(TextColumn("Writing"), *columns, console=console)
+        self._task = self._bar.add_task("", total=total)
+        self._bar.start()
+
+    def advance(self, count: int, /) -> None:
+        """``count`` more bytes are written."""
+        self._bar.advance(self._task, count)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()

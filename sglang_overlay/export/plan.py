@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of each checkpoint tensor, and which file of the export it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.regions import extent
+from sglang_overlay.errors import ExportError
+from sglang_overlay.export.source import SourceTensor
+from sglang_overlay.export.weight_file import Entry
+from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.upstream.tracing import Landing, Trace
+
+
+@dataclass(frozen=True)
+class Item:
+    """A checkpoint tensor and what is stored of it: itself, or values and scales."""
+
+    source: SourceTensor
+    entries: tuple[Entry, ...]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it becomes values and scales."""
+        return len(self.entries) > 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the export and what is in it, in order."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All tensors in it."""
+        return [entry for item in self.items for entry in item.entries]
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything that is going to be written but the files that are copied.
+
+    Attributes:
+        shards: files with weights.
+        config: ``config.json``.
+    """
+
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def items(self) -> list[Item]:
+        """All tensors of the checkpoint."""
+        return [item for shard in self.shards for item in shard.items]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights stored."""
+        return sum(item.nbytes for item in self.items)
+
+
+def make_plan(
+    tensors: Sequence[SourceTensor], config: Mapping[str, Any], trace: Trace, form: StoredForm, most: int
+) -> ExportPlan:
+    """Plan an export.
+
+    Args:
+        tensors: of the checkpoint, in the order in which they are to be stored.
+        config: of the checkpoint.
+        trace: where the tensors go in the model.
+        form: how quantized ones are stored.
+        most: bytes in a shard; a single tensor may have more.
+
+    Raises:
+        ExportError: a tensor would not have in the export the values that it has in an online load.
+    """
+    items = [_item(tensor, trace.landings.get(tensor.name, ()), form) for tensor in tensors]
+    if not any(item.is_quantized for item in items):
+        raise ExportError(f"{trace.architecture} has no layer that would be quantized, so there is nothing to export")
+    ignored = [_module(item.source.name) for item in items if not item.is_quantized and _is_matrix(item.source)]
+    _check_ignored(ignored, trace.layers)
+    quantization = {**form.config, form.ignored: ignored}
+    return ExportPlan(_shards(items, most), {**config, "quantization_config": quantization})
+
+
+def _item(tensor: SourceTensor, landings: Sequence[Landing], form: StoredForm) -> Item:
+    if not landings:
+        return Item(tensor, (Entry(tensor.name, tensor.shape, tensor.dtype),))
+    for landing in landings:
+        _check_landing(tensor, landing, form)
+    scales = Entry(tensor.name + form.scale, form.scale_shape(tensor.shape), torch.float32)
+    return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales))
+
+
+def _check_landing(tensor: SourceTensor, landing: Landing, form: StoredForm) -> None:
+    """Make sure that the parameter's scales are those that the tensor alone has."""
+    where = f"{tensor.name} {list(tensor.shape)} goes into {landing.parameter} {list(landing.shape)}"
+    if extent(landing.box)[-2:] != tensor.shape or landing.box[-1] != (0, landing.shape[-1]):
+        raise ExportError(
+            f"{where} as {list(extent(landing.box))}. Only matrices that are loaded whole can be exported. Where all "
+            "experts are stored in one tensor, store them one by one."
+        )
+    first, last = landing.box[-2]
+    if first % form.rows or (last != landing.shape[-2] and last % form.rows):
+        raise ExportError(
+            f"{where} from row {first} to {last}, which cuts a block of {form.rows} rows: the online load gives that "
+            f'block one scale, a checkpoint two. Leave the layer out: --scheme \'{{..., "ignore": '
+            f'["{landing.parameter.rpartition(".")[0]}"]}}\'.'
+        )
+
+
+def _is_matrix(tensor: SourceTensor) -> bool:
+    return tensor.name.endswith(".weight") and len(tensor.shape) >= 2
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _check_ignored(ignored: Sequence[str], layers: Sequence[str]) -> None:
+    """SGLang also leaves out what is inside a module that is left out."""
+    for layer in layers:
+        outer = next((module for module in ignored if f".{layer}.".find(f".{module}.") >= 0), None)
+        if outer is not None:
+            raise ExportError(f"{outer} is not quantized, and {layer} inside it is: no config can say that")
+
+
+def _shards(items: Sequence[Item], most: int) -> tuple[Shard, ...]:
+    groups: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        if groups[-1] and filled + item.nbytes > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += item.nbytes
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(items)),)
+    return tuple(
+        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, 1)
+    )

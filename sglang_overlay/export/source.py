@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint that is exported: its files, what is in them, and their tensors one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+
+from sglang_overlay.errors import ExportError
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint, as its file describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class _Opened(Protocol):
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Mapped, not read."""
+
+    def keys(self) -> list[str]:
+        """Names of the tensors."""
+
+
+class SourceCheckpoint:
+    """A folder with ``config.json`` and weights in ``*.safetensors``, or else ``pytorch_model*.bin``.
+
+    Raises:
+        ExportError: there is no such checkpoint, or it is quantized already.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = self._read_config()
+        self.files = self._weight_files()
+
+    def tensors(self) -> list[SourceTensor]:
+        """All tensors, file by file."""
+        return [tensor for file in self.files for tensor in self._tensors_in(file)]
+
+    @contextmanager
+    def opened(self) -> Iterator[Files]:
+        """The files, each opened when first asked for and kept open."""
+        with ExitStack() as stack:
+            yield Files(self.folder, stack)
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of change of each file: the same as long as nobody has touched the checkpoint."""
+        found = [(file, (self.folder / file).stat()) for file in (CONFIG, *self.files)]
+        return [(file, status.st_size, status.st_mtime_ns) for file, status in found]
+
+    def others(self) -> list[Path]:
+        """Files that belong to the model and are no weights: tokenizer, generation config, code, licence."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file() and path.name != CONFIG and not path.name.endswith((*_WEIGHTS, _INDEX))
+        )
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.folder / CONFIG
+        if not path.is_file():
+            raise ExportError(
+                f"{self.folder} is no checkpoint: it has no {CONFIG}. Give the folder of a bf16 checkpoint."
+            )
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "quantization_config" in config:
+            method = config["quantization_config"].get("quant_method", "something")
+            raise ExportError(f"{self.folder} is quantized already, by {method}: export starts from a bf16 checkpoint")
+        return config
+
+    def _weight_files(self) -> list[str]:
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            index = self.folder / f"{stem}.{suffix}{_INDEX}"
+            if index.is_file():
+                return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            found = sorted(path.name for path in self.folder.glob(f"*.{suffix}"))
+            if found:
+                return found
+        raise ExportError(f"{self.folder} has no weights in *.safetensors or *.bin files")
+
+    def _tensors_in(self, file: str) -> Iterator[SourceTensor]:
+        with ExitStack() as stack:
+            opened = Files(self.folder, stack).open(file)
+            for name in sorted(opened.keys()):
+                tensor = opened.get_tensor(name)
+                yield SourceTensor(name, tuple(tensor.shape), tensor.dtype, file)
+
+
+class Files:
+    """Open weight files of a folder."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._opened: dict[str, _Opened] = {}
+
+    def open(self, file: str) -> _Opened:
+        """A file's tensors, mapped: pages are read as they are used, and cost no memory that others could not have."""
+        if file not in self._opened:
+            path = self._folder / file
+            try:
+                self._opened[file] = self._open(path)
+            except Exception as error:
+                raise ExportError(f"{path} cannot be read: {error}") from error
+        return self._opened[file]
+
+    def _open(self, path: Path) -> _Opened:
+        if path.suffix == ".safetensors":
+            opened: _Opened = self._stack.enter_context(safe_open(path, framework="pt"))
+            return opened
+        return _TorchFile(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+
+
+class _TorchFile:
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)

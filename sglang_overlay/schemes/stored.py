@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a scheme's weights are stored in a checkpoint that stock SGLang loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.quantizers import UnitQuantizer
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """A quantized matrix ``[N, K]`` becomes values of the same shape under its own name, and scales beside it.
+
+    Attributes:
+        config: ``quantization_config`` of config.json, but for the layers left out.
+        ignored: key of the config for names of modules that are not quantized.
+        scale: what is put behind the matrix's name for its scales, for example ``_scale_inv``.
+        scale_shape: shape of the scales for a matrix of a shape.
+        quantizer: turns rows into values and scales, on the CPU.
+        rows: rows that share scales. A matrix is quantized in runs of a multiple of them, from its first row.
+        dtype: of the values; scales are float32.
+    """
+
+    config: Mapping[str, Any]
+    ignored: str
+    scale: str
+    scale_shape: Callable[[Sequence[int]], tuple[int, ...]]
+    quantizer: UnitQuantizer
+    rows: int
+    dtype: torch.dtype = torch.float8_e4m3fn
+
+    def quantize(self, rows: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+        """Quantize some rows of a matrix: a multiple of ``self.rows``, or the last ones.
+
+        Args:
+            rows: ``[R, K]`` in high precision.
+            values: output, ``[R, K]``.
+            scales: output, of shape ``scale_shape((R, K))``.
+        """
+        self.quantizer.quantize_run(rows.unsqueeze(0), values.unsqueeze(0), scales.view(1, -1))
