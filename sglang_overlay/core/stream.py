@@ -51,6 +51,7 @@ class ParameterStream:
         quantized: called with the bytes of fp8 written, each time units are done; from any thread.
         sources: tells which sources stay as they are when a loader has returned.
         pipeline: where units from such sources are quantized.
+        upload: brings host memory to the storage's device; None leaves that to torch.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ParameterStream:
         quantized: Callable[[int], None],
         sources: CheckpointSources,
         pipeline: Pipeline,
+        upload: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.name = name
         self.storage = storage
@@ -78,6 +80,7 @@ class ParameterStream:
         self._quantized = quantized
         self._sources = sources
         self._pipeline = pipeline
+        self._upload = upload
         self._condition = threading.Condition()
         self._done = bytearray(grid.count)
         self._direct = bytearray(grid.count)
@@ -263,7 +266,12 @@ class ParameterStream:
             # The loader may use the source's memory again once it returns.
             size = volume(piece.box) * self._dtype.itemsize
             with shortage_explained(f"to stage a piece of {self.name}", size, self._account):
-                staged.hold(piece.copied(self._dtype, self.storage.weight.device))
+                staged.hold(self._copied(piece))
+
+    def _copied(self, piece: Piece) -> Piece:
+        if self._upload is None or piece.is_fill or piece.values.device.type != "cpu":
+            return piece.copied(self._dtype, self.storage.weight.device)
+        return Piece(piece.box, self._on_device(piece.values))
 
     def _is_elsewhere(self) -> bool:
         return self.storage.weight.device.type != "cpu"
@@ -353,6 +361,8 @@ class ParameterStream:
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         # Stock casts to the parameter's dtype first and quantizes that; a float32 checkpoint must do the same.
+        if self._upload is not None and values.device.type == "cpu":
+            values = self._upload(values)
         is_there = values.dtype == self._dtype and values.device == self.storage.weight.device
         return values if is_there else values.to(device=self.storage.weight.device, dtype=self._dtype)
 

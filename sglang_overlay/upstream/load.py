@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
+from sglang_overlay.core.pinned_ring import PinnedRing, ring_for
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.shortage import shortage_explained
@@ -72,6 +73,7 @@ class ModelLoad:
         self.sources = CheckpointSources()
         self._device = device
         self._pipeline: Pipeline | None = None
+        self._ring: PinnedRing | None = None
         # Half: reading the files needs free memory as well.
         self._huge_pages = HugePages(free_huge_pages() // 2)
         self.account = StagingAccount()
@@ -146,6 +148,7 @@ class ModelLoad:
             cpu_kernels.prepare()
         # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that compute.
         self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
+        self._ring = ring_for(self._device) if self.settings.pinned_ring else None
         for layer, pending in self._pending.items():
             self._start(layer, names.get(layer), pending, self._pipeline)
         self._pending.clear()
@@ -232,6 +235,8 @@ class ModelLoad:
             # First: a unit whose job failed is incomplete too.
             self._pipeline.close()
             self._pipeline.check()
+        if self._ring is not None:
+            self._ring.close()
         if self._unstreamed is not None:
             self._unstreamed.settle()
             self._findings.note_unstreamed(self._unstreamed.missing(model_config), self._unstreamed.not_finite())
@@ -248,6 +253,10 @@ class ModelLoad:
         self.progress.close()
         if self._pipeline is not None:
             self._pipeline.close()
+        if self._ring is not None:
+            with contextlib.suppress(RuntimeError):
+                # Where copies have failed, so has the load, with an error of its own.
+                self._ring.close()
         for stream, _ in self._streams.values():
             stream.release()
 
@@ -295,6 +304,7 @@ class ModelLoad:
                 self._quantized,
                 self.sources,
                 pipeline,
+                self._ring and self._ring.upload,
             )
             streams[key] = (placeholder, stream)
         layer_stream = LayerStream(name, streams, functools.partial(self._return, layer))
@@ -394,7 +404,7 @@ def process_streamed(original: Callable[..., None], method: Any, layer: torch.nn
         plan.process(process, method, layer)
 
 
-@contextmanager
+@contextlib.contextmanager
 def under_way(load: ModelLoad) -> Iterator[None]:
     """Make ``load`` the current one."""
     token = _current.set(load)
