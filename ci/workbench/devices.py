@@ -14,7 +14,10 @@ _SERVER_ARGS: dict[str, dict[str, Any]] = {
     # Of the backends that SGLang has for these, the ones that need no package of kernels but sglang-kernel.
     "cuda": {"attention_backend": "triton", "sampling_backend": "pytorch", "moe_runner_backend": "triton"},
 }
-_ENVIRON: dict[str, dict[str, str]] = {"cuda": {"SGLANG_ENABLE_JIT_DEEPGEMM": "0"}}
+_ENVIRON: dict[str, dict[str, str]] = {
+    # Nor kernels that are compiled when first used, by FlashInfer where SGLang finds it, or by DeepGEMM.
+    "cuda": {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_IS_FLASHINFER_AVAILABLE": "false"},
+}
 _START_METHODS: dict[str, StartMethod] = {"cuda": "spawn"}
 
 

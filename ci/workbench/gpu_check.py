@@ -24,9 +24,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from workbench import environment, pieces  # noqa: E402
-from workbench.environment import CLONE, EnvironmentSetupError, interpreter, site_packages  # noqa: E402
-from workbench.pieces import DamagedPiecesError  # noqa: E402
+from workbench import environment, pieces
+from workbench.environment import CLONE, EnvironmentSetupError, interpreter, site_packages
+from workbench.pieces import DamagedPiecesError
 
 SECONDS = {
     "environment": 180,
@@ -84,19 +84,20 @@ def prepared(options: Options) -> Path:
 
 
 def _install(wheels: Path, unpacked: Path, target: Path) -> None:
-    files = sorted(wheels.glob("*.whl")) or sorted(pieces.unpack(wheels, unpacked))
-    if (wheels / pieces.MANIFEST).is_file() or not list(wheels.glob("*.whl")):
-        _check_machine(pieces.read_manifest(wheels).facts)
+    files = sorted(wheels.glob("*.whl"))
+    if not files:
+        check_machine(pieces.read_manifest(wheels).facts)
+        files = pieces.unpack(wheels, unpacked)
     if target.exists():
         shutil.rmtree(target)
-    # A plain environment that sees packages of a system's Python would not see those of another environment, where the
-    # machine may have its torch.
     _run(sys.executable, "-m", "venv", "--without-pip", str(target))
-    links = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in _packages_here())
-    (site_packages(target) / "_machine.pth").write_text(links, encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter(target)), "install", "--quiet", "--no-index"]
     _run(*pip, "--no-deps", "--no-compile", *map(str, files))
     _run(*pip, "--no-deps", "--no-build-isolation", "--editable", str(CLONE))
+    # Not --system-site-packages: where the machine has its torch in an environment, that shows the packages of the Python
+    # below it. And not before: pip must not find the machine's packages, and take them for installed.
+    links = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in _packages_here())
+    (site_packages(target) / "_machine.pth").write_text(links, encoding="utf-8")
     # Each step starts several processes, and each would compile 6,000 files.
     _run(str(interpreter(target)), "-m", "compileall", "-q", "-j", "0", str(site_packages(target)), allowed=(0, 1))
     environment.complete(target, wheels=len(files))
@@ -108,7 +109,8 @@ def _packages_here() -> list[str]:
     return [path for path in sys.path if path.endswith(("site-packages", "dist-packages")) and Path(path).is_dir()]
 
 
-def _check_machine(facts: dict[str, Any]) -> None:
+def check_machine(facts: dict[str, Any]) -> None:
+    """Refuse wheels for another Python, and say so where they are made for another torch."""
     here = environment.python_tag()
     if facts["python"] != here:
         raise EnvironmentSetupError(
@@ -120,7 +122,7 @@ def _check_machine(facts: dict[str, Any]) -> None:
         raise EnvironmentSetupError(f"{sys.executable} has no torch; run this with the Python that has it.") from None
     if torch != facts["torch"]:
         print(
-            f"note: SGLang {facts['release']} and its kernels are made for torch {facts['torch']}, and {torch} is here. "
+            f"note: SGLang {facts['release']} and its kernels are made for torch {facts['torch']}, this is {torch}. "
             f"If they cannot be loaded: ci/gpu_wheels --torch {torch}",
             flush=True,
         )

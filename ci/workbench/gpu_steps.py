@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: the device, a folder for checkpoints and logs, GB of the large checkpoint, counted rounds."""
+    """Where and how large: device, folder for checkpoints and logs, GB of the large checkpoint, counted rounds."""
 
     device: str
     work: Path

@@ -2,7 +2,7 @@
 """The wheels that SGLang needs on a machine that has a GPU, CUDA and PyTorch but no package index.
 
 Everything in a release's lock but what ``ci/locks/gpu_machine.txt`` names; of sglang-kernel, whose wheel is 370 MB, the
-Python files and the kernels for one generation of GPUs. Standard library only: nothing is installed yet where this runs.
+Python files and the kernels for one generation of GPUs. Standard library only: nothing is installed where this runs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from workbench import environment, pieces  # noqa: E402
-from workbench.environment import CLONE, EnvironmentSetupError, Plan, normalized  # noqa: E402
-from workbench.pieces import Manifest  # noqa: E402
-from workbench.wheel_files import trimmed  # noqa: E402
+from workbench import environment, pieces
+from workbench.environment import CLONE, EnvironmentSetupError, Plan, normalized
+from workbench.pieces import Manifest
+from workbench.wheel_files import trimmed
 
 LEFT_OUT = Path("ci", "locks", "gpu_machine.txt")
 """Names of packages that are not collected, in a clone."""
@@ -151,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         release = release_for(options.torch) if options.torch else options.release
         plan = environment.planned(release, "gpu")
         environment.check_machine(plan)
-        manifest = collect(Wanted(plan, options.python, tuple(options.without)), options.out, int(options.piece_mb * _MEGABYTE))
+        manifest = collect(
+            Wanted(plan, options.python, tuple(options.without)), options.out, int(options.piece_mb * _MEGABYTE)
+        )
     except (EnvironmentSetupError, OSError, subprocess.SubprocessError) as error:
         shutil.rmtree(options.out, ignore_errors=True)
         print(f"error: {error}", file=sys.stderr)

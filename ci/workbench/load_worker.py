@@ -67,7 +67,7 @@ READY = "ready"
 
 
 class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
-    """SGLang's ModelRunner, with memory and time of ``load_model`` kept, and its passes counted that ran as a CUDA graph."""
+    """SGLang's ModelRunner, with memory and time of ``load_model`` kept, and passes run as a CUDA graph counted."""
 
     memory: MemoryUsage
     load_seconds: float

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files cut into pieces small enough to be carried one by one, and put together again. Standard library only.
 
-    OUT/manifest.json        what the files and the pieces are: sizes and SHA-256
-    OUT/piece-00/piece-00    a part of one tar archive; a folder each, as folders are what is carried
-    OUT/piece-01/piece-01
+OUT/manifest.json        what the files and the pieces are: sizes and SHA-256
+OUT/piece-00/piece-00    a part of one tar archive; a folder each, as folders are what is carried
+OUT/piece-01/piece-01
 """
 
 from __future__ import annotations

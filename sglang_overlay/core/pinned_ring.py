@@ -50,7 +50,7 @@ class Transport(Protocol):
         """
 
     def hand_over(self, target: torch.Tensor, last: Copy) -> None:
-        """Let work that the calling thread queues from now on wait for ``last``, and keep ``target`` until it is done."""
+        """Let work that the calling thread queues from now on wait for ``last``; keep ``target`` until it is done."""
 
 
 @dataclass
@@ -137,9 +137,7 @@ def _finish(slot: _Slot) -> None:
         copy.wait()
 
 
-def _parts(
-    values: torch.Tensor, target: torch.Tensor, most: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _parts(values: torch.Tensor, target: torch.Tensor, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Both cut alike, along their first dimensions, into parts of at most ``most`` bytes."""
     if values.nbytes <= most or not values.dim():
         if values.numel():
@@ -171,7 +169,7 @@ class CudaTransport:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
 
     def slot(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -182,20 +180,20 @@ class CudaTransport:
 
     def start(self, slot: torch.Tensor, target: torch.Tensor) -> _CudaCopy:
         # Blocking: who waits for a slot must not keep a core busy that fills other slots.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)
         try:
             with torch.cuda.stream(self._stream):
                 target.copy_(slot, non_blocking=True)
-                event.record(self._stream)  # type: ignore[no-untyped-call]
+                event.record(self._stream)
         except BaseException:
-            self._stream.synchronize()  # type: ignore[no-untyped-call]
+            self._stream.synchronize()
             raise
         return _CudaCopy(event)
 
     def hand_over(self, target: torch.Tensor, last: Copy) -> None:
         assert isinstance(last, _CudaCopy)
         current = torch.cuda.current_stream(self._device)
-        current.wait_event(last.event)  # type: ignore[no-untyped-call]
+        current.wait_event(last.event)
         target.record_stream(current)
 
 

@@ -304,7 +304,7 @@ class ModelLoad:
                 self._quantized,
                 self.sources,
                 pipeline,
-                self._ring and self._ring.upload,
+                None if self._ring is None else self._ring.upload,
             )
             streams[key] = (placeholder, stream)
         layer_stream = LayerStream(name, streams, functools.partial(self._return, layer))
