@@ -94,8 +94,8 @@ def _install(wheels: Path, unpacked: Path, target: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(interpreter(target)), "install", "--quiet", "--no-index"]
     _run(*pip, "--no-deps", "--no-compile", *map(str, files))
     _run(*pip, "--no-deps", "--no-build-isolation", "--editable", str(CLONE))
-    # Not --system-site-packages: where the machine has its torch in an environment, that shows the packages of the Python
-    # below it. And not before: pip must not find the machine's packages, and take them for installed.
+    # Not --system-site-packages: where the machine has its torch in an environment, that shows the packages of the
+    # Python below it. And not before: pip must not find the machine's packages, and take them for installed.
     links = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in _packages_here())
     (site_packages(target) / "_machine.pth").write_text(links, encoding="utf-8")
     # Each step starts several processes, and each would compile 6,000 files.

@@ -180,6 +180,9 @@ def load_time(setting: Setting) -> Iterator[Finding]:
 
 def ring(setting: Setting) -> Iterator[Finding]:
     """Identity and load time with the pinned ring on."""
+    if setting.is_rehearsal:
+        yield Finding("the pinned ring", "skipped", "no GPU, and it is for CUDA alone")
+        return
     with setting.workers() as workers:
         for variant in WITH_RING:
             yield _as_stock(workers, setting, variant)
@@ -231,6 +234,8 @@ def _unexpected(streamed: LoadResult, variant: Variant) -> Iterator[str]:
         yield f"the scales are not one a {variant.scales}: {scales}"
     if not rank.logits_finite:
         yield "logits are not finite"
+    if variant.job.get("environ") == RING and not any("pinned ring" in line for line in streamed.log):
+        yield "the pinned ring was not used"
     if variant.job.get("graphs") == "captured" and rank.graph_steps < LoadJob(Path()).new_tokens - 1:
         yield f"only {rank.graph_steps} steps ran as a CUDA graph"
 

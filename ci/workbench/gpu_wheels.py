@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheels that SGLang needs on a machine that has a GPU, CUDA and PyTorch but no package index.
 
-Everything in a release's lock but what ``ci/locks/gpu_machine.txt`` names; of sglang-kernel, whose wheel is 370 MB, the
-Python files and the kernels for one generation of GPUs. Standard library only: nothing is installed where this runs.
+Everything in a release's lock but what ``ci/locks/gpu_machine.txt`` names. Of sglang-kernel, whose wheel is 370 MB, only
+the Python files and the kernels for one generation of GPUs; of flashinfer-python only the Python files.
+
+Standard library only: nothing is installed where this runs.
 """
 
 from __future__ import annotations
@@ -74,8 +76,10 @@ def collect(wanted: Wanted, out: Path, piece_bytes: int) -> Manifest:
     with tempfile.TemporaryDirectory(prefix=".wheels-", dir=out) as scratch:
         folder = Path(scratch)
         _download(wanted, folder)
-        for wheel in folder.glob("sglang_kernel-*.whl"):
-            trimmed(wheel, _is_wanted_kernel, f"1{ARCHITECTURE}")
+        for wheel in sorted(folder.glob("*.whl")):
+            keep = TRIMMED.get(normalized(wheel.name.partition("-")[0]))
+            if keep is not None:
+                trimmed(wheel, keep, f"1{ARCHITECTURE}")
         facts = {
             "release": wanted.plan.release,
             "python": wanted.python,
@@ -86,8 +90,17 @@ def collect(wanted: Wanted, out: Path, piece_bytes: int) -> Manifest:
         return pieces.pack(sorted(folder.glob("*.whl")), out, piece_bytes, **facts)
 
 
+def _is_python(name: str) -> bool:
+    return name.endswith(".py")
+
+
 def _is_wanted_kernel(name: str) -> bool:
-    return name.endswith(".py") or f"/{ARCHITECTURE}/" in name
+    return _is_python(name) or f"/{ARCHITECTURE}/" in name
+
+
+# FlashInfer is to be imported and not to be used: SGLANG_IS_FLASHINFER_AVAILABLE=false in workbench.devices.
+TRIMMED = {"sglang-kernel": _is_wanted_kernel, "flashinfer-python": _is_python}
+"""Packages of which only part is collected, and which files that is."""
 
 
 def _download(wanted: Wanted, folder: Path) -> None:

@@ -149,6 +149,8 @@ class ModelLoad:
         # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that compute.
         self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
         self._ring = ring_for(self._device) if self.settings.pinned_ring else None
+        if self._ring is not None:
+            logger.info("StreamFP8: what is read goes to %s through a pinned ring.", self._device)
         for layer, pending in self._pending.items():
             self._start(layer, names.get(layer), pending, self._pipeline)
         self._pending.clear()

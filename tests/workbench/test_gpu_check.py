@@ -152,7 +152,6 @@ def test_identity_is_rehearsed_with_what_a_cpu_can_do(load, setting, monkeypatch
         "qwen3, one scale a matrix": "passed",
         "qwen3_moe": "passed",
     }
-    assert PINNED_RING_VARIABLE in RING
 
 
 def test_model_that_differs_from_stock_fails(load, setting, monkeypatch):
@@ -169,6 +168,8 @@ def test_comparison_of_something_else_than_was_meant_fails(load, setting):
     assert [line[:36] for line in gpu_steps._unexpected(rank, per_channel)] == ["the scales are not one a channel: {'"]
     captured = Variant("q", "qwen3", {"graphs": "captured"})
     assert list(gpu_steps._unexpected(rank, captured)) == ["only 0 steps ran as a CUDA graph"]
+    ring = Variant("q", "qwen3", {"environ": RING})
+    assert list(gpu_steps._unexpected(rank, ring)) == ["the pinned ring was not used"]
 
 
 def test_loads_that_fail_are_findings(load, setting):
@@ -217,8 +218,15 @@ def test_limits_are_held_to_on_a_gpu(setting):
     assert judged == ["passed", "failed"]
 
 
-def test_graphs_are_skipped_without_a_gpu(setting):
-    assert [finding.verdict for finding in gpu_steps.graphs(setting)] == ["skipped"]
+@pytest.mark.parametrize("step", [gpu_steps.graphs, gpu_steps.ring])
+def test_graphs_and_the_ring_are_skipped_without_a_gpu(setting, step):
+    assert [finding.verdict for finding in step(setting)] == ["skipped"]
+
+
+def test_the_ring_is_compared_in_every_variant():
+    assert {PINNED_RING_VARIABLE: "1"} == RING
+    assert [variant.family for variant in gpu_steps.WITH_RING] == [variant.family for variant in gpu_steps.IDENTITY]
+    assert all(variant.job["environ"] == RING for variant in gpu_steps.WITH_RING)
 
 
 def test_loads_to_a_gpu_ask_for_what_needs_no_other_kernels(monkeypatch):

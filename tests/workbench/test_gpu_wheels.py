@@ -96,7 +96,7 @@ def wanted(release: str, *without: str) -> Wanted:
 def test_no_release_asks_for_what_the_machine_has(release):
     asked = {environment.normalized(row["name"]) for row in gpu_wheels._ROW.finditer(wanted(release).requirements)}
     assert {"sglang", "sglang-kernel", "transformers", "safetensors", "numpy", "setuptools", "rich", "click"} <= asked
-    assert not asked & {"torch", "torchvision", "triton", "nvidia-cublas", "nvidia-nccl-cu13", "flashinfer-python"}
+    assert not asked & {"torch", "torchvision", "triton", "nvidia-cublas", "nvidia-nccl-cu13", "flash-attn-4"}
 
 
 def test_a_package_that_the_machine_has_can_be_left_out():
@@ -114,15 +114,23 @@ def test_release_is_the_newest_that_is_made_for_the_machines_torch():
 def test_what_is_collected_is_packed_with_what_it_is_for(tmp_path, monkeypatch):
     def download(_: Wanted, folder: Path) -> None:
         make_wheel(folder, "other-1.0", {"other.py": ""})
+        make_wheel(folder, "flashinfer_python-0.7.2", {"flashinfer/__init__.py": "", "flashinfer/data/a.cuh": "x"})
         make_wheel(folder, NAME, {"sgl_kernel/__init__.py": "", "sgl_kernel/sm100/ops.so": "x" * 10_000})
 
     monkeypatch.setattr(gpu_wheels, "_download", download)
     manifest = gpu_wheels.collect(wanted("0.5.23"), tmp_path / "out", 3_000)
     facts = manifest.facts
     assert (facts["release"], facts["python"], facts["torch"]) == ("0.5.23", "3.12", "2.14.1")
-    assert {"torch", "flashinfer-python"} <= set(facts["left_out"])
+    assert {"torch", "tilelang"} <= set(facts["left_out"])
     files = pieces.unpack(tmp_path / "out", tmp_path / "unpacked")
-    assert [file.name for file in files] == ["other-1.0-py3-none-any.whl", f"{NAME}-1sm90-py3-none-any.whl"]
+    assert [file.name for file in files] == [
+        "flashinfer_python-0.7.2-1sm90-py3-none-any.whl",
+        "other-1.0-py3-none-any.whl",
+        f"{NAME}-1sm90-py3-none-any.whl",
+    ]
+    assert [name for name in names_in(files[0]) if not name.startswith("flashinfer_python")] == [
+        "flashinfer/__init__.py"
+    ]
     assert len(manifest.pieces) > 1
     assert "for Python 3.12" in next(iter(gpu_wheels.described(manifest)))
 
