@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheels that SGLang needs on a machine that has a GPU, CUDA and PyTorch but no package index.
 
-Everything in a release's lock but what ``ci/locks/gpu_machine.txt`` names. Of sglang-kernel, whose wheel is 370 MB, only
-the Python files and the kernels for one generation of GPUs; of flashinfer-python only the Python files.
+Everything in a release's lock but what ``ci/locks/gpu_machine.txt`` names. Of sglang-kernel, whose wheel is 370 MB, the
+Python files and the kernels for one generation of GPUs; of flashinfer-python the Python files.
 
 Standard library only: nothing is installed where this runs.
 """

@@ -172,7 +172,8 @@ class CudaTransport:
         self._stream = torch.cuda.Stream(device)
 
     def slot(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        # Named, since upstream may have made the device the default one.
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
         with torch.cuda.stream(self._stream):
