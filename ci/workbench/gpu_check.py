@@ -112,6 +112,8 @@ def _packages_here() -> list[str]:
 def check_machine(facts: dict[str, Any]) -> None:
     """Refuse wheels for another Python, and say so where they are made for another torch."""
     here = environment.python_tag()
+    if sys.version_info < environment.PYTHON_NEEDED:
+        raise EnvironmentSetupError(f"The locks are for Python 3.11 and later, and this is {here}.")
     if facts["python"] != here:
         raise EnvironmentSetupError(
             f"The wheels are for Python {facts['python']}, and this is {here}: ci/gpu_wheels --python {here}"

@@ -91,7 +91,8 @@ def collect(wanted: Wanted, out: Path, piece_bytes: int) -> Manifest:
 
 
 def _is_python(name: str) -> bool:
-    return name.endswith(".py")
+    # Under data/ FlashInfer has CUTLASS, with its examples.
+    return name.endswith(".py") and "/data/" not in name
 
 
 def _is_wanted_kernel(name: str) -> bool:

@@ -114,7 +114,7 @@ def test_release_is_the_newest_that_is_made_for_the_machines_torch():
 def test_what_is_collected_is_packed_with_what_it_is_for(tmp_path, monkeypatch):
     def download(_: Wanted, folder: Path) -> None:
         make_wheel(folder, "other-1.0", {"other.py": ""})
-        make_wheel(folder, "flashinfer_python-0.7.2", {"flashinfer/__init__.py": "", "flashinfer/data/a.cuh": "x"})
+        make_wheel(folder, "flashinfer_python-0.7.2", {"flashinfer/__init__.py": "", "flashinfer/data/a.py": "x"})
         make_wheel(folder, NAME, {"sgl_kernel/__init__.py": "", "sgl_kernel/sm100/ops.so": "x" * 10_000})
 
     monkeypatch.setattr(gpu_wheels, "_download", download)
