@@ -236,7 +236,7 @@ def test_a_parameter_comes_out_the_same_through_a_ring(device, make, dtype):
     def upload(values):
         arrived = ring.upload(values)
         device.handed[-1].wait()  # This device's work is the caller's own, which queues nothing.
-        seen.append(values.dtype)
+        seen.append((values.dtype, values.numel()))
         return arrived
 
     streamed = make((4, 24, 16) if make is per_expert else (24, 16))
@@ -247,5 +247,7 @@ def test_a_parameter_comes_out_the_same_through_a_ring(device, make, dtype):
         streamed.stream.write(place, values)
     assert streamed.stream.settle() == []
     assert streamed.equals(weight.to(torch.bfloat16))
-    assert set(seen) == {dtype}
+    # Each element once, in the dtype it came in.
+    assert {found for found, _ in seen} == {dtype}
+    assert sum(elements for _, elements in seen) == weight.numel()
     ring.close()
