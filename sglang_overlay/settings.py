@@ -12,6 +12,8 @@ variable                   values                       meaning
 ..                         ``1``                        they are a warning, and zero in the model
 ``SGLANG_STREAMFP8_SCHEME`` ``stock`` (default)         quantize as stock SGLang does
 ..                         a scheme's name, or JSON     quantize otherwise (``schemes/choice.py``)
+``SGLANG_STREAMFP8_PINNED_RING`` ``0`` (default)        CUDA copies out of the checkpoint's own memory
+..                         ``1``                        through pinned memory, beside the loader; not yet run on a GPU
 ========================== ============================ ===========================================================
 """
 
@@ -29,6 +31,7 @@ MODE_VARIABLE = "SGLANG_STREAMFP8"
 REPORT_VARIABLE = "SGLANG_STREAMFP8_REPORT"
 ALLOW_MISSING_VARIABLE = "SGLANG_STREAMFP8_ALLOW_MISSING"
 SCHEME_VARIABLE = "SGLANG_STREAMFP8_SCHEME"
+PINNED_RING_VARIABLE = "SGLANG_STREAMFP8_PINNED_RING"
 
 
 class Mode(enum.Enum):
@@ -47,6 +50,7 @@ class Settings:
     report_folder: Path | None = None
     allow_missing: bool = False
     schemes: SchemeChoice = field(default_factory=SchemeChoice)
+    pinned_ring: bool = False
 
     @property
     def required_by(self) -> str | None:
@@ -70,6 +74,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         report_folder=_folder(environ.get(REPORT_VARIABLE, "")),
         allow_missing=_switch(ALLOW_MISSING_VARIABLE, environ.get(ALLOW_MISSING_VARIABLE, "")),
         schemes=parse(environ.get(SCHEME_VARIABLE, ""), SCHEME_VARIABLE),
+        pinned_ring=_switch(PINNED_RING_VARIABLE, environ.get(PINNED_RING_VARIABLE, "")),
     )
     if found.mode is Mode.OFF and not found.schemes.is_stock:
         raise SettingsError(

@@ -35,3 +35,10 @@ def test_missing_weights_are_allowed_only_where_that_is_asked_for():
     assert load_settings({"SGLANG_STREAMFP8_ALLOW_MISSING": "1"}).allow_missing
     with pytest.raises(SettingsError, match=r"SGLANG_STREAMFP8_ALLOW_MISSING='yes'.*=0, .*=1"):
         load_settings({"SGLANG_STREAMFP8_ALLOW_MISSING": "yes"})
+
+
+def test_pinned_ring_is_off_unless_asked_for():
+    assert not load_settings({}).pinned_ring
+    assert load_settings({"SGLANG_STREAMFP8_PINNED_RING": "1"}).pinned_ring
+    with pytest.raises(SettingsError, match=r"SGLANG_STREAMFP8_PINNED_RING='on'.*=0, .*=1"):
+        load_settings({"SGLANG_STREAMFP8_PINNED_RING": "on"})

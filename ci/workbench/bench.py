@@ -30,12 +30,13 @@ BENCH_FAMILIES: tuple[Family, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to load a checkpoint."""
+    """One way to load a checkpoint; ``environ`` are variables of its loads."""
 
     name: str
     quantization: str | None
     streaming: str
     staging: Literal["units", "layers"] = "units"
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 BF16 = Contender("stock bf16", None, "0")
@@ -56,6 +57,7 @@ class Case:
         order: of its files. ``staggered`` is ``SGLANG_SORT_WEIGHT_FILES=1``, by which each rank begins with another.
         tp_size: ranks.
         threads: of each rank; None takes all.
+        device: that models are loaded to.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Case:
     order: FileOrder = "sorted"
     tp_size: int = 1
     threads: int | None = None
+    device: str = "cpu"
 
     @property
     def environ(self) -> Mapping[str, str]:
@@ -75,7 +78,8 @@ class Case:
 class Run:
     """One load: wall and processor seconds, and bytes above start (``peak``) and of the loaded model (``final``).
 
-    Seconds are the slowest rank's; processor seconds and bytes are summed over ranks.
+    Seconds are the slowest rank's; processor seconds and bytes are summed over ranks. ``reserved`` is what the device's
+    allocator had at most taken; 0 on the CPU.
     """
 
     contender: str
@@ -83,6 +87,7 @@ class Run:
     cpu_seconds: float
     peak: int
     final: int
+    reserved: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,17 +171,18 @@ def measure(
     rounds: int,
     contenders: Sequence[Contender] = CONTENDERS,
     done: Callable[[Run], None] = lambda _: None,
+    warm_ups: int = 1,
 ) -> CaseResult:
-    """A warm-up of each contender that is not counted, then ``rounds`` times each in turn.
+    """So many warm-ups of each contender that are not counted, then ``rounds`` times each in turn.
 
     ``folder`` is where the checkpoint is, or is written.
     """
     checkpoint = build(case.spec, folder)
     runs = []
-    for number in range(rounds + 1):
+    for number in range(warm_ups + rounds):
         for contender in contenders:
             run = _run(contender, workers.load(_job(case, contender, checkpoint)))
-            if number:
+            if number >= warm_ups:
                 runs.append(run)
             done(run)
     return CaseResult(case, _weight_bytes(case.spec), len(tensor_plans(case.spec)), tuple(runs))
@@ -195,7 +201,9 @@ def _job(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
         staging=contender.staging,
         tp_size=case.tp_size,
         threads=case.threads,
-        environ=case.environ,
+        environ={**case.environ, **contender.environ},
+        device=case.device,
+        described="sizes",
         timeout_seconds=900,
     )
 
@@ -207,6 +215,7 @@ def _run(contender: Contender, result: LoadResult) -> Run:
         cpu_seconds=sum(rank.load_cpu_seconds for rank in result.ranks),
         peak=sum(rank.memory.peak_above_start for rank in result.ranks),
         final=sum(rank.model_bytes for rank in result.ranks),
+        reserved=sum(rank.reserved for rank in result.ranks),
     )
 
 

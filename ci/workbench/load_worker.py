@@ -33,6 +33,7 @@ sglang.srt.plugins.load_plugins()
 
 import torch  # noqa: E402
 from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
+from sglang.srt.layers.quantization import fp8  # noqa: E402
 from sglang.srt.managers.schedule_batch import Req  # noqa: E402
 from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: E402
 from sglang.srt.model_loader.loader import ShardedStateLoader  # noqa: E402
@@ -43,8 +44,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.upstream import built_in  # noqa: E402
-from workbench import runtime, scoring, updates  # noqa: E402
+from workbench import devices, runtime, scoring, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
+from workbench.devices import Accelerator  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
@@ -68,25 +70,32 @@ READY = "ready"
 
 
 class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
-    """SGLang's ModelRunner, with memory and time of ``load_model`` kept in ``memory`` and ``load_seconds``."""
+    """SGLang's ModelRunner, with memory and time of ``load_model`` kept, and passes run as a CUDA graph counted."""
 
     memory: MemoryUsage
     load_seconds: float
     load_cpu_seconds: float
+    reserved: int
     is_draft_worker: bool
     logits_output: Any
+    graph_steps = 0
 
     def load_model(self) -> None:
+        accelerator = Accelerator(self.device)
         give_back_memory()
+        accelerator.give_back()
         with MemorySampler(meter_for(self.device), _MEMORY_INTERVAL_MS) as sampler:
             begin, cpu_begin = time.perf_counter(), time.process_time()
             super().load_model()
+            accelerator.wait()
             self.load_seconds = time.perf_counter() - begin
             self.load_cpu_seconds = time.process_time() - cpu_begin
-        self.memory = sampler.usage
+        self.memory, self.reserved = sampler.usage, accelerator.reserved_peak
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Counts passes that ran as a CUDA graph, and keeps the logits of the last pass."""
         output = super().forward(*args, **kwargs)
+        self.graph_steps += bool(getattr(output, "can_run_graph", False))
         self.logits_output = getattr(output, "logits_output", None)
         return output
 
@@ -139,12 +148,13 @@ def server_args_of(job: LoadJob) -> ServerArgs:
     fields: dict[str, Any] = {
         "model_path": str(job.checkpoint),
         "device": job.device,
+        **devices.server_args(job.device),
         "quantization": job.quantization,
         "tp_size": job.tp_size,
         "ep_size": job.ep_size,
         "pp_size": job.pp_size,
         "model_loader_extra_config": json.dumps(dict(job.loader_config)),
-        **runtime.without_graphs(),
+        **(runtime.without_graphs() if job.graphs == "off" else runtime.with_decode_graphs(len(job.prompts))),
         "disable_radix_cache": True,
         "max_total_tokens": 1024,
         "max_running_requests": 8,
@@ -174,6 +184,9 @@ def model_config_of(job: LoadJob, server_args: ServerArgs) -> ModelConfig:
 
 def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
     """Continue the job's prompts greedily, all in one batch, with SGLang's own batch and attention backend."""
+    # What an earlier batch left: SGLang's benchmark does the same between its batches.
+    runner.req_to_token_pool.clear()
+    runner.token_to_kv_pool_allocator.clear()
     requests = [_request(number, prompt, job.new_tokens) for number, prompt in enumerate(job.prompts)]
     next_ids, logits, batch = runtime.one_batch.extend(requests, runner)
     steps = [next_ids.tolist()]
@@ -198,17 +211,28 @@ def _request(number: int, prompt: tuple[int, ...], new_tokens: int) -> Req:
     return request
 
 
-def describe(runner: MeasuredModelRunner) -> dict[str, Any]:
+def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
     """The parts of :class:`workbench.loads.RankResult` that belong to the loaded model."""
     model = runner.model
     return {
-        "tensors": model_prints(model),
+        "tensors": model_prints(model) if job.described == "tensors" else {},
         "parameter_order": tuple(name for name, _ in model.named_parameters()),
         "model_bytes": model_bytes(model),
         "load_seconds": runner.load_seconds,
         "load_cpu_seconds": runner.load_cpu_seconds,
         "memory": runner.memory,
+        "reserved": runner.reserved,
     }
+
+
+@contextlib.contextmanager
+def one_scale_a_matrix() -> Iterator[None]:
+    """Has linear layers that are made here take SGLang's path for devices without its kernel for scales per channel."""
+    supported, fp8.cutlass_fp8_supported = fp8.cutlass_fp8_supported, lambda: False
+    try:
+        yield
+    finally:
+        fp8.cutlass_fp8_supported = supported
 
 
 def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
@@ -223,22 +247,42 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
                 stack.enter_context(whole_layers())
             if job.threads is not None:
                 stack.enter_context(torch_threads(job.threads))
+            if job.linear == "tensor":
+                stack.enter_context(one_scale_a_matrix())
             runner = build_runner(job, rank, port)
-        outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
-        updated = tuple(updates.run(runner, update) for update in job.updates)
-        described = describe(runner)
-        if job.save_sharded_state is not None:
-            ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
-        if job.prompts or job.scored:
-            runtime.get_ready_to_generate(runner)
-        if job.prompts:
-            outputs = generate(runner, job)
-        logprobs = scoring.score(runner, job.scored, job.recorded_inputs)
-        return {**described, **outputs, "updates": updated, "logprobs": logprobs}
+        return finish(runner, job)
     finally:
         del runner
         runtime.take_down()
         give_back_memory()
+        Accelerator(job.device).give_back()
+
+
+def finish(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
+    """Step 4 of the module's docstring, with a first generation before the updates where the job asks for that."""
+    outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
+    first: dict[str, Any] = outputs
+    is_ready = job.graphs == "captured" or job.tokens_of == "each"
+    if is_ready:
+        runtime.get_ready_to_generate(runner)
+    if job.tokens_of == "each":
+        first = generate(runner, job)
+    updated = tuple(updates.run(runner, update) for update in job.updates)
+    described = describe(runner, job)
+    if job.save_sharded_state is not None:
+        ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
+    if (job.prompts or job.scored) and not is_ready:
+        runtime.get_ready_to_generate(runner)
+    if job.prompts:
+        outputs = generate(runner, job)
+    logprobs = scoring.score(runner, job.scored, job.recorded_inputs)
+    kept = {
+        "logprobs": logprobs,
+        "updates": updated,
+        "tokens_before": first["tokens"],
+        "graph_steps": runner.graph_steps,
+    }
+    return {**described, **outputs, **kept}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

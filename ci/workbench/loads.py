@@ -26,6 +26,8 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from workbench import devices
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -76,7 +78,12 @@ class LoadJob:
             two loads agree on it; None leaves it as it is.
         staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.plan.layers``.
         threads: of torch's, and so of streaming's; None leaves their number as it is.
-        device: as ``--device``.
+        device: as ``--device``; :mod:`workbench.devices` has what else that asks for.
+        graphs: whether CUDA graphs are captured, after loading and before weight updates, as a server does it.
+        linear: whose scales linear layers have; ``tensor`` has SGLang take its path for devices on which its kernels
+            want one scale a matrix.
+        tokens_of: what generates: the ``last`` weights, or ``each``: the loaded ones before weight updates as well.
+        described: ``tensors``, or only their ``sizes``, where fingerprints of a large model would take long.
         timeout_seconds: of the job, processes' start not counted.
     """
 
@@ -100,6 +107,10 @@ class LoadJob:
     staging: Literal["units", "layers"] = "units"
     threads: int | None = None
     device: str = "cpu"
+    graphs: Literal["off", "captured"] = "off"
+    linear: Literal["stock", "tensor"] = "stock"
+    tokens_of: Literal["last", "each"] = "last"
+    described: Literal["tensors", "sizes"] = "tensors"
     timeout_seconds: float = 300.0
 
     @property
@@ -119,9 +130,12 @@ class RankResult:
         load_seconds: wall time of ``ModelRunner.load_model``.
         load_cpu_seconds: time that the process's threads had a processor meanwhile.
         memory: of the process during ``load_model``, read every 3 ms.
+        reserved: the most bytes that the device's allocator has held during ``load_model``; 0 on the CPU.
         job_seconds: wall time of the whole job in the process.
         updates: what became of each of the job's updates.
         tokens: generated ids, one tuple a prompt.
+        tokens_before: the same before weight updates, where ``tokens_of`` asks for ``each``.
+        graph_steps: forward passes among these that ran as a CUDA graph.
         logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
         logits_finite: whether all of these are finite.
         logprobs: for each window of the job's ``scored``, in nats, of each token but the first.
@@ -142,6 +156,9 @@ class RankResult:
     log: tuple[str, ...]
     updates: tuple[UpdateResult, ...] = ()
     logprobs: tuple[tuple[float, ...], ...] = ()
+    reserved: int = 0
+    tokens_before: tuple[tuple[int, ...], ...] = ()
+    graph_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -352,6 +369,11 @@ class LoadWorkers:
         self._start_method: StartMethod = start_method
         self._groups: dict[int, list[_RankProcess]] = {}
         self._started = 0
+
+    @classmethod
+    def on(cls, device: str, folder: Path) -> LoadWorkers:
+        """Workers for jobs of this ``device``."""
+        return cls(folder, devices.environ(device), devices.start_method(device))
 
     def __enter__(self) -> LoadWorkers:
         return self

@@ -63,6 +63,14 @@ def without_graphs() -> dict[str, Any]:
     return {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
 
 
+def with_decode_graphs(batch: int) -> dict[str, Any]:
+    """Fields of ``ServerArgs`` with which CUDA graphs of decoding are captured, for up to ``batch`` requests."""
+    taken = inspect.signature(ServerArgs).parameters.keys()
+    largest = "cuda_graph_max_bs_decode" if "cuda_graph_max_bs_decode" in taken else "cuda_graph_max_bs"
+    prefill = {"cuda_graph_backend_prefill": "disabled"}
+    return {largest: batch, **(prefill if prefill.keys() <= taken else {"disable_piecewise_cuda_graph": True})}
+
+
 def publish(server_args: ServerArgs, rank: int) -> None:
     """Make these arguments the process's, in place of those of an earlier runner."""
     if hasattr(_context, "SpawnRanks"):

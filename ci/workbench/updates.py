@@ -62,7 +62,7 @@ def run(runner: Any, update: Update) -> UpdateResult:
     """Update the model of ``runner``, a ``ModelRunner``."""
     from sglang_overlay.observe.memory import MemorySampler, meter_for
 
-    calls = [] if update.source == "disk" else list(_dealt(update))
+    calls = [] if update.source == "disk" else list(_dealt(update, runner.device))
     before = _addresses(runner.model)
     with MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
         begin = time.perf_counter()
@@ -118,10 +118,12 @@ def _send(updater: Any, update: Update, tensors: list[tuple[str, torch.Tensor]])
     return answer
 
 
-def _dealt(update: Update) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def _dealt(update: Update, device: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
     # Memory of their own: what a mapped file's pages cost when they are written to would count as the update's.
     tensors = [
-        (name, tensor.clone()) for name, tensor in tensors_of(update.checkpoint) if re.search(update.names, name)
+        (name, tensor.to(device, copy=True))
+        for name, tensor in tensors_of(update.checkpoint)
+        if re.search(update.names, name)
     ]
     if update.order == "shuffled":
         random.Random(0).shuffle(tensors)

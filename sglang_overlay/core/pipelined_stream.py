@@ -24,14 +24,22 @@ class PipelinedStream(ParameterStream):
         arguments: those of ``ParameterStream``, in order; its sources tell which memory stays as it is.
         quantized: called with the bytes of fp8 written, each time units are done; from any thread.
         pipeline: where units from such memory are quantized.
+        upload: brings host memory to the storage's device; None leaves that to torch.
     """
 
     _sources: MappedSources
 
-    def __init__(self, *arguments: Any, quantized: Callable[[int], None], pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        quantized: Callable[[int], None],
+        pipeline: Pipeline,
+        upload: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(*arguments)
         self._report = quantized
         self._pipeline = pipeline
+        self._upload = upload
         self._watches: dict[int, list[Watch]] = {}
 
     @property
@@ -83,6 +91,16 @@ class PipelinedStream(ParameterStream):
             self._watches.setdefault(unit, []).append(Watch(source))
         else:
             super()._stage(unit, staged, piece, source)
+
+    def _copied(self, piece: Piece) -> Piece:
+        if self._upload is None or piece.is_fill or piece.values.device.type != "cpu":
+            return super()._copied(piece)
+        return Piece(piece.box, self._on_device(piece.values))
+
+    def _on_device(self, values: torch.Tensor) -> torch.Tensor:
+        if self._upload is not None and values.device.type == "cpu":
+            values = self._upload(values)
+        return super()._on_device(values)
 
     def _quantize_run(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
         super()._quantize_run(units, values, source)

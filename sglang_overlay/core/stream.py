@@ -225,7 +225,10 @@ class ParameterStream:
         """Keep a copy of ``piece``: the loader may use the memory of ``source`` again once it returns."""
         size = volume(piece.box) * self._dtype.itemsize
         with shortage_explained(f"to stage a piece of {self.name}", size, self._account):
-            staged.hold(piece.copied(self._dtype, self.storage.weight.device))
+            staged.hold(self._copied(piece))
+
+    def _copied(self, piece: Piece) -> Piece:
+        return piece.copied(self._dtype, self.storage.weight.device)
 
     def _completes(self, staged: StagedUnit, piece: Piece) -> bool:
         if staged.covered + volume(piece.box) < self._grid.unit_volume or staged.has_background:

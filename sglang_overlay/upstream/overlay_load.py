@@ -7,6 +7,8 @@ need to know, and a look at weights that are not streamed.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.mapped_sources import MappedSources
+from sglang_overlay.core.pinned_ring import PinnedRing, ring_for
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
@@ -35,6 +38,8 @@ from sglang_overlay.upstream.ranks import parallel_ranks
 from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan, quantize_whole
 from sglang_overlay.upstream.update import UpdatableLayer
+
+logger = logging.getLogger(__name__)
 
 
 class OverlayLoad(CheckedLoad):
@@ -67,6 +72,7 @@ class OverlayLoad(CheckedLoad):
         self.prequantized = False
         self._device = device
         self._pipeline: Pipeline | None = None
+        self._ring: PinnedRing | None = None
         # Half: reading the files needs free memory as well.
         self._huge_pages = HugePages(free_huge_pages() // 2)
         self._kept: dict[torch.nn.Module, list[KeptWeight]] = {}
@@ -129,6 +135,8 @@ class OverlayLoad(CheckedLoad):
             # First: a unit whose job failed is incomplete too.
             self._pipeline.close()
             self._pipeline.check()
+        if self._ring is not None:
+            self._ring.close()
         if self._unstreamed is not None:
             self._unstreamed.settle()
             for text in self._unstreamed.problems(model_config):
@@ -141,6 +149,10 @@ class OverlayLoad(CheckedLoad):
         self.progress.close()
         if self._pipeline is not None:
             self._pipeline.close()
+        if self._ring is not None:
+            with contextlib.suppress(RuntimeError):
+                # Where copies have failed, so has the load, with an error of its own.
+                self._ring.close()
         super().close()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -165,6 +177,7 @@ class OverlayLoad(CheckedLoad):
         return storage
 
     def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
+        pipeline = self._workers()
         return PipelinedStream(
             name,
             placeholder,
@@ -174,7 +187,8 @@ class OverlayLoad(CheckedLoad):
             self.account,
             self.sources,
             quantized=self._quantized,
-            pipeline=self._workers(),
+            pipeline=pipeline,
+            upload=None if self._ring is None else self._ring.upload,
         )
 
     def _workers(self) -> Pipeline:
@@ -184,6 +198,9 @@ class OverlayLoad(CheckedLoad):
             # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that
             # compute.
             self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
+            self._ring = ring_for(self._device) if self.settings.pinned_ring else None
+            if self._ring is not None:
+                logger.info("StreamFP8: what is read goes to %s through a pinned ring.", self._device)
         return self._pipeline
 
     def _quantize_whole(self, layer: torch.nn.Module, pending: PendingLayer) -> LayerPlan:
