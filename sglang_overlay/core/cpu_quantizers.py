@@ -33,7 +33,8 @@ def quantize_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
         fp8 ``[rows, columns]`` and float32 ``[rows, 1]``.
     """
     largest = torch.finfo(dtype).max
-    quantized, scales = torch.empty(values.shape, dtype=dtype), torch.empty(len(values), 1)
+    # Named, since the default dtype is the model's while SGLang loads one.
+    quantized, scales = torch.empty(values.shape, dtype=dtype), torch.empty(len(values), 1, dtype=torch.float32)
     rows = max(1, CHUNK_ELEMENTS // values.shape[-1])
     for part, out, scale in zip(values.split(rows), quantized.split(rows), scales.split(rows), strict=True):
         wide = part.float()
@@ -136,7 +137,8 @@ class PerTensorQuantizer(OneScaleAUnit):
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         units = zip(values, weight, scale, strict=True)
         return torch.tensor(
-            [self.quantize([Piece(whole(unit.shape), unit)], out, factor) for unit, out, factor in units]
+            [self.quantize([Piece(whole(unit.shape), unit)], out, factor) for unit, out, factor in units],
+            dtype=torch.float32,
         )
 
     def _cast(self, values: torch.Tensor, multiplier: float, target: torch.Tensor, in_range: bool) -> None:  # noqa: FBT001

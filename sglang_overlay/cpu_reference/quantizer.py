@@ -45,7 +45,7 @@ def quantize_per_tensor(tensor: torch.Tensor, scale: torch.Tensor | None = None)
 def absmax(tensor: torch.Tensor) -> torch.Tensor:
     """Largest magnitude in a tensor, NaN skipped, 0 where there is none; float32, shape ``[1]``."""
     if not tensor.numel():
-        return torch.zeros(1)
+        return torch.zeros(1, dtype=torch.float32)
     smallest, largest = tensor.aminmax()
     if smallest.isnan():
         smallest, largest = tensor.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).aminmax()

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizing in torch on the CPU does not depend on the default dtype, which is the model's while SGLang loads one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic, quantize_rows
+from sglang_overlay.core.quantizers import RowQuantizer
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
+QUANTIZERS = {
+    "per channel": (RowQuantizer(lambda rows: quantize_rows(rows, FP8)), (3, 64)),
+    "per tensor, as a ratio": (PerTensorQuantizer(RatioArithmetic(FP8_MAX)), (3,)),
+    "per tensor, as the kernel": (PerTensorQuantizer(KernelArithmetic(FP8_MAX)), (3,)),
+}
+
+
+@pytest.fixture
+def bfloat16_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_scales_are_those_of_float32(kind, bfloat16_by_default):
+    quantizer, scales = QUANTIZERS[kind]
+    values = torch.randn(3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    weight, scale = torch.empty(values.shape, dtype=FP8), torch.empty(scales, dtype=torch.float32)
+    found = quantizer.quantize_run(values, weight, scale)
+    dims = (-1,) if len(scales) == 2 else (-1, -2)
+    wanted = values.double().abs().amax(dims) / FP8_MAX
+    torch.testing.assert_close(scale.double(), wanted, rtol=2e-7, atol=0)
+    torch.testing.assert_close(found, values.abs().amax((-1, -2)).float(), rtol=0, atol=0, check_dtype=False)
+
+
+def test_rows_are_rounded_by_their_float32_scale(bfloat16_by_default):
+    rows = torch.randn(8, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    values, scales = quantize_rows(rows, FP8)
+    assert scales.dtype == torch.float32
+    step = (values.double() * scales.double() - rows.double()).abs() / rows.double().abs().clamp(min=1e-3)
+    assert float(step.max()) <= 2**-4
