@@ -65,8 +65,15 @@ class ChannelScheme:
         return UpdatableLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
     def stored(self) -> StoredForm | None:
-        # Stock's compressed-tensors form holds what an online load does not, in the last bits; it is not known why.
-        return None
+        """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
+        return StoredForm(
+            STORED,
+            "ignore",
+            "_scale",
+            lambda shape: (shape[0], 1),
+            UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu")),
+            1,
+        )
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):

@@ -62,6 +62,17 @@ def test_export_is_the_same_over_two_ranks(workers, checkpoint, tmp_path):
     assert compare(expected, stock(workers, tmp_path / "out", tp_size=2)) == []
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_channel_export_holds_the_weights_of_an_online_load(family, workers, checkpoint, tmp_path):
+    path = checkpoint(family, overrides=FAMILIES[family], **MANY)
+    run_export(ExportJob(path, tmp_path / "out", "channel"))
+    expected, found = online(workers, path, "channel"), stock(workers, tmp_path / "out")
+    tensors = [result.ranks[0].tensors for result in (expected, found)]
+    weights = [{name: print_.sha256 for name, print_ in side.items() if "weight" in name} for side in tensors]
+    assert weights[0] == weights[1]
+    assert expected.tokens == found.tokens
+
+
 def test_config_says_what_is_quantized_as_published_checkpoints_do(checkpoint, tmp_path):
     path = checkpoint("deepseek_v3", overrides=FAMILIES["deepseek_v3"], **MANY)
     run_export(ExportJob(path, tmp_path / "out"))
@@ -124,7 +135,7 @@ def test_unfinished_export_of_something_else_is_left_alone(checkpoint, tmp_path)
     paths = [checkpoint("qwen3_moe", overrides=BLOCKS, seed=seed) for seed in (0, 1)]
     with pytest.raises(ExportKilled):
         run_export(ExportJob(paths[0], tmp_path / "out", killed_after=1 << 20))
-    for job in (ExportJob(paths[1], tmp_path / "out"), ExportJob(paths[0], tmp_path / "out", shard_bytes=1 << 19)):
+    for job in (ExportJob(paths[1], tmp_path / "out"), ExportJob(paths[0], tmp_path / "out", "channel")):
         with pytest.raises(ExportError, match="unfinished export of something else"):
             run_export(job)
 
@@ -177,7 +188,7 @@ def test_part_that_cuts_a_block_is_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "said"),
     [
-        ("stock", "no checkpoint of the scheme 'stock'.*Use one of: block"),
+        ("stock", "no checkpoint of the scheme 'stock'.*Use one of: channel, block"),
         ('{"moe": "int8", "linear": "none"}', "no checkpoint of the scheme 'int8'"),
         ('{"linear": "channel", "moe": "block"}', "one quantization method, and block, channel were asked for"),
     ],
