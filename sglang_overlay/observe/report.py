@@ -25,8 +25,6 @@ SCHEMA = "sglang-streamfp8/load-report"
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("load_report.schema.json")
 _PATTERN = "load-*.json"
-_ADDED = ("scheme",)
-"""Fields that earlier reports of this version do not have."""
 
 Mode = Literal["stock", "streaming"]
 Role = Literal["target", "draft"]
@@ -99,8 +97,9 @@ class LayerCounts:
 class LoadReport:
     """One load on one rank.
 
-    ``final_bytes``: storage of the loaded model's parameters and buffers on this rank
-    ``scheme``: how fp8 layers are quantized, as the user chose it
+    Attributes:
+        final_bytes: storage of the loaded model's parameters and buffers on this rank.
+        scheme: how fp8 layers are quantized, as the user chose it.
     """
 
     release: str
@@ -254,8 +253,6 @@ def _record(kind: type[Record], data: object, where: str) -> Record:
     values = {}
     for item in fields(kind):  # type: ignore[arg-type]
         place = f"{where}.{item.name}" if where else item.name
-        if item.name not in data and place in _ADDED:
-            continue
         if item.name not in data:
             raise ReportError(f"{place} is missing")
         values[item.name] = _value(hints[item.name], data[item.name], place)

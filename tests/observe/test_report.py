@@ -282,11 +282,6 @@ def test_summary_names_a_scheme_that_is_not_stocks():
     assert line.startswith("StreamFP8: scheme: block; 1234 units")
 
 
-def test_report_from_before_there_were_schemes_is_read():
-    data = {name: value for name, value in to_json(STREAMED).items() if name != "scheme"}
-    assert from_json(json.loads(json.dumps(data))).scheme == "stock"
-
-
 def test_summary_of_a_stock_load_claims_no_streaming():
     line = summary_line(LoadReport(**{**vars(STREAMED), "mode": "stock"}))
     assert (
