@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib import resources
@@ -13,6 +15,7 @@ from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.upstream import built_in, releases
 
 SERIES = "series"
+_CHANGED = re.compile(r"^diff --git a/(\S+) b/\S+\n(?:new file mode \d+\n)?index ([0-9a-f]{40})\.\.", re.MULTILINE)
 PACKAGE = Path("python", *built_in.PACKAGE.split("."))
 """What the series adds, in SGLang's source tree."""
 
@@ -35,15 +38,17 @@ def files_of(release: str) -> list[Path]:
 
 
 def release_of(tree: Path) -> str:
-    """The release whose series fits a source tree.
+    """The release that a source tree is, told from the files that its series changes; else one whose series fits it.
 
     Raises:
         PatchError: no series does, or ``tree`` is no source tree of SGLang's.
     """
     check_tree(tree)
-    for release in reversed(releases.supported()):
-        if problem_with(tree, files_of(release)) is None:
-            return release
+    series = {release: files_of(release) for release in reversed(releases.supported())}
+    for fits in (_is_made_for, lambda tree, files: problem_with(tree, files) is None):
+        for release, files in series.items():
+            if fits(tree, files):
+                return release
     raise PatchError(
         f"No series fits {tree}; nothing was changed. Series are for releases: {', '.join(releases.supported())}. "
         "Say which one this tree should be with --release, and the first hunk that does not fit is shown."
@@ -92,6 +97,23 @@ def problem_with(tree: Path, files: Sequence[Path]) -> str | None:
         if errors:
             return f"{file.name} does not apply: {'; '.join(errors)}."
     return "git says that it does not apply, but no patch of it by itself."
+
+
+def _is_made_for(tree: Path, files: Sequence[Path]) -> bool:
+    """Whether the files that a series changes are, to the byte, those that it was made from."""
+    before: dict[str, str] = {}
+    for file in files:
+        for path, blob in _CHANGED.findall(file.read_text(encoding="utf-8")):
+            before.setdefault(path, blob)
+    return all(_blob(tree / path) == blob for path, blob in before.items() if blob.strip("0"))
+
+
+def _blob(file: Path) -> str | None:
+    """What git calls a file's contents; None where there is none."""
+    if not file.is_file():
+        return None
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _git_apply(tree: Path, files: Sequence[Path], *options: str) -> subprocess.CompletedProcess[str]:
