@@ -34,6 +34,14 @@ class MeasuredModel:
         """For files and tables."""
         return f"{self.spec.family}-{self.spec.size}-tp{self.tp}"
 
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Ways of loading whose peak is no matter of chance.
+
+        DeepSeek's loader hands experts to threads, and how many whole layers are open at once depends on which is late.
+        """
+        return tuple(mode for mode in MODES if mode != "layers" or not self.spec.family.startswith("deepseek"))
+
     def planned(self, mode: Mode, folder: Path) -> Job:
         """The same load, to be planned; checkpoints are kept in ``folder``."""
         return Job(build(self.spec, folder), Layout(tp=self.tp), mode=mode, device="cpu")
@@ -60,7 +68,7 @@ MODELS = (
 def measure(model: MeasuredModel, folder: Path) -> Mapping[Mode, list[LoadReport]]:
     """Each rank's report of a load in each mode."""
     with tempfile.TemporaryDirectory() as scratch, _workers(Path(scratch) / "logs") as workers:
-        return {mode: _second_load(workers, model.loaded(mode, folder), Path(scratch) / mode) for mode in MODES}
+        return {mode: _lower(workers, model.loaded(mode, folder), Path(scratch) / mode) for mode in model.modes}
 
 
 def _workers(logs: Path) -> LoadWorkers:
@@ -68,10 +76,15 @@ def _workers(logs: Path) -> LoadWorkers:
     return LoadWorkers(logs, _MALLOC, "spawn")
 
 
-def _second_load(workers: LoadWorkers, job: LoadJob, reports: Path) -> list[LoadReport]:
+def _lower(workers: LoadWorkers, job: LoadJob, folder: Path) -> list[LoadReport]:
+    """The second and the third load, the lower of both: a busy machine can only raise a peak."""
     workers.load(job)
-    workers.load(replace(job, environ={REPORT_VARIABLE: str(reports)}))
-    return list(read_folder(reports))
+    loads = []
+    for number in range(2):
+        reports = folder / str(number)
+        workers.load(replace(job, environ={REPORT_VARIABLE: str(reports)}))
+        loads.append(list(read_folder(reports)))
+    return min(loads, key=lambda ranks: max(rank.memory.peak_above_start for rank in ranks))
 
 
 def measure_all(folder: Path) -> Iterator[tuple[MeasuredModel, dict[str, int]]]:
