@@ -18,24 +18,12 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.safetensors_format import DTYPES
+
 Files = dict[str, bytes]
 Header = dict[str, Any]
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def altered(checkpoint: Path, into: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -122,7 +110,7 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def _as_tensor(dtype: str, shape: list[int], values: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(values), dtype=_DTYPES[dtype]).reshape(shape)
+    return torch.frombuffer(bytearray(values), dtype=DTYPES[dtype]).reshape(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +175,7 @@ def _entry_changed(files: Files, chance: random.Random) -> str:
     start, stop = entry["data_offsets"]
     field, value = chance.choice(
         [
-            ("dtype", chance.choice(sorted(_DTYPES))),
+            ("dtype", chance.choice(sorted(DTYPES))),
             ("dtype", chance.choice(["F16", "I16", "U16"])),  # As many bytes: the file stays well-formed.
             ("dtype", chance.choice(["BF17", "", None, 16])),
             ("shape", entry["shape"][::-1]),
@@ -268,14 +256,14 @@ def _twice(files: Files, chance: random.Random) -> str:
 def _recast(files: Files, chance: random.Random) -> str:
     """A tensor, or a whole file, in another dtype; the file is well-formed and says so."""
     name = _weights(files, chance)
-    dtype = chance.choice(sorted(_DTYPES))
+    dtype = chance.choice(sorted(DTYPES))
     whole = chance.random() < 0.4
     recast: list[str] = []
 
     def change(tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
         for tensor in list(tensors) if whole else [_tensor(tensors, chance)]:
             was, shape, values = tensors[tensor]
-            tensors[tensor] = (dtype, shape, _bytes_of(_as_tensor(was, shape, values).to(_DTYPES[dtype])))
+            tensors[tensor] = (dtype, shape, _bytes_of(_as_tensor(was, shape, values).to(DTYPES[dtype])))
             recast.append(tensor)
 
     files[name] = _rebuilt(files[name], change)

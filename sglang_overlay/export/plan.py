@@ -13,6 +13,7 @@ from sglang_overlay.core.regions import extent
 from sglang_overlay.errors import ExportError
 from sglang_overlay.export.source import SourceTensor
 from sglang_overlay.export.weight_file import Entry
+from sglang_overlay.safetensors_format import shard_name, split_by_size
 from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.tracing import Landing, Trace
 
@@ -138,17 +139,7 @@ def _check_ignored(ignored: Sequence[str], layers: Sequence[str]) -> None:
 
 
 def _shards(items: Sequence[Item], most: int) -> tuple[Shard, ...]:
-    groups: list[list[Item]] = [[]]
-    filled = 0
-    for item in items:
-        if groups[-1] and filled + item.nbytes > most:
-            groups.append([])
-            filled = 0
-        groups[-1].append(item)
-        filled += item.nbytes
+    groups = split_by_size(items, lambda item: item.nbytes, most)
     if len(groups) == 1:
         return (Shard("model.safetensors", tuple(items)),)
-    return tuple(
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-        for number, group in enumerate(groups, 1)
-    )
+    return tuple(Shard(shard_name(number, len(groups)), tuple(group)) for number, group in enumerate(groups, 1))

@@ -15,20 +15,9 @@ from typing import BinaryIO
 
 import torch
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from sglang_overlay.safetensors_format import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ def header(entries: Sequence[Entry]) -> bytes:
     for entry in entries:
         start, end = end, end + entry.nbytes
         described[entry.name] = {
-            "dtype": _DTYPES[entry.dtype],
+            "dtype": _NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [start, end],
         }

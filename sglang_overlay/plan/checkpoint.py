@@ -15,21 +15,8 @@ import torch
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import Order
+from sglang_overlay.safetensors_format import DTYPES, shard_name, split_by_size
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _LENGTH = 8
 
 
@@ -124,9 +111,9 @@ def _header(path: Path) -> Iterator[TensorHeader]:
         raise CheckpointError(f"the header of {path} cannot be read: {error}") from error
     for name in sorted(found.keys() - {"__metadata__"}):
         entry = found[name]
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which is not known here")
-        yield TensorHeader(name, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        yield TensorHeader(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -159,15 +146,8 @@ def arranged(checkpoint: Checkpoint, index: Mapping[str, str]) -> Checkpoint:
 
 def split_into_files(tensors: Sequence[TensorHeader], most: int) -> tuple[WeightFile, ...]:
     """Tensors in files of at most ``most`` bytes each, in the order given, as ``save_pretrained`` splits them."""
-    groups: list[list[TensorHeader]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if groups[-1] and filled + tensor.size > most:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
-        filled += tensor.size
+    groups = split_by_size(tensors, lambda tensor: tensor.size, most)
     return tuple(
-        WeightFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(sorted(group, key=lambda t: t.name)))
+        WeightFile(shard_name(number, len(groups)), tuple(sorted(group, key=lambda t: t.name)))
         for number, group in enumerate(groups, 1)
     )
