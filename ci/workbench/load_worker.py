@@ -244,7 +244,7 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
             if job.uninitialized is not None:
                 stack.enter_context(Filling(job.uninitialized))
             if job.staging == "layers":
-                stack.enter_context(whole_layers())
+                stack.enter_context(whole_layers(job.peak_seconds))
             if job.threads is not None:
                 stack.enter_context(torch_threads(job.threads))
             if job.linear == "tensor":

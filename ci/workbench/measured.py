@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sglang_overlay.observe.memory import DEFAULT_INTERVAL_MS
 from sglang_overlay.observe.report import LoadReport, read_folder
 from sglang_overlay.plan.job import MODES, Job, Layout, Mode
 from sglang_overlay.settings import REPORT_VARIABLE
@@ -52,6 +53,7 @@ class MeasuredModel:
             build(self.spec, folder),
             streaming="0" if mode == "stock" else "require",
             staging="layers" if mode == "layers" else "units",
+            peak_seconds=3 * DEFAULT_INTERVAL_MS / 1000,
             tp_size=self.tp,
         )
 

@@ -6,12 +6,16 @@ shows the granularity and nothing else: the same capture, the same kernels, the 
 plans and benchmarks (``ci/bench``) only, never for serving.
 
     with whole_layers(): load()
+
+A layer's peak lasts as long as its last values take to be quantized, some milliseconds. ``peak_seconds`` draws it out
+for whoever measures memory by reading it now and then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
 class _Layer:
     """The parameters of one layer; ``lock`` guards their gathering. Complete when all of each has come."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_seconds: float) -> None:
+        self.peak_seconds = peak_seconds
         self.lock = threading.Lock()
         self.members: list[GatheredStream] = []
 
@@ -88,6 +93,7 @@ class GatheredStream(PipelinedStream):
         for place, values in zip(placeholder.chunk(parts), gathered.chunk(parts), strict=True):
             super().write(place, values)
         self._wait()
+        time.sleep(self._layer.peak_seconds)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -97,14 +103,14 @@ class GatheredStream(PipelinedStream):
 
 
 @contextlib.contextmanager
-def whole_layers() -> Iterator[None]:
+def whole_layers(peak_seconds: float = 0.0) -> Iterator[None]:
     """Make all loads in this process gather layers. Parameters belong together whose names differ in the last part."""
     layers: dict[tuple[StagingAccount, str], _Layer] = {}
 
     def stream(name: str, *args: Any, **kwargs: Any) -> Any:
         # One load has one account.
         account = next(value for value in args if isinstance(value, StagingAccount))
-        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer())
+        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds))
         return GatheredStream(layer, name, *args, **kwargs)
 
     with replaced(overlay_load, "PipelinedStream", stream):

@@ -57,7 +57,7 @@ def test_planned_peaks_are_within_two_percent_of_measured_ones(model, checkpoint
         found = simulated(model.planned(mode, checkpoint_folder))
         assert len(reports) == model.tp
         assert [real.final_bytes for real in reports] == pytest.approx([found.final] * model.tp, rel=1e-4), mode
-        # The highest of equal ranks: a peak between two samples, as whole layers have it, is not seen on each of them.
+        # The highest of equal ranks: a peak between two samples is not seen on each of them.
         assert found.peak == pytest.approx(max(real.memory.peak_above_start for real in reports), rel=0.02), mode
 
 
