@@ -77,7 +77,7 @@ class LoadJob:
         uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
             two loads agree on it; None leaves it as it is.
         staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.plan.layers``.
-        peak_seconds: how long a whole layer is kept when it is quantized, for its peak not to fall between two readings.
+        peak_seconds: how long a whole layer is kept once quantized, for its peak not to fall between readings.
         threads: of torch's, and so of streaming's; None leaves their number as it is.
         device: as ``--device``; :mod:`workbench.devices` has what else that asks for.
         graphs: whether CUDA graphs are captured, after loading and before weight updates, as a server does it.

@@ -7,6 +7,7 @@ documentation in it; what the series adds of those is new there.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from sglang_overlay import patches
 from workbench import environment, repository
 
 BRANCH = "release"
+_PLUGINS = {"SGLANG_PLUGINS": "streamfp8_cpu_reference,streamfp8_cpu"}
+"""The tree shadows the installed package; of the plugins only the CPU's platform is let in."""
 
 
 def installed() -> Path:
@@ -79,11 +82,13 @@ def patched_tree(release: str) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make a patched tree and print the folder to put on PYTHONPATH."""
+    """Make a patched tree and print the variables to run it with, a line each: NAME=VALUE."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("release")
     options = parser.parse_args(arguments)
-    print(patched_tree(options.release) / "python")
+    search_path = [str(patched_tree(options.release) / "python"), os.environ.get("PYTHONPATH", "")]
+    for name, value in {"PYTHONPATH": os.pathsep.join(filter(None, search_path)), **_PLUGINS}.items():
+        print(f"{name}={value}")
     return 0
 
 
