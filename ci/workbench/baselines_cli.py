@@ -32,7 +32,8 @@ def main(names: tuple[str, ...], refresh: bool, with_measured: bool, folder: Pat
 
     NAMES leave it at some: of a model (DeepSeek-V3), at a TP size (DeepSeek-V3-tp8), or in an order of files
     (DeepSeek-V3-tp8-sorted). Exit code 1 where a planned figure differs or a measured peak is higher; then there is a
-    table, and a chart of both timelines for each plan.
+    table, and a chart of both timelines for each plan. It is the newest release that plans and loads, unless the first
+    argument of all is --release RELEASE.
     """
     chosen = plans.published(names)
     if not chosen:

@@ -7,6 +7,7 @@
 5. Makes its patch series (`ci/make_patches`).
 6. Makes its environment, and has `python -m sglang_overlay check` look at the release itself.
 7. Runs the tests that have to pass with each release, as overlay and on the patched release.
+8. Makes its baselines (`ci/baseline`), half an hour for the largest models.
 
 Then it prints what to look at. With --compare-only it stops after the second step and changes nothing. The exit code
 is 0 where all that was done went well, whatever there is to look at.
@@ -178,6 +179,12 @@ def patches_made(release: str) -> bool:
     return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
 
 
+def baselines_made(release: str) -> bool:
+    """Plan the published models, load small ones for real, and keep what that took."""
+    command = [str(environment.CLONE / "ci" / "baseline"), "--release", release, "--refresh", "--measured"]
+    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
+
+
 def report(changes: Sequence[Change], before: str, after: str) -> str:
     """What a person has to look at in the hooked functions."""
     if not changes:
@@ -202,7 +209,7 @@ def previous(release: str, known: Sequence[str]) -> str:
 
 
 def take_on(release: str, package: Path, date: str) -> list[str]:
-    """Steps 3 to 7; what went wrong, a line each."""
+    """Steps 3 to 8; what went wrong, a line each."""
     enter(release, package, date)
     has_patches = patches_made(release)
     problems = [] if has_patches else [f"no patch series: ci/make_patches --release {release}"]
@@ -210,6 +217,8 @@ def take_on(release: str, package: Path, date: str) -> list[str]:
     for options in (("--tests-only", "--", *TESTS), *([("--patched",)] if has_patches else [])):
         if not tests_pass(release, *options):
             problems.append(f"tests fail: ci/test --release {release} {' '.join(options)}")
+    if not baselines_made(release):
+        problems.append(f"no baselines: ci/baseline --release {release} --refresh --measured")
     return problems
 
 
@@ -217,8 +226,8 @@ def to_do(release: str) -> str:
     """What is left to a person in any case."""
     return (
         f"Left to you: look at the differences above; set the date of {release} in {environment.RELEASES}; run "
-        f"ci/test --release {release}; add a row to docs/releases.md and what differs.\n"
-        f"Not done by this script, since the project has none yet: the baselines of {release}."
+        f"ci/test --release {release}, ci/peaks --release {release} and ci/plans; add a row to docs/releases.md and "
+        "what differs."
     )
 
 

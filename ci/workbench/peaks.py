@@ -3,8 +3,8 @@
     ci/peaks                    measures all releases, about two minutes each
     ci/peaks --release 0.5.19   measures this one anew; what is known of the others is kept
 
-Figures are kept in docs/peaks.json, and README.md's table is made of them. A release is measured in its own environment,
-by a process of its own that prints JSON.
+Figures are kept in docs/peaks.json, and README.md's table is made of them. A release is measured in its own
+environment, by a process of its own that prints JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
@@ -27,6 +27,8 @@ from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadFailed, LoadJob, LoadWorkers, compare
 
 Form = Literal["overlay", "patches"]
+Data = dict[str, dict[Form, list["Peak"]]]
+"""What is known, by release, the oldest first."""
 
 FORMS: tuple[Form, ...] = ("overlay", "patches")
 SPECS = tuple(CheckpointSpec(family, size="bench_2g", files=4) for family in ("qwen3_moe", "deepseek_v3"))
@@ -77,7 +79,7 @@ def measure(spec: CheckpointSpec, folder: Path) -> Peak:
     )
 
 
-def measured(release: str, form: Form, folder: Path) -> list[dict[str, Any]]:
+def measured(release: str, form: Form, folder: Path) -> list[Peak]:
     """`measure` of all models in a release's own environment.
 
     Raises:
@@ -91,8 +93,7 @@ def measured(release: str, form: Form, folder: Path) -> list[dict[str, Any]]:
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{release}, {form}, exit code {done.returncode}:\n{done.stderr[-4000:]}")
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return [Peak(**peak) for peak in json.loads(done.stdout.splitlines()[-1])]
 
 
 def _with_patches(python: Path, release: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -101,7 +102,7 @@ def _with_patches(python: Path, release: str, environ: Mapping[str, str]) -> dic
     return {**environ, **dict(line.split("=", 1) for line in done.stdout.splitlines())}
 
 
-def with_table(page: str, data: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
+def with_table(page: str, data: Data) -> str:
     """The page with its table made anew: a row for each release, a column for each form and model.
 
     Raises:
@@ -114,14 +115,29 @@ def with_table(page: str, data: Mapping[str, Mapping[str, Sequence[Mapping[str, 
     return page[:begin] + "\n" + "\n".join(lines) + "\n\n" + page[end:]
 
 
-def _cells(forms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+def _cells(forms: Mapping[Form, Sequence[Peak]]) -> Iterator[str]:
     for form in FORMS:
-        found = {peak["model"]: Peak(**peak) for peak in forms.get(form, ())}
+        found = {peak.model: peak for peak in forms.get(form, ())}
         yield from (_cell(found[model]) if model in found else "not measured" for model in TITLES)
 
 
 def _cell(peak: Peak) -> str:
     return f"{peak.of_model:.2f} ({peak.of_stock:.2f})" + ("" if peak.is_identical else ", differs from stock")
+
+
+def read(file: Path) -> Data:
+    """What was kept; nothing where there is no file yet."""
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {
+        release: {form: [Peak(**peak) for peak in peaks] for form, peaks in forms.items()}
+        for release, forms in stored.items()
+    }
+
+
+def keep(data: Data) -> None:
+    """Write the data and the page's table."""
+    DATA.write_text(json.dumps(data, indent=1, default=asdict) + "\n", encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
 
 
 @click.group(invoke_without_command=True, help=__doc__)
@@ -135,18 +151,18 @@ def main(context: click.Context, wanted: tuple[str, ...]) -> None:
     unknown = [name for name in wanted if name not in supported]
     if unknown:
         raise click.BadParameter(f"{unknown[0]} is not supported; these are: {', '.join(supported)}")
-    data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
+    data = read(DATA)
     with tempfile.TemporaryDirectory() as folder:
         for release in wanted or supported:
             data[release] = {form: _announced(release, form, Path(folder)) for form in FORMS}
             data = {name: data[name] for name in supported if name in data}
-            DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
-    if "differs" in PAGE.read_text(encoding="utf-8").partition(_BEGIN)[2].partition(_END)[0]:
-        raise click.ClickException("a load is not bit-identical to stock's: see the table")
+            keep(data)
+    differing = {name for name, forms in data.items() for peaks in forms.values() for p in peaks if not p.is_identical}
+    if differing:
+        raise click.ClickException(f"not bit-identical to stock: {', '.join(sorted(differing))}")
 
 
-def _announced(release: str, form: Form, folder: Path) -> list[dict[str, Any]]:
+def _announced(release: str, form: Form, folder: Path) -> list[Peak]:
     found = measured(release, form, folder)
     for peak in found:
         click.echo(f"{release}, {form}: {peak}")
