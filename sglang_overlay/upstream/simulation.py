@@ -27,7 +27,7 @@ FIRST_RELEASE = "0.5.21"
 """The first in which arguments, ranks and groups are set up by functions of their own (``runtime_context``)."""
 
 
-class UnplannableReleaseError(StreamFP8Error):
+class UnsimulatedReleaseError(StreamFP8Error):
     """The installed SGLang cannot be made one rank of many in one process."""
 
 
@@ -92,13 +92,13 @@ def simulated_rank(
         server_args: further fields of SGLang's ``ServerArgs``.
 
     Raises:
-        UnplannableReleaseError: the installed SGLang is too old.
+        UnsimulatedReleaseError: the installed SGLang is too old.
     """
     if not can_simulate():
-        raise UnplannableReleaseError(
-            f"SGLang {releases.installed()} sets a rank's configuration and groups up in another way than the planner "
-            f"knows, which is that of SGLang {FIRST_RELEASE} and later. Plan with one of those: what a load needs "
-            "hardly differs from release to release"
+        raise UnsimulatedReleaseError(
+            f"SGLang {releases.installed()} sets a rank's configuration and groups up in another way than is known "
+            f"here, which is that of SGLang {FIRST_RELEASE} and later. Plan and export with one of those: neither what "
+            "a load needs nor what it makes differs much from release to release"
         )
     from sglang.srt import runtime_context
     from sglang.srt.configs.load_config import LoadConfig

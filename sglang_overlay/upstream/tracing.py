@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,15 @@ from sglang_overlay.core.capture import WriteCapture, storage_key
 from sglang_overlay.core.placeholders import set_loader, twin
 from sglang_overlay.core.regions import Box, Placement
 from sglang_overlay.core.sources import CheckpointSources
-from sglang_overlay.errors import ExportError, StreamFP8Error, UnsupportedWriteError
+from sglang_overlay.errors import ExportError, UnsupportedWriteError
+from sglang_overlay.plan.job import Layout
 from sglang_overlay.schemes.choice import SchemeChoice
 from sglang_overlay.settings import Settings
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.load import under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad
 from sglang_overlay.upstream.plan import LayerPlan
+from sglang_overlay.upstream.simulation import simulated_rank
 
 aten = torch.ops.aten
 
@@ -78,16 +79,17 @@ def trace(folder: Path, schemes: SchemeChoice, server_args: Mapping[str, Any]) -
     from sglang.srt.model_loader import loader
     from sglang.srt.model_loader.utils import set_default_torch_dtype
 
-    with _lone_rank(folder, server_args) as (model_config, load_config):
+    with simulated_rank(folder, Layout(), 0, server_args) as rank:
         load = _TracedLoad(schemes)
-        config = loader._get_quantization_config(model_config, load_config)
-        with contextlib.closing(load), under_way(load), set_default_torch_dtype(model_config.dtype), torch.no_grad():
+        config = loader._get_quantization_config(rank.model_config, rank.load_config)
+        dtype = set_default_torch_dtype(rank.model_config.dtype)
+        with contextlib.closing(load), under_way(load), dtype, torch.no_grad():
             with torch.device("meta"):
-                model = loader._initialize_model(model_config, load_config, config)
-            tensors = loader.DefaultModelLoader(load_config)._get_all_weights(model_config, model)
+                model = loader._initialize_model(rank.model_config, rank.load_config, config)
+            tensors = loader.DefaultModelLoader(rank.load_config)._get_all_weights(rank.model_config, model)
             with load.provenance:
                 model.load_weights(tensors)
-    load.trace.architecture = ", ".join(model_config.hf_config.architectures or [])
+    load.trace.architecture = rank.architecture
     return load.trace
 
 
@@ -217,50 +219,3 @@ class _Sink:
 def _described(parts: Sequence[tuple[str, int]], source: torch.Tensor) -> str:
     made = " and ".join(name for name, _ in parts) or "something computed from checkpoint tensors"
     return f"{made}, of shape {tuple(source.shape)},"
-
-
-@contextlib.contextmanager
-def _lone_rank(folder: Path, more: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """SGLang's configurations of the one rank of a server on the CPU, which this process is meanwhile."""
-    from sglang.srt import runtime_context
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import bootstrap, parallel_state
-    from sglang.srt.layers import moe
-    from sglang.srt.layers.quantization import fp8_utils
-    from sglang.srt.server_args import ServerArgs
-
-    if not hasattr(bootstrap, "init_parallel_runtime"):
-        raise StreamFP8Error("this SGLang is too old to export with: use 0.5.21 or newer")
-    arguments = ServerArgs(
-        model_path=str(folder),
-        device="cpu",
-        quantization="fp8",
-        skip_tokenizer_init=True,
-        cuda_graph_backend_decode="disabled",
-        cuda_graph_backend_prefill="disabled",
-        log_level="error",
-        **more,
-    )
-    ranks = runtime_context.SpawnRanks(
-        world_rank=runtime_context.spawn_world_rank(arguments, tp_rank=0, pp_rank=0), gpu_id=0
-    )
-    runtime_context.publish(arguments, role="scheduler", ranks=ranks)
-    moe.initialize_moe_config()
-    fp8_utils.initialize_fp8_gemm_config()
-    try:
-        model_config = ModelConfig.from_server_args(arguments)
-        bootstrap.init_parallel_runtime(server_args=arguments, device="cpu", dist_port=_free_port())
-        bootstrap.init_layer_runtime(model_config=model_config)
-        yield model_config, LoadConfig()
-    finally:
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
-        runtime_context.reset_context()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
