@@ -54,7 +54,7 @@ class BuildWithPatches(build_py):
 
 
 class ReproducibleSdist(sdist):
-    """With ``SOURCE_DATE_EPOCH`` set, the same files give the same archive: order, times, owners and modes are fixed."""
+    """With ``SOURCE_DATE_EPOCH`` set, the same files give the same archive: one order, time, owner and set of modes."""
 
     def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):  # noqa: A002
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
@@ -62,11 +62,15 @@ class ReproducibleSdist(sdist):
             return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
         target = Path(f"{base_name}.tar.gz")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as raw, gzip.GzipFile("", "wb", mtime=int(epoch), fileobj=raw) as packed:
-            with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                for file in sorted(path for path in Path(root_dir or ".", base_dir).rglob("*") if path.is_file()):
-                    name = file.relative_to(root_dir or ".").as_posix()
-                    archive.add(file, name, filter=lambda member: _anonymous(member, int(epoch)))
+        root = Path(root_dir or ".")
+        with (
+            target.open("wb") as raw,
+            gzip.GzipFile("", "wb", mtime=int(epoch), fileobj=raw) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for file in sorted(path for path in (root / base_dir).rglob("*") if path.is_file()):
+                name = file.relative_to(root).as_posix()
+                archive.add(file, name, filter=lambda member: _anonymous(member, int(epoch)))
         return str(target)
 
 

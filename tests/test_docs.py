@@ -80,7 +80,16 @@ def test_every_trap_names_a_test():
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/adding.md"])
 def test_names_in_code_are_those_of_the_code(page):
     """Where to add something is said by constants, classes and functions; they exist under these names."""
-    wanted = {"BUILT_IN", "STREAMED_LOADERS", "ABSORBED", "Place", "TouchPoint", "SerializedPlan", "without", "built_in"}
+    wanted = {
+        "BUILT_IN",
+        "STREAMED_LOADERS",
+        "ABSORBED",
+        "Place",
+        "TouchPoint",
+        "SerializedPlan",
+        "without",
+        "built_in",
+    }
     code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("sglang_overlay/**/*.py"))
     named = wanted.intersection(spans(ROOT / page))
     assert named

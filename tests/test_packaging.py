@@ -76,6 +76,37 @@ def test_metadata_names_the_pythons_that_releases_run_on(archives):
     assert stated["Version"] == sglang_overlay.__version__ == metadata.version("sglang-streamfp8")
 
 
+def test_wheel_installs_and_its_command_runs(archives, tmp_path):
+    """Without an index, beside the packages that are here already, as `pip install` does it."""
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=tree, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps", str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": metadata.distribution("click").locate_file("").as_posix()}
+    place = (
+        "import sglang_overlay, sglang_overlay.patches as p; print(sglang_overlay.__file__, p.files_of('0.5.23')[0])"
+    )
+    for code, expected in (
+        (["-m", "sglang_overlay", "--version"], "sglang-streamfp8"),
+        (["-c", place], "patch_series"),
+    ):
+        done = subprocess.run(
+            [str(python), *code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        )
+        assert expected in done.stdout
+
+
+def test_extra_brings_the_newest_supported_release():
+    wanted = [line for line in metadata.requires("sglang-streamfp8") if "extra == 'sglang'" in line.replace('"', "'")]
+    assert [line.partition(";")[0].strip() for line in wanted] == [f"sglang=={releases.supported()[-1]}"]
+
+
 def version_of(text: str) -> tuple[int, ...]:
     """``>=3.10`` as (3, 10)."""
     return tuple(int(number) for number in text.removeprefix(">=").split("."))

@@ -29,13 +29,15 @@ def on_files(files: Files, config: Any) -> Files:
 
     for source, target in TOP_PAGES.items():
         files.append(File.generated(config, target, content=(CLONE / source).read_text(encoding="utf-8")))
-    linked = {path for file in files.documentation_pages() for path in outside(file.content_string, place(file.src_uri))}
+    linked = {
+        path for file in files.documentation_pages() for path in outside(file.content_string, place(file.src_uri))
+    }
     for path in sorted(linked):
         files.append(File.generated(config, f"{PUBLISHED}/{path}", abs_src_path=str(CLONE / path)))
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Turn links between files of the repository into links between files of the site."""
     return rewritten(markdown, place(page.file.src_uri), page.file.src_uri)
 
@@ -48,7 +50,9 @@ def place(page: str) -> str:
 def outside(markdown: str, source: str) -> list[str]:
     """Files of the repository that a page links to and that are no part of the site otherwise."""
     found = (resolved(link, source) for _, link, _ in _LINK.findall(markdown))
-    return [path for path in found if not path.startswith("docs/") and path not in TOP_PAGES and (CLONE / path).is_file()]
+    return [
+        path for path in found if not path.startswith("docs/") and path not in TOP_PAGES and (CLONE / path).is_file()
+    ]
 
 
 def rewritten(markdown: str, source: str, page: str) -> str:
