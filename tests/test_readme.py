@@ -74,7 +74,12 @@ def is_light(command: str) -> bool:
 
 
 def runner_of(part: str) -> str | None:
-    return next((runner for start, runner in ELSEWHERE.items() if part.startswith(start)), None)
+    return next((runner for start, runner in ELSEWHERE.items() if begins(part, start)), None)
+
+
+def begins(part: str, start: str) -> bool:
+    """Whether these are the first words of a command, or a setting of that name."""
+    return part.startswith(start) and (start.endswith("=") or part[len(start) : len(start) + 1] in ("", " "))
 
 
 def runs(runner: str, start: str) -> bool:
