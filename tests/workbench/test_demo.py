@@ -138,7 +138,7 @@ def test_command_serves_a_checkpoint_both_ways(checkpoint, tmp_path: Path) -> No
         str(tmp_path),
     ]
     path = os.pathsep.join([str(demo.environment.CLONE / "ci"), str(demo.environment.CLONE)])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (results,) = tmp_path.rglob("results.json")
     (found,) = json.loads(results.read_text())
