@@ -1,11 +1,15 @@
 """Packaging of sglang-streamfp8; tool configuration is in pyproject.toml."""
 
+import gzip
 import json
+import os
 import shutil
+import tarfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 RELEASES = json.loads((ROOT / "sglang_overlay" / "upstream" / "releases.json").read_text(encoding="utf-8"))["supported"]
@@ -49,21 +53,55 @@ class BuildWithPatches(build_py):
             shutil.copytree(series.parent, target, dirs_exist_ok=True)
 
 
+class ReproducibleSdist(sdist):
+    """With ``SOURCE_DATE_EPOCH`` set, the same files give the same archive: one order, time, owner and set of modes."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):  # noqa: A002
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+        target = Path(f"{base_name}.tar.gz")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(root_dir or ".")
+        with (
+            target.open("wb") as raw,
+            gzip.GzipFile("", "wb", mtime=int(epoch), fileobj=raw) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for file in sorted(path for path in (root / base_dir).rglob("*") if path.is_file()):
+                name = file.relative_to(root).as_posix()
+                archive.add(file, name, filter=lambda member: _anonymous(member, int(epoch)))
+        return str(target)
+
+
+def _anonymous(member: tarfile.TarInfo, time: int) -> tarfile.TarInfo:
+    mode = 0o755 if member.mode & 0o100 else 0o644
+    return member.replace(mtime=time, mode=mode, uid=0, gid=0, uname="", gname="", deep=False)
+
+
 setup(
     name="sglang-streamfp8",
     version="0.1.0",
     description="Load bf16 checkpoints into SGLang as FP8, tensor by tensor, within the FP8 model's own memory",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The sglang-streamfp8 contributors",
+    project_urls={
+        "SGLang": "https://github.com/sgl-project/sglang",
+        "The problem, upstream": "https://github.com/sgl-project/sglang/issues/2895",
+        "Work on it, upstream": "https://github.com/sgl-project/sglang/pull/17945",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["sglang", "fp8", "quantization", "llm", "inference", "model loading"],
+    keywords=["sglang", "fp8", "quantization", "llm", "inference", "serving", "memory", "model loading", "moe"],
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Environment :: Plugins",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
@@ -73,7 +111,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["sglang_overlay", "sglang_overlay.*"]),
     package_data={"sglang_overlay": ["py.typed", "**/*.json"]},
-    cmdclass={"build_py": BuildWithPatches},
+    cmdclass={"build_py": BuildWithPatches, "sdist": ReproducibleSdist},
     install_requires=RUNTIME,
     extras_require={
         "chart": CHART,

@@ -1,10 +1,13 @@
-"""What the demo makes of two trials; the servers themselves are tried by running it."""
+"""What the demo makes of two trials, and one run of it with real servers."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,25 @@ def test_streaming_must_be_as_accurate_as_stock(
     )
     assert other.is_less_accurate is less
     assert json.loads(demo.facts_of([other]))[0]["streaming"]["accuracy"] == streaming
+
+
+@pytest.mark.server
+def test_command_serves_a_checkpoint_both_ways(checkpoint, tmp_path: Path) -> None:
+    """As `ci/demo --model` does it, in the environment that the tests run in."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "workbench.demo",
+        "--model",
+        str(checkpoint("qwen3")),
+        "--out",
+        str(tmp_path),
+    ]
+    path = os.pathsep.join([str(demo.environment.CLONE / "ci"), str(demo.environment.CLONE)])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (results,) = tmp_path.rglob("results.json")
+    (found,) = json.loads(results.read_text())
+    assert found["answers_equal"]
+    assert found["streaming"]["seconds"] > 0

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command that README and the first pages of docs/ show: run here, or tied to the test that runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from workbench import patched, series
+
+from sglang_overlay.observe.memory import MemoryUsage
+from sglang_overlay.observe.report import LoadReport, StagingUsage, UnitCounts, summary_line, write
+from sglang_overlay.upstream.simulation import FIRST_RELEASE, can_simulate
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/index.md", "docs/use.md")
+OUTPUT = ("StreamFP8: ", "Quantizing weights to FP8: ")
+"""How lines of code blocks begin that are no commands."""
+
+ELSEWHERE = {
+    "pip install": "tests/test_packaging.py::test_wheel_installs_and_its_command_runs",
+    "python -m sglang.launch_server": "tests/upstream/test_server.py::"
+    "test_server_streams_and_answers_and_leaves_nothing_behind",
+    "SGLANG_STREAMFP8_REPORT=": "tests/upstream/test_server.py::"
+    "test_server_streams_and_answers_and_leaves_nothing_behind",
+    "SGLANG_STREAMFP8=0": "tests/upstream/test_plugin.py::test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone",
+    "SGLANG_STREAMFP8=require": "tests/upstream/test_server.py::"
+    "test_server_streams_and_answers_and_leaves_nothing_behind",
+    "SGLANG_STREAMFP8_SCHEME=": "tests/upstream/test_schemes.py::"
+    "test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint",
+    "python -m sglang_overlay run": "tests/upstream/test_launch.py::test_one_batch_benchmark_streams",
+    "ci/bench": "tests/workbench/test_bench.py::test_command_measures_writes_and_leaves_no_checkpoint_behind",
+    "ci/demo": "tests/workbench/test_demo.py::test_command_serves_a_checkpoint_both_ways",
+    "ci/gpu_check": "tests/workbench/test_gpu_check.py::test_rehearsal_runs_all_steps_in_processes_of_their_own",
+    "ci/gpu_wheels": "tests/workbench/test_gpu_wheels.py::test_what_is_collected_is_packed_with_what_it_is_for",
+    "ci/peaks": "tests/workbench/test_peaks.py::test_readme_shows_what_is_kept_and_nothing_else",
+    "ci/docs": ".github/workflows/pull-request.yml",
+    "ci/test": ".ci/run",
+}
+"""What is too heavy to be run here, by how it begins, and the test or script that runs it."""
+
+SIZES = (("hidden_size", 256), ("intermediate_size", 1024), ("num_attention_heads", 8), ("num_key_value_heads", 8))
+"""What can be cut into blocks of 128, and into 8 ranks."""
+
+
+def code_lines(page: str) -> list[str]:
+    """Lines of a page's code blocks, which are indented."""
+    blocks = re.findall(r"(?:^\n|\A)((?:^    .+\n)+)", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [line.strip() for block in blocks for line in block.splitlines()]
+
+
+def commands() -> list[str]:
+    """Each command once, those in the text included."""
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    inline = re.findall(r"(?<!`)`((?:python -m|pip|ci/\w)[^`\n]*)`(?!`)", text)
+    shown = [line for page in PAGES for line in code_lines(page) if not line.startswith(OUTPUT)]
+    return list(dict.fromkeys([*shown, *inline]))
+
+
+def parts_of(command: str) -> list[str]:
+    """Settings of a command and the command itself."""
+    settings = re.match(r"(?:[A-Z_0-9]+=\S* )*", command)[0]
+    return [*settings.split(), command.removeprefix(settings)]
+
+
+def is_light(command: str) -> bool:
+    return command.startswith("python -m sglang_overlay ") and not command.startswith("python -m sglang_overlay run ")
+
+
+def runner_of(part: str) -> str | None:
+    return next((runner for start, runner in ELSEWHERE.items() if begins(part, start)), None)
+
+
+def begins(part: str, start: str) -> bool:
+    """Whether these are the first words of a command, or a setting of that name."""
+    return part.startswith(start) and (start.endswith("=") or part[len(start) : len(start) + 1] in ("", " "))
+
+
+def runs(runner: str, start: str) -> bool:
+    """Whether a test of that name exists, or a script has a line or a step with the command."""
+    file, _, test = runner.partition("::")
+    text = (ROOT / file).read_text(encoding="utf-8")
+    pattern = rf"^def {test}\(" if test else rf"^\s*(- )?(run: )?{re.escape(start)}\b"
+    return re.search(pattern, text, flags=re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if not is_light(command)])
+def test_heavy_command_is_run_elsewhere(command):
+    unknown = [part for part in parts_of(command) if runner_of(part) is None]
+    assert not unknown, f"no test is known to run {unknown}: enter one in ELSEWHERE"
+
+
+@pytest.mark.parametrize("start", ELSEWHERE)
+def test_what_runs_a_heavy_command_is_there(start):
+    assert runs(ELSEWHERE[start], start)
+
+
+@pytest.fixture
+def places(checkpoint, tmp_path):
+    """What stands for the placeholders in commands. Folders of reports are where commands expect them."""
+    load = LoadReport("0.5.23", "0.1.0", "m", "auto", "stock", 2.0, MemoryUsage("RssAnon", 0, 9, 5, ((0.0, 0),)), 5)
+    for name, mode in (("stock", "stock"), ("reports", "streaming")):
+        write(replace(load, mode=mode), tmp_path / name)
+    for path, text in series.touched(patched.installed()).items():
+        file = tmp_path / "sglang" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    model = checkpoint("qwen3", overrides=SIZES)
+    return {
+        "<bf16 checkpoint>": model,
+        "<folder or config.json>": model,
+        "<folder of reports>": "reports",
+        "<new folder>": "exported",
+        "<tree of SGLang>": "sglang",
+    }
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if is_light(command)])
+def test_light_command_runs(command, places, tmp_path):
+    if re.search(r" (plan|export) ", command) and not can_simulate():
+        pytest.skip(f"needs SGLang {FIRST_RELEASE} or newer")
+    for placeholder, value in places.items():
+        command = command.replace(placeholder, shlex.quote(str(value)))
+    assert "<" not in command, "a placeholder that `places` does not know"
+    before = set(tmp_path.rglob("*"))
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in re.findall(r"--(?:png|out) (\S+)", command):
+        assert (tmp_path / name) in set(tmp_path.rglob("*")) - before
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user types it, with this Python."""
+    _, *arguments = shlex.split(command)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**clean, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/use.md"])
+def test_line_of_the_log_is_as_it_is_logged(page):
+    (shown,) = [line for line in code_lines(page) if re.match(r"StreamFP8: \d", line)]
+    usage = MemoryUsage("RssAnon", 0, 589_000_000, 0, ((0.0, 0),))
+    load = LoadReport("0.5.23", "0.1.0", "m", "auto", "streaming", 4.6, usage, 547_000_000)
+    logged = summary_line(replace(load, units=UnitCounts(670, 600), staging=StagingUsage(0)))
+    assert shape(shown) == shape(logged)
+
+
+def test_counts_of_architectures_are_those_of_the_sweep():
+    counted = re.search(r"^\d+ architectures: .*$", (ROOT / "docs" / "families.md").read_text(), re.MULTILINE)[0]
+    shown = re.search(r"\[(\d+ architectures)\].*?: (.*?), none differs", (ROOT / "README.md").read_text(), re.DOTALL)
+    parts = [shown[1], *(re.sub(r" \(.*", "", part, flags=re.DOTALL) for part in shown[2].split(", "))]
+    assert len(parts) == 4
+    assert [part for part in parts if not re.search(rf"\b{part}\b", counted)] == []
+
+
+def shape(line: str) -> str:
+    """A line without its numbers."""
+    return re.sub(r"[\d.]+", "0", line).replace("layers", "layer")
