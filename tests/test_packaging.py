@@ -86,8 +86,9 @@ def test_wheel_installs_and_its_command_runs(archives, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True, timeout=120)
     python = tmp_path / "venv" / "bin" / "python"
-    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps", str(wheel)]
-    subprocess.run(pip, check=True, capture_output=True, timeout=120)
+    # Isolated, or pip finds a clone on PYTHONPATH installed already.
+    pip = [str(python), "-I", "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, timeout=120)
     environment = {**os.environ, "PYTHONPATH": metadata.distribution("click").locate_file("").as_posix()}
     place = (
         "import sglang_overlay, sglang_overlay.patches as p; print(sglang_overlay.__file__, p.files_of('0.5.23')[0])"
