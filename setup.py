@@ -17,6 +17,7 @@ RELEASES = json.loads((ROOT / "sglang_overlay" / "upstream" / "releases.json").r
 # torch is left out on purpose: SGLang pins the build it was compiled for, and a second pin here could only replace it.
 RUNTIME = [
     "click>=8.1",
+    "jinja2>=3.1",
     "packaging>=23",
     "psutil>=5.9",
     "rich>=13",
@@ -110,7 +111,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["sglang_overlay", "sglang_overlay.*"]),
-    package_data={"sglang_overlay": ["py.typed", "**/*.json"]},
+    package_data={"sglang_overlay": ["py.typed", "**/*.json", "**/*.j2"]},
     cmdclass={"build_py": BuildWithPatches, "sdist": ReproducibleSdist},
     install_requires=RUNTIME,
     extras_require={
@@ -120,6 +121,7 @@ setup(
         "test": TEST + CHART,
     },
     entry_points={
+        "console_scripts": ["sglang-streamfp8 = sglang_overlay.cli:main"],
         "sglang.srt.platforms": [
             "streamfp8_cpu = sglang_overlay.cpu_reference.plugin:platform",
         ],

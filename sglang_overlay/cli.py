@@ -16,13 +16,9 @@ from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import MODES, ORDERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from sglang_overlay.observe.chart import Curve
-    from sglang_overlay.observe.report import LoadReport
-
-    Loads = Sequence[LoadReport]
-    Named = tuple[str, Loads]
+    from sglang_overlay.observe.folders import Named
 
 Result = TypeVar("Result")
 
@@ -138,32 +134,62 @@ def patch(tree: Path, release: str | None) -> None:
     click.echo(f"{tree} is SGLang {applied} with streaming fp8 loading built in.")
 
 
+def _print_schema(context: click.Context, _option: click.Parameter, wanted: bool) -> None:  # noqa: FBT001
+    if not wanted:
+        return
+    from sglang_overlay.observe.report import SCHEMA_FILE
+
+    click.echo(SCHEMA_FILE.read_text(encoding="utf-8"), nl=False)
+    context.exit()
+
+
 @main.command(short_help="What did loads cost?")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("other_folder", required=False, type=click.Path(path_type=Path))
-@click.option("--png", type=click.Path(path_type=Path), help="Draw memory over time into this file.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write one page with all of it.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw memory over time into this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the reports and their comparison as JSON.")
-def report(folder: Path, other_folder: Path | None, png: Path | None, as_json: bool) -> None:  # noqa: FBT001
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON Schema of a report, and nothing else.",
+)
+def report(folder: Path, other_folder: Path | None, html: Path | None, png: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Show the load reports in FOLDER, or compare those in FOLDER and OTHER_FOLDER.
 
     A server writes them when SGLANG_STREAMFP8_REPORT names a folder. Of two folders, the one with stock loads is
     what the other is compared with. Peaks are above the memory at the start of the load.
 
     \b
+    Exit codes:
+      0  shown
+      1  there are no reports, or one cannot be read, or a file cannot be written
+
+    \b
     Examples:
       python -m sglang_overlay report reports
+      python -m sglang_overlay report stock reports --html report.html
       python -m sglang_overlay report stock reports --png memory.png
       python -m sglang_overlay report stock reports --json | jq .comparison
+      python -m sglang_overlay report --schema > load-report.schema.json
     """
-    named = _or_exit(lambda: _read([folder] if other_folder is None else [folder, other_folder]))
+    from sglang_overlay.observe.folders import read_folders
+
+    named = _or_exit(lambda: read_folders([folder] if other_folder is None else [folder, other_folder]))
+    if html is not None:
+        _or_exit(lambda: _write_page(named, html))
     if png is not None:
         _or_exit(lambda: _draw(named, png))
     if as_json:
         click.echo(json.dumps(_as_json(named), indent=2))
         return
     _print(named)
-    if png is not None:
-        click.echo(f"\nmemory over time: {png}")
+    for what, file in (("page", html), ("memory over time", png)):
+        if file is not None:
+            click.echo(f"\n{what}: {file}")
 
 
 @main.command("plan", short_help="Will a model load, and with what peak?")
@@ -250,24 +276,15 @@ def _or_exit(work: Callable[[], Result]) -> Result:
         raise click.ClickException(str(error)) from error
 
 
-def _read(folders: list[Path]) -> list[Named]:
-    from sglang_overlay.observe.compare import stock_first
-    from sglang_overlay.observe.report import read_folder
-
-    named: list[Named] = [(str(folder), read_folder(folder)) for folder in folders]
-    if len(named) == 2 and not stock_first(named[0][1], named[1][1]):
-        named.reverse()
-    return named
-
-
 def _print(named: list[Named]) -> None:
     from sglang_overlay.observe import terminal
+    from sglang_overlay.observe.folders import subject
 
     out = terminal.console()
     for index, (name, loads) in enumerate(named):
         if index:
             out.print()
-        terminal.print_reports(out, f"{name}: {_subject(loads)}", loads)
+        terminal.print_reports(out, f"{name}: {subject(loads)}", loads)
     if len(named) == 2:
         out.print()
         terminal.print_comparison(out, (named[0][0], named[1][0]), named[0][1], named[1][1])
@@ -281,6 +298,8 @@ def _as_json(named: list[Named]) -> dict[str, Any]:
 
     pairs = pair_up(named[0][1], named[1][1]) if len(named) == 2 else []
     return {
+        "schema": "sglang-streamfp8/reports",
+        "version": 1,
         "folders": [{"folder": name, "reports": [to_json(load) for load in loads]} for name, loads in named],
         "comparison": [
             {
@@ -296,28 +315,12 @@ def _as_json(named: list[Named]) -> dict[str, Any]:
 
 def _draw(named: list[Named], file: Path) -> Path:
     from sglang_overlay.observe import chart
+    from sglang_overlay.observe.folders import curves, subject
 
-    return chart.draw(_curves(named), file, f"Memory while loading {_subject(named[0][1])}")
-
-
-def _curves(named: list[Named]) -> list[Curve]:
-    """A curve for each mode and role of each folder, named by the folder too where modes alone would not do."""
-    from sglang_overlay.observe.chart import Curve
-
-    groups: dict[tuple[str, str, str], list[LoadReport]] = {}
-    for name, loads in named:
-        for load in loads:
-            groups.setdefault((name, load.mode, load.role), []).append(load)
-    kinds = [(mode, role) for _, mode, role in groups]
-    curves = []
-    for (name, mode, role), loads in groups.items():
-        label = mode if role == "target" else f"{mode}, {role} model"
-        curves.append(Curve(label if kinds.count((mode, role)) == 1 else f"{name} ({label})", tuple(loads)))
-    return curves
+    return chart.draw(curves(named), file, f"Memory while loading {subject(named[0][1])}")
 
 
-def _subject(loads: Loads) -> str:
-    """What was loaded, by what: 'qwen3-moe, SGLang 0.5.23'."""
-    models = dict.fromkeys(Path(load.model_path).name for load in loads)
-    found = dict.fromkeys(load.release for load in loads)
-    return f"{', '.join(models)}, SGLang {', '.join(found)}"
+def _write_page(named: list[Named], file: Path) -> Path:
+    from sglang_overlay.observe import page
+
+    return page.write(named, file)

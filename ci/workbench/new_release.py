@@ -32,7 +32,7 @@ from packaging.version import Version
 
 from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
 from sglang_overlay.upstream import sources
-from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.upstream.catalogue import STREAMING, TELLING
 from sglang_overlay.upstream.touch_point import PointState, State, TouchPoint
 from workbench import environment
 
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = previous(options.release, environment.supported())
     package = fetch(options.release)
-    changes = compare(fetch(before), package, (*STREAMING, *TOUCH_POINTS))
+    changes = compare(fetch(before), package, (*STREAMING, *TELLING, *TOUCH_POINTS))
     problems = [f"{change.target}: {change.problem}" for change in changes if change.problem]
     if not options.compare_only:
         problems += take_on(options.release, package, options.date)

@@ -8,8 +8,6 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -59,6 +57,8 @@ def is_wanted() -> bool:
 
 def has_accelerator() -> bool:
     """Whether torch sees a device SGLang has a platform for (CUDA, ROCm, XPU, NPU, MUSA, MPS)."""
+    import torch
+
     kinds = (getattr(torch, name, None) for name in ("cuda", "xpu", "npu", "musa", "mps"))
     return any(kind is not None and kind.is_available() for kind in kinds)
 

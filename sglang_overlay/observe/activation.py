@@ -66,6 +66,7 @@ class Activation:
     report_folder: str | None
     streaming: tuple[Hook, ...]
     cpu_reference: tuple[Hook, ...]
+    telling: tuple[Hook, ...]
     problems: tuple[str, ...]
     messages: tuple[str, ...]
     notes: tuple[str, ...] = NOTES
@@ -88,24 +89,24 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
     if built_in.streams_itself():
         return _stands_aside(mode, folder, problems)
     problems += _installation_problems(environ)
-    streaming: tuple[Hook, ...] = ()
-    cpu_reference: tuple[Hook, ...] = ()
+    hooks = _Hooks()
     messages: list[str] = []
     # With an invalid setting the plugin refuses to start, so there is nothing to look at yet.
     if mode is not None and importlib.util.find_spec("sglang") is not None:
         # Whatever SGLang prints while it is imported must not end up inside --json.
         with contextlib.redirect_stdout(sys.stderr), _heard(messages):
             problems += _load_plugins()
-            streaming, cpu_reference = _hooks()
+            hooks = _hooks()
     if not problems:
-        problems += _hook_problems(streaming, messages)
+        problems += _hook_problems(hooks.streaming, messages)
     return Activation(
         release=releases.installed(),
         supported=releases.supported(),
         mode=mode,
         report_folder=folder,
-        streaming=streaming,
-        cpu_reference=cpu_reference,
+        streaming=hooks.streaming,
+        cpu_reference=hooks.cpu_reference,
+        telling=hooks.telling,
         problems=tuple(problems),
         messages=tuple(messages),
         notes=(releases.untested_note(), *NOTES) if releases.is_untested() and not problems else NOTES,
@@ -121,6 +122,7 @@ def _stands_aside(mode: str | None, folder: str | None, problems: Sequence[str])
         report_folder=folder,
         streaming=(),
         cpu_reference=(),
+        telling=(),
         problems=tuple(problems),
         messages=(),
         notes=(built_in.NOTE[:1].upper() + built_in.NOTE[1:],),
@@ -173,11 +175,20 @@ def _load_plugins() -> list[str]:
     return []
 
 
-def _hooks() -> tuple[tuple[Hook, ...], tuple[Hook, ...]]:
+@dataclass(frozen=True)
+class _Hooks:
+    """All touch points, by what they are for."""
+
+    streaming: tuple[Hook, ...] = ()
+    cpu_reference: tuple[Hook, ...] = ()
+    telling: tuple[Hook, ...] = ()
+
+
+def _hooks() -> _Hooks:
     from sglang_overlay.cpu_reference import catalogue as cpu_reference
     from sglang_overlay.upstream import catalogue as upstream
 
-    return _states(upstream.STREAMING), _states(cpu_reference.TOUCH_POINTS)
+    return _Hooks(_states(upstream.STREAMING), _states(cpu_reference.TOUCH_POINTS), _states(upstream.TELLING))
 
 
 def _states(points: Iterable[TouchPoint]) -> tuple[Hook, ...]:

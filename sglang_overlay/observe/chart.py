@@ -39,7 +39,12 @@ class Curve:
     @property
     def peak(self) -> int:
         """Highest peak above start among the loads, in bytes."""
-        return max(report.memory.peak_above_start for report in self.reports)
+        return self.highest.memory.peak_above_start
+
+    @property
+    def highest(self) -> LoadReport:
+        """The load with that peak: it decides whether the model fits."""
+        return max(self.reports, key=lambda report: report.memory.peak_above_start)
 
 
 def draw(curves: Sequence[Curve], file: Path | str, title: str) -> Path:
@@ -101,8 +106,8 @@ def _figure(curves: Sequence[Curve], title: str) -> Any:
 
 
 def _draw_curve(axes: Any, curve: Curve, colour: str) -> None:
-    """All ranks as lines; the one with the highest peak stands out, because it decides whether the model fits."""
-    highest = max(curve.reports, key=lambda report: report.memory.peak_above_start)
+    """All ranks as lines; the one with the highest peak stands out."""
+    highest = curve.highest
     for report in curve.reports:
         if report is not highest:
             axes.plot(*_points(report), color=colour, linewidth=1.0, alpha=0.5, zorder=3)

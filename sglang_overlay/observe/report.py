@@ -25,6 +25,8 @@ SCHEMA = "sglang-streamfp8/load-report"
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("load_report.schema.json")
 _PATTERN = "load-*.json"
+# Fields that the first reports of this version had not; a reader takes their default where they are missing.
+_ADDED = types.MappingProxyType({"added": True})
 
 Mode = Literal["stock", "streaming"]
 Role = Literal["target", "draft"]
@@ -80,17 +82,39 @@ class LayerNote:
 
 
 @dataclass(frozen=True)
+class LayerFigures:
+    """What one streamed layer was on this rank.
+
+    layer: its name in the model
+    units: quantization units
+    direct: of those, how many needed no staging memory
+    bytes: of its quantized weights and their scales
+    first_seconds: since the load began, when its first unit was quantized
+    last_seconds: likewise its last; both 0 where what was read was quantized already
+    """
+
+    layer: str
+    units: int
+    direct: int
+    bytes: int
+    first_seconds: float = 0.0
+    last_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerCounts:
     """Layers of this rank that fp8 quantization applies to.
 
     streamed: how many were quantized unit by unit
     deferred: kept in high precision until upstream was done with them, then quantized (MLA's kv_b_proj)
     fallback: loaded the way stock SGLang does
+    figures: of each streamed layer, in the order they were finished
     """
 
     streamed: int = 0
     deferred: tuple[LayerNote, ...] = ()
     fallback: tuple[LayerNote, ...] = ()
+    figures: tuple[LayerFigures, ...] = field(default=(), metadata=_ADDED)
 
 
 @dataclass(frozen=True)
@@ -100,6 +124,7 @@ class LoadReport:
     Attributes:
         final_bytes: storage of the loaded model's parameters and buffers on this rank.
         scheme: how fp8 layers are quantized, as the user chose it.
+        missing: parameters that were not completely written from the checkpoint, and are served all the same.
     """
 
     release: str
@@ -117,6 +142,12 @@ class LoadReport:
     layers: LayerCounts = field(default_factory=LayerCounts)
     warnings: tuple[str, ...] = ()
     scheme: str = "stock"
+    missing: tuple[str, ...] = field(default=(), metadata=_ADDED)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of all quantized weights, and their scales, that were streamed."""
+        return sum(layer.bytes for layer in self.layers.figures)
 
 
 def to_json(report: LoadReport) -> dict[str, Any]:
@@ -202,7 +233,12 @@ def summary_line(report: LoadReport) -> str:
 def _text(report: LoadReport) -> str:
     text = json.dumps(to_json(report), indent=2, allow_nan=False)
     # One sample a line. A line break never stands inside a JSON string, so only lists of two numbers can match.
-    return re.sub(r"\[\n *([-+.e\d]+),\n *(-?\d+)\n *\]", r"[\1, \2]", text) + "\n"
+    text = re.sub(r"\[\n *([-+.e\d]+),\n *(-?\d+)\n *\]", r"[\1, \2]", text)
+    # One layer a line, for the same reason.
+    return _LAYER.sub(lambda found: re.sub(r"\n *", "", re.sub(r",\n *", ", ", found[0])), text) + "\n"
+
+
+_LAYER = re.compile(r'\{\n *"layer": [^\n]+(?:\n *"[a-z_]+": [^\n]+)+\n *\}')
 
 
 def _order(ranks: Ranks) -> tuple[int, int, int]:
@@ -253,9 +289,10 @@ def _record(kind: type[Record], data: object, where: str) -> Record:
     values = {}
     for item in fields(kind):  # type: ignore[arg-type]
         place = f"{where}.{item.name}" if where else item.name
-        if item.name not in data:
+        if item.name in data:
+            values[item.name] = _value(hints[item.name], data[item.name], place)
+        elif not item.metadata:
             raise ReportError(f"{place} is missing")
-        values[item.name] = _value(hints[item.name], data[item.name], place)
     return kind(**values)
 
 

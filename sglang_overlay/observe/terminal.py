@@ -52,6 +52,7 @@ def print_activation(out: Console, found: Activation) -> None:
         out.print(Padding(f"[red]problem[/red]  {escape(problem)}", (0, 0, 0, 2), expand=False))
     out.print(Padding(_facts(found), (1, 0, 0, 2), expand=False))
     _print_hooks(out, "Hooks for streaming", found.streaming)
+    _print_hooks(out, "Hooks for /metrics and /server_info, which streaming can do without", found.telling)
     _print_hooks(out, "Hooks for machines without an accelerator", found.cpu_reference)
     out.print("\n[bold]To be switched on by hand[/bold]")
     for note in found.notes:
@@ -98,9 +99,9 @@ def print_comparison(
         table.add_row(
             rank_text(pair.first.ranks, pair.first.role),
             f"{seconds_text(pair.second.seconds)} / {seconds_text(pair.first.seconds)}",
-            _ratio_text(pair.seconds_ratio),
+            ratio_text(pair.seconds_ratio),
             f"{bytes_text(pair.second.memory.peak_above_start)} / {bytes_text(pair.first.memory.peak_above_start)}",
-            _ratio_text(pair.peak_ratio),
+            ratio_text(pair.peak_ratio),
         )
     out.print(table)
 
@@ -153,7 +154,7 @@ def _cells(report: LoadReport) -> list[str]:
         seconds_text(report.seconds),
         f"+{bytes_text(report.memory.peak_above_start)}",
         bytes_text(report.final_bytes),
-        _ratio_text(report.memory.peak_above_start / report.final_bytes if report.final_bytes else None),
+        ratio_text(report.memory.peak_above_start / report.final_bytes if report.final_bytes else None),
         bytes_text(report.staging.peak_bytes) if streamed else "-",
         str(report.units.streamed) if streamed else "-",
         str(layers.streamed) if streamed else "-",
@@ -173,5 +174,6 @@ def _print_notes(out: Console, label: str, notes: Iterable[LayerNote]) -> None:
         out.print(Padding(escape(text), (0, 0, 0, 2), expand=False))
 
 
-def _ratio_text(ratio: float | None) -> str:
+def ratio_text(ratio: float | None) -> str:
+    """A ratio as '0.55x'; a dash where there is none."""
     return "-" if ratio is None else f"{ratio:.2f}x"

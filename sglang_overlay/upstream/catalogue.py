@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every place where streaming touches SGLang. ``python -m sglang_overlay check`` prints this, tests walk it."""
+"""Every place where this package touches SGLang. ``python -m sglang_overlay check`` prints this, tests walk it.
+
+``STREAMING`` is applied as a whole or not at all; of ``TELLING`` what fits, since a load is right without it.
+"""
 
 from __future__ import annotations
 
@@ -278,5 +281,28 @@ STREAMING: tuple[TouchPoint, ...] = (
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
         without=_NO_SESSIONS,
+    ),
+)
+
+TELLING: tuple[TouchPoint, ...] = (
+    TouchPoint(
+        target="sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.__init__",
+        hook="sglang_overlay.upstream.telling:add_gauges",
+        kind=HookKind.AFTER,
+        parameters=("self", "labels"),
+        why="Adds what loads cost to the scheduler's own metrics, with the same labels.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without="What loads cost is not in /metrics.",
+    ),
+    TouchPoint(
+        target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        hook="sglang_overlay.upstream.telling:add_state",
+        kind=HookKind.AFTER,
+        parameters=("self", "recv_req"),
+        why="Adds what loads cost to what /server_info tells of each scheduler.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without="What loads cost is not in /server_info.",
     ),
 )

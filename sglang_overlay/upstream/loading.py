@@ -18,7 +18,7 @@ from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.schemes import registry
 from sglang_overlay.settings import Mode, Settings, load_settings
-from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, update
+from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, telling, update
 from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad, current
@@ -50,9 +50,10 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
             obstacle,
             model_config,
         )
-    seconds = time.perf_counter() - began
+    ended = time.perf_counter()
     _remember(load, model)
-    report = summarize(load, model, model_config, loader.load_config, seconds, sampler.usage)
+    report = summarize(load, model, model_config, loader.load_config, (began, ended), sampler.usage)
+    telling.tell(report)
     if load.layers or settings.report_folder is not None:
         logger.info("%s", summary_line(report))
     if settings.report_folder is not None:

@@ -8,8 +8,10 @@ need to know, and a look at weights that are not streamed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -25,6 +27,7 @@ from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.errors import SettingsError, StagingMemoryError
+from sglang_overlay.observe.layer_times import LayerTimes
 from sglang_overlay.observe.progress import Progress, SilentProgress, quantization_progress
 from sglang_overlay.schemes.selection import SchemeSelection
 from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
@@ -42,6 +45,16 @@ from sglang_overlay.upstream.update import UpdatableLayer
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SettledLayer:
+    """A streamed layer that is finished: its name, its units, those that came whole, and its bytes with scales."""
+
+    name: str
+    units: int
+    direct_units: int
+    size: int
+
+
 class OverlayLoad(CheckedLoad):
     """One load, as the user's settings want it.
 
@@ -50,6 +63,11 @@ class OverlayLoad(CheckedLoad):
         device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
+
+    Attributes:
+        settled: the streamed layers that are finished, in that order.
+        times: when their units were quantized.
+        missing: parameters that were not completely written from the checkpoint.
     """
 
     final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError)
@@ -70,6 +88,9 @@ class OverlayLoad(CheckedLoad):
         self.progress: Progress = SilentProgress()
         self.updatable: dict[str, UpdatableLayer] = {}
         self.prequantized = False
+        self.settled: list[SettledLayer] = []
+        self.times = LayerTimes()
+        self.missing: list[str] = []
         self._device = device
         self._pipeline: Pipeline | None = None
         self._ring: PinnedRing | None = None
@@ -124,7 +145,9 @@ class OverlayLoad(CheckedLoad):
             # Before upstream's post-processing, which may compute with them.
             self._unstreamed.settle()
         for weight in self._kept.pop(layer, ()):
-            self._findings.note(weight.name.rpartition(".")[0], weight, weight.missing())
+            missing = weight.missing()
+            self.missing += [weight.name] if missing else []
+            self._findings.note(weight.name.rpartition(".")[0], weight, missing)
             weight.let_go()
         if super().finish(layer) is None and layer in self._replacing:
             self._finished[layer] = self._quantize_whole(layer, self._replacing.pop(layer))
@@ -139,6 +162,7 @@ class OverlayLoad(CheckedLoad):
             self._ring.close()
         if self._unstreamed is not None:
             self._unstreamed.settle()
+            self.missing += self._unstreamed.missing(model_config)
             for text in self._unstreamed.problems(model_config):
                 self._findings.warn(text)
         snapshots.refresh(model)
@@ -186,7 +210,7 @@ class OverlayLoad(CheckedLoad):
             plan.storage,
             self.account,
             self.sources,
-            quantized=self._quantized,
+            quantized=functools.partial(self._quantized, name.rpartition(".")[0]),
             pipeline=pipeline,
             upload=None if self._ring is None else self._ring.upload,
         )
@@ -222,7 +246,8 @@ class OverlayLoad(CheckedLoad):
             if not self.prequantized:
                 self._kept.setdefault(layer, []).append(weight)
 
-    def _quantized(self, size: int) -> None:
+    def _quantized(self, layer: str, size: int) -> None:
+        self.times.note(layer)
         self.progress.advance(size)
 
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
@@ -240,14 +265,24 @@ class OverlayLoad(CheckedLoad):
         return super()._manner(name)
 
     def _settle(self, stream: LayerStream) -> None:
-        if not self.prequantized:
+        units, direct_units = self.units, self.direct_units
+        if self.prequantized:
+            self._settle_unread(stream)
+        else:
             super()._settle(stream)
-            return
-        # What fills the parameters comes later, and is fp8 already.
+        size = sum(part.storage.weight.nbytes + part.storage.scale.nbytes for part in stream.streams.values())
+        self.settled.append(SettledLayer(stream.name, self.units - units, self.direct_units - direct_units, size))
+
+    def _settle_unread(self, stream: LayerStream) -> None:
+        """What fills the parameters comes later, and is fp8 already."""
         for part in stream.streams.values():
             self.units += part.units
             self.direct_units += part.direct_units
             self._note(stream.name, part, [])
+
+    def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
+        self.missing += [part.name] if missing else []
+        super()._note(layer, part, missing)
 
 
 def current() -> OverlayLoad | None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of ``sglang.srt.plugins``: puts the hooks in place, or sees to it that fp8 loads say why not.
+"""Entry point of ``sglang.srt.plugins``. Every process that SGLang starts pays for it, so it does next to nothing.
 
-Hooks are applied when SGLang imports the module they belong to. The launcher and the detokenizer never import it, and
-importing it for their sake would cost them seconds.
+The work is in ``patching``, and waits until SGLang imports the first module that is patched. Only the standard library
+is imported here.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from functools import partial
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
-from sglang_overlay.errors import SettingsError
-from sglang_overlay.schemes import registry
-from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
-
-logger = logging.getLogger(__name__)
-
-FP8_MODULE = "sglang.srt.layers.quantization.fp8"
+SETTINGS_PREFIX = "SGLANG_STREAMFP8"
+PATCHED_MODULES = frozenset(
+    {
+        "sglang.srt.layers.quantization.fp8",
+        "sglang.srt.managers.scheduler",
+        "sglang.srt.managers.scheduler_components.weight_updater",
+        "sglang.srt.model_executor.model_runner",
+        "sglang.srt.model_executor.model_runner_components.weight_updater",
+        "sglang.srt.model_loader.loader",
+        "sglang.srt.observability.metrics_collector",
+        "sglang.srt.ray.engine",
+    }
+)
 
 
 def activate() -> None:
@@ -29,70 +35,37 @@ def activate() -> None:
         SystemExit: a setting is invalid. ``load_plugins()`` logs and swallows every ``Exception``, so nothing milder
             would stop the server.
     """
-    try:
-        settings = load_settings(os.environ)
-        registry.check(settings.schemes)
-    except SettingsError as error:
-        sys.exit(f"sglang-streamfp8: {error}")
-    if settings.mode is Mode.OFF and settings.report_folder is None:
-        return
-    from sglang_overlay.upstream import built_in, releases
-
-    if built_in.streams_itself():
-        _stand_aside(settings)
-        return
-    reason = releases.unsupported_reason()
-    if reason is not None:
-        _guard(settings.required_by, reason)
-        return
-    _patch_when_imported(settings)
+    # Their values are for ``settings`` to read; where there are any, what is wrong with them has to be said at once.
+    is_configured = any(name.startswith(SETTINGS_PREFIX) for name in os.environ)
+    if is_configured or any(name in sys.modules for name in PATCHED_MODULES):
+        _patch()
+    else:
+        sys.meta_path.insert(0, FirstImport(PATCHED_MODULES, _patch))
 
 
-def _stand_aside(settings: Settings) -> None:
-    from sglang_overlay.upstream import built_in
+def _patch() -> None:
+    from sglang_overlay.upstream import patching
 
-    if not settings.schemes.is_stock:
-        sys.exit(
-            f"sglang-streamfp8: {SCHEME_VARIABLE} is set, and {built_in.NOTE}. Unset it, or use SGLang's own release."
-        )
-    logger.info("StreamFP8: %s.", built_in.NOTE)
-    if settings.report_folder is not None:
-        logger.warning("StreamFP8: no reports are written: %s.", built_in.NOTE)
+    patching.start()
 
 
-def _patch_when_imported(settings: Settings) -> None:
-    import wrapt
+class FirstImport:
+    """A finder that finds nothing: it calls ``then`` before the first of ``modules`` is imported, and is gone."""
 
-    from sglang_overlay.upstream import ray_actors
-    from sglang_overlay.upstream.catalogue import STREAMING
-    from sglang_overlay.upstream.touch_point import TouchPoint, by_module
+    def __init__(self, modules: frozenset[str], then: Callable[[], None]) -> None:
+        self._modules = modules
+        self._then = then
 
-    def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
-        from sglang_overlay.upstream.touch_point import apply
-
-        mismatch = apply(points)
-        if mismatch is not None:
-            _guard(settings.required_by, mismatch)
-
-    if settings.mode is not Mode.OFF:
-        wrapt.register_post_import_hook(ray_actors.warn_unless_set_up, ray_actors.DRIVER_MODULE)
-    for module, points in by_module(STREAMING).items():
-        wrapt.register_post_import_hook(partial(patch, points), module)
-
-
-def _guard(required_by: str | None, reason: str) -> None:
-    import wrapt
-
-    def install(module: ModuleType) -> None:
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-        from sglang_overlay.upstream.guard import ConfigGuard
-
-        if not hasattr(module, "Fp8Config"):
-            sys.exit(
-                f"sglang-streamfp8: {reason}, and {FP8_MODULE}.Fp8Config is not there to tell fp8 loads from others"
-            )
-        HookRegistry.register(f"{FP8_MODULE}.Fp8Config.__init__", ConfigGuard(required_by, reason), HookType.AFTER)
-        HookRegistry.apply_hooks()
-
-    wrapt.register_post_import_hook(install, FP8_MODULE)
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """As of ``importlib.abc.MetaPathFinder``."""
+        if name not in self._modules or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            self._then()
+        except Exception:
+            # As ``load_plugins()`` does: SGLang's own import must not fail.
+            logging.getLogger(__name__).exception("StreamFP8: fp8 loads are stock's.")
+        # What ``then`` has put before the other finders is passed over where the import machinery is by now.
+        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path))
+        return next((spec for spec in found if spec is not None), None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from sglang_overlay import __version__
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import (
     LayerCounts,
+    LayerFigures,
     LayerNote,
     LoadReport,
     StagingUsage,
@@ -23,25 +25,37 @@ from sglang_overlay.upstream.ranks import parallel_ranks
 
 
 def summarize(
-    load: OverlayLoad, model: torch.nn.Module, model_config: Any, load_config: Any, seconds: float, memory: MemoryUsage
+    load: OverlayLoad,
+    model: torch.nn.Module,
+    model_config: Any,
+    load_config: Any,
+    times: tuple[float, float],
+    memory: MemoryUsage,
 ) -> LoadReport:
-    """The report of a load that has ended."""
+    """The report of a load that has ended; ``times``, of ``time.perf_counter``, are of its beginning and its end."""
+    began, ended = times
     return LoadReport(
         release=releases.installed() or "unknown",
         overlay_version=__version__,
         model_path=str(model_config.model_path),
         load_format=str(getattr(load_config.load_format, "value", load_config.load_format)),
         mode="streaming" if load.layers else "stock",
-        seconds=seconds,
+        seconds=ended - began,
         memory=memory,
         final_bytes=stored_bytes(model),
         role="draft" if getattr(model_config, "is_draft_model", False) else "target",
         ranks=parallel_ranks(),
         units=UnitCounts(streamed=load.units, direct=load.direct_units),
         staging=StagingUsage(peak_bytes=load.account.peak),
-        layers=LayerCounts(streamed=load.layers, deferred=_notes(load.deferred), fallback=_notes(load.fallback)),
+        layers=LayerCounts(
+            streamed=load.layers,
+            deferred=_notes(load.deferred),
+            fallback=_notes(load.fallback),
+            figures=tuple(_figures(load, began)),
+        ),
         scheme=load.settings.schemes.text if load.layers else "stock",
         warnings=(*([load.abandoned] if load.abandoned else []), *load.warnings),
+        missing=tuple(load.missing),
     )
 
 
@@ -49,6 +63,12 @@ def stored_bytes(model: torch.nn.Module) -> int:
     """Bytes of all memory that the model's tensors hold, shared memory counted once."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for _, t in tensors_of(model))}
     return sum(storages.values())
+
+
+def _figures(load: OverlayLoad, began: float) -> Iterator[LayerFigures]:
+    for layer in load.settled:
+        first, last = load.times.span(layer.name, began)
+        yield LayerFigures(layer.name, layer.units, layer.direct_units, layer.size, first, last)
 
 
 def _notes(reasons: dict[str, str]) -> tuple[LayerNote, ...]:

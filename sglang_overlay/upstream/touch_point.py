@@ -10,10 +10,13 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class HookKind(enum.Enum):
@@ -171,7 +174,7 @@ def inspect_points(points: Iterable[TouchPoint]) -> list[PointState]:
 def register(points: Iterable[TouchPoint]) -> list[PointState]:
     """Register those hooks whose targets are as expected with SGLang's registry.
 
-    The registry applies them when ``load_plugins()`` ends. Registering one twice changes nothing.
+    They are applied by ``apply_registered``, or when ``load_plugins()`` ends. Registering one twice changes nothing.
 
     Returns:
         The states of all points found before registering; the caller decides what a mismatch means.
@@ -197,8 +200,36 @@ def apply(points: Iterable[TouchPoint]) -> str | None:
         supported = ", ".join(releases.supported())
         return f"SGLang {releases.installed()} is not as expected: {listed(broken)}; supported releases: {supported}"
     register(state.point for state in found)
-    _registry().apply_hooks()
+    apply_registered(state.point.target for state in found)
     return None
+
+
+def apply_fitting(points: Iterable[TouchPoint]) -> None:
+    """Register hooks and apply them now, those whose targets are as expected."""
+    apply_registered(state.point.target for state in register(points))
+
+
+def apply_registered(targets: Iterable[str]) -> None:
+    """Apply what is registered for certain targets, and for the classes they belong to.
+
+    Not all that is registered, as the registry's own ``apply_hooks`` does: this runs while SGLang is being imported,
+    and what other plugins patch may be half there.
+    """
+    registry, wanted = _registry(), tuple(targets)
+    pending = {target for target in registry._hooks if target not in registry._patched}
+    # A class that another plugin replaces is shorter than its methods, and comes first.
+    for target in sorted(pending, key=len):
+        if any(f"{name}.".startswith(f"{target}.") for name in wanted):
+            _apply_one(registry, target)
+
+
+def _apply_one(registry: Any, target: str) -> None:
+    try:
+        registry._apply_target(target, registry._hooks[target])
+        registry._patched.add(target)
+    except Exception:
+        # Of another plugin's hook, since ours have been looked at before: SGLang's import must not fail for it.
+        logger.exception("StreamFP8: hooks of %s could not be applied", target)
 
 
 def by_module(points: Iterable[TouchPoint]) -> dict[str, tuple[TouchPoint, ...]]:

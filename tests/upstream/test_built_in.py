@@ -48,7 +48,7 @@ def run_patched():
 def test_overlay_hooks_nothing_and_says_so_once(run_patched):
     done = run_patched("-c", PROGRAM)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"INFO sglang_overlay.upstream.plugin: StreamFP8: {built_in.NOTE}.") == 1
+    assert done.stdout.count(f"INFO sglang_overlay.upstream.patching: StreamFP8: {built_in.NOTE}.") == 1
     assert "built in: load_model" in done.stdout
     assert "hooks: []" in done.stdout
 
@@ -64,7 +64,7 @@ def test_check_says_that_sglang_streams_by_itself(run_patched):
 
 def test_reports_that_nobody_writes_are_a_warning(run_patched, tmp_path):
     done = run_patched("-c", PROGRAM, SGLANG_STREAMFP8_REPORT=str(tmp_path))
-    assert "WARNING sglang_overlay.upstream.plugin: StreamFP8: no reports are written" in done.stdout
+    assert "WARNING sglang_overlay.upstream.patching: StreamFP8: no reports are written" in done.stdout
 
 
 def test_scheme_that_only_the_overlay_has_is_refused(run_patched):

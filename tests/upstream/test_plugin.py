@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import wrapt
 
-from sglang_overlay.upstream import releases
-from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.upstream import plugin, ray_actors, releases
+from sglang_overlay.upstream.catalogue import STREAMING, TELLING
 
 pytestmark = pytest.mark.every_release
 
@@ -144,3 +146,87 @@ class TestSGLangThatIsNewerAndAsExpected:
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         (warning,) = warnings_of(result)
         assert "SGLang 99.1 is an untested release" in warning
+
+
+CHANGED_METRICS = """
+from dataclasses import replace
+from sglang_overlay.upstream import catalogue
+catalogue.TELLING = tuple(replace(point, parameters=("self", "renamed")) for point in catalogue.TELLING)
+"""
+TOLD = """
+import sglang.srt.managers.scheduler
+from sglang_overlay.upstream.catalogue import TELLING
+print("TELLING", *(found.state.value for found in inspect_points(TELLING)))
+"""
+
+
+class TestMetricsOfSGLang:
+    def test_are_added_to(self):
+        result = run(then=EPILOGUE + TOLD)
+        assert "TELLING active active" in result.stdout, result.stderr
+
+    def test_that_are_not_as_expected_keep_nothing_from_streaming(self):
+        result = run(CHANGED_METRICS, then=EPILOGUE + TOLD, SGLANG_STREAMFP8="require")
+        assert "TELLING signature signature" in result.stdout, result.stderr
+        assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
+        assert warnings_of(result) == []
+
+
+DISCOVERY = """
+import sys
+before = set(sys.modules)
+from sglang_overlay.upstream.plugin import activate
+import sglang_overlay.cpu_reference.plugin
+activate()
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_discovery_imports_nothing_of_sglangs_or_torchs_and_little_of_this_package():
+    """Every process of SGLang's pays for it, and most of them load no fp8 model."""
+    imported = run(then=DISCOVERY, change="").stdout.split()
+    assert not [name for name in imported if name.partition(".")[0] in ("sglang", "torch", "numpy", "wrapt", "click")]
+    assert {name for name in imported if name.startswith("sglang_overlay")} == {
+        "sglang_overlay",
+        "sglang_overlay.cpu_reference",
+        "sglang_overlay.cpu_reference.plugin",
+        "sglang_overlay.upstream",
+        "sglang_overlay.upstream.plugin",
+    }
+
+
+def test_everything_that_is_patched_wakes_the_plugin():
+    catalogued = {module for point in (*STREAMING, *TELLING) for module in point.modules}
+    assert {*catalogued, ray_actors.DRIVER_MODULE} == plugin.PATCHED_MODULES
+
+
+class TestFirstImport:
+    @pytest.fixture
+    def calls(self, tmp_path, monkeypatch):
+        (tmp_path / "streamfp8_first.py").write_text("")
+        (tmp_path / "streamfp8_second.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
+        yield []
+        for name in ("streamfp8_first", "streamfp8_second"):
+            sys.modules.pop(name, None)
+
+    def test_calls_once_before_the_module_is_imported(self, calls):
+        modules = frozenset({"streamfp8_first", "streamfp8_second"})
+        sys.meta_path.insert(0, plugin.FirstImport(modules, lambda: calls.append("streamfp8_first" in sys.modules)))
+        importlib.import_module("streamfp8_first")
+        importlib.import_module("streamfp8_second")
+        assert calls == [False]
+
+    def test_hook_that_is_registered_then_sees_that_very_import(self, calls):
+        def register():
+            wrapt.register_post_import_hook(lambda module: calls.append(module.__name__), "streamfp8_first")
+
+        sys.meta_path.insert(0, plugin.FirstImport(frozenset({"streamfp8_first"}), register))
+        importlib.import_module("streamfp8_first")
+        assert calls == ["streamfp8_first"]
+
+    def test_failure_is_logged_and_the_import_goes_on(self, calls, caplog):
+        sys.meta_path.insert(0, plugin.FirstImport(frozenset({"streamfp8_first"}), lambda: 1 / 0))
+        assert importlib.import_module("streamfp8_first").__name__ == "streamfp8_first"
+        assert "fp8 loads are stock's" in caplog.text

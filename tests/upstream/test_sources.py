@@ -10,7 +10,7 @@ import pytest
 
 from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
 from sglang_overlay.upstream import sources, touch_point
-from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.upstream.catalogue import STREAMING, TELLING
 from sglang_overlay.upstream.touch_point import HookKind, Place, State, TouchPoint
 
 INSTALLED = Path(util.find_spec("sglang").origin).parents[1]
@@ -33,7 +33,10 @@ def point(target, parameters=("self",), **fields):
     return TouchPoint(target, "os:getcwd", HookKind.AROUND, parameters, "a reason", (), "it is fixed", **fields)
 
 
-@pytest.mark.parametrize("hooked", [*STREAMING, *TOUCH_POINTS], ids=lambda point: point.target.split(".", 3)[-1])
+ALL = (*STREAMING, *TELLING, *TOUCH_POINTS)
+
+
+@pytest.mark.parametrize("hooked", ALL, ids=lambda point: point.target.split(".", 3)[-1])
 def test_sources_and_the_running_release_agree(hooked):
     imported, (read,) = touch_point.inspect_point(hooked), sources.inspect_points(INSTALLED, [hooked])
     assert read.point.target == imported.point.target

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads, told where SGLang tells of itself: in ``/metrics`` and in ``/server_info``.
+
+A load ends in the scheduler's process, after the scheduler has made its metrics; the other order works as well.
+Whatever goes wrong here is a warning: nobody wants to lose a server over its metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_overlay.observe.load_metrics import LoadGauges, state_of
+from sglang_overlay.observe.report import LoadReport
+
+logger = logging.getLogger(__name__)
+
+STATE = "streamfp8"
+"""The entry of ``internal_states`` in ``/server_info``."""
+
+_loads: list[LoadReport] = []
+_gauges: list[LoadGauges] = []
+
+
+def tell(load: LoadReport) -> None:
+    """A load of this process has ended."""
+    _loads.append(load)
+    _show()
+
+
+def add_gauges(_none: None, collector: Any, *_args: Any, **_kwargs: Any) -> None:
+    """After ``SchedulerMetricsCollector.__init__``, which is there with ``--enable-metrics`` alone."""
+    try:
+        _gauges.append(LoadGauges(_gauge_class(collector), collector.labels))
+    except Exception as error:
+        _warn_of_metrics(error)
+    _show()
+
+
+def add_state(output: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """After ``Scheduler.get_internal_state``: the loads of this process."""
+    if _loads:
+        output.internal_state[STATE] = [state_of(load) for load in _loads]
+    return output
+
+
+def _show() -> None:
+    for gauges in _gauges:
+        for load in _loads:
+            try:
+                gauges.show(load)
+            except Exception as error:
+                _warn_of_metrics(error)
+
+
+def _gauge_class(collector: Any) -> Any:
+    replaced = getattr(collector, "_gauge_cls", None)
+    if replaced is not None:
+        return replaced
+    # As SGLang does: not before PROMETHEUS_MULTIPROC_DIR is set.
+    from prometheus_client import Gauge
+
+    return Gauge
+
+
+def _warn_of_metrics(error: Exception) -> None:
+    logger.warning("StreamFP8: loads are not in /metrics: %s: %s.", type(error).__name__, error)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where SGLang's own places to tell of loads are not as expected, nobody is told and nothing else happens."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from sglang_overlay.observe.load_metrics import PREFIX
+from sglang_overlay.observe.memory import MemoryUsage
+from sglang_overlay.observe.report import LoadReport
+from sglang_overlay.upstream import telling
+
+LOAD = LoadReport("0.5.23", "0.1.0", "models/m", "auto", "streaming", 2.5, MemoryUsage("RssAnon", 0, 3, 2), 2)
+
+
+class Collector:
+    """As much of SGLang's as is looked at."""
+
+    def __init__(self, registry):
+        self.labels = {"tp_rank": 0}
+        self._gauge_cls = functools.partial(Gauge, registry=registry)
+
+
+class Output:
+    def __init__(self):
+        self.internal_state = {"version": "1"}
+
+
+@pytest.fixture(autouse=True)
+def empty(monkeypatch):
+    monkeypatch.setattr(telling, "_loads", [])
+    monkeypatch.setattr(telling, "_gauges", [])
+
+
+def seconds(registry):
+    return registry.get_sample_value(f"{PREFIX}load_seconds", {"tp_rank": "0", "role": "target", "mode": "streaming"})
+
+
+def test_load_is_shown_whether_it_ends_before_or_after_the_metrics_are_made():
+    registry = CollectorRegistry()
+    telling.tell(LOAD)
+    telling.add_gauges(None, Collector(registry), labels={})
+    assert seconds(registry) == 2.5
+    later = CollectorRegistry()
+    telling.add_gauges(None, Collector(later), labels={})
+    telling.tell(LOAD)
+    assert seconds(later) == 2.5
+
+
+def test_collector_without_labels_is_a_warning_and_not_an_error(caplog):
+    telling.add_gauges(None, object(), labels={})
+    telling.tell(LOAD)
+    assert "loads are not in /metrics: AttributeError" in caplog.text
+
+
+def test_state_has_an_entry_once_something_was_loaded():
+    assert telling.add_state(Output()).internal_state == {"version": "1"}
+    telling.tell(LOAD)
+    (told,) = telling.add_state(Output()).internal_state[telling.STATE]
+    assert (told["seconds"], told["mode"]) == (2.5, "streaming")
