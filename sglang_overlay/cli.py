@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sglang_overlay``: is streaming active here, and what did a load cost."""
+"""``python -m sglang_overlay``, or ``sglang-streamfp8``: is streaming active here, and what did a load cost."""
 
 from __future__ import annotations
 
@@ -16,11 +16,34 @@ from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import MODES, ORDERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sglang_overlay.observe.folders import Named
 
 Result = TypeVar("Result")
+
+
+def _completes(names: Callable[[], Iterable[str]]) -> Callable[[Any, Any, str], list[str]]:
+    """What a shell offers for an option whose values ``names`` lists."""
+    return lambda _context, _option, begun: [name for name in names() if name.startswith(begun)]
+
+
+def _scheme_names() -> Iterable[str]:
+    from sglang_overlay.schemes import registry
+
+    return registry.valid_names()
+
+
+def _release_names() -> Iterable[str]:
+    from sglang_overlay.upstream import releases
+
+    return releases.supported()
+
+
+def _gpu_names() -> Iterable[str]:
+    from sglang_overlay.plan import gpus
+
+    return [gpu.name for gpu in gpus.known()]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -41,12 +64,24 @@ def main() -> None:
     \b
       # Compare with stock SGLang, and draw memory over time.
       SGLANG_STREAMFP8=0 SGLANG_STREAMFP8_REPORT=stock python -m sglang.launch_server ...
-      python -m sglang_overlay report stock reports --png memory.png
+      python -m sglang_overlay report stock reports --html report.html
     \b
       # Will a model load, and with what peak? No GPU and no weights are needed to know.
       python -m sglang_overlay plan --model-path MODEL --tp 8 --gpu H200
       # Quantize once, for any SGLang.
       python -m sglang_overlay export --model-path MODEL --out MODEL-FP8 --scheme block
+
+    \b
+    Exit codes:
+      0  done, or yes
+      1  no (not active, does not fit), or it failed and the error says what to do
+      2  the options are wrong, or a model could not be planned
+
+    Results go to standard output, everything else to standard error. Colour is for terminals, and not where NO_COLOR
+    is set. The same command is installed as sglang-streamfp8, which bash, zsh and fish complete:
+
+    \b
+      eval "$(_SGLANG_STREAMFP8_COMPLETE=bash_source sglang-streamfp8)"    # or zsh_source, in ~/.bashrc or ~/.zshrc
     """
 
 
@@ -56,7 +91,11 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     """Say whether streaming is active, for which SGLang, and the state of every hook.
 
     Loads SGLang's plugins in this process, as a server would, so it takes as long as importing SGLang does.
-    Exit code 0: an fp8 load would be streamed. Exit code 1: it would not, and the problems say why.
+
+    \b
+    Exit codes:
+      0  an fp8 load would be streamed
+      1  it would not, and the problems say why
 
     \b
     Hook states:
@@ -91,7 +130,8 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
 def run(module: str, arguments: tuple[str, ...]) -> None:
     """Do what `python -m MODULE ARGUMENTS` does, with SGLang's plugins loaded in every process.
 
-    SGLang's servers and Engine need no such help. Its one-batch benchmark does: it loads no plugins.
+    SGLang's servers and Engine need no such help. Its one-batch benchmark does: it loads no plugins. The exit code is
+    the program's own.
 
     \b
     Example:
@@ -110,12 +150,21 @@ def run(module: str, arguments: tuple[str, ...]) -> None:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A source tree of SGLang: the folder that has python/sglang in it.",
 )
-@click.option("--release", help="Whose series to apply; found out where it is not said.")
-def patch(tree: Path, release: str | None) -> None:
+@click.option(
+    "--release",
+    help="Whose series to apply; found out where it is not said.",
+    shell_complete=_completes(_release_names),
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/patch, version 1).")
+def patch(tree: Path, release: str | None, as_json: bool) -> None:  # noqa: FBT001
     """Apply the patch series of an SGLang release to a source tree of it.
 
-    An SGLang built from that tree streams fp8 loads without this package. Where the series does not fit, nothing is
-    changed and the exit code is 1.
+    An SGLang built from that tree streams fp8 loads without this package.
+
+    \b
+    Exit codes:
+      0  applied
+      1  the series does not fit; nothing was changed
 
     \b
     Examples:
@@ -129,6 +178,11 @@ def patch(tree: Path, release: str | None) -> None:
         return found, patches.apply(tree, found)
 
     applied, files = _or_exit(apply)
+    if as_json:
+        names = [file.name for file in files]
+        about = {"schema": "sglang-streamfp8/patch", "version": 1}
+        click.echo(json.dumps({**about, "tree": str(tree), "release": applied, "applied": names}, indent=2))
+        return
     for file in files:
         click.echo(f"applied {file.name}")
     click.echo(f"{tree} is SGLang {applied} with streaming fp8 loading built in.")
@@ -213,7 +267,9 @@ def report(folder: Path, other_folder: Path | None, html: Path | None, png: Path
 @click.option(
     "--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]), help="What is modelled."
 )
-@click.option("--gpu", "gpu_name", help="Say whether it fits this GPU: H200, H100, A100-40GB, B200, L40S, ...")
+@click.option(
+    "--gpu", "gpu_name", help="Say whether it fits this GPU: H200, H100, ...", shell_complete=_completes(_gpu_names)
+)
 @click.option("--every-rank", is_flag=True, help="Compute each rank, not one for each pipeline stage.")
 @click.option("--from-config", is_flag=True, help="Take names and shapes from config.json although there are headers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/plan, version 1).")
@@ -223,7 +279,12 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
 
     SGLang's own model is built for each rank and its own loader run over the headers of the checkpoint, on tensors
     without memory. Where there are no *.safetensors files, names and shapes come from config.json alone.
-    Exit code 0: planned, and streaming fits the GPU if one was named. 1: it does not fit. 2: it could not be planned.
+
+    \b
+    Exit codes:
+      0  planned, and streaming fits the GPU if one was named
+      1  it does not fit
+      2  it could not be planned
 
     \b
     Examples:
@@ -249,14 +310,25 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
     help="Folder of a bf16 checkpoint.",
 )
 @click.option("--out", "target", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--scheme", required=True, help="Name of a scheme, or JSON as in SGLANG_STREAMFP8_SCHEME.")
+@click.option(
+    "--scheme",
+    required=True,
+    help="Name of a scheme, or JSON as in SGLANG_STREAMFP8_SCHEME.",
+    shell_complete=_completes(_scheme_names),
+)
 @click.option("--max-shard-gb", "most", default=5.0, show_default=True, help="Size of a file, in GB.")
 @click.option("--trust-remote-code", is_flag=True, help="As SGLang's option of that name.")
-def export_command(source: Path, target: Path, scheme: str, most: float, trust_remote_code: bool) -> None:  # noqa: FBT001
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/export, version 1).")
+def export_command(scheme: str, most: float, as_json: bool, **asked: Any) -> None:  # noqa: FBT001
     """Quantize a bf16 checkpoint once, on the CPU, into an fp8 checkpoint that SGLang, vLLM and transformers load.
 
     Stock SGLang then serves the same weights as an online load with this scheme, bit for bit. A GPU is not needed, nor
     memory for the model. An export that was interrupted goes on where it stopped when it is started again.
+
+    \b
+    Exit codes:
+      0  written
+      1  it cannot be, or not there; what was written is kept for the next start
 
     \b
     Examples:
@@ -266,7 +338,11 @@ def export_command(source: Path, target: Path, scheme: str, most: float, trust_r
     """
     from sglang_overlay.export import command
 
-    _or_exit(lambda: command.run(source, target, scheme, int(most * 1e9), trust_remote_code=trust_remote_code))
+    made = _or_exit(lambda: command.run(scheme=scheme, most=int(most * 1e9), **asked))
+    if as_json:
+        click.echo(json.dumps(command.to_json(asked["target"], made), indent=2))
+    else:
+        click.echo(command.told(asked["target"], made), err=True)
 
 
 def _or_exit(work: Callable[[], Result]) -> Result:

@@ -62,7 +62,10 @@ def check_tree(tree: Path) -> None:
         PatchError: it is not.
     """
     if not (tree / "python" / "sglang" / "srt").is_dir():
-        raise PatchError(f"{tree} is no source tree of SGLang's: it has no python/sglang/srt.")
+        raise PatchError(
+            f"{tree} is no source tree of SGLang's: it has no python/sglang/srt. Give the "
+            "folder of a clone of github.com/sgl-project/sglang."
+        )
     if (tree / PACKAGE).exists():
         raise PatchError(f"{tree} streams already: it has {PACKAGE.as_posix()}. Nothing was changed.")
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,6 +17,9 @@ from rich.progress import Progress as Bar
 from sglang_overlay.observe.formats import bytes_text, count_text
 from sglang_overlay.schemes.choice import parse
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
+
+if TYPE_CHECKING:
+    from sglang_overlay.export.run import Exported
 
 _ENVIRON = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -26,8 +31,12 @@ _ENVIRON = {
 """An export is the same on every machine: no GPU is seen, hooks are in place, nothing else is asked for."""
 
 
-def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code: bool) -> None:
-    """Export and say what came of it.
+SCHEMA = "sglang-streamfp8/export"
+VERSION = 1
+
+
+def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code: bool) -> Exported:
+    """Export, with a bar on standard error, and return what came of it.
 
     Raises:
         StreamFP8Error: it cannot be done.
@@ -44,7 +53,7 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
 
         load_plugins()
         from sglang_overlay.export.run import export
-    made = export(
+    return export(
         source,
         target,
         schemes,
@@ -52,14 +61,21 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
         {"trust_remote_code": trust_remote_code},
         lambda total: _ExportBar(console, total),
     )
+
+
+def told(target: Path, made: Exported) -> str:
+    """What came of an export, in a line."""
     resumed = f", {made.resumed} of them written before" if made.resumed else ""
-    console.print(
+    return (
         f"{target}: {count_text(made.quantized, 'tensor')} of {made.tensors} quantized, "
         f"{bytes_text(made.source_bytes)} are {bytes_text(made.stored_bytes)} "
-        f"in {count_text(made.shards, 'file')}{resumed}",
-        highlight=False,
-        soft_wrap=True,
+        f"in {count_text(made.shards, 'file')}{resumed}"
     )
+
+
+def to_json(target: Path, made: Exported) -> dict[str, Any]:
+    """What came of an export, as plain JSON data. Sizes are bytes."""
+    return {"schema": SCHEMA, "version": VERSION, "folder": str(target), **asdict(made)}
 
 
 class _ExportBar:

@@ -75,7 +75,8 @@ def render(named: Sequence[Named]) -> str:
             models=sorted({load.final_bytes for _, loads in named for load in loads}),
             pairs=pairs,
             named=named,
-            sections=[Section(name, loads, tuple(layers_of(loads))) for name, loads in named],
+            # What was streamed first: that is what there is most to say of.
+            sections=[Section(name, loads, tuple(layers_of(loads))) for name, loads in reversed(named)],
             version=__version__,
         )
     )

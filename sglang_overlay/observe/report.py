@@ -141,7 +141,7 @@ class LoadReport:
     staging: StagingUsage = field(default_factory=StagingUsage)
     layers: LayerCounts = field(default_factory=LayerCounts)
     warnings: tuple[str, ...] = ()
-    scheme: str = "stock"
+    scheme: str = field(default="stock", metadata=_ADDED)
     missing: tuple[str, ...] = field(default=(), metadata=_ADDED)
 
     @property

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_overlay.observe.chart import Curve
-from sglang_overlay.observe.formats import bytes_text, seconds_text
 from sglang_overlay.observe.report import LoadReport
 
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 64, 14, 12, 44
@@ -69,8 +68,8 @@ def timeline(curves: Sequence[Curve], width: int, height: int) -> Timeline | Non
         right=width - _MARGIN_RIGHT,
         top=_MARGIN_TOP,
         bottom=height - _MARGIN_BOTTOM,
-        across=tuple(Tick(across.at(value), seconds_text(value)) for value in across.ticks(width // 100)),
-        up=tuple(Tick(up.at(value), bytes_text(value)) for value in up.ticks(height // 60)),
+        across=_ticks(across, width // 90, *_time_unit(across.most)),
+        up=_ticks(up, height // 60, *_byte_unit(up.most)),
         lines=tuple(_lines(curves, across, up)),
         models=tuple(sorted({up.at(load.final_bytes) for load in loads})),
     )
@@ -88,12 +87,25 @@ class _Scale:
         # Memory may end below where it began: drawn on the axis.
         return round(self.first + (self.last - self.first) * max(value, 0.0) / self.most, 1)
 
-    def ticks(self, about: int) -> list[float]:
-        """Round values, some ``about`` of them."""
-        rough = self.most / max(about, 1)
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in _STEPS if power * factor >= rough)
-        return [step * index for index in range(int(self.most / step) + 1)]
+
+def _ticks(scale: _Scale, most: int, size: float, unit: str) -> tuple[Tick, ...]:
+    """Up to ``most`` of them, and one at 0, at round numbers of a unit of this size."""
+    rough = scale.most / size / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in _STEPS if power * factor >= rough)
+    values = [step * index for index in range(int(scale.most / size / step) + 1)]
+    return tuple(Tick(scale.at(value * size), f"{value:g} {unit}" if value else "0") for value in values)
+
+
+def _time_unit(longest: float) -> tuple[float, str]:
+    return (60.0, "min") if longest > 180 else (1.0, "s") if longest > 1 else (1e-3, "ms")
+
+
+def _byte_unit(most: float) -> tuple[float, str]:
+    return next(
+        ((1000.0**power, unit) for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")) if most >= 1000.0**power),
+        (1.0, "B"),
+    )
 
 
 def _lines(curves: Sequence[Curve], across: _Scale, up: _Scale) -> list[Line]:

@@ -18,6 +18,7 @@ from sglang_overlay.observe.report import (
     StagingUsage,
     UnitCounts,
 )
+from sglang_overlay.settings import Mode
 from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.load import tensors_of
 from sglang_overlay.upstream.overlay_load import OverlayLoad
@@ -54,7 +55,7 @@ def summarize(
             figures=tuple(_figures(load, began)),
         ),
         scheme=load.settings.schemes.text if load.layers else "stock",
-        warnings=(*([load.abandoned] if load.abandoned else []), *load.warnings),
+        warnings=(*_why_stock(load), *load.warnings),
         missing=tuple(load.missing),
     )
 
@@ -63,6 +64,11 @@ def stored_bytes(model: torch.nn.Module) -> int:
     """Bytes of all memory that the model's tensors hold, shared memory counted once."""
     storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for _, t in tensors_of(model))}
     return sum(storages.values())
+
+
+def _why_stock(load: OverlayLoad) -> list[str]:
+    # Not where the user wanted stock.
+    return [load.abandoned] if load.abandoned and load.settings.mode is not Mode.OFF else []
 
 
 def _figures(load: OverlayLoad, began: float) -> Iterator[LayerFigures]:

@@ -53,7 +53,7 @@ STREAMED = LoadReport(
 )
 
 
-ADDED = {"missing", "figures"}
+ADDED = {"missing", "figures", "scheme"}
 """Fields that the first reports of version 1 had not."""
 
 
@@ -198,7 +198,7 @@ def test_unknown_fields_of_the_same_version_are_ignored():
 
 def test_report_from_before_a_field_was_added_is_read():
     data = json.loads(json.dumps(to_json(STREAMED)))
-    del data["missing"], data["layers"]["figures"]
+    del data["scheme"], data["missing"], data["layers"]["figures"]
     _validator().validate(data)
     assert from_json(data) == replace(STREAMED, missing=(), layers=replace(STREAMED.layers, figures=()))
 
