@@ -17,6 +17,7 @@ import sglang_overlay
 from sglang_overlay.cli import main
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import (
+    SCHEMA_FILE,
     LayerCounts,
     LayerNote,
     LoadReport,
@@ -109,6 +110,7 @@ def test_report_as_json(folders):
     result = _run("report", *folders, "--json")
     data = json.loads(result.output)
     assert [folder["folder"] for folder in data["folders"]] == list(folders)
+    assert (data["schema"], data["version"]) == ("sglang-streamfp8/reports", 1)
     assert data["folders"][1]["reports"][0]["units"] == {"streamed": 1234, "direct": 1000}
     assert data["comparison"][1]["ranks"]["tp"] == {"rank": 1, "size": 2}
     assert data["comparison"][1]["peak_ratio"] == pytest.approx(0.55)
@@ -127,6 +129,26 @@ def test_chart_beside_json_leaves_the_json_clean(folders, tmp_path):
     assert (tmp_path / "memory.png").exists()
 
 
+def test_page_is_written_and_said_where(folders, tmp_path):
+    page = tmp_path / "new" / "report.html"
+    result = _run("report", *folders, "--html", str(page))
+    assert f"page: {page}" in result.output
+    assert "0.55x the peak of" in page.read_text()
+
+
+def test_schema_is_printed_as_it_is_published_and_needs_no_folder():
+    result = _run("report", "--schema")
+    assert (result.exit_code, result.output) == (0, SCHEMA_FILE.read_text())
+
+
+def test_reports_of_an_earlier_release_of_this_package_are_shown(folders):
+    for file in Path(folders[1]).iterdir():
+        data = json.loads(file.read_text())
+        del data["scheme"], data["missing"], data["layers"]["figures"]
+        file.write_text(json.dumps(data))
+    assert _row(_run("report", folders[1]).output, "TP0/2")[1] == "streaming"
+
+
 def test_report_of_a_missing_folder_says_what_to_give(tmp_path):
     result = _run("report", str(tmp_path / "nothing"))
     assert result.exit_code == 1
@@ -138,8 +160,43 @@ def test_help_teaches_by_example():
     output = _run("--help").output
     assert "python -m sglang_overlay check" in output
     assert "SGLANG_STREAMFP8_REPORT=reports python -m sglang.launch_server" in output
-    for command in ("check", "report"):
-        assert f"python -m sglang_overlay {command}" in _run(command, "--help").output
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_help_of_each_command_has_an_example_and_its_exit_codes(command):
+    output = _run(command, "--help").output
+    if command == "run":
+        # It passes every option on, --help too.
+        output = main.commands[command].help
+        assert "exit code is" in re.sub(r"\s+", " ", output)
+    else:
+        assert re.search(r"Exit codes:\n +0  \w", output)
+    assert f"python -m sglang_overlay {command}" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("sglang-streamfp8 re", {"report"}),
+        ("sglang-streamfp8 report --h", {"--html", "--help"}),
+        ("sglang-streamfp8 export --scheme b", {"block"}),
+        ("sglang-streamfp8 patch --release 0.5.2", {"0.5.21", "0.5.22", "0.5.23"}),
+        ("sglang-streamfp8 plan --gpu H2", {"H200"}),
+    ],
+)
+def test_shell_completes(words, offered):
+    instruction = {
+        "_SGLANG_STREAMFP8_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    result = CliRunner().invoke(main, prog_name="sglang-streamfp8", env=instruction)
+    assert {line.partition(",")[2] for line in result.output.splitlines()} == offered
+
+
+def test_completion_and_help_import_neither_torch_nor_sglang():
+    done = _python("-c", "import sys, sglang_overlay.cli; print({'torch', 'sglang', 'rich'} & set(sys.modules))")
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_version():
@@ -161,10 +218,12 @@ def test_command_runs_as_a_module_and_piped_output_has_no_colour(folders):
     assert "\x1b" not in done.stdout
 
 
-def test_terminal_gets_colour(folders):
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_terminal_gets_colour_unless_told_otherwise(folders, variables, coloured):
     control, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"}
     environment.pop("NO_COLOR", None)
+    environment.update(variables)
     command = [sys.executable, "-m", "sglang_overlay", "report", *folders]
     process = subprocess.Popen(command, stdout=terminal, stderr=subprocess.DEVNULL, env=environment)
     os.close(terminal)
@@ -179,7 +238,8 @@ def test_terminal_gets_colour(folders):
         output += chunk
     os.close(control)
     assert process.wait(timeout=60) == 0
-    assert b"\x1b[" in output
+    # Bold is no colour.
+    assert bool(re.search(rb"\x1b\[[0-9;]*3[0-7]", output)) == coloured
     assert b"TP0/2" in output
 
 
@@ -228,6 +288,9 @@ def test_check_says_active_with_every_hook_in_place(active):
     assert found["release"] == metadata.version("sglang")
     assert found["release"] in found["supported"]
     assert {hook["state"] for hook in found["streaming"]} == {"active"}
+    assert {hook["state"] for hook in found["telling"]} == {"active"}
+    # Nor did other plugins' hooks come to harm.
+    assert found["messages"] == []
     targets = [hook["target"] for hook in found["streaming"]]
     assert "sglang.srt.layers.quantization.fp8.Fp8MoEMethod.create_weights" in targets
 

@@ -1,0 +1,158 @@
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from sglang_overlay.observe.memory import MemoryUsage
+from sglang_overlay.observe.page import render, write
+from sglang_overlay.observe.report import (
+    LayerCounts,
+    LayerFigures,
+    LayerNote,
+    LoadReport,
+    ParallelRank,
+    Ranks,
+    ReportError,
+    UnitCounts,
+)
+
+GB = 10**9
+STOCK = LoadReport(
+    "0.5.23",
+    "0.1.0",
+    "/somewhere/moe-1b",
+    "auto",
+    "stock",
+    10.0,
+    MemoryUsage("RssAnon", GB, 2_500_000_000, GB, ((0.0, 0), (8.0, 2_500_000_000), (10.0, GB))),
+    1_250_000_000,
+)
+STREAMED = replace(
+    STOCK,
+    mode="streaming",
+    seconds=6.0,
+    memory=MemoryUsage("RssAnon", GB, 1_375_000_000, GB, ((0.0, 0), (6.0, 1_375_000_000))),
+    units=UnitCounts(1234, 1000),
+    layers=LayerCounts(
+        1,
+        deferred=(LayerNote("layers.0.kv_b_proj", "MLA absorbs it"),),
+        fallback=(LayerNote("layers.7.packed", 'packed "by" <hand> & so'),),
+        figures=(LayerFigures("layers.0.experts", 1234, 1000, 640_000_000, 1.5, 3.0),),
+    ),
+    warnings=("a <script>alert(1)</script>",),
+    missing=("model.norm.weight",),
+)
+VOID = {"meta", "line", "polyline", "circle"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: text, attributes, and whether every element is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.words.append(data.strip())
+
+    def rows(self):
+        return "\n".join(self.words)
+
+
+def ranks(load, size=2):
+    return [replace(load, ranks=Ranks(ParallelRank(rank, size))) for rank in range(size)]
+
+
+BOTH = [("stock", ranks(STOCK)), ("streaming", ranks(STREAMED))]
+
+
+@pytest.fixture(scope="module")
+def both():
+    return render(BOTH)
+
+
+def test_page_is_whole_and_asks_for_nothing_from_elsewhere(both):
+    page = Page(both)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?:|url\(|@import", both)
+    assert not [name for _, name, _ in page.attributes if name in ("src", "href", "xlink:href") or name.startswith("on")]
+
+
+def test_page_says_first_what_loading_took(both):
+    assert (
+        "Peak 1.38 GB above the start, 1.10x the loaded model&#39;s 1.25 GB; 0.55x the peak of stock. Loaded in 6.0 s. "
+        "1 layer fell back to stock&#39;s path." in both
+    )
+
+
+def test_chart_is_there_for_wide_screens_and_for_phones_and_says_what_it_shows(both):
+    page = Page(both)
+    assert page.tags.count("svg") == 2
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("svg", "role")] == ["img", "img"]
+    labelled = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-labelledby")]
+    assert labelled == [value for tag, name, value in page.attributes if (tag, name) == ("title", "id")]
+    # Two ranks of two folders, twice.
+    assert page.tags.count("polyline") == 8
+
+
+def test_every_rank_has_a_row_and_is_compared(both):
+    words = Page(both).rows()
+    assert words.count("TP0/2") == words.count("TP1/2") == 3
+    assert "6.0 s / 10.0 s\n0.60x\n1.38 GB / 2.50 GB\n0.55x" in words
+
+
+def test_every_layer_has_a_row_all_ranks_together(both):
+    words = Page(both).rows()
+    assert "layers.0.experts\nstreamed\n2\n2468\n2000\n1.28 GB\n1.5 s to 3.0 s" in words
+    assert "layers.0.kv_b_proj\ndeferred\n2\n-\n-\n-\nMLA absorbs it" in words
+    assert "left:25.00%;width:25.00%" in both
+
+
+def test_what_went_wrong_is_listed_once_and_is_text_whatever_it_holds(both):
+    page = Page(both)
+    assert page.words.count("a <script>alert(1)</script>") == 1
+    assert page.words.count("model.norm.weight") == 1
+    assert '1 layer fell back: packed "by" <hand> & so (layers.7.packed)' in page.words
+
+
+def test_page_of_one_folder_compares_nothing():
+    words = Page(render([("streaming", [STREAMED])])).rows()
+    assert "against" not in words
+    assert "Ranks of streaming" in words
+
+
+def test_stock_loads_have_no_columns_of_streaming():
+    words = Page(render([("stock", [STOCK])])).rows()
+    assert "peak / model" in words
+    assert "fell back" not in words
+
+
+def test_reports_without_samples_and_figures_are_shown_all_the_same():
+    bare = replace(STREAMED, memory=replace(STREAMED.memory, samples=()), layers=LayerCounts(1))
+    words = Page(render([("streaming", [bare])])).rows()
+    assert "These reports hold no memory samples." in words
+    assert "These reports tell nothing of single layers." in words
+
+
+def test_file_that_cannot_be_written_is_named(tmp_path):
+    assert write(BOTH, tmp_path / "new" / "report.html").read_text().startswith("<!DOCTYPE html>")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ReportError, match="file/report.html"):
+        write(BOTH, tmp_path / "file" / "report.html")
