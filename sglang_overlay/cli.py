@@ -86,9 +86,10 @@ def main() -> None:
 
 
 @main.command(short_help="Is streaming active here?")
+@click.option("--verbose", "-v", is_flag=True, help="Describe every hook, not only those that are not applied.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/check, version 1).")
-def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
-    """Say whether streaming is active, for which SGLang, and the state of every hook.
+def check(verbose: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
+    """Say whether streaming is active, for which SGLang, and whether its hooks are in place.
 
     Loads SGLang's plugins in this process, as a server would, so it takes as long as importing SGLang does.
 
@@ -108,6 +109,7 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     \b
     Examples:
       python -m sglang_overlay check
+      python -m sglang_overlay check --verbose
       python -m sglang_overlay check --json | jq .problems
     """
     from sglang_overlay.observe import activation, terminal
@@ -117,7 +119,7 @@ def check(as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     if as_json:
         click.echo(json.dumps(activation.to_json(found), indent=2))
     else:
-        terminal.print_activation(terminal.console(), found)
+        terminal.print_activation(terminal.console(), found, terminal.every if verbose else terminal.unexpected)
     sys.exit(0 if found.active else 1)
 
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pty
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import sglang_overlay
 from sglang_overlay.cli import main
+from sglang_overlay.observe import terminal
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import (
     SCHEMA_FILE,
@@ -243,11 +246,21 @@ def test_terminal_gets_colour_unless_told_otherwise(folders, variables, coloured
     assert b"TP0/2" in output
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_figure_is_cut_off_on_a_narrow_terminal(width):
+    console = Console(file=io.StringIO(), width=width)
+    terminal.print_reports(console, "reports", [replace(STREAMING, seconds=754.0)])
+    for figure in ("12 min 34 s", "+1.38 GB", "1.25 GB", "1.10x", "3.10 MB", "1234", "210", "61"):
+        assert figure in console.file.getvalue()
+    assert "…" not in console.file.getvalue()
+    assert "streaming" in console.file.getvalue()
+
+
 _BOTH_FORMS = """
 import sys
 from sglang_overlay.cli import main
 
-for arguments in (["check", "--json"], ["check"]):
+for arguments in (["check", "--json"], ["check"], ["check", "--verbose"]):
     try:
         main(arguments)
     except SystemExit as end:
@@ -275,14 +288,14 @@ def checks():
 
 @pytest.fixture(scope="module")
 def active(checks):
-    """What ``check`` says where streaming is active: (JSON data, text), after a look at both exit codes."""
-    as_json, text, rest = checks["default"].stdout.split("exit 0\n")
+    """What ``check`` says where streaming is active: (JSON data, text, verbose text), after a look at exit codes."""
+    as_json, text, verbose, rest = checks["default"].stdout.split("exit 0\n")
     assert rest == "", checks["default"].stdout
-    return json.loads(as_json), text
+    return json.loads(as_json), text, verbose
 
 
 def test_check_says_active_with_every_hook_in_place(active):
-    found, _ = active
+    found, _, _ = active
     assert (found["schema"], found["version"]) == ("sglang-streamfp8/check", 1)
     assert (found["active"], found["problems"]) == (True, [])
     assert found["release"] == metadata.version("sglang")
@@ -295,11 +308,18 @@ def test_check_says_active_with_every_hook_in_place(active):
     assert "sglang.srt.layers.quantization.fp8.Fp8MoEMethod.create_weights" in targets
 
 
-def test_check_text_names_each_hook_with_its_reason_and_end(active):
-    found, text = active
+def test_check_fits_a_screen_where_nothing_is_wrong(active):
+    found, text, _ = active
     assert "\x1b" not in text
     assert re.match(r"StreamFP8 \S+: active, SGLang \S+", text)
-    flowing = re.sub(r"\s+", " ", text)
+    assert f"Hooks for streaming: {len(found['streaming'])} active" in text
+    assert "why:" not in text
+    assert len(text.splitlines()) < 24
+
+
+def test_check_describes_each_hook_with_its_reason_and_end_when_asked(active):
+    found, _, verbose = active
+    flowing = re.sub(r"\s+", " ", verbose)
     for hook in found["streaming"]:
         assert f"active {hook['target']} ({hook['kind']})" in flowing
         assert f"why: {hook['why']}" in flowing

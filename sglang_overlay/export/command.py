@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextCol
 from rich.progress import Progress as Bar
 
 from sglang_overlay.observe.formats import bytes_text, count_text
+from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import parse
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
 
@@ -42,6 +43,8 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
         StreamFP8Error: it cannot be done.
     """
     schemes = parse(scheme, "--scheme")
+    # Before SGLang is imported, which takes seconds.
+    registry.check(schemes)
     console = Console(stderr=True)
     with console.status("Importing SGLang and tracing its loader ..."):
         os.environ.update(_ENVIRON)

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,13 +17,29 @@ from sglang_overlay.observe.compare import pair_up
 from sglang_overlay.observe.formats import bytes_text, count_text, seconds_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from sglang_overlay.observe.activation import Activation, Hook
     from sglang_overlay.observe.report import LayerNote, LoadReport, Ranks
 
+    Selection = Callable[[Hook], bool]
+
 _PIPE_WIDTH = 140
+_WIDE = 120
+_HEADINGS = (
+    "rank",
+    "mode",
+    "seconds",
+    "peak",
+    "model",
+    "peak/model",
+    "staging",
+    "units",
+    "layers",
+    "deferred",
+    "fell back",
+)
 _NAMES_SHOWN = 3
 _STATE_STYLE = {"active": "green", "ready": "yellow", "absent": "yellow", "missing": "red", "signature": "red"}
 _MODES = {
@@ -31,6 +47,16 @@ _MODES = {
     "1": "on, stock where streaming is not possible",
     "require": "on, an error where it is not possible",
 }
+
+
+def every(_hook: Hook) -> bool:
+    """Describe each hook."""
+    return True
+
+
+def unexpected(hook: Hook) -> bool:
+    """Describe those hooks that are not applied."""
+    return hook.state != "active"
 
 
 def console() -> Console:
@@ -43,17 +69,23 @@ def waiting(what: str) -> AbstractContextManager[object]:
     return Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext()
 
 
-def print_activation(out: Console, found: Activation) -> None:
-    """The verdict first, then what stands in the way, then settings and every hook."""
+def print_activation(out: Console, found: Activation, described: Selection = unexpected) -> None:
+    """The verdict first, then what stands in the way, settings, and hooks.
+
+    Args:
+        out: where to.
+        found: what to tell.
+        described: the hooks that get more than being counted.
+    """
     verdict = "[green]active[/green]" if found.active else "[red]not active[/red]"
     release = f"SGLang {found.release}" if found.release else "no SGLang"
     out.print(f"[bold]StreamFP8 {found.overlay_version}[/bold]: {verdict}, {release}")
     for problem in found.problems:
         out.print(Padding(f"[red]problem[/red]  {escape(problem)}", (0, 0, 0, 2), expand=False))
     out.print(Padding(_facts(found), (1, 0, 0, 2), expand=False))
-    _print_hooks(out, "Hooks for streaming", found.streaming)
-    _print_hooks(out, "Hooks for /metrics and /server_info, which streaming can do without", found.telling)
-    _print_hooks(out, "Hooks for machines without an accelerator", found.cpu_reference)
+    _print_hooks(out, "Hooks for streaming", found.streaming, described)
+    _print_hooks(out, "Hooks for /metrics and /server_info, which streaming can do without", found.telling, described)
+    _print_hooks(out, "Hooks for machines without an accelerator", found.cpu_reference, described)
     out.print("\n[bold]To be switched on by hand[/bold]")
     for note in found.notes:
         out.print(Padding(escape(note), (0, 0, 0, 2), expand=False))
@@ -66,20 +98,36 @@ def print_activation(out: Console, found: Activation) -> None:
 def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> None:
     """One row for each load, then the layers that were not streamed and the warnings."""
     out.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
-    table = Table(header_style="dim", box=None, pad_edge=False)
-    for heading in ("rank", "mode"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("seconds", "peak", "model", "peak/model", "staging", "units", "layers", "deferred", "fell back"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for report in reports:
-        table.add_row(*_cells(report))
-    out.print(table)
+    rows = [_cells(report) for report in reports]
+    if out.width >= _WIDE:
+        _print_table(out, _HEADINGS, rows, padding=(0, 1))
+    else:
+        _print_narrow_table(out, rows)
     for scheme in dict.fromkeys(report.scheme for report in reports if report.scheme != "stock"):
         out.print(Padding(f"scheme  {escape(scheme)}", (0, 0, 0, 2), expand=False))
     _print_notes(out, "deferred", [note for report in reports for note in report.layers.deferred])
     _print_notes(out, "fell back", [note for report in reports for note in report.layers.fallback])
     for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):
         out.print(Padding(f"[yellow]warning[/yellow]  {escape(warning)}", (0, 0, 0, 2), expand=False))
+
+
+def _print_table(out: Console, headings: Sequence[str], rows: Iterable[Sequence[str]], padding: Any) -> None:
+    table = Table(header_style="dim", box=None, pad_edge=False, padding=padding)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("rank", "mode") else "right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _print_narrow_table(out: Console, rows: Sequence[Sequence[str]]) -> None:
+    """For 80 columns: headings in two lines, and the mode above the table where it is the same in all rows."""
+    headings = [heading.replace("/", "/\n").replace(" ", "\n") for heading in _HEADINGS]
+    modes = {row[1] for row in rows}
+    if len(modes) == 1:
+        out.print(f"[dim]mode[/dim] {modes.pop()}")
+        headings, rows = [headings[0], *headings[2:]], [[row[0], *row[2:]] for row in rows]
+    _print_table(out, headings, rows, padding=(0, 1, 0, 0))
 
 
 def print_comparison(
@@ -91,19 +139,17 @@ def print_comparison(
         out.print("No rank has a load in both folders, so there is nothing to compare.")
         return
     out.print(f"[bold]{escape(names[1])}[/bold] against [bold]{escape(names[0])}[/bold]", soft_wrap=True)
-    table = Table(header_style="dim", box=None, pad_edge=False)
-    table.add_column("rank", no_wrap=True)
-    for heading in ("seconds", "ratio", "peak", "ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for pair in pairs:
-        table.add_row(
+    rows = [
+        (
             rank_text(pair.first.ranks, pair.first.role),
             f"{seconds_text(pair.second.seconds)} / {seconds_text(pair.first.seconds)}",
             ratio_text(pair.seconds_ratio),
             f"{bytes_text(pair.second.memory.peak_above_start)} / {bytes_text(pair.first.memory.peak_above_start)}",
             ratio_text(pair.peak_ratio),
         )
-    out.print(table)
+        for pair in pairs
+    ]
+    _print_table(out, ("rank", "seconds", "ratio", "peak", "ratio"), rows, padding=(0, 1))
 
 
 def rank_text(ranks: Ranks, role: str) -> str:
@@ -121,18 +167,21 @@ def _facts(found: Activation) -> Table:
     return facts
 
 
-def _print_hooks(out: Console, title: str, hooks: Sequence[Hook]) -> None:
+def _print_hooks(out: Console, title: str, hooks: Sequence[Hook], described: Selection) -> None:
     if not hooks:
         return
-    out.print(f"\n[bold]{title}[/bold]")
+    states = Counter(hook.state for hook in hooks)
+    counted = ", ".join(f"[{_STATE_STYLE[state]}]{count} {state}[/]" for state, count in states.items())
+    out.print(f"\n[bold]{title}[/bold]: {counted}")
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for hook in hooks:
+    for hook in filter(described, hooks):
         table.add_row(f"[{_STATE_STYLE[hook.state]}]{hook.state}[/]", f"{escape(hook.target)} [dim]({hook.kind})[/dim]")
         for label, text in _hook_lines(hook):
             table.add_row("", f"[dim]{label}[/dim] {escape(text)}")
-    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+    if table.row_count:
+        out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _hook_lines(hook: Hook) -> list[tuple[str, str]]:

@@ -92,7 +92,9 @@ def test_page_is_whole_and_asks_for_nothing_from_elsewhere(both):
     assert page.open == []
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert not re.search(r"https?:|url\(|@import", both)
-    assert not [name for _, name, _ in page.attributes if name in ("src", "href", "xlink:href") or name.startswith("on")]
+    assert not [
+        name for _, name, _ in page.attributes if name in ("src", "href", "xlink:href") or name.startswith("on")
+    ]
 
 
 def test_page_says_first_what_loading_took(both):
@@ -154,5 +156,5 @@ def test_reports_without_samples_and_figures_are_shown_all_the_same():
 def test_file_that_cannot_be_written_is_named(tmp_path):
     assert write(BOTH, tmp_path / "new" / "report.html").read_text().startswith("<!DOCTYPE html>")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ReportError, match="file/report.html"):
+    with pytest.raises(ReportError, match=r"file/report\.html"):
         write(BOTH, tmp_path / "file" / "report.html")

@@ -12,20 +12,21 @@ from dataclasses import replace
 import pytest
 
 from sglang_overlay.upstream import releases
-from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.upstream.catalogue import STREAMING, TELLING
 from sglang_overlay.upstream.touch_point import Place, State, inspect_point
 
 pytestmark = pytest.mark.every_release
+ALL = (*STREAMING, *TELLING)
 
 
-@pytest.mark.parametrize("point", STREAMING, ids=lambda point: point.target.split(".", 4)[-1])
+@pytest.mark.parametrize("point", ALL, ids=lambda point: point.target.split(".", 4)[-1])
 def test_target_is_as_expected_or_known_to_be_absent(point):
     found = inspect_point(point)
     expected = (State.ABSENT,) if point.target in releases.absent() else (State.READY, State.ACTIVE)
     assert found.state in expected, found.detail
 
 
-@pytest.mark.parametrize("hook", sorted({place.hook for point in STREAMING for place in point.candidates}))
+@pytest.mark.parametrize("hook", sorted({place.hook for point in ALL for place in point.candidates}))
 def test_hook_exists(hook):
     module, _, name = hook.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
@@ -41,7 +42,7 @@ def test_newest_release_has_everything():
     assert releases.facts()[-1].absent == ()
 
 
-@pytest.mark.parametrize("point", STREAMING, ids=lambda point: point.target.split(".", 4)[-1])
+@pytest.mark.parametrize("point", ALL, ids=lambda point: point.target.split(".", 4)[-1])
 def test_entry_says_why_it_is_there_and_when_it_can_go(point):
     assert point.why
     assert point.related
@@ -49,7 +50,7 @@ def test_entry_says_why_it_is_there_and_when_it_can_go(point):
 
 
 def test_each_target_is_patched_once():
-    targets = [point.target for point in STREAMING]
+    targets = [point.target for point in ALL]
     assert len(set(targets)) == len(targets)
 
 
