@@ -42,7 +42,7 @@ def test_rank_with_the_highest_peak_is_drawn_over_the_others():
 
 
 def test_memory_below_the_start_stays_on_the_axis():
-    drawn = timeline([Curve("streaming", (load((0.0, 0), (1.0, -5_000), (2.0, 10)),))], 600, 300)
+    drawn = timeline([Curve("streaming", (load((0.0, 0), (1.0, -500_000_000), (2.0, 10)),))], 600, 300)
     assert max(float(point.split(",")[1]) for point in drawn.lines[0].points.split()) == drawn.bottom
 
 

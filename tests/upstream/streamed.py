@@ -48,4 +48,16 @@ def assert_streamed(reports: Sequence[LoadReport], ranks: int = 1) -> None:
         assert report.units.streamed >= report.layers.streamed > 0
         assert report.layers.fallback == ()
         assert report.warnings == ()
+        assert report.missing == ()
         assert all(note.layer.endswith("kv_b_proj") for note in report.layers.deferred)
+        assert_layers_add_up(report)
+
+
+def assert_layers_add_up(report: LoadReport) -> None:
+    """What is told of single layers is what is told of all, and happened while the model was loaded."""
+    figures = report.layers.figures
+    assert len({layer.layer for layer in figures}) == len(figures) == report.layers.streamed
+    assert sum(layer.units for layer in figures) == report.units.streamed
+    assert sum(layer.direct for layer in figures) == report.units.direct
+    assert 0 < report.streamed_bytes < report.final_bytes
+    assert all(0 <= layer.first_seconds <= layer.last_seconds <= report.seconds for layer in figures)

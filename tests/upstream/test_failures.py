@@ -95,7 +95,10 @@ class TestMissingTensors:
         result = workers.load(LoadJob(damaged(without(*lost)), environ=environ, prompts=PROMPTS))
         assert compare(stock, result) == []
         (warning,) = warnings_of(result)
-        (told,) = read_folder(reports)[0].warnings
+        (report,) = read_folder(reports)
+        (told,) = report.warnings
+        assert len(report.missing) == 2
+        assert {name.rpartition(".")[0] for name in report.missing} < {layer.layer for layer in report.layers.figures}
         assert all(name in warning and name in told for name in lost)
         assert "zero" in warning
 
@@ -142,6 +145,7 @@ class TestMissingTensorsThatAreNotStreamed:
         assert f"nothing was loaded into 1 parameters that the checkpoint should hold: {parameter}." in warning
         assert report.layers.fallback == ()
         assert parameter in report.warnings[0]
+        assert report.missing == (parameter,)
 
     def test_head_that_an_embedding_model_lacks_is_no_matter(self, both, damaged):
         options = {"server_args": {"is_embedding": True}, "uninitialized": 0.5}

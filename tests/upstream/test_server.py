@@ -88,6 +88,8 @@ def test_metrics_tell_what_loading_cost(served, metric):
     (series,) = re.findall(rf"^{PREFIX}{metric.name}(\{{.*\}}) (\S+)$", served.metrics, re.MULTILINE)
     labels = dict(re.findall(r'(\w+)="([^"]*)"', series[0]))
     assert float(series[1]) == metric.value(served.report)
+    # Which it would have if the series of several processes were told apart.
+    assert "pid" not in labels
     assert labels["model_name"] == served.report.model_path
     assert [labels[name] for name in ("tp_rank", "pp_rank", "role", "mode")] == ["0", "0", "target", "streaming"]
     assert f"# HELP {PREFIX}{metric.name} {metric.documentation}\n" in served.metrics
