@@ -93,9 +93,12 @@ def test_wheel_installs_and_its_command_runs(archives, tmp_path):
     place = (
         "import sglang_overlay, sglang_overlay.patches as p; print(sglang_overlay.__file__, p.files_of('0.5.23')[0])"
     )
+    page = "import pathlib, sglang_overlay as s; print(*pathlib.Path(s.__file__).parent.glob('observe/*.j2'))"
     for code, expected in (
         (["-m", "sglang_overlay", "--version"], "sglang-streamfp8"),
         (["-c", place], "patch_series"),
+        (["-c", page], "page.html.j2"),
+        ([str(python.with_name("sglang-streamfp8")), "--version"], "sglang-streamfp8"),
     ):
         done = subprocess.run(
             [str(python), *code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True

@@ -25,13 +25,10 @@ OUTPUT = ("StreamFP8: ", "Quantizing weights to FP8: ")
 
 ELSEWHERE = {
     "pip install": "tests/test_packaging.py::test_wheel_installs_and_its_command_runs",
-    "python -m sglang.launch_server": "tests/upstream/test_server.py::"
-    "test_server_streams_and_answers_and_leaves_nothing_behind",
-    "SGLANG_STREAMFP8_REPORT=": "tests/upstream/test_server.py::"
-    "test_server_streams_and_answers_and_leaves_nothing_behind",
+    "python -m sglang.launch_server": "tests/upstream/test_server.py::test_server_streams_and_answers",
+    "SGLANG_STREAMFP8_REPORT=": "tests/upstream/test_server.py::test_server_streams_and_answers",
     "SGLANG_STREAMFP8=0": "tests/upstream/test_plugin.py::test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone",
-    "SGLANG_STREAMFP8=require": "tests/upstream/test_server.py::"
-    "test_server_streams_and_answers_and_leaves_nothing_behind",
+    "SGLANG_STREAMFP8=require": "tests/upstream/test_server.py::test_server_streams_and_answers",
     "SGLANG_STREAMFP8_SCHEME=": "tests/upstream/test_schemes.py::"
     "test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint",
     "python -m sglang_overlay run": "tests/upstream/test_launch.py::test_one_batch_benchmark_streams",
@@ -131,7 +128,7 @@ def test_light_command_runs(command, places, tmp_path):
     before = set(tmp_path.rglob("*"))
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in re.findall(r"--(?:png|out) (\S+)", command):
+    for name in re.findall(r"--(?:png|html|out) (\S+)", command):
         assert (tmp_path / name) in set(tmp_path.rglob("*")) - before
 
 
