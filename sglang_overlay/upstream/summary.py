@@ -16,6 +16,8 @@ from sglang_overlay.observe.report import (
     StagingUsage,
     UnitCounts,
 )
+from sglang_overlay.schemes import mxfp8
+from sglang_overlay.schemes.choice import STOCK
 from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.load import tensors_of
 from sglang_overlay.upstream.overlay_load import OverlayLoad
@@ -40,9 +42,15 @@ def summarize(
         units=UnitCounts(streamed=load.units, direct=load.direct_units),
         staging=StagingUsage(peak_bytes=load.account.peak),
         layers=LayerCounts(streamed=load.layers, deferred=_notes(load.deferred), fallback=_notes(load.fallback)),
-        scheme=load.settings.schemes.text if load.layers else "stock",
+        scheme=_scheme(load, model_config),
         warnings=(*([load.abandoned] if load.abandoned else []), *load.warnings),
     )
+
+
+def _scheme(load: OverlayLoad, model_config: Any) -> str:
+    if not load.layers:
+        return STOCK
+    return mxfp8.NAME if model_config.quantization == mxfp8.NAME else load.settings.schemes.text
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
