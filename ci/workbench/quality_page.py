@@ -21,8 +21,8 @@ Results = Mapping[str, Sequence[Quality]]
 """All contenders' figures, by family."""
 
 _PARTS = {"attention": "self_attn", "feed-forward": "mlp", "experts": ".experts."}
-_COLOURS = ("#777777", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7")
-_MARKERS = ("s", "o", "^", "v", "D", "P")
+_COLOURS = ("#777777", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9", "#CC79A7")
+_MARKERS = ("s", "o", "^", "v", "D", "X", "P")
 _INK, _GRID = "#333333", "#E3E3E3"
 
 

@@ -4,8 +4,7 @@
 e4m3 values, and for 32 of them in a row one power of two (OCP Microscaling Formats 1.0), whose exponent is a byte
 (UE8M0). Stock quantizes each layer when it has been loaded (``Fp8LinearMethod._quantize_mxfp8_weights``,
 ``Fp8MoEMethod._process_mxfp8_moe_weights``) and then lays values and scales out for a kernel. Here rows are quantized
-while they are loaded, by the same function, into the form that a checkpoint in MXFP8 has; from there upstream goes on as
-with such a checkpoint.
+while they are loaded, by the same function, into the form that a checkpoint in MXFP8 has; upstream goes on as with one.
 
 No ``Scheme``, since SGLang's own ``--quantization`` chooses it, and not ``SGLANG_STREAMFP8_SCHEME``.
 """
@@ -16,7 +15,6 @@ import abc
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from math import gcd
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.schemes.expert_rows import grid_of_experts
 from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan, Placeholders
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
@@ -38,8 +37,6 @@ GROUP = 32
 """Values in a row that share a scale."""
 BIAS = 127
 """Of the stored exponents."""
-ROWS = 128
-"""Of an expert's matrix that are quantized at once; fewer where a size is no multiple."""
 
 
 def is_online(config: Any) -> bool:
@@ -155,11 +152,7 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
         return _why_converted(layer)
 
     def grid(self, layer: Module, shape: tuple[int, ...]) -> UnitGrid:
-        experts, height, width = shape
-        # A gate_proj and an up_proj of intermediate size rows each are written into one w13.
-        intermediate: int = layer.intermediate_size_per_partition  # type: ignore[assignment]
-        rows = gcd(intermediate, height, ROWS)
-        return UnitGrid(count=experts * height // rows, shape=(rows, width), sliced=True)
+        return grid_of_experts(layer, shape)
 
     def quantizer(self) -> UnitQuantizer:
         from sglang.srt.layers.moe.utils import get_moe_runner_backend
