@@ -47,15 +47,16 @@ def stock(workers, checkpoint):
 
 
 @pytest.fixture
-def stream(workers, checkpoint, tmp_path):
+def stream(workers, checkpoint, tmp_path_factory):
     """A load that has to be streamed; ``fields`` are the job's."""
 
     def load(family, layout=MANY, **fields):
         path = checkpoint(family, overrides=FAMILIES[family], **layout)
-        environ = {"SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports"), **fields.pop("environ", {})}
+        folder = tmp_path_factory.mktemp("reports")
+        environ = {"SGLANG_STREAMFP8_REPORT": str(folder)}
         job = LoadJob(path, streaming="require", quantization="mxfp8", environ=environ, **fields)
         result = workers.load(job)
-        reports = read_folder(tmp_path / "reports")
+        reports = read_folder(folder)
         assert_streamed(reports, job.ranks)
         assert {report.scheme for report in reports} == {"mxfp8"}
         return result
