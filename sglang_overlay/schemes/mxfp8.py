@@ -31,8 +31,6 @@ from sglang_overlay.schemes.expert_rows import grid_of_experts
 from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan, Placeholders
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
-NAME = "mxfp8"
-"""Of ``--quantization``."""
 GROUP = 32
 """Values in a row that share a scale."""
 BIAS = 127

@@ -17,7 +17,8 @@ import torch
 from sglang_overlay.errors import SchemeError
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
-from sglang_overlay.schemes import mxfp8, registry
+from sglang_overlay.schemes import registry
+from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import Mode, Settings, load_settings
 from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, update
 from sglang_overlay.upstream.guard import refuse
@@ -28,7 +29,7 @@ from sglang_overlay.upstream.summary import summarize
 
 logger = logging.getLogger(__name__)
 
-ONLINE = ("fp8", mxfp8.NAME)
+ONLINE = ("fp8", MXFP8)
 """Values of ``--quantization`` under which a bf16 checkpoint is quantized, and can be streamed."""
 
 
@@ -66,9 +67,9 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
 
 
 def _refuse_second_scheme(quantization: str | None, settings: Settings) -> None:
-    if quantization == mxfp8.NAME and not settings.schemes.is_stock:
+    if quantization == MXFP8 and not settings.schemes.is_stock:
         raise SchemeError(
-            f"{settings.required_by} chooses a scheme of --quantization fp8, and --quantization {mxfp8.NAME} is one "
+            f"{settings.required_by} chooses a scheme of --quantization fp8, and --quantization {MXFP8} is one "
             "itself. Unset the variable, or use --quantization fp8."
         )
 

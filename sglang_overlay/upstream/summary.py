@@ -16,8 +16,7 @@ from sglang_overlay.observe.report import (
     StagingUsage,
     UnitCounts,
 )
-from sglang_overlay.schemes import mxfp8
-from sglang_overlay.schemes.choice import STOCK
+from sglang_overlay.schemes.choice import MXFP8, STOCK
 from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.load import tensors_of
 from sglang_overlay.upstream.overlay_load import OverlayLoad
@@ -50,7 +49,7 @@ def summarize(
 def _scheme(load: OverlayLoad, model_config: Any) -> str:
     if not load.layers:
         return STOCK
-    return mxfp8.NAME if model_config.quantization == mxfp8.NAME else load.settings.schemes.text
+    return MXFP8 if model_config.quantization == MXFP8 else load.settings.schemes.text
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
