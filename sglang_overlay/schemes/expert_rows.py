@@ -21,14 +21,9 @@ class ExpertRowsPlan(SerializedPlan):
         super().__init__({"w13_weight": "w13_weight_scale", "w2_weight": "w2_weight_scale"})
 
     def grid(self, layer: torch.nn.Module, shape: tuple[int, ...]) -> UnitGrid:
-        return grid_of_experts(layer, shape)
-
-
-def grid_of_experts(layer: torch.nn.Module, shape: tuple[int, ...]) -> UnitGrid:
-    """Units of ``ROWS`` rows or less of w13 or w2: as many as come at once."""
-    # A gate_proj and an up_proj of intermediate size rows each are written into one w13.
-    intermediate: int = layer.intermediate_size_per_partition  # type: ignore[assignment]
-    return grid_of_rows(shape, gcd(intermediate, shape[1], ROWS))
+        # A gate_proj and an up_proj of intermediate size rows each are written into one w13.
+        intermediate: int = layer.intermediate_size_per_partition  # type: ignore[assignment]
+        return grid_of_rows(shape, gcd(intermediate, shape[1], ROWS))
 
 
 def grid_of_rows(shape: tuple[int, ...], rows: int) -> UnitGrid:

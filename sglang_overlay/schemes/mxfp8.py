@@ -27,7 +27,6 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.schemes.expert_rows import grid_of_experts
 from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan, Placeholders
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
@@ -66,16 +65,13 @@ class Mxfp8Plan(OnlinePlan, UpdatablePlan):
         self._likes = {
             name: twin(weight, torch.empty_like(weight, device="meta")) for name, weight in made.parameters.items()
         }
-        self._grids = {name: self.grid(layer, tuple(weight.shape)) for name, weight in made.parameters.items()}
+        # A row, or an expert's matrix, which can be written in any way: at once with others, or with rows left over.
+        self._grids = {name: UnitGrid.per_slice(tuple(weight.shape)) for name, weight in made.parameters.items()}
         return made
 
     @abc.abstractmethod
     def why_not(self, layer: Module) -> str | None:
         """Why stock has to quantize the layer."""
-
-    @abc.abstractmethod
-    def grid(self, layer: Module, shape: tuple[int, ...]) -> UnitGrid:
-        """How a weight of ``shape`` divides into units, of whole rows."""
 
     def quantizer(self) -> UnitQuantizer:
         """What turns rows into values and exponents: upstream's own function."""
@@ -114,9 +110,6 @@ class Mxfp8LinearPlan(Mxfp8Plan):
     def why_not(self, layer: Module) -> str | None:
         return _why_converted(layer)
 
-    def grid(self, layer: Module, shape: tuple[int, ...]) -> UnitGrid:
-        return UnitGrid.per_slice(shape)
-
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         rows, columns = placeholder.shape
         weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
@@ -149,9 +142,6 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
             return "with --moe-a2a-backend flashinfer_megamoe experts are quantized by a kernel of its own"
         return _why_converted(layer)
 
-    def grid(self, layer: Module, shape: tuple[int, ...]) -> UnitGrid:
-        return grid_of_experts(layer, shape)
-
     def quantizer(self) -> UnitQuantizer:
         from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
@@ -160,7 +150,11 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
             return super().quantizer()
         from sglang.srt.layers.quantization.fp8_utils import flashinfer_mxfp8_quantize
 
-        return GroupQuantizer(lambda rows: flashinfer_mxfp8_quantize(rows, False))
+        def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            values, exponents = flashinfer_mxfp8_quantize(rows, False)
+            return values, exponents.view(torch.uint8)
+
+        return GroupQuantizer(quantize)
 
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         weight = torch.empty(placeholder.shape, dtype=torch.float8_e4m3fn, device=device)
@@ -168,11 +162,19 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
 
 
 class GroupQuantizer(RowQuantizer):
-    """Rows of groups with an exponent each.
+    """Rows of groups with an exponent each; a unit is a row, or several.
 
     Args:
         function: ``[rows, columns] -> (e4m3 [rows, columns], uint8 exponents of one element a group)``, upstream's own.
     """
+
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        quantize = super().quantize_run
+        if values.ndim == 2:
+            return quantize(values, weight, scale)
+        # Experts one after the other: what the function returns takes as much memory as the result.
+        units = zip(values.split(1), weight.split(1), scale.split(1), strict=True)
+        return torch.cat([quantize(*unit) for unit in units])
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         powers = torch.exp2(scale.view(*weight.shape[:-1], -1).float() - BIAS).repeat_interleave(GROUP, -1)

@@ -18,7 +18,6 @@ from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.cpu_reference.mxfp8 import mxfp8_group_quantize
 from sglang_overlay.errors import UnexpectedParametersError
 from sglang_overlay.schemes import mxfp8
-from sglang_overlay.schemes.expert_rows import grid_of_rows
 from sglang_overlay.schemes.mxfp8 import GROUP, GroupQuantizer
 
 FP8 = torch.float8_e4m3fn
@@ -34,22 +33,22 @@ def random_values(rows, columns, seed=0):
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_writes_of_any_order_and_split_equal_the_whole(data):
-    height = data.draw(st.sampled_from([1, 4]))  # Of a unit, as of linear layers and of experts.
-    rows, columns = data.draw(st.integers(1, 12)) * height, data.draw(st.integers(1, 4)) * GROUP
-    values = random_values(rows, columns, data.draw(st.integers(0, 99)))
-    grid = UnitGrid.per_slice((rows, columns)) if height == 1 else grid_of_rows((rows, columns), height)
-    down = sorted({0, rows, *(cut * height for cut in data.draw(st.lists(st.integers(0, rows // height), max_size=5)))})
+    units, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4)) * GROUP
+    rows = data.draw(st.sampled_from([1, 4]))  # Of a unit, as of linear layers and of experts.
+    values = random_values(units * rows, columns, data.draw(st.integers(0, 99)))
+    down = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=2))})
     across = sorted({0, columns, *data.draw(st.lists(st.integers(1, columns - 1), max_size=2))})
     boxes = data.draw(st.permutations([(*row, *column) for row in pairwise(down) for column in pairwise(across)]))
-    scales = (grid.count, rows * columns // GROUP // grid.count)
-    found = streamed((rows, columns), grid, QUANTIZER, scales)
+    shape = (units, columns) if rows == 1 else (units, rows, columns)
+    found = streamed(shape, UnitGrid.per_slice(shape), QUANTIZER, (units, rows * columns // GROUP))
+    matrices, placeholders = values.view(units, rows, columns), found.placeholder.data.view(units, rows, columns)
     with found.capture():
         for top, bottom, left, right in boxes:
-            found.placeholder.data[top:bottom, left:right].copy_(values[top:bottom, left:right])
+            placeholders[:, top:bottom, left:right].copy_(matrices[:, top:bottom, left:right])
     assert found.stream.settle() == []
     weight, exponents = mxfp8_group_quantize(values)
-    assert same_bytes(found.stream.storage.weight.view(rows, columns), weight)
-    assert same_bytes(found.stream.storage.scale.view(rows, -1).to(torch.uint8), exponents)
+    assert same_bytes(found.stream.storage.weight.view(values.shape), weight)
+    assert same_bytes(found.stream.storage.scale.view(len(values), -1).to(torch.uint8), exponents)
 
 
 @pytest.mark.parametrize("shape", [(3 * GROUP,), (4, 3 * GROUP)])

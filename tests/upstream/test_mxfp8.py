@@ -92,6 +92,12 @@ def test_every_matrix_is_e4m3_with_an_exponent_for_32_values(stream):
     assert stored["model.layers.0.mlp.experts.w2_weight_scale_inv"] == (str(torch.uint8), (8, 256, 4))
 
 
+def test_dummy_weights_equal_stock(workers, checkpoint):
+    fields = {"quantization": "mxfp8", "server_args": {"load_format": "dummy"}, "prompts": PROMPTS}
+    job = LoadJob(checkpoint("qwen3_moe"), streaming="require", **fields)
+    assert compare(workers.load(replace(job, streaming="0")), workers.load(job)) == []
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
 def test_update_ends_as_a_fresh_load(family, stream, checkpoint):
     new = {"seed": 1}
