@@ -65,8 +65,6 @@ class Mxfp8Plan(OnlinePlan, UpdatablePlan):
         self._likes = {
             name: twin(weight, torch.empty_like(weight, device="meta")) for name, weight in made.parameters.items()
         }
-        # A row, or an expert's matrix, which can be written in any way: at once with others, or with rows left over.
-        self._grids = {name: UnitGrid.per_slice(tuple(weight.shape)) for name, weight in made.parameters.items()}
         return made
 
     @abc.abstractmethod
@@ -80,7 +78,8 @@ class Mxfp8Plan(OnlinePlan, UpdatablePlan):
         return GroupQuantizer(fp8.mxfp8_group_quantize)
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        return ParameterPlan(self._grids[name], self.quantizer(), storage)
+        # A row, or an expert's matrix, which may be written in any way: at once with others, or with rows left over.
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(), storage)
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         for name, storage in storages.items():
@@ -91,15 +90,11 @@ class Mxfp8Plan(OnlinePlan, UpdatablePlan):
         with _as_of_a_checkpoint(method):
             original()
 
-    def _storage(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> Storage:
-        grid = self._grids[name]
-        return Storage(weight.view(grid.count, *grid.shape), scale.view(grid.count, -1))
-
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         pairs = {name: (layer.get_parameter(name), layer.get_parameter(f"{name}_scale_inv")) for name in placeholders}
         if any(weight.is_cuda for weight, _ in pairs.values()):
             return None  # Laid out for a kernel, in the same shapes for some.
-        return {name: self._storage(name, weight.data, scale.data) for name, (weight, scale) in pairs.items()}
+        return {name: _storage(weight.data, scale.data) for name, (weight, scale) in pairs.items()}
 
 
 class Mxfp8LinearPlan(Mxfp8Plan):
@@ -113,7 +108,7 @@ class Mxfp8LinearPlan(Mxfp8Plan):
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         rows, columns = placeholder.shape
         weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
-        return self._storage(name, weight, torch.empty(rows, columns // GROUP, dtype=torch.uint8, device=device))
+        return _storage(weight, torch.empty(rows, columns // GROUP, dtype=torch.uint8, device=device))
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         super().register(layer, storages)
@@ -158,7 +153,7 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
 
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         weight = torch.empty(placeholder.shape, dtype=torch.float8_e4m3fn, device=device)
-        return self._storage(name, weight, self._scales[name].data)
+        return _storage(weight, self._scales[name].data)
 
 
 class GroupQuantizer(RowQuantizer):
@@ -197,6 +192,10 @@ def _as_of_a_checkpoint(method: Any) -> Iterator[None]:
 
 
 _SERIALIZED = "is_checkpoint_fp8_serialized"
+
+
+def _storage(weight: torch.Tensor, scale: torch.Tensor) -> Storage:
+    return Storage(weight, scale.view(len(weight), -1))
 
 
 def _why_converted(layer: Module) -> str | None:
