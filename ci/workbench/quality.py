@@ -48,6 +48,7 @@ CONTENDERS = (
     Contender("tensor", "fp8", "tensor"),
     Contender("channel", "fp8", "channel"),
     Contender("block", "fp8", "block"),
+    Contender("mxfp8", "mxfp8", "stock"),
     Contender("int8 experts", "fp8", '{"linear": "channel", "moe": "int8"}'),
 )
 
@@ -168,7 +169,10 @@ def dequantized(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A weight as its scales say, float64: ``[N, K]``, experts' ``[E, N, K]``."""
     weight = tensors[name].double()
     if f"{name}_scale_inv" in tensors:
-        scale = tensors[f"{name}_scale_inv"].double().repeat_interleave(128, -2).repeat_interleave(128, -1)
+        scale = tensors[f"{name}_scale_inv"]
+        if scale.dtype == torch.uint8:
+            return weight * torch.exp2(scale.double() - 127).repeat_interleave(32, -1)
+        scale = scale.double().repeat_interleave(128, -2).repeat_interleave(128, -1)
         return weight * scale[..., : weight.shape[-2], : weight.shape[-1]]
     scale = tensors[f"{name}_scale"].double()
     if weight.ndim == 2:

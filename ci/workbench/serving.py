@@ -18,7 +18,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,3 +187,25 @@ def ask(url: str, question: str, max_tokens: int = 32) -> str:
         except openai.OpenAIError as error:
             raise ServerError(f"The server did not answer: {error}") from error
     return completion.choices[0].message.content or ""
+
+
+def input_logprobs(url: str, windows: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+    """What the server says of text, by ``/generate``: logprobs in nats of each window's tokens but the first.
+
+    Raises:
+        ServerError: the request failed; the caller knows the log.
+    """
+    import httpx
+
+    content = {
+        "input_ids": [list(window) for window in windows],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 1},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    with httpx.Client(trust_env=False, timeout=ANSWER_SECONDS) as client:
+        response = client.post(f"{url}/generate", json=content)
+    if response.status_code != httpx.codes.OK:
+        raise ServerError(f"The server did not answer: {response.text}")
+    found = (answer["meta_info"]["input_token_logprobs"] for answer in response.json())
+    return [tuple(logprob for logprob, *_ in window[1:]) for window in found]

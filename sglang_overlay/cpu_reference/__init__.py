@@ -10,15 +10,16 @@ generates with SGLang's own model code, loaders, scheduler and HTTP server. What
    otherwise asks for vLLM's kernels.
 2. *Per-tensor fp8 quantizer* (``quantizer.py``): SGLang's ``scaled_fp8_quant`` calls a CUDA kernel without a CPU form.
    Only the quantizer is replaced; which scheme a layer gets and what is done with it stays SGLang's.
-3. *fp8 linear and fp8 experts* (``linear.py``, ``moe.py``): SGLang multiplies fp8 by fp8 in CUDA or Triton kernels.
+3. *MXFP8* (``mxfp8.py``): its quantizer, its linear layers, and what SGLang does with its experts after loading.
+4. *fp8 linear and fp8 experts* (``linear.py``, ``moe.py``): SGLang multiplies fp8 by fp8 in CUDA or Triton kernels.
    Here the weight is dequantized to the activation's dtype and multiplied there (W8A16): activations stay as they are.
    Qwen2-MoE's gated shared expert, a Triton kernel, is spelled out in torch.
-4. *MLA attention* (``attention.py``): SGLang's MLA kernels are CUDA. Here every MLA layer takes SGLang's own absorbed
+5. *MLA attention* (``attention.py``): SGLang's MLA kernels are CUDA. Here every MLA layer takes SGLang's own absorbed
    form, whose attention is then ordinary attention with one key head.
 
 Limitations:
 
-1. Block-wise and MX formats, biased or clamped experts have no reference here; they raise ``NotImplementedError``.
+1. fp4 formats, biased or clamped experts have no reference here; they raise ``NotImplementedError``.
 2. Attention runs one sequence at a time.
 3. No graphs, no overlap schedule, no speculative decoding.
 4. ``SGLANG_PLUGINS``, SGLang's allowlist, covers platforms too: a list without ``streamfp8_cpu`` and

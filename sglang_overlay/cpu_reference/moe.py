@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 
 from sglang_overlay.cpu_reference.linear import dequantize, dequantize_blocks
+from sglang_overlay.cpu_reference.mxfp8 import dequantize_groups
 
 Dequantize = Callable[..., torch.Tensor]
 """``(weight, scale, dtype=...)``: a matrix of the dtype."""
@@ -27,7 +28,7 @@ def apply(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
     Args:
         self: the ``Fp8MoEMethod``.
         layer: the ``FusedMoE`` layer, with w13_weight ``[E, 2I, H]``, w2_weight ``[E, H, I]``, and one scale per expert
-            or, block-wise, one per block of each.
+            or, block-wise, one per block of each; as exponents (uint8) in MXFP8.
         dispatch_output: SGLang's ``StandardDispatchOutput``.
 
     Raises:
@@ -37,8 +38,8 @@ def apply(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
         raise NotImplementedError("the CPU reference platform has neither fp4 experts nor experts with biases")
     if not self.block_quant:
         return _apply(self.moe_runner_config, layer, dispatch_output, "weight_scale", dequantize)
-    block_size = self.quant_config.weight_block_size
-    unpack = functools.partial(dequantize_blocks, block_size=block_size)
+    blocks = functools.partial(dequantize_blocks, block_size=self.quant_config.weight_block_size)
+    unpack = dequantize_groups if self.use_mxfp8 else blocks
     return _apply(self.moe_runner_config, layer, dispatch_output, "weight_scale_inv", unpack)
 
 

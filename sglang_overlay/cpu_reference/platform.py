@@ -20,6 +20,8 @@ from sglang_overlay.cpu_reference import kv_pools
 KV_POOL_TOKENS = 16384
 #: Concurrent requests unless ``--max-running-requests`` says otherwise: attention runs one sequence at a time.
 RUNNING_REQUESTS = 16
+#: The MoE runner with which SGLang's model code keeps experts as they are in the checkpoint.
+MXFP8_EXPERTS = "triton"
 CORES_PER_RANK = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
@@ -94,6 +96,8 @@ class CpuReferencePlatform(interface.SRTPlatform):  # type: ignore[misc]
         ):
             if getattr(server_args, name) is None:
                 setattr(server_args, name, value)
+        if server_args.quantization == "mxfp8" and server_args.moe_runner_backend == "auto":
+            _take_plain_mxfp8_experts(server_args)
         server_args.disable_overlap_schedule = True
         self._bind_cores(server_args.tp_size * (server_args.pp_size * server_args.dp_size if all_ranks_bound() else 1))
 
@@ -106,6 +110,16 @@ class CpuReferencePlatform(interface.SRTPlatform):  # type: ignore[misc]
         # The value set for an earlier engine of this process is not the user's choice: ranks may differ.
         if os.environ.get(CORES_PER_RANK) in (None, self._cores_bound):
             self._cores_bound = os.environ[CORES_PER_RANK] = _cores_of_ranks(ranks)
+
+
+def _take_plain_mxfp8_experts(server_args: Any) -> None:
+    """Keep SGLang from its default for MXFP8, FlashInfer's kernels: for those gate and up are swapped on loading."""
+    from sglang.srt import server_args as arguments
+
+    add_choices = getattr(arguments, "add_mxfp8_moe_runner_backend_choices", None)
+    if add_choices is not None:  # Since 0.5.17; there is no other way to say it.
+        add_choices({MXFP8_EXPERTS}.difference(arguments.MXFP8_MOE_RUNNER_BACKEND_CHOICES))
+        server_args.moe_runner_backend = MXFP8_EXPERTS
 
 
 def all_ranks_bound() -> bool:

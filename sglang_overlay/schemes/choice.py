@@ -20,6 +20,8 @@ from sglang_overlay.errors import SettingsError
 
 STOCK = "stock"
 NONE = "none"
+MXFP8 = "mxfp8"
+"""No scheme: a value of SGLang's own ``--quantization`` (``schemes/mxfp8.py``)."""
 _KEYS = ("linear", "moe", "ignore", "overrides")
 
 

@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, cast
 
 from sglang_overlay.errors import SchemeError
-from sglang_overlay.schemes.choice import NONE, STOCK, SchemeChoice
+from sglang_overlay.schemes.choice import MXFP8, NONE, STOCK, SchemeChoice
 
 if TYPE_CHECKING:
     from sglang_overlay.schemes.scheme import Scheme
@@ -49,7 +49,10 @@ def check(choice: SchemeChoice) -> None:
     # Other packages' are looked for where they are needed: reading what is installed takes milliseconds.
     unknown = sorted(others - set(valid_names())) if others else []
     if unknown:
-        raise SchemeError(f"there is no quantization scheme {unknown[0]!r}. Use one of: {', '.join(valid_names())}.")
+        own = f" For {MXFP8} start SGLang with --quantization {MXFP8}." if MXFP8 in unknown else ""
+        raise SchemeError(
+            f"there is no quantization scheme {unknown[0]!r}. Use one of: {', '.join(valid_names())}.{own}"
+        )
 
 
 def find(name: str) -> Scheme:

@@ -75,9 +75,14 @@ class ModelLoad:
 
     # -- building the model ------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def covers(config: Any) -> bool:
+        """Whether this is a quantization config that this kind of load knows how to stream."""
+        return eligibility.is_online_fp8(config)
+
     def admits(self, config: Any) -> bool:
         """Whether layers of this quantization config are to be streamed."""
-        if self.abandoned or not eligibility.is_online_fp8(config):
+        if self.abandoned or not self.covers(config):
             return False
         if self._obstacle is not None:
             self.abandon(self._obstacle)

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.errors import SchemeError
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.schemes import registry
+from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import Mode, Settings, load_settings
 from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, telling, update
 from sglang_overlay.upstream.guard import refuse
@@ -27,13 +29,17 @@ from sglang_overlay.upstream.summary import summarize
 
 logger = logging.getLogger(__name__)
 
+ONLINE = ("fp8", MXFP8)
+"""Values of ``--quantization`` under which a bf16 checkpoint is quantized, and can be streamed."""
+
 
 def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
     """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
     settings = load_settings(os.environ)
-    if model_config.quantization != "fp8" and settings.report_folder is None:
+    if model_config.quantization not in ONLINE and settings.report_folder is None:
         return original(loader, model_config=model_config, device_config=device_config)
     registry.check(settings.schemes)
+    _refuse_second_scheme(model_config.quantization, settings)
     device = torch.device(device_config.device)
     _mention_untested_release(settings.mode)
     obstacle = (
@@ -59,6 +65,14 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if settings.report_folder is not None:
         _write_report(report, settings.report_folder)
     return model
+
+
+def _refuse_second_scheme(quantization: str | None, settings: Settings) -> None:
+    if quantization == MXFP8 and not settings.schemes.is_stock:
+        raise SchemeError(
+            f"{settings.required_by} chooses a scheme of --quantization fp8, and --quantization {MXFP8} is one "
+            "itself. Unset the variable, or use --quantization fp8."
+        )
 
 
 @functools.cache
@@ -163,6 +177,6 @@ def _write_report(report: LoadReport, folder: Path) -> None:
 def _refuse_other_loader(call: Mapping[str, Any]) -> None:
     """A load that did not come through ``load_model`` above fills its parameters in another way."""
     settings = load_settings(os.environ)
-    if settings.mode is not Mode.OFF and eligibility.is_online_fp8(call.get("quant_config")):
+    if settings.mode is not Mode.OFF and OverlayLoad.covers(call.get("quant_config")):
         load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)
         refuse(settings.required_by, f"load format {load_format} is not streamed")

@@ -29,6 +29,7 @@ from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.errors import SettingsError, StagingMemoryError
 from sglang_overlay.observe.layer_times import LayerTimes
 from sglang_overlay.observe.progress import Progress, SilentProgress, quantization_progress
+from sglang_overlay.schemes import mxfp8
 from sglang_overlay.schemes.selection import SchemeSelection
 from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
 from sglang_overlay.upstream import load, snapshots
@@ -101,6 +102,10 @@ class OverlayLoad(CheckedLoad):
         self._replacing: dict[torch.nn.Module, PendingLayer] = {}
 
     # -- building the model ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def covers(config: Any) -> bool:
+        return CheckedLoad.covers(config) or mxfp8.is_online(config)
 
     def refuse(self, reason: str) -> None:
         """Say that the model is loaded as stock does.

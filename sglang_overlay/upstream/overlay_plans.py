@@ -12,6 +12,7 @@ from torch.nn import Module, Parameter
 from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic, quantize_rows
 from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer
 from sglang_overlay.core.stream import Storage
+from sglang_overlay.schemes.mxfp8 import Mxfp8ExpertsPlan, Mxfp8LinearPlan
 from sglang_overlay.upstream import update
 from sglang_overlay.upstream.linear import LinearPlan, is_per_channel
 from sglang_overlay.upstream.load import create_streamed, process_streamed
@@ -66,16 +67,19 @@ class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
 
 def create_linear_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
     """Around ``Fp8LinearMethod.create_weights``."""
-    create_streamed(
-        original, lambda: UpdatableLinearPlan(per_channel=is_per_channel(method)), method, layer, *args, **kwargs
-    )
+    create_streamed(original, lambda: _linear_plan(method), method, layer, *args, **kwargs)
+
+
+def _linear_plan(method: Any) -> UpdatablePlan:
+    return Mxfp8LinearPlan() if method.use_mxfp8 else UpdatableLinearPlan(per_channel=is_per_channel(method))
 
 
 def create_experts_weights(
     original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any
 ) -> None:
     """Around ``Fp8MoEMethod.create_weights``."""
-    create_streamed(original, UpdatableExpertsPlan, method, layer, *args, **kwargs)
+    plan = Mxfp8ExpertsPlan if method.use_mxfp8 else UpdatableExpertsPlan
+    create_streamed(original, plan, method, layer, *args, **kwargs)
 
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:

@@ -18,6 +18,7 @@ from sglang_overlay.observe.report import (
     StagingUsage,
     UnitCounts,
 )
+from sglang_overlay.schemes.choice import MXFP8, STOCK
 from sglang_overlay.settings import Mode
 from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.load import tensors_of
@@ -54,10 +55,16 @@ def summarize(
             fallback=_notes(load.fallback),
             figures=tuple(_figures(load, began)),
         ),
-        scheme=load.settings.schemes.text if load.layers else "stock",
+        scheme=_scheme(load, model_config),
         warnings=(*_why_stock(load), *load.warnings),
         missing=tuple(load.missing),
     )
+
+
+def _scheme(load: OverlayLoad, model_config: Any) -> str:
+    if not load.layers:
+        return STOCK
+    return MXFP8 if model_config.quantization == MXFP8 else load.settings.schemes.text
 
 
 def stored_bytes(model: torch.nn.Module) -> int:

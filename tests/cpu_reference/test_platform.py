@@ -24,8 +24,9 @@ def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def server_args(**given: object) -> SimpleNamespace:
-    names = ("attention_backend", "sampling_backend", "max_total_tokens", "max_running_requests")
-    defaults = {**dict.fromkeys(names), "tp_size": 1, "pp_size": 1, "dp_size": 1, "disable_overlap_schedule": False}
+    names = ("attention_backend", "sampling_backend", "max_total_tokens", "max_running_requests", "quantization")
+    sizes = dict.fromkeys(("tp_size", "pp_size", "dp_size"), 1)
+    defaults = {**dict.fromkeys(names), **sizes, "moe_runner_backend": "auto", "disable_overlap_schedule": False}
     return SimpleNamespace(**{**defaults, **given})
 
 
@@ -50,6 +51,21 @@ def test_defaults_fill_only_what_the_user_left_open(platform: module.CpuReferenc
     assert args.attention_backend == "torch_native"
     assert args.max_running_requests == module.RUNNING_REQUESTS
     assert args.disable_overlap_schedule
+
+
+def test_mxfp8_experts_get_a_runner_that_leaves_gate_and_up_in_their_places(
+    platform: module.CpuReferencePlatform,
+) -> None:
+    from sglang.srt import server_args as arguments
+
+    if not hasattr(arguments, "add_mxfp8_moe_runner_backend_choices"):
+        pytest.skip("this release takes FlashInfer's runner in any case")
+    args = [server_args(quantization="mxfp8"), server_args(quantization="mxfp8", moe_runner_backend="cutlass")]
+    args.append(server_args(quantization="fp8"))
+    for given in (*args, server_args(quantization="mxfp8")):
+        platform.apply_server_args_defaults(given)
+    assert [given.moe_runner_backend for given in args] == ["triton", "cutlass", "auto"]
+    assert list(arguments.MXFP8_MOE_RUNNER_BACKEND_CHOICES).count("triton") == 1
 
 
 def test_each_rank_gets_cores(platform: module.CpuReferencePlatform, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,11 @@ def test_unknown_scheme_is_told_with_those_there_are():
         registry.check(SchemeChoice("blocks"))
 
 
+def test_mxfp8_is_told_to_be_sglangs_own():
+    with pytest.raises(SchemeError, match=r"no quantization scheme 'mxfp8'.* start SGLang with --quantization mxfp8"):
+        registry.check(SchemeChoice("mxfp8"))
+
+
 def test_scheme_that_cannot_be_imported_is_told(monkeypatch):
     monkeypatch.setitem(registry.entry_points(), "gone", registry.metadata.EntryPoint("gone", "gone:GONE", ""))
     registry.check(SchemeChoice("gone"))

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mxfp8``: what stock SGLang makes of a bf16 checkpoint under ``--quantization mxfp8``.
+
+e4m3 values, and for 32 of them in a row one power of two (OCP Microscaling Formats 1.0), whose exponent is a byte
+(UE8M0). Stock quantizes each layer when it has been loaded (``Fp8LinearMethod._quantize_mxfp8_weights``,
+``Fp8MoEMethod._process_mxfp8_moe_weights``) and then lays values and scales out for a kernel. Here rows are quantized
+while they are loaded, by the same function, into the form that a checkpoint in MXFP8 has; upstream goes on as with one.
+
+No ``Scheme``, since SGLang's own ``--quantization`` chooses it, and not ``SGLANG_STREAMFP8_SCHEME``.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Module, Parameter
+
+from sglang_overlay.core.errors import UnexpectedParametersError
+from sglang_overlay.core.placeholders import twin
+from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, is_rounding_of
+from sglang_overlay.core.regions import slices
+from sglang_overlay.core.staging import Piece
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan, Placeholders
+from sglang_overlay.upstream.updatable_plan import UpdatablePlan
+
+GROUP = 32
+"""Values in a row that share a scale."""
+BIAS = 127
+"""Of the stored exponents."""
+
+
+def is_online(config: Any) -> bool:
+    """Whether this is SGLang's own MXFP8 config over a high-precision checkpoint."""
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    return (
+        type(config) is Fp8Config
+        and config.use_mxfp8
+        and not config.is_checkpoint_fp8_serialized
+        and not config.is_fp4_experts
+    )
+
+
+class Mxfp8Plan(OnlinePlan, UpdatablePlan):
+    """Streams weights ``[..., N, K]`` into values of that shape and exponents ``[..., N, K / 32]``, uint8."""
+
+    def create(self, create: Callable[[], None], layer: Module, dtype: torch.dtype) -> Placeholders:
+        reason = self.why_not(layer)
+        if reason is not None:
+            raise UnexpectedParametersError(reason)
+        made = super().create(create, layer, dtype)
+        for name, weight in made.parameters.items():
+            if weight.shape[-1] % GROUP:
+                raise UnexpectedParametersError(
+                    f"{name} has rows of {weight.shape[-1]}, and MXFP8 needs a multiple of {GROUP}"
+                )
+        # Before loaders are wrapped. Stock keeps the parameter with all its attributes, and only changes its data.
+        self._likes = {
+            name: twin(weight, torch.empty_like(weight, device="meta")) for name, weight in made.parameters.items()
+        }
+        return made
+
+    @abc.abstractmethod
+    def why_not(self, layer: Module) -> str | None:
+        """Why stock has to quantize the layer."""
+
+    def quantizer(self) -> UnitQuantizer:
+        """What turns rows into values and exponents: upstream's own function."""
+        from sglang.srt.layers.quantization import fp8
+
+        return GroupQuantizer(fp8.mxfp8_group_quantize)
+
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        # A row, or an expert's matrix, which may be written in any way: at once with others, or with rows left over.
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(), storage)
+
+    def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
+        for name, storage in storages.items():
+            like = self._likes[name]
+            layer._parameters[name] = twin(like, storage.weight.view(like.shape))
+
+    def process(self, original: Callable[[], None], method: Any, layer: Module) -> None:
+        with _as_of_a_checkpoint(method):
+            original()
+
+    def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
+        pairs = {name: (layer.get_parameter(name), layer.get_parameter(f"{name}_scale_inv")) for name in placeholders}
+        if any(weight.is_cuda for weight, _ in pairs.values()):
+            return None  # Laid out for a kernel, in the same shapes for some.
+        return {name: _storage(weight.data, scale.data) for name, (weight, scale) in pairs.items()}
+
+
+class Mxfp8LinearPlan(Mxfp8Plan):
+    """``weight`` ``[N, K]``, of which each row is a unit, and ``weight_scale_inv``."""
+
+    weights = frozenset({"weight"})
+
+    def why_not(self, layer: Module) -> str | None:
+        return _why_converted(layer)
+
+    def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
+        rows, columns = placeholder.shape
+        weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+        return _storage(weight, torch.empty(rows, columns // GROUP, dtype=torch.uint8, device=device))
+
+    def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
+        super().register(layer, storages)
+        layer.register_parameter("weight_scale_inv", Parameter(storages["weight"].scale, requires_grad=False))
+        layer.input_scale = None  # type: ignore[assignment]
+
+
+class Mxfp8ExpertsPlan(Mxfp8Plan):
+    """``w13_weight`` ``[E, 2I, H]`` and ``w2_weight`` ``[E, H, I]``; upstream has made their scales already."""
+
+    weights = frozenset({"w13_weight", "w2_weight"})
+    fills = frozenset({"w13_weight_scale_inv", "w2_weight_scale_inv"})
+
+    def create(self, create: Callable[[], None], layer: Module, dtype: torch.dtype) -> Placeholders:
+        made = super().create(create, layer, dtype)
+        self._scales = {name: layer.get_parameter(f"{name}_scale_inv") for name in made.parameters}
+        return made
+
+    def why_not(self, layer: Module) -> str | None:
+        from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
+
+        if get_moe_runner_backend().is_cutlass():
+            return "with --moe-runner-backend cutlass experts are quantized by a kernel that takes all of them at once"
+        a2a = get_moe_a2a_backend()
+        if hasattr(a2a, "is_flashinfer_megamoe") and a2a.is_flashinfer_megamoe():
+            return "with --moe-a2a-backend flashinfer_megamoe experts are quantized by a kernel of its own"
+        return _why_converted(layer)
+
+    def quantizer(self) -> UnitQuantizer:
+        from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+        backend = get_moe_runner_backend()
+        if not (backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()):
+            return super().quantizer()
+        from sglang.srt.layers.quantization.fp8_utils import flashinfer_mxfp8_quantize
+
+        def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            values, exponents = flashinfer_mxfp8_quantize(rows, False)
+            return values, exponents.view(torch.uint8)
+
+        return GroupQuantizer(quantize)
+
+    def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
+        weight = torch.empty(placeholder.shape, dtype=torch.float8_e4m3fn, device=device)
+        return _storage(weight, self._scales[name].data)
+
+
+class GroupQuantizer(RowQuantizer):
+    """Rows of groups with an exponent each; a unit is a row, or several.
+
+    Args:
+        function: ``[rows, columns] -> (e4m3 [rows, columns], uint8 exponents of one element a group)``, upstream's own.
+    """
+
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        quantize = super().quantize_run
+        if values.ndim == 2:
+            return quantize(values, weight, scale)
+        # Experts one after the other: what the function returns takes as much memory as the result.
+        units = zip(values.split(1), weight.split(1), scale.split(1), strict=True)
+        return torch.cat([quantize(*unit) for unit in units])
+
+    def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        powers = torch.exp2(scale.view(*weight.shape[:-1], -1).float() - BIAS).repeat_interleave(GROUP, -1)
+        return is_rounding_of(weight[slices(piece.box)], powers[slices(piece.box)], piece.values)
+
+
+@contextmanager
+def _as_of_a_checkpoint(method: Any) -> Iterator[None]:
+    """Let a quantization method take its layer for one of an MXFP8 checkpoint: what is left to do is to lay it out."""
+    # A linear layer's method asks itself, an expert layer's its config, which all layers share.
+    before = {name: vars(method)[name] for name in ("quant_config", _SERIALIZED) if name in vars(method)}
+    method.quant_config = copy.copy(method.quant_config)
+    setattr(method.quant_config, _SERIALIZED, True)
+    setattr(method, _SERIALIZED, True)
+    try:
+        yield
+    finally:
+        delattr(method, _SERIALIZED)
+        vars(method).update(before)
+
+
+_SERIALIZED = "is_checkpoint_fp8_serialized"
+
+
+def _storage(weight: torch.Tensor, scale: torch.Tensor) -> Storage:
+    return Storage(weight, scale.view(len(weight), -1))
+
+
+def _why_converted(layer: Module) -> str | None:
+    if getattr(layer.quant_method, "convert_mxfp8_to_block", False):
+        return "SGLang converts MXFP8 to block-wise fp8 here (SGLANG_FORCE_MXFP8_BLOCK_CONVERT)"
+    return None
