@@ -36,6 +36,7 @@ class Contender:
     quantization: str | None
     streaming: str
     staging: Literal["units", "layers"] = "units"
+    quantizing: Literal["units", "none"] = "units"
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -43,6 +44,8 @@ BF16 = Contender("stock bf16", None, "0")
 STOCK = Contender("stock fp8", "fp8", "0")
 LAYERS = Contender("layer-granular", "fp8", "require", staging="layers")
 STREAMING = Contender("streaming", "fp8", "require")
+INTERCEPTING = Contender("not quantizing", "fp8", "require", quantizing="none")
+"""Streaming that takes and stages every write, and nothing else: what intercepting costs."""
 CONTENDERS = (BF16, STOCK, LAYERS, STREAMING)
 
 
@@ -199,6 +202,7 @@ def _job(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
         streaming=contender.streaming,
         quantization=contender.quantization,
         staging=contender.staging,
+        quantizing=contender.quantizing,
         tp_size=case.tp_size,
         threads=case.threads,
         environ={**case.environ, **contender.environ},

@@ -10,11 +10,17 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from workbench.bench import BF16, GIGABYTE, LAYERS, STOCK, STREAMING, CaseResult, Figures, figures
+from workbench.bench import BF16, GIGABYTE, INTERCEPTING, LAYERS, STOCK, STREAMING, CaseResult, Figures, figures
 
 #: Of Okabe and Ito's palette, as in the charts of memory over time.
-_COLOURS = {BF16.name: "#777777", STOCK.name: "#D55E00", LAYERS.name: "#E69F00", STREAMING.name: "#0072B2"}
-_MARKERS = {BF16.name: "s", STOCK.name: "o", LAYERS.name: "^", STREAMING.name: "D"}
+_COLOURS = {
+    BF16.name: "#777777",
+    STOCK.name: "#D55E00",
+    LAYERS.name: "#E69F00",
+    STREAMING.name: "#0072B2",
+    INTERCEPTING.name: "#009E73",
+}
+_MARKERS = {BF16.name: "s", STOCK.name: "o", LAYERS.name: "^", STREAMING.name: "D", INTERCEPTING.name: "v"}
 _INK, _GRID = "#333333", "#E3E3E3"
 
 

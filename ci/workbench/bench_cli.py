@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -19,10 +19,13 @@ from sglang_overlay.observe.formats import bytes_text
 from workbench.bench import (
     BENCH_FAMILIES,
     BF16,
+    CONTENDERS,
+    INTERCEPTING,
     ORDERS,
     STOCK,
     Case,
     CaseResult,
+    Contender,
     FileOrder,
     Run,
     added_seconds_a_tensor,
@@ -72,7 +75,11 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
 )
 @click.option("--all", "everything", is_flag=True, help="All families and orders.")
 @click.option("--scaling", is_flag=True, help="Vary layers, experts and threads instead.")
-@click.option("--overhead", is_flag=True, help="A checkpoint of thousands of tiny tensors instead.")
+@click.option(
+    "--overhead",
+    is_flag=True,
+    help="Thousands of tiny tensors instead, and also streamed without quantizing them.",
+)
 @click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
@@ -105,9 +112,10 @@ def main(
             f"{family}, {order}": size_cases([family], sizes, [order], tp) for family in families for order in orders
         }
         axis = dict.fromkeys(series, "bf16 weights, GB")
+    contenders = (*CONTENDERS, INTERCEPTING) if overhead else CONTENDERS
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:
         measured = {
-            heading: [_measured(workers, case, rounds, keep=keep) for case in cases]
+            heading: [_measured(workers, case, rounds, contenders, keep=keep) for case in cases]
             for heading, cases in series.items()
         }
     results = [result for column in measured.values() for result in column]
@@ -124,11 +132,13 @@ def _thread_numbers() -> list[int]:
     return [number for number in (1, 2, 4, 8, 16) if number <= cores]
 
 
-def _measured(workers: LoadWorkers, case: Case, rounds: int, *, keep: bool) -> CaseResult:
+def _measured(
+    workers: LoadWorkers, case: Case, rounds: int, contenders: Sequence[Contender], *, keep: bool
+) -> CaseResult:
     folder = cache_root() / "checkpoints"
     with _removed_unless(case, folder, keep=keep or checkpoint_path(case.spec, folder).exists()):
         console.print(f"{case.name}:", highlight=False)
-        return measure(workers, case, folder, rounds, done=_say)
+        return measure(workers, case, folder, rounds, contenders, done=_say)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ PATCHES = (
         1,
         core=(
             "capture",
+            "captured_views",
             "errors",
             "layer",
             "placeholders",

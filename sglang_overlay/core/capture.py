@@ -98,8 +98,8 @@ def _is_mutable(func: Any) -> bool:
     return mutable
 
 
-def _copied(args: tuple[Any, ...]) -> torch.Tensor:
-    destination, source = args[0], args[1]
+def copied(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """What ``copy_`` writes, in the shape of ``destination``."""
     if source.is_meta and source.numel():
         raise UnsupportedWriteError(f"a tensor of shape {tuple(source.shape)} without data is written")
     expanded: torch.Tensor = source if source.shape == destination.shape else source.expand(destination.shape)
@@ -109,7 +109,7 @@ def _copied(args: tuple[Any, ...]) -> torch.Tensor:
 def _filled(args: tuple[Any, ...]) -> torch.Tensor:
     destination, value = args[0], args[1]
     if isinstance(value, torch.Tensor):
-        return _copied((destination, value))
+        return copied(destination, value)
     return torch.tensor(value, dtype=destination.dtype, device="cpu").expand(destination.shape)
 
 
@@ -118,7 +118,7 @@ def _zeroed(args: tuple[Any, ...]) -> torch.Tensor:
 
 
 _SOURCES = {
-    aten.copy_.default: _copied,
+    aten.copy_.default: lambda args: copied(args[0], args[1]),
     aten.fill_.Scalar: _filled,
     aten.fill_.Tensor: _filled,
     aten.zero_.default: _zeroed,

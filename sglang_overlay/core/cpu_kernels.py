@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_overlay.core.cpu_loops import COMPARED, CONVERTED, Loops, compile_loops
+from sglang_overlay.core.regions import Box
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,15 @@ def source(values: torch.Tensor) -> Matrix | None:
 def target(out: torch.Tensor) -> Matrix | None:
     """fp8 memory, where the loops can fill it."""
     return _matrix(out) if out.dtype == torch.float8_e4m3fn and _loops() is not None else None
+
+
+def part_of(out: Matrix, box: Box) -> Matrix | None:
+    """A box of a ``target``; None where that has not been made of a tensor of two dimensions, or not as one matrix."""
+    if len(box) != 2:
+        return None
+    (top, bottom), (left, right) = box
+    is_inside = bottom <= out.rows and right <= out.columns
+    return Matrix(out.address + top * out.stride + left, bottom - top, right - left, out.stride) if is_inside else None
 
 
 def largest(values: Matrix) -> float:
@@ -102,10 +112,12 @@ def _compiled() -> Loops:
 
 
 def _matrix(tensor: torch.Tensor) -> Matrix | None:
-    if tensor.device.type != "cpu" or not tensor.numel():
+    if not tensor.is_cpu or not tensor.numel():
         return None
-    if tensor.dim() == 2 and tensor.stride(1) == 1:
-        return Matrix(tensor.data_ptr(), tensor.shape[0], tensor.shape[1], tensor.stride(0))
+    if tensor.dim() == 2:
+        (rows, columns), (stride, step) = tensor.shape, tensor.stride()
+        if step == 1:
+            return Matrix(tensor.data_ptr(), rows, columns, stride)
     size = tensor.numel()
     return Matrix(tensor.data_ptr(), 1, size, size) if tensor.is_contiguous() else None
 

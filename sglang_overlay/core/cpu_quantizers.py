@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.quantizers import OneScaleAUnit
-from sglang_overlay.core.regions import cut, whole
+from sglang_overlay.core.regions import Box, cut, whole
 from sglang_overlay.core.staging import Piece
 
 CHUNK_ELEMENTS = 1 << 18
@@ -122,15 +122,16 @@ class PerTensorQuantizer(OneScaleAUnit):
         self._arithmetic = arithmetic
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> float:
-        absmax = found = _most(_largest(piece.values) for piece in pieces)
+        matrices = [cpu_kernels.source(piece.values) for piece in pieces]
+        absmax = found = _most([_largest(piece.values, matrix) for piece, matrix in zip(pieces, matrices, strict=True)])
         in_range = self._arithmetic.smallest <= absmax < math.inf
         if not in_range:
-            absmax = _most(self._arithmetic.absmax(piece.values) for piece in pieces)
+            absmax = _most([self._arithmetic.absmax(piece.values) for piece in pieces])
         multiplier, stored = self._arithmetic.factors(absmax)
-        for piece in pieces:
-            target = cut(weight, piece.box)
-            if not (in_range and _cast_by_loops(piece.values, multiplier, target)):
-                self._cast(piece.values, multiplier, target, in_range)
+        out = cpu_kernels.target(weight) if in_range else None
+        for piece, matrix in zip(pieces, matrices, strict=True):
+            if not _cast_by_loops(matrix, multiplier, out, piece.box):
+                self._cast(piece.values, multiplier, cut(weight, piece.box), in_range)
         scale.fill_(stored)
         return found
 
@@ -149,12 +150,16 @@ class PerTensorQuantizer(OneScaleAUnit):
             out.copy_(products)
 
 
-def _cast_by_loops(values: torch.Tensor, multiplier: float, target: torch.Tensor) -> bool:
-    """Whether the compiled loops could do it, and have."""
-    source, out = cpu_kernels.source(values), cpu_kernels.target(target)
-    if source is None or out is None or (source.rows, source.columns) != (out.rows, out.columns):
+def _cast_by_loops(
+    values: cpu_kernels.Matrix | None, multiplier: float, out: cpu_kernels.Matrix | None, box: Box
+) -> bool:
+    """Whether the compiled loops could write ``values`` to a box of ``out``, and have."""
+    if values is None or out is None:
         return False
-    cpu_kernels.quantize(source, multiplier, out)
+    target = cpu_kernels.part_of(out, box)
+    if target is None or (values.rows, values.columns) != (target.rows, target.columns):
+        return False
+    cpu_kernels.quantize(values, multiplier, target)
     return True
 
 
@@ -167,19 +172,18 @@ def _inverse(value: float) -> float:
     return 1.0 / value if value else math.inf
 
 
-def _largest(values: torch.Tensor) -> float:
-    """Largest magnitude; NaN where any value is."""
-    source = cpu_kernels.source(values)
-    if source is not None:
-        return cpu_kernels.largest(source)
+def _largest(values: torch.Tensor, matrix: cpu_kernels.Matrix | None = None) -> float:
+    """Largest magnitude; NaN where any value is. ``matrix`` is what the compiled loops see of ``values``."""
+    if matrix is not None:
+        return cpu_kernels.largest(matrix)
     low, high = values.aminmax()
     return max(abs(float(low)), abs(float(high)))
 
 
-def _most(values: Iterable[float]) -> float:
+def _most(found: Sequence[float]) -> float:
     """The largest; NaN where any is, which ``max`` alone would not see."""
-    found = list(values)
-    return math.nan if any(math.isnan(value) for value in found) else max(found)
+    most = max(found)
+    return math.nan if any(value != value for value in found) else most
 
 
 def _chunks(values: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.captured_views import ViewCapture, capture_of
 from sglang_overlay.core.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
 from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.stream import ParameterStream
@@ -40,7 +41,8 @@ class LayerStream:
         self.streaming = True
         self.placeholders = {key: placeholder for key, (placeholder, _) in streams.items()}
         self.streams = {key: stream for key, (_, stream) in streams.items()}
-        self._sinks = {storage_key(placeholder): stream for placeholder, stream in streams.values()}
+        sinks = {storage_key(placeholder): stream for placeholder, stream in streams.values()}
+        self._capture = capture_of(self.placeholders.values(), sinks)
         self._on_return = on_return
         self._condition = threading.Condition()
         self._loading = 0
@@ -60,7 +62,7 @@ class LayerStream:
             if getattr(self._thread, "inside", False) or not self._enter():
                 return loader(*args, **kwargs)
             try:
-                with WriteCapture(self._sinks):
+                with self._capture():
                     return loader(*args, **kwargs)
             except UnsupportedWriteError as error:
                 reason = str(error)
@@ -88,6 +90,7 @@ class LayerStream:
             self._condition.wait_for(lambda: self._loading == 0)
         try:
             for key, stream in self.streams.items():
+                ViewCapture.let_go(self.placeholders[key])
                 materialize(self.placeholders[key], self._restored(stream, reason))
             self.streaming = False
             self._on_return(self, reason)
@@ -102,6 +105,13 @@ class LayerStream:
             return stream.restore()
         except LayerNotStreamableError as error:
             raise LayerNotStreamableError(error.parameter, f"{reason}, and {error.reason}") from error
+
+    def finish(self) -> None:
+        """Let go of the placeholders and their streams: the layer has its quantized parameters."""
+        for placeholder in self.placeholders.values():
+            ViewCapture.let_go(placeholder)
+        self.placeholders.clear()
+        self.streams.clear()
 
     def release(self) -> None:
         """Give all staging memory back, when no loader runs any more."""
@@ -133,7 +143,8 @@ class LayerStream:
         with self._condition:
             self._thread.inside = False
             self._loading -= 1
-            self._condition.notify_all()
+            if self._returning:
+                self._condition.notify_all()
 
 
 def _shape(tensor: torch.Tensor) -> str:

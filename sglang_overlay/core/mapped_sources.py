@@ -7,7 +7,7 @@ waits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from sglang_overlay.core.sources import CheckpointSources
 _MAPS = Path("/proc/self/maps")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Mapping:
     """Addresses that are mapped as one. ``witness`` is a storage that keeps a file's mapping while it lives."""
 
@@ -65,7 +65,7 @@ class MappedSources(CheckpointSources):
     def is_mapped(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of offered memory that is a mapped file: keeping it costs no memory."""
         source = self._sources.get(tensor.untyped_storage()._cdata)
-        if source is None or tensor.device.type != "cpu" or not tensor.numel():
+        if source is None or not tensor.is_cpu or not tensor.numel():
             return False
         address = tensor.data_ptr()
         with self._lock:
@@ -74,9 +74,9 @@ class MappedSources(CheckpointSources):
                 found = mapping_at(address)
                 if found is None:
                     return False
-                known = _Mapping(*found, source.reference)
+                known = self._mapping = _Mapping(*found, source.reference)
             # The newest storage is the likeliest to be alive when the next one comes, and then it vouches for that one.
-            self._mapping = replace(known, witness=source.reference)
+            known.witness = source.reference
             return known.is_file
 
 

@@ -23,13 +23,14 @@ WORTH_HANDING_OVER = 1 << 18
 
 
 class Pipeline:
-    """Runs jobs in worker threads; a caller that finds enough of them under way does its job itself.
+    """Runs jobs in worker threads; a caller that finds enough of them under way does its job itself, one at a time.
 
-    So a machine's cores are busy without more threads than cores, and the sources that jobs keep alive are bounded.
-    Every job computes with one thread: a unit is too small to be worth waking torch's thread team for.
+    So a machine's cores are busy without more threads than cores, however many call, and the sources that jobs keep
+    alive are bounded. Every job computes with one thread: a unit is too small to be worth waking torch's thread team
+    for.
 
-    ``_slots`` counts the jobs that may still be put under way. ``_error`` is written by workers and read by whoever
-    asks, each in one assignment.
+    ``_slots`` counts the jobs that may still be put under way. A caller holds ``_calling`` while it does a job, which
+    waits for nothing. ``_error`` is written by workers and read by whoever asks, each in one assignment.
 
     Args:
         workers: number of threads; without any, each job runs where it is submitted.
@@ -42,6 +43,7 @@ class Pipeline:
         self._threads = torch.get_num_threads()
         self._jobs: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._slots = threading.Semaphore(workers * (1 + _WAITING))
+        self._calling = threading.Lock()
         self._error: BaseException | None = None
         self._workers = self._start(workers)
 
@@ -56,13 +58,13 @@ class Pipeline:
         elif self._slots.acquire(blocking=False):
             self._jobs.put(job)
         else:
-            with self._one_thread():
+            with self._calling, self._one_thread():
                 job()
 
     def check(self) -> None:
         """Raise what a job has raised, once. Certain to know of a job only after ``close``."""
-        error, self._error = self._error, None
-        if error is not None:
+        if self._error is not None:
+            error, self._error = self._error, None
             raise error
 
     def close(self) -> None:

@@ -68,10 +68,12 @@ class PipelinedStream(ParameterStream):
 
     def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
         """Beside the loader where ``source`` stays as it is, else at once."""
-        watches = [*(watch for unit in units for watch in self._watches.get(unit, ())), Watch(source)]
+        watches = [Watch(source)]
+        if self._watches:
+            watches += (watch for unit in units for watch in self._watches.get(unit, ()))
 
         def quantize() -> None:
-            with Release(self, units), self._shortage_explained("to quantize", units):
+            with Release(self, units), self._shortage_explained(units):
                 job()
                 self._refuse_changed(watches)
 

@@ -44,6 +44,38 @@ def magnitude(unit: torch.Tensor) -> torch.Tensor:
     return torch.maximum(low.neg(), high)
 
 
+class Magnitudes:
+    """The largest magnitude of each unit of a parameter; 0 where it has not been quantized.
+
+    Any thread may note; different threads note different units.
+
+    Args:
+        units: how many.
+        device: where quantizers leave what they do not await.
+    """
+
+    def __init__(self, units: int, device: torch.device) -> None:
+        self._found = torch.zeros(units, dtype=torch.float32, device=device)
+        # Setting one element through torch takes as long as quantizing a small unit.
+        self._numbers = self._found.numpy() if self._found.is_cpu else None
+
+    def note(self, unit: int, found: torch.Tensor | float) -> None:
+        """Note a unit's, which may be on the device and not there yet."""
+        if self._numbers is not None and isinstance(found, float):
+            self._numbers[unit] = found
+        else:
+            self._found[unit] = found
+
+    def note_run(self, units: slice, found: torch.Tensor) -> None:
+        """Note those of several units."""
+        self._found[units] = found
+
+    def not_finite(self) -> list[int]:
+        """Units with NaN or Inf, in order. Waits for the device."""
+        found: list[int] = (~torch.isfinite(self._found)).nonzero().flatten().tolist()
+        return found
+
+
 def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
     """One contiguous high-precision unit of the shape of ``like``; a single piece that is one already is not copied."""
     if len(pieces) == 1 and pieces[0].values.shape == like.shape:

@@ -102,47 +102,12 @@ class Placement:
         self._parts = parts
         self._permutation = None if _is_sorted(axes) else sorted(range(len(axes)), key=axes.__getitem__)
 
-    def lay_out(self, source: torch.Tensor) -> torch.Tensor:
-        """View ``source``, which has the shape of the view, with the shape of the box."""
+    def lay_out(self, source: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """View ``source``, which has the shape of the view, with the shape of the box, or one that differs in ones."""
         if self._permutation is not None:
             source = source.reshape(self._parts).permute(self._permutation)
-        shape = extent(self.box)
+        shape = extent(self.box) if shape is None else shape
         return source if source.shape == shape else source.reshape(shape)
-
-    def moved(self, start: int) -> Placement:
-        """The same, beginning at ``start`` of the first axis."""
-        other = Placement.__new__(Placement)
-        (first, stop), *rest = self.box
-        other.box = ((start, start + stop - first), *rest)
-        other._parts, other._permutation = self._parts, self._permutation
-        return other
-
-
-class Placements:
-    """Placements of the views of one contiguous tensor. Any thread may ask.
-
-    Views that differ only in where they begin along the first axis, as those of experts do, are looked into once: a
-    view lies within its tensor, so what holds at one such place holds at all of them. Two threads that meet a view
-    first do the same work.
-    """
-
-    def __init__(self, shape: torch.Size) -> None:
-        self._shape = shape
-        self._step = prod(shape[1:])
-        self._known: dict[tuple[int, torch.Size, tuple[int, ...]], Placement] = {}
-
-    def of(self, view: torch.Tensor) -> Placement:
-        """Where ``view`` lies.
-
-        Raises:
-            UnsupportedWriteError: as of ``Placement``.
-        """
-        start, rest = divmod(int(view.storage_offset()), self._step)
-        key = (rest, view.shape, view.stride())
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = Placement(view, self._shape)
-        return known.moved(start)
 
 
 def _contiguous_strides(shape: Sequence[int]) -> list[int]:

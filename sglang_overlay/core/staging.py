@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sglang_overlay.core.regions import Box, difference, extent, intersection, shifted, slices, volume
+from sglang_overlay.core.regions import Box, difference, extent, intersection, shifted, slices
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Piece:
 
     box: Box
     values: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.values.numel()
 
     @property
     def is_fill(self) -> bool:
@@ -109,10 +114,11 @@ class StagedUnit:
     @property
     def covered(self) -> int:
         """Elements held."""
-        return sum(volume(piece.box) for piece in self.pieces)
+        return sum(piece.size for piece in self.pieces)
 
     def release(self) -> None:
         """Give all memory back."""
         self.pieces = []
-        self.account.add(-self._bytes)
-        self._bytes = 0
+        if self._bytes:
+            self.account.add(-self._bytes)
+            self._bytes = 0

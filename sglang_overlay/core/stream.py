@@ -12,12 +12,12 @@ from functools import partial
 import torch
 
 from sglang_overlay.core.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedDtypeError
-from sglang_overlay.core.quantizers import UnitQuantizer
-from sglang_overlay.core.regions import Box, Placements, slices, volume
+from sglang_overlay.core.quantizers import Magnitudes, UnitQuantizer
+from sglang_overlay.core.regions import slices
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
-from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.core.units import Landing, Landings, UnitGrid
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Storage:
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
-    Any thread may write. ``_condition`` guards ``_busy``. A unit in there belongs to the thread that put it there, with
-    its state and staging; copying and quantizing happen without the lock, so different units of a parameter are
-    quantized at the same time.
+    Any thread may write. ``_condition`` guards ``_busy`` and ``_waiting``, how many threads wait for that to shrink. A
+    unit in there belongs to the thread that put it there, with its state and staging; copying and quantizing happen
+    without the lock, so different units of a parameter are quantized at the same time.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.
@@ -64,21 +64,23 @@ class ParameterStream:
         self.storage = storage
         self.units = grid.count
         self._shape = torch.Size(grid.parameter_shape)
-        self._placements = Placements(self._shape)
+        self._landings = Landings(grid)
         self._placeholder_shape = placeholder.shape
         self._dtype = placeholder.dtype
         self._grid = grid
         self._quantizer = quantizer
         self._account = account
         self._sources = sources
-        self._condition = threading.Condition()
+        self._condition = threading.Condition(threading.Lock())
         self._done = bytearray(grid.count)
         self._direct = bytearray(grid.count)
         self._staged: dict[int, StagedUnit] = {}
         self._busy: set[int] = set()
-        self._magnitude = torch.zeros(grid.count, dtype=torch.float32, device=storage.weight.device)
-        self._origins: dict[Box, str] = {}
+        self._waiting = 0
+        self._magnitudes = Magnitudes(grid.count, storage.weight.device)
+        self._origins: dict[tuple[int, Landing], str] = {}
         self._rewritten: set[str] = set()
+        self._unit_explained = self._quantizing_explained(1)
         account.store(storage.weight.nbytes + storage.scale.nbytes)
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -92,19 +94,19 @@ class ParameterStream:
         if not destination.numel():
             return
         self._refuse_integers(source)
-        placement = self._placements.of(destination)
-        values = placement.lay_out(source)
+        first, landing = self._landings.of(destination)
+        values = landing.lay_out(source)
         origin = self._sources.name_of(source)
         if origin:
-            self._origins[placement.box] = origin
-        (first, last), box = self._grid.divide(placement.box)
-        if not self._grid.sliced:
-            values = values.unsqueeze(0)
-        if box == self._grid.full and any(values.stride()):
-            self._write_whole(first, last, values, source)
+            self._origins[first, landing] = origin
+        if landing.is_whole and any(values.stride()):
+            self._write_whole(range(first, first + landing.count), values, source)
             return
-        for unit in range(first, last):
-            self._write_part(unit, Piece(box, values[unit - first]), source)
+        if landing.count == 1:
+            self._write_part(first, Piece(landing.box, values), source)
+            return
+        for number in range(landing.count):
+            self._write_part(first + number, Piece(landing.box, values[number]), source)
 
     def settle(self) -> list[int]:
         """Quantize what was only waiting for the end of loading, and release all staging memory.
@@ -140,15 +142,19 @@ class ParameterStream:
 
     def not_finite(self) -> list[int]:
         """Units that were given NaN or Inf, in order. Waits for the device."""
-        found: list[int] = (~torch.isfinite(self._magnitude)).nonzero().flatten().tolist()
-        return found
+        return self._magnitudes.not_finite()
 
     def origins(self, units: Sequence[int] | None = None) -> list[str]:
         """Names of the checkpoint tensors that were written into ``units``, or anywhere, where they are known."""
         if units is None:
             return list(dict.fromkeys(self._origins.values()))
         wanted = set(units)
-        return list(dict.fromkeys(name for box, name in self._origins.items() if self._touches(box, wanted)))
+        touching = (
+            name
+            for (first, landing), name in self._origins.items()
+            if not wanted.isdisjoint(range(first, first + landing.count))
+        )
+        return list(dict.fromkeys(touching))
 
     def origin_of(self, tensor: torch.Tensor) -> str:
         """The checkpoint's name for the tensor that ``tensor`` is a view of; empty where it is unknown."""
@@ -192,14 +198,13 @@ class ParameterStream:
             staged.release()
         self._staged.clear()
 
-    def _write_whole(self, first: int, last: int, values: torch.Tensor, source: torch.Tensor) -> None:
-        units = range(first, last)
+    def _write_whole(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
         with self._claim(units):
             for unit in units:
                 self._drop(unit)
             values = self._on_device(values)
         if len(units) == 1:
-            job = partial(self._quantize, first, [Piece(self._grid.full, values[0])], source)
+            job = partial(self._quantize, units.start, [Piece(self._grid.full, values)], source)
         else:
             job = partial(self._quantize_run, units, values, source)
         self._run(units, source, job)
@@ -207,7 +212,9 @@ class ParameterStream:
     def _write_part(self, unit: int, piece: Piece, source: torch.Tensor) -> None:
         units = range(unit, unit + 1)
         with self._claim(units):
-            staged = self._staged.setdefault(unit, StagedUnit(self._account))
+            staged = self._staged.get(unit)
+            if staged is None:
+                staged = self._staged[unit] = StagedUnit(self._account)
             staged.overwrite(piece.box)
             if not self._completes(staged, piece):
                 self._stage(unit, staged, piece, source)
@@ -218,12 +225,12 @@ class ParameterStream:
 
     def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
         """Run ``job``, which reads ``source``, and release ``units``."""
-        with Release(self, units), self._shortage_explained("to quantize", units):
+        with Release(self, units), self._shortage_explained(units):
             job()
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
         """Keep a copy of ``piece``: the loader may use the memory of ``source`` again once it returns."""
-        size = volume(piece.box) * self._dtype.itemsize
+        size = piece.size * self._dtype.itemsize
         with shortage_explained(f"to stage a piece of {self.name}", size, self._account):
             staged.hold(self._copied(piece))
 
@@ -231,14 +238,15 @@ class ParameterStream:
         return piece.copied(self._dtype, self.storage.weight.device)
 
     def _completes(self, staged: StagedUnit, piece: Piece) -> bool:
-        if staged.covered + volume(piece.box) < self._grid.unit_volume or staged.has_background:
+        if staged.covered + piece.size < self._grid.unit_volume or staged.has_background:
             return False
         return not (piece.is_fill and all(held.is_fill for held in staged.pieces))
 
     def _quantize_run(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
         run = slice(units.start, units.stop)
         before = self._stored_before(units)
-        self._magnitude[run] = self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
+        found = self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
+        self._magnitudes.note_run(run, found)
         self._note_rewriting(units, before, source)
         self._done[run] = self._direct[run] = bytes([1]) * len(units)
 
@@ -260,7 +268,7 @@ class ParameterStream:
 
     def _quantize_unit(self, unit: int, pieces: Sequence[Piece]) -> None:
         weight, scale = self.storage.weight[unit], self.storage.scale[unit]
-        self._magnitude[unit] = self._quantizer.quantize(pieces, weight, scale)
+        self._magnitudes.note(unit, self._quantizer.quantize(pieces, weight, scale))
 
     def _stored_before(self, units: range) -> list[bytes] | None:
         """What lies where ``units`` go, if any of them has been quantized before."""
@@ -285,10 +293,6 @@ class ParameterStream:
         parts = (self.storage.weight, self.storage.scale)
         return [part[units.start : units.stop].cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in parts]
 
-    def _touches(self, box: Box, units: set[int]) -> bool:
-        (first, last), _ = self._grid.divide(box)
-        return not units.isdisjoint(range(first, last))
-
     def _refuse_integers(self, source: torch.Tensor) -> None:
         # A fill's single element is no checkpoint tensor, and exact in any dtype.
         if source.is_floating_point() or not any(source.stride()):
@@ -299,9 +303,12 @@ class ParameterStream:
             "weights. Use the unquantized checkpoint, or the --quantization that belongs to this one."
         )
 
-    def _shortage_explained(self, purpose: str, units: range) -> AbstractContextManager[None]:
-        size = len(units) * self._grid.unit_volume * self._dtype.itemsize
-        return shortage_explained(f"{purpose} {self.name}", size, self._account)
+    def _shortage_explained(self, units: range) -> AbstractContextManager[None]:
+        return self._unit_explained if len(units) == 1 else self._quantizing_explained(len(units))
+
+    def _quantizing_explained(self, units: int) -> AbstractContextManager[None]:
+        size = units * self._grid.unit_volume * self._dtype.itemsize
+        return shortage_explained(f"to quantize {self.name}", size, self._account)
 
     def _drop(self, unit: int) -> None:
         staged = self._staged.pop(unit, None)
@@ -315,20 +322,29 @@ class ParameterStream:
 
     def _claim(self, units: range) -> ReleaseOnError:
         with self._condition:
-            while not self._busy.isdisjoint(units):
-                self._condition.wait()
+            if not self._busy.isdisjoint(units):
+                self._wait_until(lambda: self._busy.isdisjoint(units))
             self._busy.update(units)
         return ReleaseOnError(self, units)
 
     def _release(self, units: range) -> None:
         with self._condition:
             self._busy.difference_update(units)
-            self._condition.notify_all()
+            if self._waiting:
+                self._condition.notify_all()
 
     def _wait(self) -> None:
         """Wait until no unit is being quantized."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._busy)
+            self._wait_until(lambda: not self._busy)
+
+    def _wait_until(self, is_free: Callable[[], bool]) -> None:
+        """Wait with the lock held, which others get meanwhile."""
+        self._waiting += 1
+        try:
+            self._condition.wait_for(is_free)
+        finally:
+            self._waiting -= 1
 
 
 class Release(AbstractContextManager[None]):

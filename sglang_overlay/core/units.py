@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization units: the smallest slices of a parameter whose scale can be computed alone."""
+"""Quantization units, the smallest slices of a parameter whose scale can be computed alone; which ones writes touch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from sglang_overlay.core.regions import Box, Interval, whole
+import torch
+
+from sglang_overlay.core.regions import Box, Interval, Placement, extent, volume, whole
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,53 @@ class UnitGrid:
         if self.sliced:
             return box[0], box[1:]
         return (0, 1), box
+
+
+class Landing:
+    """How views of one form lie in units: the same box in each of some units in a row.
+
+    Attributes:
+        count: how many units.
+        box: within each of them.
+        is_whole: whether that is all of each.
+    """
+
+    __slots__ = ("_placement", "_shape", "box", "count", "is_whole")
+
+    def __init__(self, placement: Placement, grid: UnitGrid) -> None:
+        (first, last), self.box = grid.divide(placement.box)
+        self.count = last - first
+        self.is_whole = volume(self.box) == grid.unit_volume
+        self._placement = placement
+        self._shape = extent(self.box) if self.count == 1 else (self.count, *extent(self.box))
+
+    def lay_out(self, source: torch.Tensor) -> torch.Tensor:
+        """View ``source``, which has the shape of the views, with that of the box; several units come first."""
+        return self._placement.lay_out(source, self._shape)
+
+
+class Landings:
+    """Landings of the views of one parameter. Any thread may ask.
+
+    Views that differ only in the unit in which they begin, as those of experts do, are looked into once: a view lies
+    within its parameter, so what holds in one such place holds in all of them. Two threads that meet a form first do
+    the same work.
+    """
+
+    def __init__(self, grid: UnitGrid) -> None:
+        self._grid = grid
+        self._shape = torch.Size(grid.parameter_shape)
+        self._known: dict[tuple[int, torch.Size, tuple[int, ...]], Landing] = {}
+
+    def of(self, view: torch.Tensor) -> tuple[int, Landing]:
+        """The first unit that ``view`` lies in, and how it lies there.
+
+        Raises:
+            UnsupportedWriteError: as of ``Placement``.
+        """
+        unit, rest = divmod(int(view.storage_offset()), self._grid.unit_volume)
+        form = (rest, view.shape, view.stride())
+        landing = self._known.get(form)
+        if landing is None:
+            landing = self._known[form] = Landing(Placement(view, self._shape), self._grid)
+        return unit, landing

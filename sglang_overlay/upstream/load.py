@@ -152,8 +152,7 @@ class ModelLoad:
         if layer not in self._finished and plan is not None and stream is not None and stream.streaming:
             self._settle(stream)
             plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
-            stream.streams.clear()
-            stream.placeholders.clear()
+            stream.finish()
             self._finished[layer] = plan
             self.layers += 1
         return self._finished.get(layer)

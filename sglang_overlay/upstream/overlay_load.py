@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sglang_overlay.core import cpu_kernels
+from sglang_overlay.core import cpu_kernels, freed_memory
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.mapped_sources import MappedSources
@@ -32,7 +32,7 @@ from sglang_overlay.observe.progress import Progress, SilentProgress, quantizati
 from sglang_overlay.schemes import mxfp8
 from sglang_overlay.schemes.selection import SchemeSelection
 from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
-from sglang_overlay.upstream import load, snapshots
+from sglang_overlay.upstream import eligibility, load, snapshots
 from sglang_overlay.upstream.checked_load import CheckedLoad
 from sglang_overlay.upstream.findings import Tolerance
 from sglang_overlay.upstream.guard import refuse
@@ -146,16 +146,21 @@ class OverlayLoad(CheckedLoad):
     def finish(self, layer: torch.nn.Module) -> LayerPlan | None:
         if layer in self._finished:
             return self._finished[layer]
+        kept = self._kept.pop(layer, ())
         if self._unstreamed is not None:
             # Before upstream's post-processing, which may compute with them.
             self._unstreamed.settle()
-        for weight in self._kept.pop(layer, ()):
+        for weight in kept:
             missing = weight.missing()
             self.missing += [weight.name] if missing else []
             self._findings.note(weight.name.rpartition(".")[0], weight, missing)
             weight.let_go()
-        if super().finish(layer) is None and layer in self._replacing:
-            self._finished[layer] = self._quantize_whole(layer, self._replacing.pop(layer))
+        if kept and self._device.type == "cpu":
+            # What reading has left, and the layers of this kind that have been quantized before.
+            freed_memory.give_back()
+        pending = self._replacing.pop(layer, None)
+        if super().finish(layer) is None and pending is not None and _is_loaded(layer, pending):
+            self._finished[layer] = self._quantize_whole(layer, pending)
         return self._finished.get(layer)
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -196,9 +201,16 @@ class OverlayLoad(CheckedLoad):
         if name is not None:
             plan = _updatable(pending.plan)
             self.updatable[name] = UpdatableLayer(name, layer, plan, pending.placeholders)
-            if plan.replaces_stock:
+            if plan.replaces_stock or self._is_deferred(name):
                 self._replacing[layer] = pending
         super()._start(layer, name, pending)
+
+    def _is_deferred(self, name: str) -> bool:
+        """Whether a layer is quantized here once upstream has read it.
+
+        On the CPU, where stock would take several times as long and make copies in float32.
+        """
+        return self._device.type == "cpu" and not self.prequantized and eligibility.why_deferred(name) is not None
 
     def _allocate(self, pending: PendingLayer, key: str) -> Storage:
         storage = super()._allocate(pending, key)
@@ -233,7 +245,7 @@ class OverlayLoad(CheckedLoad):
         return self._pipeline
 
     def _quantize_whole(self, layer: torch.nn.Module, pending: PendingLayer) -> LayerPlan:
-        """Quantize a layer that was loaded in high precision, of a scheme that upstream does not know."""
+        """Quantize a layer that was loaded in high precision."""
         storages = {}
         for key, weight in pending.placeholders.items():
             storages[key] = pending.plan.allocate(key, weight, pending.device)
@@ -294,6 +306,11 @@ def current() -> OverlayLoad | None:
     """The load that is under way in this thread and may stream, or None."""
     found = load.current()
     return found if isinstance(found, OverlayLoad) else None
+
+
+def _is_loaded(layer: torch.nn.Module, pending: PendingLayer) -> bool:
+    """Whether upstream has left a layer the parameters that were loaded."""
+    return all(layer._parameters.get(key) is weight for key, weight in pending.placeholders.items())
 
 
 def _updatable(plan: LayerPlan) -> UpdatablePlan:

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.captured_views import capture_of
 from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
@@ -41,8 +45,9 @@ class Streamed:
     account: StagingAccount
     sources: CheckpointSources
 
-    def capture(self) -> WriteCapture:
-        return WriteCapture({storage_key(self.placeholder): self.stream})
+    @cached_property
+    def capture(self) -> Callable[[], AbstractContextManager[Any]]:
+        return capture_of([self.placeholder], {storage_key(self.placeholder): self.stream})
 
     def equals(self, weight: torch.Tensor) -> bool:
         """Whether the result is, to the bit, that of quantizing ``weight`` unit by unit in one go."""
@@ -92,11 +97,16 @@ def _streamed(shape, grid, quantizer, dtype) -> Streamed:
 
 def streamed(shape, grid, quantizer, scales, dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """Any grid and quantizer; ``scales`` is the shape of the scales, units first."""
-    placeholder = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    placeholder = make_parameter(torch.empty(shape, dtype=dtype, device="meta"))
     storage = Storage(torch.zeros((grid.count, *grid.shape), dtype=FP8), torch.zeros(scales, dtype=torch.float32))
     account, sources = StagingAccount(), make_sources()
     stream = make_stream("layer.weight", placeholder, grid, quantizer, storage, account, sources)
     return Streamed(stream, placeholder, account, sources)
+
+
+def make_parameter(values: torch.Tensor) -> torch.nn.Parameter:
+    """What all builders make their placeholder with."""
+    return torch.nn.Parameter(values, requires_grad=False)
 
 
 def make_stream(*arguments: Any) -> ParameterStream:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizing in torch on the CPU does not depend on the default dtype, which is the model's while SGLang loads one."""
+"""Quantizing on the CPU: scales whatever the default dtype, which is the model's while SGLang loads one, and NaN."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic, quantize_rows
 from sglang_overlay.core.quantizers import RowQuantizer
+from sglang_overlay.core.staging import Piece
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -47,3 +49,13 @@ def test_rows_are_rounded_by_their_float32_scale(bfloat16_by_default):
     assert scales.dtype == torch.float32
     step = (values.double() * scales.double() - rows.double()).abs() / rows.double().abs().clamp(min=1e-3)
     assert float(step.max()) <= 2**-4
+
+
+@pytest.mark.parametrize("arithmetic", [RatioArithmetic, KernelArithmetic])
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_nan_in_any_piece_is_found(arithmetic, damaged):
+    values = torch.ones(4, 64, dtype=torch.bfloat16)
+    values[2 * damaged, 7] = torch.nan
+    pieces = [Piece(((0, 2), (0, 64)), values[:2]), Piece(((2, 4), (0, 64)), values[2:])]
+    weight, scale = torch.empty(4, 64, dtype=FP8), torch.empty((), dtype=torch.float32)
+    assert math.isnan(PerTensorQuantizer(arithmetic(FP8_MAX)).quantize(pieces, weight, scale))

@@ -104,10 +104,12 @@ def quick_switches():
 def deliver(streamed, calls, delivery):
     """Make ``calls``, each ``(tensor, loader)`` with ``loader(parameter, tensor)``, as ``delivery`` says."""
 
+    capture = streamed.capture
+
     def call(position):
         tensor, loader = calls[position]
         source = tensor.clone() if delivery.reuses_buffer else tensor
-        with streamed.capture():
+        with capture():
             loader(streamed.placeholder.data, source)
         if delivery.reuses_buffer:
             source.fill_(1e4)

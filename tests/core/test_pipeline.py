@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,6 +25,25 @@ def test_caller_does_its_job_itself_once_enough_are_under_way():
     assert torch.get_num_threads() == threads
     gate.set()
     pipeline.close()
+
+
+def test_callers_that_do_their_jobs_themselves_take_turns():
+    pipeline, gate = Pipeline(1), threading.Event()
+    for _ in range(3):
+        pipeline.submit(lambda: gate.wait(30))
+    together, most = [], []
+
+    def job():
+        together.append(None)
+        time.sleep(0.01)
+        most.append(len(together))
+        together.pop()
+
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(pipeline.submit, [job] * 8))
+    gate.set()
+    pipeline.close()
+    assert most == [1] * 8
 
 
 def test_error_of_the_callers_own_job_is_raised_at_once_and_gives_its_threads_back():

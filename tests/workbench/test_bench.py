@@ -7,6 +7,7 @@ import getpass
 import json
 import platform
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from workbench import bench_cli
 from workbench.bench import (
     BENCH_FAMILIES,
     CONTENDERS,
+    INTERCEPTING,
     ORDERS,
     Case,
     Run,
@@ -27,7 +29,8 @@ from workbench.bench import (
 )
 from workbench.bench_chart import draw
 from workbench.bench_document import document
-from workbench.checkpoints import CheckpointSpec, tensor_plans
+from workbench.checkpoints import CheckpointSpec, build, tensor_plans
+from workbench.loads import LoadJob
 
 NAMES = [contender.name for contender in CONTENDERS]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -115,17 +118,31 @@ def test_chart_has_a_column_for_each_series(real, tmp_path):
     assert (tmp_path / "c" / "c.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("asked", [[], ["--scaling"]])
-def test_command_measures_writes_and_leaves_no_checkpoint_behind(monkeypatch, tmp_path, asked):
+def test_what_only_intercepts_takes_everything_and_quantizes_nothing(workers, checkpoint_folder):
+    job = LoadJob(build(CheckpointSpec("qwen3_moe"), checkpoint_folder), streaming="require")
+    quantized = workers.load(job)
+    # Where anything was missing this would be an error.
+    taken = workers.load(replace(job, quantizing="none"))
+    assert taken.ranks[0].model_bytes == quantized.ranks[0].model_bytes
+    names = {name for name, found in quantized.ranks[0].tensors.items() if found != taken.ranks[0].tensors[name]}
+    assert {name.rpartition(".")[2] for name in names} >= {"w13_weight", "w13_weight_scale", "w2_weight"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "contenders"),
+    [([], NAMES), (["--scaling"], NAMES), (["--overhead"], [*NAMES, INTERCEPTING.name])],
+)
+def test_command_measures_writes_and_leaves_no_checkpoint_behind(monkeypatch, tmp_path, asked, contenders):
     tiny = Case("tiny", 0.01, CheckpointSpec("qwen3_moe", files=3, seed=77))
     monkeypatch.setenv("STREAMFP8_CACHE", str(tmp_path))
     monkeypatch.setattr(bench_cli, "size_cases", lambda *_: [tiny])
+    monkeypatch.setattr(bench_cli, "overhead_case", lambda: tiny)
     monkeypatch.setattr(bench_cli, "scaling_cases", lambda _: {"layers": [tiny]})
     files = {"--json": tmp_path / "bench.json", "--png": tmp_path / "bench.png"}
     arguments = [*asked, "--rounds", "1", *(str(part) for pair in files.items() for part in pair)]
     answer = CliRunner().invoke(bench_cli.main, arguments, catch_exceptions=False)
     assert answer.exit_code == 0
-    assert all(name in answer.output for name in NAMES)
+    assert all(name in answer.output for name in contenders)
     assert [case["name"] for case in json.loads(files["--json"].read_text())["cases"]] == ["tiny"]
     assert files["--png"].read_bytes().startswith(PNG)
     assert list((tmp_path / "checkpoints").iterdir()) == []

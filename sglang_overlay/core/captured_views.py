@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catch what a weight loader writes into a placeholder, where only operations on that placeholder are looked at.
+
+``WriteCapture`` sees every operation that a loader makes, at several microseconds each, most of which have nothing to
+do with the placeholder; experts' loaders, of which a model has tens of thousands of calls, make seven. Here the
+placeholder and the views that a loader takes of it are tensors of a class of their own. What experts' loaders do with
+them (``data``, an index, ``narrow``, ``copy_``) is known to it; anything else is left to a ``WriteCapture`` around that
+one operation, so both ways take the same writes, in the same order, and refuse the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sglang_overlay.core.capture import WriteCapture, WriteSink, copied, storage_key
+
+
+class ViewCapture(AbstractContextManager[None]):
+    """Hands writes to placeholders to their sinks while a thread is inside it; for other threads they are as before.
+
+    Args:
+        sinks: the sink for each placeholder, by ``storage_key``.
+    """
+
+    def __init__(self, sinks: Mapping[int, WriteSink]) -> None:
+        self._sinks = sinks
+        self._thread = threading.local()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this thread's writes are to be caught."""
+        return getattr(self._thread, "is_active", False)
+
+    def __enter__(self) -> None:
+        self._thread.is_active = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.is_active = False
+
+    def watch(self, placeholder: torch.nn.Parameter) -> None:
+        """See what is done with a placeholder, and with views of it, from now on."""
+        view = self.view(placeholder.data, self._sinks[storage_key(placeholder)])
+        placeholder.__class__ = _WatchedParameter
+        placeholder._streamfp8_view = view  # type: ignore[attr-defined]
+
+    @staticmethod
+    def let_go(placeholder: torch.nn.Parameter) -> None:
+        """Make a watched placeholder the plain one that it was."""
+        if type(placeholder) is _WatchedParameter:
+            del placeholder._streamfp8_view
+            placeholder.__class__ = torch.nn.Parameter  # type: ignore[assignment]
+
+    def view(self, plain: torch.Tensor, sink: WriteSink | None) -> _View:
+        """``plain`` as one that hands writes over: a view of the placeholder of ``sink``, or computed from one."""
+        view = plain.as_subclass(_View)
+        view._plain, view._sink, view._capture = plain, sink, self
+        return view
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any operation on watched tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if not self.is_active:
+                return func(*args, **kwargs)
+            with WriteCapture(self._sinks):
+                result = func(*args, **kwargs)
+            return tree_map(self._watched, result)
+
+    def _watched(self, value: Any) -> Any:
+        if type(value) is not torch.Tensor or not value.is_meta:
+            return value
+        # What was computed from a placeholder has no data either: operations that need some are to be refused.
+        return self.view(value, self._sinks.get(storage_key(value)))
+
+
+def capture_of(
+    placeholders: Iterable[torch.nn.Parameter], sinks: Mapping[int, WriteSink]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the context in which a loader's writes to ``placeholders`` are caught.
+
+    Only plain parameters are watched: upstream's loaders ask some of its own classes of parameters what they are.
+    """
+    found = list(placeholders)
+    if any(type(placeholder) is not torch.nn.Parameter for placeholder in found):
+        return lambda: WriteCapture(sinks)
+    capture = ViewCapture(sinks)
+    for placeholder in found:
+        capture.watch(placeholder)
+    return lambda: capture
+
+
+_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
+
+
+class _View(torch.Tensor):
+    """A view of a placeholder, or computed from one (without a sink). ``_plain`` is the same as an ordinary tensor."""
+
+    _plain: torch.Tensor
+    _sink: WriteSink | None
+    _capture: ViewCapture
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self._plain.shape
+
+    def dim(self) -> int:
+        return self._plain.dim()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        if type(index) is int:
+            return self._capture.view(self._plain[index], self._sink)
+        return super().__getitem__(index)
+
+    def narrow(self, dim: int, start: Any, length: Any) -> torch.Tensor:
+        return self._capture.view(self._plain.narrow(dim, start, length), self._sink)
+
+    def copy_(self, source: Any, non_blocking: bool = False) -> torch.Tensor:  # noqa: FBT001
+        sink = self._sink
+        if sink is not None and type(source) in _PLAIN_CLASSES and self._capture.is_active:
+            sink.write(self._plain, copied(self._plain, source))
+            return self
+        return super().copy_(source, non_blocking)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _capture_among(args, kwargs or {}).run(func, args, kwargs or {})
+
+
+class _WatchedParameter(torch.nn.Parameter):
+    """A placeholder, with a view of all of it."""
+
+    _streamfp8_view: _View
+
+    @property
+    def data(self) -> torch.Tensor:
+        view = self._streamfp8_view
+        return view if view._capture.is_active else view._plain.data
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _capture_among(args, kwargs or {}).run(func, args, kwargs or {})
+
+
+def _capture_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ViewCapture:
+    """The capture of the first watched tensor among arguments; it is a layer's, and loaders work on one layer."""
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, _View):
+            return value._capture
+        if isinstance(value, _WatchedParameter):
+            return value._streamfp8_view._capture
+    raise TypeError("an operation on a watched tensor that is not among its arguments")
