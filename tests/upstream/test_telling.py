@@ -7,6 +7,7 @@ import functools
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
+from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
 from sglang_overlay.observe.load_metrics import PREFIX
 from sglang_overlay.observe.memory import MemoryUsage
@@ -17,16 +18,11 @@ LOAD = LoadReport("0.5.23", "0.1.0", "models/m", "auto", "streaming", 2.5, Memor
 
 
 class Collector:
-    """As much of SGLang's as is looked at."""
+    """As much of SGLang's as is looked at, which takes a scheduler to be made; ``test_server.py`` has a real one."""
 
     def __init__(self, registry):
         self.labels = {"tp_rank": 0}
         self._gauge_cls = functools.partial(Gauge, registry=registry)
-
-
-class Output:
-    def __init__(self):
-        self.internal_state = {"version": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +56,8 @@ def test_collector_without_labels_is_a_warning_and_not_an_error(caplog):
 
 
 def test_state_has_an_entry_once_something_was_loaded():
-    assert telling.add_state(Output()).internal_state == {"version": "1"}
+    output = GetInternalStateReqOutput(internal_state={"version": "1"})
+    assert telling.add_state(output).internal_state == {"version": "1"}
     telling.tell(LOAD)
-    (told,) = telling.add_state(Output()).internal_state[telling.STATE]
+    (told,) = telling.add_state(output).internal_state[telling.STATE]
     assert (told["seconds"], told["mode"]) == (2.5, "streaming")
