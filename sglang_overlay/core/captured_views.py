@@ -5,7 +5,8 @@
 do with the placeholder; experts' loaders, of which a model has tens of thousands of calls, make seven. Here the
 placeholder and the views that a loader takes of it are tensors of a class of their own. What experts' loaders do with
 them (``data``, an index, ``narrow``, ``copy_``) is known to it; anything else is left to a ``WriteCapture`` around that
-one operation, so both ways take the same writes, in the same order, and refuse the same.
+one operation, so both ways take the same writes, in the same order, and refuse the same. A view has to be taken in the
+loader that writes to it, as all of upstream's are; one of before is not seen, and what it brings is said to be missing.
 """
 
 from __future__ import annotations

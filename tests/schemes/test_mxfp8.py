@@ -41,8 +41,9 @@ def test_writes_of_any_order_and_split_equal_the_whole(data):
     boxes = data.draw(st.permutations([(*row, *column) for row in pairwise(down) for column in pairwise(across)]))
     shape = (units, columns) if rows == 1 else (units, rows, columns)
     found = streamed(shape, UnitGrid.per_slice(shape), QUANTIZER, (units, rows * columns // GROUP))
-    matrices, placeholders = values.view(units, rows, columns), found.placeholder.data.view(units, rows, columns)
+    matrices = values.view(units, rows, columns)
     with found.capture():
+        placeholders = found.placeholder.data.view(units, rows, columns)
         for top, bottom, left, right in boxes:
             placeholders[:, top:bottom, left:right].copy_(matrices[:, top:bottom, left:right])
     assert found.stream.settle() == []
