@@ -8,14 +8,13 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedLate, AllocatedMemory, TouchedMemory
 from sglang_overlay.plan.checkpoint import Checkpoint, arranged, read_headers, read_index
@@ -145,8 +144,8 @@ def _weights(
 class _UncomputedLoad(OverlayLoad):
     """Streams as ever, but computes nothing: the CPU's own quantizers need no memory, and read what is not there."""
 
-    def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
-        return super()._stream(name, placeholder, replace(plan, quantizer=_NoQuantizer()))
+    def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:
+        return _NoQuantizer()
 
 
 class _NoQuantizer:

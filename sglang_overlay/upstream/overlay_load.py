@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from sglang_overlay.core.pinned_ring import PinnedRing, ring_for
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
+from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.errors import SettingsError, StagingMemoryError
 from sglang_overlay.observe.layer_times import LayerTimes
@@ -223,7 +224,7 @@ class OverlayLoad(CheckedLoad):
             name,
             placeholder,
             plan.grid,
-            plan.quantizer,
+            self._quantizer(plan),
             plan.storage,
             self.account,
             self.sources,
@@ -231,6 +232,10 @@ class OverlayLoad(CheckedLoad):
             pipeline=pipeline,
             upload=None if self._ring is None else self._ring.upload,
         )
+
+    def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:
+        """What quantizes a parameter in this load."""
+        return plan.quantizer
 
     def _workers(self) -> Pipeline:
         if self._pipeline is None:
@@ -249,7 +254,8 @@ class OverlayLoad(CheckedLoad):
         storages = {}
         for key, weight in pending.placeholders.items():
             storages[key] = pending.plan.allocate(key, weight, pending.device)
-            quantize_whole(pending.plan.parameter(key, weight, storages[key]), weight.data)
+            plan = pending.plan.parameter(key, weight, storages[key])
+            quantize_whole(replace(plan, quantizer=self._quantizer(plan)), weight.data)
         pending.plan.register(layer, storages)
         return pending.plan
 
