@@ -64,18 +64,14 @@ def _patch_when_imported(settings: Settings) -> None:
 
     from sglang_overlay.upstream import ray_actors
     from sglang_overlay.upstream.catalogue import STREAMING, TELLING
-    from sglang_overlay.upstream.touch_point import TouchPoint, by_module
+    from sglang_overlay.upstream.touch_point import TouchPoint, apply, apply_fitting, by_module
 
     def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
-        from sglang_overlay.upstream.touch_point import apply
-
         mismatch = apply(points)
         if mismatch is not None:
             _guard(settings.required_by, mismatch)
 
     def patch_fitting(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
-        from sglang_overlay.upstream.touch_point import apply_fitting
-
         apply_fitting(points)
 
     if settings.mode is not Mode.OFF:
