@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from reports import load_report
 from rich.console import Console
 
 import sglang_overlay
@@ -23,7 +24,6 @@ from sglang_overlay.observe.report import (
     SCHEMA_FILE,
     LayerCounts,
     LayerNote,
-    LoadReport,
     ParallelRank,
     Ranks,
     StagingUsage,
@@ -33,11 +33,8 @@ from sglang_overlay.observe.report import (
 
 GB = 10**9
 ROOT = Path(sglang_overlay.__file__).parents[1]
-STOCK = LoadReport(
-    release="0.5.23",
-    overlay_version="0.1.0",
+STOCK = load_report(
     model_path="/somewhere/moe-1b",
-    load_format="auto",
     mode="stock",
     seconds=10.0,
     memory=MemoryUsage("RssAnon", GB, 2_500_000_000, GB, ((0.0, 0), (8.0, 2_500_000_000), (10.0, GB))),

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reports import load_report
 from workbench import patched, series
 
 from sglang_overlay.observe.memory import MemoryUsage
-from sglang_overlay.observe.report import LoadReport, StagingUsage, UnitCounts, summary_line, write
+from sglang_overlay.observe.report import StagingUsage, UnitCounts, summary_line, write
 from sglang_overlay.upstream.simulation import FIRST_RELEASE, can_simulate
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +102,8 @@ def test_what_runs_a_heavy_command_is_there(start):
 @pytest.fixture
 def places(checkpoint, tmp_path):
     """What stands for the placeholders in commands. Folders of reports are where commands expect them."""
-    load = LoadReport("0.5.23", "0.1.0", "m", "auto", "stock", 2.0, MemoryUsage("RssAnon", 0, 9, 5, ((0.0, 0),)), 5)
+    memory = MemoryUsage("RssAnon", 0, 9, 5, ((0.0, 0),))
+    load = load_report(mode="stock", seconds=2.0, memory=memory, final_bytes=5)
     for name, mode in (("stock", "stock"), ("reports", "streaming")):
         write(replace(load, mode=mode), tmp_path / name)
     for path, text in series.touched(patched.installed()).items():
@@ -151,8 +153,10 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_line_of_the_log_is_as_it_is_logged(page):
     (shown,) = [line for line in code_lines(page) if re.match(r"StreamFP8: \d", line)]
     usage = MemoryUsage("RssAnon", 0, 589_000_000, 0, ((0.0, 0),))
-    load = LoadReport("0.5.23", "0.1.0", "m", "auto", "streaming", 4.6, usage, 547_000_000)
-    logged = summary_line(replace(load, units=UnitCounts(670, 600), staging=StagingUsage(0)))
+    units, staging = UnitCounts(670, 600), StagingUsage(0)
+    logged = summary_line(
+        load_report(mode="streaming", seconds=4.6, memory=usage, final_bytes=547_000_000, units=units, staging=staging)
+    )
     assert shape(shown) == shape(logged)
 
 

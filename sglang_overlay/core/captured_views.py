@@ -101,6 +101,11 @@ def capture_of(
 _PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
+def _run(_cls: type, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    """An operation on watched tensors, as ``__torch_function__`` gets it."""
+    return _capture_among(args, kwargs or {}).run(func, args, kwargs or {})
+
+
 class _View(torch.Tensor):
     """A view of a placeholder, or computed from one (without a sink). ``_plain`` is the same as an ordinary tensor."""
 
@@ -130,11 +135,7 @@ class _View(torch.Tensor):
             return self
         return super().copy_(source, non_blocking)
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _capture_among(args, kwargs or {}).run(func, args, kwargs or {})
+    __torch_function__: Any = classmethod(_run)
 
 
 class _WatchedParameter(torch.nn.Parameter):
@@ -151,11 +152,7 @@ class _WatchedParameter(torch.nn.Parameter):
     def data(self, value: torch.Tensor) -> None:
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _capture_among(args, kwargs or {}).run(func, args, kwargs or {})
+    __torch_function__: Any = classmethod(_run)
 
 
 def _capture_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ViewCapture:

@@ -2,18 +2,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+from reports import load_report
 
 from sglang_overlay.observe import chart
 from sglang_overlay.observe.chart import ChartError, Curve, draw
 from sglang_overlay.observe.memory import MemoryUsage
-from sglang_overlay.observe.report import LoadReport
 
 GB = 10**9
-STOCK = LoadReport(
-    release="0.5.23",
-    overlay_version="0.1.0",
-    model_path="models/moe",
-    load_format="auto",
+STOCK = load_report(
     mode="stock",
     seconds=9.0,
     memory=MemoryUsage("RssAnon", GB, 2 * GB, GB, ((0.0, 0), (5.0, 2 * GB), (9.0, GB))),

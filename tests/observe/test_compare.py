@@ -1,14 +1,12 @@
 from dataclasses import replace
 
+from reports import load_report
+
 from sglang_overlay.observe.compare import pair_up, stock_first
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import LoadReport, ParallelRank, Ranks
 
-STOCK = LoadReport(
-    release="0.5.23",
-    overlay_version="0.1.0",
-    model_path="models/moe",
-    load_format="auto",
+STOCK = load_report(
     mode="stock",
     seconds=10.0,
     memory=MemoryUsage("RssAnon", 1, 2_000, 1_000),

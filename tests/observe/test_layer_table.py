@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+from reports import load_report
+
 from sglang_overlay.observe.layer_table import by_reason, layers_of
 from sglang_overlay.observe.memory import MemoryUsage
-from sglang_overlay.observe.report import LayerCounts, LayerFigures, LayerNote, LoadReport
+from sglang_overlay.observe.report import LayerCounts, LayerFigures, LayerNote
 
-LOAD = LoadReport("0.5.23", "0.1.0", "models/m", "auto", "streaming", 5.0, MemoryUsage("RssAnon", 0, 3, 2), 2)
+LOAD = load_report(mode="streaming", seconds=5.0, memory=MemoryUsage("RssAnon", 0, 3, 2), final_bytes=2)
 
 
 def load(*figures, deferred=(), fallback=()):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from reports import load_report
 
 import sglang_overlay
 from sglang_overlay.observe.load_metrics import METRICS, PREFIX, LoadGauges, state_of
@@ -14,16 +15,11 @@ from sglang_overlay.observe.report import (
     LayerCounts,
     LayerFigures,
     LayerNote,
-    LoadReport,
     StagingUsage,
     UnitCounts,
 )
 
-LOAD = LoadReport(
-    release="0.5.23",
-    overlay_version="0.1.0",
-    model_path="models/moe",
-    load_format="auto",
+LOAD = load_report(
     mode="streaming",
     seconds=5.5,
     memory=MemoryUsage("RssAnon", 4, 1_370, 1_300, ((0.0, 0), (2.5, 1_370))),

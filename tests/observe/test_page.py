@@ -3,6 +3,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from reports import load_report
 
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.page import render, write
@@ -10,7 +11,6 @@ from sglang_overlay.observe.report import (
     LayerCounts,
     LayerFigures,
     LayerNote,
-    LoadReport,
     ParallelRank,
     Ranks,
     ReportError,
@@ -18,15 +18,12 @@ from sglang_overlay.observe.report import (
 )
 
 GB = 10**9
-STOCK = LoadReport(
-    "0.5.23",
-    "0.1.0",
-    "/somewhere/moe-1b",
-    "auto",
-    "stock",
-    10.0,
-    MemoryUsage("RssAnon", GB, 2_500_000_000, GB, ((0.0, 0), (8.0, 2_500_000_000), (10.0, GB))),
-    1_250_000_000,
+STOCK = load_report(
+    model_path="/somewhere/moe-1b",
+    mode="stock",
+    seconds=10.0,
+    memory=MemoryUsage("RssAnon", GB, 2_500_000_000, GB, ((0.0, 0), (8.0, 2_500_000_000), (10.0, GB))),
+    final_bytes=1_250_000_000,
 )
 STREAMED = replace(
     STOCK,

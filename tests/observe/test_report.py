@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reports import load_report
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.observe.memory import MemoryUsage
@@ -30,11 +31,8 @@ from sglang_overlay.observe.report import (
     write,
 )
 
-STREAMED = LoadReport(
-    release="0.5.23",
-    overlay_version="0.1.0",
+STREAMED = load_report(
     model_path="models/deepseek",
-    load_format="auto",
     mode="streaming",
     seconds=5.6,
     memory=MemoryUsage("RssAnon", 400_000_000, 1_370_000_000, 1_300_000_000, ((0.0, 0), (2.5, 1_370_000_000))),
@@ -143,7 +141,7 @@ def test_samples_and_layers_are_one_to_a_line(tmp_path):
 
 
 def test_loads_of_one_rank_get_numbers_and_other_ranks_their_own_names(tmp_path):
-    draft = LoadReport(**{**vars(STREAMED), "role": "draft"})
+    draft = replace(STREAMED, role="draft")
     names = [write(report, tmp_path / "new" / "folder").name for report in (STREAMED, STREAMED, draft)]
     assert names == [
         "load-tp1-pp0-ep1-target-1.json",
@@ -153,7 +151,7 @@ def test_loads_of_one_rank_get_numbers_and_other_ranks_their_own_names(tmp_path)
 
 
 def test_writers_at_the_same_time_lose_nothing_and_leave_nothing_behind(tmp_path):
-    reports = [LoadReport(**{**vars(STREAMED), "final_bytes": size}) for size in range(40)]
+    reports = [replace(STREAMED, final_bytes=size) for size in range(40)]
     with ThreadPoolExecutor(8) as pool:
         files = list(pool.map(lambda report: write(report, tmp_path), reports))
     assert len(set(files)) == 40
@@ -173,7 +171,7 @@ def test_write_works_without_hard_links(tmp_path, monkeypatch):
 
 def test_folder_is_read_in_order_of_rank_then_of_writing(tmp_path):
     def load(tp, seconds):
-        return LoadReport(**{**vars(STREAMED), "ranks": Ranks(tp=ParallelRank(tp, 16)), "seconds": seconds})
+        return replace(STREAMED, ranks=Ranks(tp=ParallelRank(tp, 16)), seconds=seconds)
 
     for tp in (10, 2, 0):
         for seconds in range(11):
@@ -314,12 +312,12 @@ def test_summary_of_a_streamed_load():
 
 
 def test_summary_names_a_scheme_that_is_not_stocks():
-    line = summary_line(LoadReport(**{**vars(STREAMED), "scheme": "block"}))
+    line = summary_line(replace(STREAMED, scheme="block"))
     assert line.startswith("StreamFP8: scheme: block; 1234 units")
 
 
 def test_summary_of_a_stock_load_claims_no_streaming():
-    line = summary_line(LoadReport(**{**vars(STREAMED), "mode": "stock"}))
+    line = summary_line(replace(STREAMED, mode="stock"))
     assert (
         line
         == "StreamFP8: nothing streamed, loaded as stock SGLang does; 5.6 s; peak +1.37 GB over start; model 1.29 GB"

@@ -1,17 +1,17 @@
 from dataclasses import replace
 
 import pytest
+from reports import load_report
 
 from sglang_overlay.observe.chart import Curve
 from sglang_overlay.observe.memory import MemoryUsage
-from sglang_overlay.observe.report import LoadReport
 from sglang_overlay.observe.timeline import timeline
 
 
 def load(*samples, final=1_000_000_000):
     peak = max((above for _, above in samples), default=0)
     memory = MemoryUsage("RssAnon", 5, peak, peak, samples)
-    return LoadReport("0.5.23", "0.1.0", "models/m", "auto", "streaming", 2.0, memory, final)
+    return load_report(mode="streaming", seconds=2.0, memory=memory, final_bytes=final)
 
 
 HALF_WAY = load((0.0, 0), (1.0, 1_000_000_000), (2.0, 2_000_000_000))

@@ -7,14 +7,14 @@ import functools
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
+from reports import load_report
 from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
 from sglang_overlay.observe.load_metrics import PREFIX
 from sglang_overlay.observe.memory import MemoryUsage
-from sglang_overlay.observe.report import LoadReport
 from sglang_overlay.upstream import telling
 
-LOAD = LoadReport("0.5.23", "0.1.0", "models/m", "auto", "streaming", 2.5, MemoryUsage("RssAnon", 0, 3, 2), 2)
+LOAD = load_report(mode="streaming", seconds=2.5, memory=MemoryUsage("RssAnon", 0, 3, 2), final_bytes=2)
 
 
 class Collector:

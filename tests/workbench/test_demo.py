@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reports import load_report
 from rich.console import Console
 from workbench import demo, serving
 from workbench.demo import Comparison, DemoError, Mode, Subject, Trial
@@ -22,7 +23,7 @@ from sglang_overlay.observe.report import LoadReport
 def make_report(mode: Mode, peak: int, seconds: float, final: int = 500_000_000) -> LoadReport:
     samples = ((0.0, 0), (seconds / 2, peak), (seconds, final))
     memory = MemoryUsage(metric="RssAnon", start=10, peak_above_start=peak, end_above_start=final, samples=samples)
-    return LoadReport("0.5.23", "0.1.0", "models/m", "auto", mode, seconds, memory, final)
+    return load_report(mode=mode, seconds=seconds, memory=memory, final_bytes=final)
 
 
 def make_trial(mode: Mode, peak: int, seconds: float, answer: str = "yes") -> Trial:
