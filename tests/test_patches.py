@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,14 @@ def test_series_is_applied_to_the_tree_whose_release_it_is_for(tree):
     assert done.output.count("applied 000") == len(series.PATCHES)
     assert (tree / patches.PACKAGE / "stream.py").is_file()
     assert '@streaming_hook("checked_entry:load_model")' in (tree / LOADER).read_text()
+
+
+def test_json_names_the_release_and_what_was_applied(tree):
+    done = patch("--apply", tree, "--json")
+    told = json.loads(done.stdout)
+    assert (told["schema"], told["version"], told["release"]) == ("sglang-streamfp8/patch", 1, RELEASE)
+    assert told["tree"] == str(tree)
+    assert [name[:4] for name in told["applied"]] == [f"{number + 1:04}" for number in range(len(series.PATCHES))]
 
 
 def test_tree_inside_of_another_repository_is_patched_all_the_same(tree):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -25,6 +25,8 @@ GIGABYTE = 10**9
 
 FileOrder = Literal["sorted", "staggered", "shuffled"]
 ORDERS: tuple[FileOrder, ...] = get_args(FileOrder)
+SIZES = (0.5, 1, 2, 4, 8)
+"""GB of bf16 weights, doubling."""
 BENCH_FAMILIES: tuple[Family, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 
@@ -122,13 +124,14 @@ def size_cases(
 
 
 def scaling_cases(threads: Sequence[int]) -> dict[str, list[Case]]:
-    """By what is varied, all else equal: layers (at equal size each), experts (more of the same), threads."""
+    """By what is varied: size (in whole layers of many experts), layers of few, experts (more of the same), threads."""
 
     def spec(layers: int, experts: int) -> CheckpointSpec:
         chosen = (("num_hidden_layers", layers), ("num_experts", experts))
         return CheckpointSpec("qwen3_moe", size="bench", files=4, overrides=chosen)
 
     return {
+        "size": [replace(case, name=f"{case.value:g} GB") for case in size_cases(["qwen3_moe"], SIZES, ["sorted"])],
         "layers": [Case(f"{n} layers", n, spec(n, 32)) for n in (1, 2, 4, 8)],
         "experts": [Case(f"{n} experts", n, spec(2, n)) for n in (16, 32, 64, 128)],
         "threads": [Case(f"{n} threads", n, spec(4, 32), threads=n) for n in threads],

@@ -38,7 +38,7 @@ from workbench.bench import (
     size_cases,
 )
 from workbench.bench_chart import draw
-from workbench.bench_document import document
+from workbench.bench_document import document, with_table
 from workbench.checkpoints import Family, checkpoint_path
 from workbench.environment import cache_root
 from workbench.loads import LoadWorkers
@@ -74,7 +74,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
     help="How weight files are read; may be given more than once. staggered has two ranks.",
 )
 @click.option("--all", "everything", is_flag=True, help="All families and orders.")
-@click.option("--scaling", is_flag=True, help="Vary layers, experts and threads instead.")
+@click.option("--scaling", is_flag=True, help="Vary size, layers, experts and threads instead.")
 @click.option(
     "--overhead",
     is_flag=True,
@@ -85,6 +85,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run to this file.")
 @click.option("--png", type=click.Path(path_type=Path), help="Draw the chart into this file.")
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the table into this page as well.")
 def main(
     families: tuple[Family, ...],
     sizes: tuple[float, ...],
@@ -97,6 +98,7 @@ def main(
     keep: bool,  # noqa: FBT001
     json_file: Path | None,
     png: Path | None,
+    readme: Path | None,
 ) -> None:
     """Compare peak memory and load time of stock bf16, stock fp8, layer-granular streaming and streaming."""
     if everything:
@@ -104,7 +106,7 @@ def main(
     series: Mapping[str, list[Case]]
     if scaling:
         series = scaling_cases(_thread_numbers())
-        axis = {"layers": "layers", "experts": "experts a layer", "threads": "threads"}
+        axis = {"size": "bf16 weights, GB", "layers": "layers", "experts": "experts a layer", "threads": "threads"}
     elif overhead:
         series, axis = {"overhead": [overhead_case()]}, {"overhead": "checkpoints"}
     else:
@@ -121,6 +123,8 @@ def main(
     results = [result for column in measured.values() for result in column]
     if json_file is not None:
         json_file.write_text(json.dumps(document(results), indent=2) + "\n")
+    if readme is not None:
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), document(results)), encoding="utf-8")
     console.print(_table(results, rounds))
     if png is not None:
         draw(measured, axis, png, f"Loading with --quantization fp8, medians of {rounds} alternating runs")

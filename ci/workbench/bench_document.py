@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ci/bench`` measured, as JSON data: every run, on which machine, with which versions, of which commit."""
+"""What ``ci/bench`` measured, as JSON data: every run, on which machine, with which versions, of which commit.
+
+``docs/bench.json`` is one, and README.md's table is made of it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from workbench.bench import CaseResult
+from sglang_overlay.observe.formats import bytes_text
+from workbench import page_tables
+from workbench.bench import BF16, STOCK, CaseResult, Run, figures, ratio
 
 _PACKAGES = ("sglang", "sglang-streamfp8", "torch", "transformers", "safetensors", "llvmlite")
 
@@ -26,6 +31,37 @@ def document(results: Sequence[CaseResult]) -> dict[str, Any]:
         "machine": machine(),
         "cases": [_case(result) for result in results],
     }
+
+
+def with_table(page: str, published: dict[str, Any]) -> str:
+    """A page, such as README.md, with the medians of a document's runs, and the medians of the rounds' ratios."""
+    rows = [row for case in published["cases"] for row in _rows(case["name"], [Run(**run) for run in case["runs"]])]
+    return page_tables.with_table(page, "ci/bench", _COLUMNS, rows)
+
+
+_COLUMNS = (
+    "checkpoint",
+    "loading",
+    "seconds:",
+    "peak:",
+    "peak / loaded model:",
+    "peak / stock:",
+    "time / stock:",
+    "time / bf16:",
+)
+
+
+def _rows(case: str, runs: Sequence[Run]) -> Iterator[list[str]]:
+    for number, (name, found) in enumerate(figures(runs).items()):
+        ratios = [(STOCK, "peak"), (STOCK, "seconds"), (BF16, "seconds")]
+        yield [
+            "" if number else case,
+            name,
+            f"{found.seconds:.2f}",
+            bytes_text(found.peak),
+            f"{found.peak_of_final:.3f}",
+            *(f"{ratio(runs, name, other.name, measured):.2f}" for other, measured in ratios),
+        ]
 
 
 def machine() -> dict[str, Any]:

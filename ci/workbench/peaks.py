@@ -22,9 +22,10 @@ from typing import Literal
 import click
 
 from sglang_overlay.upstream import built_in
-from workbench import environment
+from workbench import environment, page_tables
 from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadFailed, LoadJob, LoadWorkers, compare
+from workbench.page_tables import README
 
 Form = Literal["overlay", "patches"]
 Data = dict[str, dict[Form, list["Peak"]]]
@@ -34,9 +35,6 @@ FORMS: tuple[Form, ...] = ("overlay", "patches")
 SPECS = tuple(CheckpointSpec(family, size="bench_2g", files=4) for family in ("qwen3_moe", "deepseek_v3"))
 TITLES = {"qwen3_moe": "Qwen3-MoE", "deepseek_v3": "DeepSeek-V3"}
 DATA = environment.CLONE / "docs" / "peaks.json"
-PAGE = environment.CLONE / "README.md"
-
-_BEGIN, _END = "<!-- ci/peaks writes this table -->\n", "<!-- its end -->\n"
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,8 @@ def with_table(page: str, data: Data) -> str:
         ValueError: it has no place for one.
     """
     columns = [f"{form}, {title}" for form in FORMS for title in TITLES.values()]
-    lines = [f"| SGLang | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {release} | {' | '.join(_cells(data[release]))} |" for release in reversed(data)]
-    begin, end = page.index(_BEGIN) + len(_BEGIN), page.index(_END)
-    return page[:begin] + "\n" + "\n".join(lines) + "\n\n" + page[end:]
+    rows = [[release, *_cells(data[release])] for release in reversed(data)]
+    return page_tables.with_table(page, "ci/peaks", ["SGLang", *columns], rows)
 
 
 def _cells(forms: Mapping[Form, Sequence[Peak]]) -> Iterator[str]:
@@ -137,7 +133,7 @@ def read(file: Path) -> Data:
 def keep(data: Data) -> None:
     """Write the data and the page's table."""
     DATA.write_text(json.dumps(data, indent=1, default=asdict) + "\n", encoding="utf-8")
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), data), encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8"), data), encoding="utf-8")
 
 
 @click.group(invoke_without_command=True, help=__doc__)

@@ -12,6 +12,7 @@ from sglang_overlay.plan import gpus
 from sglang_overlay.plan.job import MODES, Layout, Order
 from sglang_overlay.plan.planner import Plan, Request, collect
 from sglang_overlay.plan.timeline import LABELS
+from workbench import page_tables
 
 if TYPE_CHECKING:
     from sglang_overlay.plan.process import Planners
@@ -90,6 +91,37 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def with_table(page: str, found: Iterable[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
+    """A page, such as README.md, with a row for each model and TP size, from the baselines of both orders of files."""
+    layouts: dict[tuple[str, int], dict[Order, Mapping[str, Any]]] = {}
+    for plan, baseline in found:
+        layouts.setdefault((plan.model, plan.tp), {})[plan.order] = baseline["planned"]
+    rows = [[model, str(tp), *_summary(orders)] for (model, tp), orders in layouts.items()]
+    return page_tables.with_table(page, "ci/plans", _SUMMARY, rows)
+
+
+_SUMMARY = (
+    "model",
+    "TP:",
+    "stock:",
+    "whole layers, files sorted:",
+    "shuffled:",
+    "streaming:",
+    "FP8 model:",
+    "stock loads on",
+    "streaming loads on",
+)
+
+
+def _summary(orders: Mapping[Order, Mapping[str, Any]]) -> list[str]:
+    """Of what depends on the order of files, the higher, apart from whole layers."""
+    stock, streaming = (max(loads[mode]["peak_bytes"] for loads in orders.values()) for mode in ("stock", "streaming"))
+    layers = [orders[order]["layers"]["peak_bytes"] if order in orders else 0 for order in ORDERS]
+    (model,) = {loads["streaming"]["final_bytes"] for loads in orders.values()}
+    sizes = [bytes_text(size) if size else "not planned" for size in (stock, *layers, streaming, model)]
+    return [*sizes, _smallest_gpu(stock), _smallest_gpu(streaming)]
 
 
 def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> str:

@@ -8,17 +8,21 @@ import click
 
 from sglang_overlay.upstream import releases
 from workbench import baselines
-from workbench.plans import PAGE, published, to_markdown
+from workbench.page_tables import README
+from workbench.plans import PAGE, published, to_markdown, with_table
 
 
 @click.command()
 @click.option("--page", default=PAGE, type=click.Path(path_type=Path), help="The page to write.")
-def main(page: Path) -> None:
-    """Write the page that shows the newest release's baselines of the published models."""
+@click.option("--readme", default=README, type=click.Path(path_type=Path), help="The page whose table to write.")
+def main(page: Path, readme: Path) -> None:
+    """Write the page that shows the newest release's baselines of the published models, and the table in README.md."""
     release = releases.supported()[-1]
-    found = [(plan, baselines.read(baselines.path_of(release, plan.name))) for plan in published()]
-    page.write_text(to_markdown(release, [(plan, baseline) for plan, baseline in found if baseline]), encoding="utf-8")
-    click.echo(page)
+    read = [(plan, baselines.read(baselines.path_of(release, plan.name))) for plan in published()]
+    found = [(plan, baseline) for plan, baseline in read if baseline]
+    page.write_text(to_markdown(release, found), encoding="utf-8")
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+    click.echo(f"{page}\n{readme}")
 
 
 if __name__ == "__main__":

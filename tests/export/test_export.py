@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +55,21 @@ def test_stock_loads_of_a_block_export_what_an_online_load_computes(family, work
     assert made.shards > 1
     assert made.stored_bytes < 0.62 * made.source_bytes
     assert compare(online(workers, path, "block"), stock(workers, tmp_path / "out")) == []
+
+
+def test_json_of_the_command_is_what_it_has_written(checkpoint, tmp_path):
+    path = checkpoint("qwen3", overrides=BLOCKS)
+    arguments = ["--model-path", str(path), "--out", str(tmp_path / "out"), "--max-shard-gb", "0.001"]
+    command = [sys.executable, "-m", "sglang_overlay", "export", *arguments, "--scheme", "block", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert (told["schema"], told["version"]) == ("sglang-streamfp8/export", 1)
+    assert told["folder"] == str(tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert told["stored_bytes"] == index["metadata"]["total_size"]
+    assert told["shards"] == len(set(index["weight_map"].values()))
+    assert told["quantized"] == sum(name.endswith("weight_scale_inv") for name in index["weight_map"])
 
 
 def test_export_is_the_same_over_two_ranks(workers, checkpoint, tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from workbench import baselines
 from workbench.baselines_view import describe
-from workbench.plans import CHECKED_ALWAYS, PAGE, compute, published, to_markdown
+from workbench.page_tables import README
+from workbench.plans import CHECKED_ALWAYS, PAGE, compute, published, to_markdown, with_table
 
 from sglang_overlay.plan.planner import Request, collect
 from sglang_overlay.plan.process import Planners
@@ -71,10 +72,13 @@ def test_measured_peaks_may_be_higher_by_the_tolerance_and_lower_by_anything():
         assert len(baselines.measured("moe", {"stock": peak}).compare(before)) == found
 
 
-def test_the_page_shows_the_newest_releases_baselines():
+def test_the_pages_show_the_newest_releases_baselines():
     release = releases.supported()[-1]
     found = [(plan, baselines.read(baselines.path_of(release, plan.name))) for plan in published()]
-    assert PAGE.read_text(encoding="utf-8") == to_markdown(release, [pair for pair in found if pair[1]])
+    assert [plan.name for plan, baseline in found if not baseline] == []
+    assert PAGE.read_text(encoding="utf-8") == to_markdown(release, found)
+    readme = README.read_text(encoding="utf-8")
+    assert readme == with_table(readme, found)
 
 
 @pytest.mark.timeout(900)

@@ -28,9 +28,10 @@ from workbench.bench import (
     sized_spec,
 )
 from workbench.bench_chart import draw
-from workbench.bench_document import document
+from workbench.bench_document import document, with_table
 from workbench.checkpoints import CheckpointSpec, build, tensor_plans
 from workbench.loads import LoadJob
+from workbench.page_tables import README
 
 NAMES = [contender.name for contender in CONTENDERS]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -46,6 +47,23 @@ def rounds_of(*seconds):
 def test_ratio_is_the_median_of_the_rounds_ratios_not_the_ratio_of_the_medians():
     runs = rounds_of((1.0, 10.0, 1.0, 5.0), (10.0, 20.0, 1.0, 16.0), (2.0, 100.0, 1.0, 40.0))
     assert ratio(runs, "streaming", "stock fp8", "seconds") == 0.5
+
+
+def test_readme_shows_the_published_runs_and_nothing_else():
+    published = json.loads((README.parent / "docs" / "bench.json").read_text(encoding="utf-8"))
+    page = README.read_text(encoding="utf-8")
+    assert with_table(page, published) == page
+
+
+def test_published_runs_are_within_the_bounds_that_this_project_has_set_itself():
+    published = json.loads((README.parent / "docs" / "bench.json").read_text(encoding="utf-8"))
+    for case in published["cases"]:
+        runs = [Run(**run) for run in case["runs"]]
+        assert case["checkpoint_bytes"] > 4e9
+        assert len(runs) == 5 * len(CONTENDERS)
+        assert figures(runs)["streaming"].peak_of_final <= 1.03
+        assert ratio(runs, "streaming", "stock fp8", "seconds") <= 0.55
+        assert ratio(runs, "streaming", "stock bf16", "seconds") <= 1.0
 
 
 def test_figures_are_medians_with_their_range():
@@ -74,6 +92,7 @@ def test_every_family_is_measured_in_every_order_at_every_size():
 
 def test_scaling_varies_one_thing_at_a_time():
     series = scaling_cases([1, 2])
+    assert [case.value for case in series["size"]] == [0.5, 1, 2, 4, 8]
     assert {dict(case.spec.overrides)["num_experts"] for case in series["layers"]} == {32}
     assert {dict(case.spec.overrides)["num_hidden_layers"] for case in series["experts"]} == {2}
     assert len({case.spec for case in series["threads"]}) == 1

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables in pages that commands write and tests hold: all between two comments, of which one names the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+_END = "<!-- its end -->\n"
+
+
+def with_table(page: str, command: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The page with the command's table made anew. Columns whose heading ends in a colon are numbers, to the right.
+
+    Raises:
+        ValueError: the page has no place for it.
+    """
+    marker = f"<!-- {command} writes this table -->\n"
+    if page.count(marker) != 1:
+        raise ValueError(f"the page has no one place for what {command} writes: {marker.strip()}")
+    begin = page.index(marker) + len(marker)
+    end = page.index(_END, begin)
+    rules = ["---:" if heading.endswith(":") else "---" for heading in header]
+    lines = [[heading.removesuffix(":") for heading in header], rules, *rows]
+    return page[:begin] + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + page[end:]
