@@ -38,7 +38,7 @@ class Contender:
     quantization: str | None
     streaming: str
     staging: Literal["units", "layers"] = "units"
-    quantizing: Literal["units", "none"] = "units"
+    quantizing: Literal["units", "once", "none"] = "units"
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -48,6 +48,8 @@ LAYERS = Contender("layer-granular", "fp8", "require", staging="layers")
 STREAMING = Contender("streaming", "fp8", "require")
 INTERCEPTING = Contender("not quantizing", "fp8", "require", quantizing="none")
 """Streaming that takes and stages every write, and nothing else: what intercepting costs."""
+ONE_PASS = Contender("one pass", "fp8", "require", quantizing="once")
+"""Streaming that reads each weight once and writes it once, with a scale of 1: the least that a load can take."""
 CONTENDERS = (BF16, STOCK, LAYERS, STREAMING)
 
 

@@ -10,7 +10,18 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from workbench.bench import BF16, GIGABYTE, INTERCEPTING, LAYERS, STOCK, STREAMING, CaseResult, Figures, figures
+from workbench.bench import (
+    BF16,
+    GIGABYTE,
+    INTERCEPTING,
+    LAYERS,
+    ONE_PASS,
+    STOCK,
+    STREAMING,
+    CaseResult,
+    Figures,
+    figures,
+)
 
 #: Of Okabe and Ito's palette, as in the charts of memory over time.
 _COLOURS = {
@@ -19,8 +30,16 @@ _COLOURS = {
     LAYERS.name: "#E69F00",
     STREAMING.name: "#0072B2",
     INTERCEPTING.name: "#009E73",
+    ONE_PASS.name: "#CC79A7",
 }
-_MARKERS = {BF16.name: "s", STOCK.name: "o", LAYERS.name: "^", STREAMING.name: "D", INTERCEPTING.name: "v"}
+_MARKERS = {
+    BF16.name: "s",
+    STOCK.name: "o",
+    LAYERS.name: "^",
+    STREAMING.name: "D",
+    INTERCEPTING.name: "v",
+    ONE_PASS.name: "P",
+}
 _INK, _GRID = "#333333", "#E3E3E3"
 
 

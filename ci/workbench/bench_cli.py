@@ -21,6 +21,7 @@ from workbench.bench import (
     BF16,
     CONTENDERS,
     INTERCEPTING,
+    ONE_PASS,
     ORDERS,
     STOCK,
     Case,
@@ -80,6 +81,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
     is_flag=True,
     help="Thousands of tiny tensors instead, and also streamed without quantizing them.",
 )
+@click.option("--floor", is_flag=True, help="Also read each weight once and write it once, without finding its scale.")
 @click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
@@ -93,6 +95,7 @@ def main(
     everything: bool,  # noqa: FBT001
     scaling: bool,  # noqa: FBT001
     overhead: bool,  # noqa: FBT001
+    floor: bool,  # noqa: FBT001
     rounds: int,
     tp: int,
     keep: bool,  # noqa: FBT001
@@ -114,7 +117,7 @@ def main(
             f"{family}, {order}": size_cases([family], sizes, [order], tp) for family in families for order in orders
         }
         axis = dict.fromkeys(series, "bf16 weights, GB")
-    contenders = (*CONTENDERS, INTERCEPTING) if overhead else CONTENDERS
+    contenders = (*CONTENDERS, *([INTERCEPTING] if overhead else []), *([ONE_PASS] if floor else []))
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:
         measured = {
             heading: [_measured(workers, case, rounds, contenders, keep=keep) for case in cases]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads that take and stage every write and quantize nothing: what streaming costs besides quantizing.
+"""Loads that quantize less than they should: what streaming costs besides quantizing, and the least it can cost.
 
-For ``ci/bench --overhead`` on the CPU only: the loaded weights are whatever lay in their memory.
+For ``ci/bench --overhead`` and ``--floor`` on the CPU only: what is loaded is no model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.cpu_quantizers import PerTensorQuantizer
 from sglang_overlay.plan.replacing import replaced
 
@@ -28,6 +29,27 @@ def nothing_quantized() -> Iterator[None]:
         replaced(PerTensorQuantizer, "quantize_run", _quantize_run),
     ):
         yield
+
+
+@contextlib.contextmanager
+def quantized_in_one_pass() -> Iterator[None]:
+    """Has the values of units of one scale read once and written once, as fp8 of scale 1, without their maximum."""
+    with replaced(PerTensorQuantizer, "quantize", _quantize_once):
+        yield
+
+
+def _quantize_once(
+    _quantizer: PerTensorQuantizer, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor
+) -> float:
+    out = cpu_kernels.target(weight)
+    for piece in pieces:
+        values = cpu_kernels.source(piece.values)
+        target = None if out is None else cpu_kernels.part_of(out, piece.box)
+        if values is None or target is None:
+            raise RuntimeError("the compiled loops do not take this weight, so one pass over it cannot be timed")
+        cpu_kernels.quantize(values, 1.0, target)
+    scale.fill_(1.0)
+    return 1.0
 
 
 def _quantize(

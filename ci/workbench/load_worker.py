@@ -48,7 +48,7 @@ from workbench import devices, runtime, scoring, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.devices import Accelerator  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
-from workbench.interception import nothing_quantized  # noqa: E402
+from workbench.interception import nothing_quantized, quantized_in_one_pass  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
 if TYPE_CHECKING:
@@ -248,6 +248,8 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
                 stack.enter_context(whole_layers(job.peak_seconds))
             if job.quantizing == "none":
                 stack.enter_context(nothing_quantized())
+            if job.quantizing == "once":
+                stack.enter_context(quantized_in_one_pass())
             if job.threads is not None:
                 stack.enter_context(torch_threads(job.threads))
             if job.linear == "tensor":

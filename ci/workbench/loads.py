@@ -78,7 +78,8 @@ class LoadJob:
             two loads agree on it; None leaves it as it is.
         staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.plan.layers``.
         peak_seconds: how long a whole layer is kept once quantized, for its peak not to fall between readings.
-        quantizing: ``none`` takes every write and quantizes nothing (:mod:`workbench.interception`).
+        quantizing: ``once`` leaves out the pass that finds the scale, ``none`` takes every write and quantizes nothing
+            (:mod:`workbench.interception`).
         threads: of torch's, and so of streaming's; None leaves their number as it is.
         device: as ``--device``; :mod:`workbench.devices` has what else that asks for.
         graphs: whether CUDA graphs are captured, after loading and before weight updates, as a server does it.
@@ -108,7 +109,7 @@ class LoadJob:
     uninitialized: float | None = None
     staging: Literal["units", "layers"] = "units"
     peak_seconds: float = 0.0
-    quantizing: Literal["units", "none"] = "units"
+    quantizing: Literal["units", "once", "none"] = "units"
     threads: int | None = None
     device: str = "cpu"
     graphs: Literal["off", "captured"] = "off"

@@ -17,6 +17,7 @@ from workbench.bench import (
     BENCH_FAMILIES,
     CONTENDERS,
     INTERCEPTING,
+    ONE_PASS,
     ORDERS,
     Case,
     Run,
@@ -147,9 +148,22 @@ def test_what_only_intercepts_takes_everything_and_quantizes_nothing(workers, ch
     assert {name.rpartition(".")[2] for name in names} >= {"w13_weight", "w13_weight_scale", "w2_weight"}
 
 
+def test_one_pass_writes_the_weights_with_a_scale_of_one(workers, checkpoint_folder):
+    job = LoadJob(build(CheckpointSpec("qwen3_moe"), checkpoint_folder), streaming="require")
+    quantized, once = workers.load(job).ranks[0].tensors, workers.load(replace(job, quantizing="once")).ranks[0].tensors
+    names = {name for name, found in quantized.items() if found != once[name]}
+    assert {name.rpartition(".")[2] for name in names} >= {"w13_weight", "w13_weight_scale", "w2_weight"}
+    assert not [name for name in names if "norm" in name or "embed" in name]
+
+
 @pytest.mark.parametrize(
     ("asked", "contenders"),
-    [([], NAMES), (["--scaling"], NAMES), (["--overhead"], [*NAMES, INTERCEPTING.name])],
+    [
+        ([], NAMES),
+        (["--scaling"], NAMES),
+        (["--overhead"], [*NAMES, INTERCEPTING.name]),
+        (["--floor"], [*NAMES, ONE_PASS.name]),
+    ],
 )
 def test_command_measures_writes_and_leaves_no_checkpoint_behind(monkeypatch, tmp_path, asked, contenders):
     tiny = Case("tiny", 0.01, CheckpointSpec("qwen3_moe", files=3, seed=77))
