@@ -76,8 +76,9 @@ class ReproducibleSdist(sdist):
 
 
 def _anonymous(member: tarfile.TarInfo, time: int) -> tarfile.TarInfo:
-    mode = 0o755 if member.mode & 0o100 else 0o644
-    return member.replace(mtime=time, mode=mode, uid=0, gid=0, uname="", gname="", deep=False)
+    member.mode = 0o755 if member.mode & 0o100 else 0o644
+    member.mtime, member.uid, member.gid, member.uname, member.gname = time, 0, 0, "", ""
+    return member
 
 
 setup(

@@ -58,6 +58,16 @@ def test_folders_of_pieces_are_enough_without_the_manifest_beside_them(packed, t
     assert contents(pieces.unpack(out, tmp_path / "unpacked")) == CONTENTS
 
 
+@pytest.mark.parametrize("name", ["../a.whl", "other.whl"])
+def test_file_that_was_not_packed_is_named_and_nothing_is_written_elsewhere(name, packed, tmp_path):
+    out, _ = packed
+    for manifest in (out / "manifest.json", out / "piece-00" / "manifest.json"):
+        manifest.write_text(manifest.read_text().replace("a.whl", name))
+    with pytest.raises(DamagedPiecesError, match=name):
+        pieces.unpack(out, tmp_path / "unpacked")
+    assert not (tmp_path / "a.whl").exists()
+
+
 def test_missing_piece_is_named(packed, tmp_path):
     out, _ = packed
     shutil.rmtree(out / "piece-01")
