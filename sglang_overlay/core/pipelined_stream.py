@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.errors import ConflictingWriteError
+from sglang_overlay.core.huge_pages import HugePages
 from sglang_overlay.core.mapped_sources import MappedSources, Watch
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.staging import Piece, StagedUnit
@@ -25,6 +26,7 @@ class PipelinedStream(ParameterStream):
         quantized: called with the bytes of fp8 written, each time units are done; from any thread.
         pipeline: where units from such memory are quantized.
         upload: brings host memory to the storage's device; None leaves that to torch.
+        huge_pages: that the storage may have, on the CPU.
     """
 
     _sources: MappedSources
@@ -35,8 +37,12 @@ class PipelinedStream(ParameterStream):
         quantized: Callable[[int], None],
         pipeline: Pipeline,
         upload: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        huge_pages: HugePages | None = None,
     ) -> None:
         super().__init__(*arguments)
+        self._huge_pages = huge_pages
+        self._address = 0 if huge_pages is None else self.storage.weight.data_ptr()
+        self._unit_bytes = self._grid.unit_volume * self.storage.weight.element_size()
         self._report = quantized
         self._pipeline = pipeline
         self._upload = upload
@@ -105,10 +111,12 @@ class PipelinedStream(ParameterStream):
         return super()._on_device(values)
 
     def _quantize_run(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
+        self._use_huge_pages(units)
         super()._quantize_run(units, values, source)
         self._count(len(units))
 
     def _quantize(self, unit: int, pieces: Sequence[Piece], source: torch.Tensor | None = None) -> None:
+        self._use_huge_pages(range(unit, unit + 1))
         super()._quantize(unit, pieces, source)
         self._count(1)
 
@@ -120,8 +128,13 @@ class PipelinedStream(ParameterStream):
         super()._wait()
         self._pipeline.check()
 
+    def _use_huge_pages(self, units: range) -> None:
+        if self._huge_pages is not None:
+            start = self._address + units.start * self._unit_bytes
+            self._huge_pages.use(start, start + len(units) * self._unit_bytes)
+
     def _count(self, units: int) -> None:
-        self._report(units * self._grid.unit_volume * self.storage.weight.element_size())
+        self._report(units * self._unit_bytes)
 
     def _all_watches(self) -> list[Watch]:
         return [watch for watches in self._watches.values() for watch in watches]

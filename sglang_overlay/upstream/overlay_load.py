@@ -231,6 +231,7 @@ class OverlayLoad(CheckedLoad):
             quantized=functools.partial(self._quantized, name.rpartition(".")[0]),
             pipeline=pipeline,
             upload=None if self._ring is None else self._ring.upload,
+            huge_pages=self._huge_pages if self._device.type == "cpu" else None,
         )
 
     def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Huge pages are asked for inside the tensor only, and no more of them than are free."""
+"""Huge pages are asked for inside the tensor only, no more of them than are free, and no longer than they are fast."""
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from sglang_overlay.core import huge_pages
-from sglang_overlay.core.huge_pages import HugePages, free_huge_pages, huge_page_bytes
+from sglang_overlay.core.huge_pages import SLOW_SECONDS, HugePages, free_huge_pages, huge_page_bytes
 
 SIZE = huge_page_bytes()
 needs_huge_pages = pytest.mark.skipif(not SIZE, reason="this kernel has no huge pages")
@@ -52,6 +53,42 @@ def test_no_more_are_asked_for_than_are_free(tensor):
     pages.request(other)
     assert advised(tensor.data_ptr() + 2 * SIZE)
     assert not advised(other.data_ptr() + 2 * SIZE)
+
+
+@needs_huge_pages
+def test_what_is_written_stays_when_its_pages_are_used_again(tensor):
+    pages = HugePages(8 * SIZE)
+    pages.request(tensor)
+    tensor.fill_(7)
+    pages.use(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    assert bool((tensor == 7).all())
+
+
+@needs_huge_pages
+def test_pages_are_used_once_and_those_of_other_tensors_never(tensor):
+    times = []
+    pages, other = HugePages(8 * SIZE, clock=lambda: times.append(0) or 0.0), torch.empty_like(tensor)
+    pages.request(tensor)
+    start = -(-tensor.data_ptr() // SIZE) * SIZE
+    for begin, stop, used in ((start, start + 1, 1), (start, start + SIZE + 1, 2), (start, start + SIZE + 1, 2)):
+        pages.use(begin, stop)
+        assert len(times) == 2 * used
+    pages.use(other.data_ptr(), other.data_ptr() + other.nbytes)
+    assert len(times) == 4
+
+
+@needs_huge_pages
+def test_none_are_asked_for_any_more_once_one_was_slow(tensor):
+    times = itertools.count(step=2 * SLOW_SECONDS)
+    pages, other = HugePages(100 * SIZE, clock=lambda: next(times)), torch.empty_like(tensor)
+    pages.request(tensor)
+    start = -(-tensor.data_ptr() // SIZE) * SIZE
+    assert advised(start + 2 * SIZE)
+    pages.use(start, start + 5 * SIZE)
+    pages.request(other)
+    assert not advised(start + 2 * SIZE)
+    assert not advised(other.data_ptr() + 2 * SIZE)
+    assert next(times) == 4 * SLOW_SECONDS
 
 
 @needs_huge_pages
