@@ -94,13 +94,21 @@ def _model_sizes(panel: Any, results: Sequence[CaseResult]) -> None:
 
 
 def _dress(panel: Any, values: Sequence[float]) -> None:
-    if len(values) > 1:
-        panel.set_xscale("log", base=2)
-    panel.set_xticks(list(values), [f"{value:g}" for value in values])
-    panel.minorticks_off()
+    ticks = _apart(sorted(values))
+    panel.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    panel.set_xlim(left=0)
     panel.set_ylim(bottom=0)
     panel.grid(visible=True, color=_GRID, linewidth=0.8)
     panel.set_axisbelow(True)
     panel.tick_params(colors=_INK)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def _apart(values: Sequence[float]) -> list[float]:
+    """Those that leave room for their labels on an axis from 0, the largest first."""
+    kept: list[float] = []
+    for value in reversed(values):
+        if not kept or kept[-1] - value >= 0.08 * values[-1]:
+            kept.append(value)
+    return kept
