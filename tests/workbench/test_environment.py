@@ -61,8 +61,9 @@ def fake_install(plan: Plan, uv: Path, target: Path, arguments: list[str]) -> No
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Takes the package index out of the way, and counts what would have been installed."""
+    """Takes the package index out of the way, and counts what would have been installed, in no room at all."""
     calls: list[list[str]] = []
+    monkeypatch.setitem(environment.BYTES_NEEDED, "cpu", 0)
 
     def install(plan: Plan, uv: Path, target: Path, arguments: list[str]) -> None:
         calls.append(arguments)
