@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from reports import load_report
+from reports import STOCK_LOAD, STREAMED_LOAD
 from rich.console import Console
 
 import sglang_overlay
 from sglang_overlay.cli import main
 from sglang_overlay.observe import terminal
-from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import (
     SCHEMA_FILE,
     LayerCounts,
@@ -31,20 +30,9 @@ from sglang_overlay.observe.report import (
     write,
 )
 
-GB = 10**9
 ROOT = Path(sglang_overlay.__file__).parents[1]
-STOCK = load_report(
-    model_path="/somewhere/moe-1b",
-    mode="stock",
-    seconds=10.0,
-    memory=MemoryUsage("RssAnon", GB, 2_500_000_000, GB, ((0.0, 0), (8.0, 2_500_000_000), (10.0, GB))),
-    final_bytes=1_250_000_000,
-)
 STREAMING = replace(
-    STOCK,
-    mode="streaming",
-    seconds=6.0,
-    memory=MemoryUsage("RssAnon", GB, 1_375_000_000, GB, ((0.0, 0), (6.0, 1_375_000_000))),
+    STREAMED_LOAD,
     units=UnitCounts(1234, 1000),
     staging=StagingUsage(3_100_000),
     layers=LayerCounts(
@@ -59,7 +47,7 @@ STREAMING = replace(
 @pytest.fixture
 def folders(tmp_path):
     """A folder of stock loads and one of streaming loads, two ranks each."""
-    for name, load in (("stock", STOCK), ("streaming", STREAMING)):
+    for name, load in (("stock", STOCK_LOAD), ("streaming", STREAMING)):
         for tp in (0, 1):
             write(replace(load, ranks=Ranks(tp=ParallelRank(tp, 2))), tmp_path / name)
     return str(tmp_path / "stock"), str(tmp_path / "streaming")

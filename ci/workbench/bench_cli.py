@@ -124,10 +124,11 @@ def main(
             for heading, cases in series.items()
         }
     results = [result for column in measured.values() for result in column]
+    about = document(results)
     if json_file is not None:
-        json_file.write_text(json.dumps(document(results), indent=2) + "\n")
+        json_file.write_text(json.dumps(about, indent=2) + "\n")
     if readme is not None:
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), document(results)), encoding="utf-8")
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), about), encoding="utf-8")
     console.print(_table(results, rounds))
     if png is not None:
         draw(measured, axis, png, f"Loading with --quantization fp8, medians of {rounds} alternating runs")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_overlay.core import cpu_kernels
-from sglang_overlay.core.cpu_quantizers import PerTensorQuantizer
+from sglang_overlay.core.cpu_quantizers import PerTensorQuantizer, cast_by_loops
 from sglang_overlay.plan.replacing import replaced
 
 if TYPE_CHECKING:
@@ -43,11 +43,8 @@ def _quantize_once(
 ) -> float:
     out = cpu_kernels.target(weight)
     for piece in pieces:
-        values = cpu_kernels.source(piece.values)
-        target = None if out is None else cpu_kernels.part_of(out, piece.box)
-        if values is None or target is None:
+        if not cast_by_loops(cpu_kernels.source(piece.values), 1.0, out, piece.box):
             raise RuntimeError("the compiled loops do not take this weight, so one pass over it cannot be timed")
-        cpu_kernels.quantize(values, 1.0, target)
     scale.fill_(1.0)
     return 1.0
 

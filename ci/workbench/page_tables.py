@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+from workbench.environment import CLONE
+
+README = CLONE / "README.md"
 _END = "<!-- its end -->\n"
 
 

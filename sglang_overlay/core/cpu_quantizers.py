@@ -130,7 +130,7 @@ class PerTensorQuantizer(OneScaleAUnit):
         multiplier, stored = self._arithmetic.factors(absmax)
         out = cpu_kernels.target(weight) if in_range else None
         for piece, matrix in zip(pieces, matrices, strict=True):
-            if not _cast_by_loops(matrix, multiplier, out, piece.box):
+            if not cast_by_loops(matrix, multiplier, out, piece.box):
                 self._cast(piece.values, multiplier, cut(weight, piece.box), in_range)
         scale.fill_(stored)
         return found
@@ -150,7 +150,7 @@ class PerTensorQuantizer(OneScaleAUnit):
             out.copy_(products)
 
 
-def _cast_by_loops(
+def cast_by_loops(
     values: cpu_kernels.Matrix | None, multiplier: float, out: cpu_kernels.Matrix | None, box: Box
 ) -> bool:
     """Whether the compiled loops could write ``values`` to a box of ``out``, and have."""

@@ -3,9 +3,8 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from reports import load_report
+from reports import STOCK_LOAD, STREAMED_LOAD
 
-from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.page import render, write
 from sglang_overlay.observe.report import (
     LayerCounts,
@@ -17,19 +16,8 @@ from sglang_overlay.observe.report import (
     UnitCounts,
 )
 
-GB = 10**9
-STOCK = load_report(
-    model_path="/somewhere/moe-1b",
-    mode="stock",
-    seconds=10.0,
-    memory=MemoryUsage("RssAnon", GB, 2_500_000_000, GB, ((0.0, 0), (8.0, 2_500_000_000), (10.0, GB))),
-    final_bytes=1_250_000_000,
-)
 STREAMED = replace(
-    STOCK,
-    mode="streaming",
-    seconds=6.0,
-    memory=MemoryUsage("RssAnon", GB, 1_375_000_000, GB, ((0.0, 0), (6.0, 1_375_000_000))),
+    STREAMED_LOAD,
     units=UnitCounts(1234, 1000),
     layers=LayerCounts(
         1,
@@ -76,7 +64,7 @@ def ranks(load, size=2):
     return [replace(load, ranks=Ranks(ParallelRank(rank, size))) for rank in range(size)]
 
 
-BOTH = [("stock", ranks(STOCK)), ("streaming", ranks(STREAMED))]
+BOTH = [("stock", ranks(STOCK_LOAD)), ("streaming", ranks(STREAMED))]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +126,7 @@ def test_page_of_one_folder_compares_nothing():
 
 
 def test_stock_loads_have_no_columns_of_streaming():
-    words = Page(render([("stock", [STOCK])])).rows()
+    words = Page(render([("stock", [STOCK_LOAD])])).rows()
     assert "peak / model" in words
     assert "fell back" not in words
 
