@@ -9,20 +9,39 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 from reports import load_report
 from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
+from sglang.srt.server_args import ServerArgs
+from workbench import runtime
 
 from sglang_overlay.observe.load_metrics import PREFIX
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.upstream import telling
 
+LABELS = {"model_name": "m", "engine_type": "unified", "tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
 LOAD = load_report(mode="streaming", seconds=2.5, memory=MemoryUsage("RssAnon", 0, 3, 2), final_bytes=2)
 
 
-class Collector:
-    """As much of SGLang's as is looked at, which takes a scheduler to be made; ``test_server.py`` has a real one."""
+@pytest.fixture(scope="module")
+def made():
+    """SGLang's own. One a process: some of its metrics go to the registry that all share."""
+    server_args = ServerArgs(model_path="none", device="cpu")
+    runtime.publish(server_args, rank=0)
+    try:
+        return SchedulerMetricsCollector(labels=LABELS, server_args=server_args)
+    finally:
+        runtime.take_down()
 
-    def __init__(self, registry):
-        self.labels = {"tp_rank": 0}
-        self._gauge_cls = functools.partial(Gauge, registry=registry)
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def collector(made, registry, monkeypatch):
+    """Makes its gauges by what SGLang lets others put there, here with a registry of the test's own."""
+    monkeypatch.setattr(made, "_gauge_cls", functools.partial(Gauge, registry=registry))
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -32,19 +51,17 @@ def empty(monkeypatch):
 
 
 def seconds(registry):
-    return registry.get_sample_value(f"{PREFIX}load_seconds", {"tp_rank": "0", "role": "target", "mode": "streaming"})
+    return registry.get_sample_value(f"{PREFIX}load_seconds", {**LABELS, "role": "target", "mode": "streaming"})
 
 
-def test_load_that_ended_before_the_metrics_were_made_is_shown():
-    registry = CollectorRegistry()
+def test_load_that_ended_before_the_metrics_were_made_is_shown(collector, registry):
     telling.tell(LOAD)
-    telling.add_gauges(None, Collector(registry), labels={})
+    telling.add_gauges(None, collector, labels={})
     assert seconds(registry) == 2.5
 
 
-def test_load_that_ends_after_the_metrics_were_made_is_shown():
-    registry = CollectorRegistry()
-    telling.add_gauges(None, Collector(registry), labels={})
+def test_load_that_ends_after_the_metrics_were_made_is_shown(collector, registry):
+    telling.add_gauges(None, collector, labels={})
     telling.tell(LOAD)
     assert seconds(registry) == 2.5
 
