@@ -44,11 +44,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.upstream import built_in  # noqa: E402
-from workbench import devices, runtime, scoring, updates  # noqa: E402
+from workbench import devices, runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.devices import Accelerator  # noqa: E402
 from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
 from workbench.interception import nothing_quantized, quantized_in_one_pass  # noqa: E402
+from workbench.layer_inputs import recorded_inputs  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
     load_cpu_seconds: float
     reserved: int
     is_draft_worker: bool
-    logits_output: Any
     graph_steps = 0
 
     def load_model(self) -> None:
@@ -94,10 +94,9 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
         self.memory, self.reserved = sampler.usage, accelerator.reserved_peak
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Counts passes that ran as a CUDA graph, and keeps the logits of the last pass."""
+        """Counts passes that ran as a CUDA graph."""
         output = super().forward(*args, **kwargs)
         self.graph_steps += bool(getattr(output, "can_run_graph", False))
-        self.logits_output = getattr(output, "logits_output", None)
         return output
 
     def init_torch_distributed(self) -> Any:
@@ -189,7 +188,8 @@ def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
     runner.req_to_token_pool.clear()
     runner.token_to_kv_pool_allocator.clear()
     requests = [_request(number, prompt, job.new_tokens) for number, prompt in enumerate(job.prompts)]
-    next_ids, logits, batch = runtime.one_batch.extend(requests, runner)
+    with recorded_inputs(runner.model, job.recorded_inputs):
+        next_ids, logits, batch = runtime.one_batch.extend(requests, runner)
     steps = [next_ids.tolist()]
     for _ in range(job.new_tokens - 1):
         next_ids, _ = runtime.one_batch.decode(next_ids, batch, runner)
@@ -276,17 +276,11 @@ def finish(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
     described = describe(runner, job)
     if job.save_sharded_state is not None:
         ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
-    if (job.prompts or job.scored) and not is_ready:
-        runtime.get_ready_to_generate(runner)
     if job.prompts:
+        if not is_ready:
+            runtime.get_ready_to_generate(runner)
         outputs = generate(runner, job)
-    logprobs = scoring.score(runner, job.scored, job.recorded_inputs)
-    kept = {
-        "logprobs": logprobs,
-        "updates": updated,
-        "tokens_before": first["tokens"],
-        "graph_steps": runner.graph_steps,
-    }
+    kept = {"updates": updated, "tokens_before": first["tokens"], "graph_steps": runner.graph_steps}
     return {**described, **outputs, **kept}
 
 

@@ -71,9 +71,7 @@ class LoadJob:
         save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
         prompts: token ids to continue greedily; none, no generation.
         new_tokens: tokens generated for each prompt.
-        scored: token ids, windows of one length, of which SGLang's input logprobs are wanted.
-        recorded_inputs: file for what the first batch of ``scored`` gives each linear and expert layer
-            (:mod:`workbench.scoring`).
+        recorded_inputs: file for what the prompts give each linear and expert layer (:mod:`workbench.layer_inputs`).
         uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
             two loads agree on it; None leaves it as it is.
         staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.plan.layers``.
@@ -104,7 +102,6 @@ class LoadJob:
     save_sharded_state: Path | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
     new_tokens: int = 8
-    scored: tuple[tuple[int, ...], ...] = ()
     recorded_inputs: Path | None = None
     uninitialized: float | None = None
     staging: Literal["units", "layers"] = "units"
@@ -143,7 +140,6 @@ class RankResult:
         graph_steps: forward passes among these that ran as a CUDA graph.
         logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
         logits_finite: whether all of these are finite.
-        logprobs: for each window of the job's ``scored``, in nats, of each token but the first.
         log: warnings of any logger, and everything of what streams, as ``LEVEL logger: message``.
     """
 
@@ -160,7 +156,6 @@ class RankResult:
     logits_finite: bool
     log: tuple[str, ...]
     updates: tuple[UpdateResult, ...] = ()
-    logprobs: tuple[tuple[float, ...], ...] = ()
     reserved: int = 0
     tokens_before: tuple[tuple[int, ...], ...] = ()
     graph_steps: int = 0

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each scheme costs in quality: perplexity on text nobody has trained on, and errors of weights and outputs.
 
-Everything is taken from models that real SGLang has loaded: logprobs are its own, weights are those it serves, read
-back from what its ``ShardedStateLoader`` saves, and layers' inputs are those of the bf16 model on the same text.
+Everything is taken from models that real SGLang has loaded: logprobs are its server's, weights are those it serves,
+read back from what its ``ShardedStateLoader`` saves, and layers' inputs are those of the bf16 model on the same text.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from sglang_overlay.settings import MODE_VARIABLE, SCHEME_VARIABLE
+from workbench import serving
 from workbench.corpus import windows
 from workbench.loads import LoadJob, LoadWorkers
-from workbench.scoring import BATCH
 from workbench.small_models import SmallModel
+
+RECORDED_WINDOWS = 8
+"""Of which layers' inputs are kept."""
+SERVER_SECONDS = 600.0
+
+Windows = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,19 @@ class Difference:
         return abs(self.mean) > 2 * self.error
 
 
-def measure(model: SmallModel, workers: LoadWorkers, length: int, count: int) -> Iterator[Quality]:
-    """All contenders on one model, over ``count`` windows of ``length`` tokens of held-out text."""
+def measure(model: SmallModel, workers: LoadWorkers, logs: Path, length: int, count: int) -> Iterator[Quality]:
+    """All contenders on one model, over ``count`` windows of ``length`` tokens of held-out text.
+
+    Args:
+        model: to be measured.
+        workers: for what is read from inside.
+        logs: folder for the servers' logs.
+        length: of a window.
+        count: of windows.
+
+    Raises:
+        ServerError: a server did not start, or did not answer.
+    """
     text = tuple(tuple(window) for window in windows(model.held_out, length, count).tolist())
     with tempfile.TemporaryDirectory() as scratch:
         inputs, original = Path(scratch) / "inputs", Path(scratch) / "original"
@@ -118,17 +137,34 @@ def measure(model: SmallModel, workers: LoadWorkers, length: int, count: int) ->
             job = LoadJob(
                 model.folder,
                 quantization=contender.quantization,
-                environ={"SGLANG_STREAMFP8_SCHEME": contender.scheme},
-                scored=text,
+                environ={SCHEME_VARIABLE: contender.scheme},
+                prompts=text[:RECORDED_WINDOWS] if is_original else (),
+                new_tokens=1,
                 recorded_inputs=inputs if is_original else None,
                 save_sharded_state=state,
-                server_args={"max_total_tokens": 2 * BATCH * length, "max_running_requests": 2 * BATCH},
+                server_args={"max_total_tokens": 2 * RECORDED_WINDOWS * length},
                 timeout_seconds=1800,
             )
-            found = workers.load(job).ranks[0]
+            model_bytes = workers.load(job).ranks[0].model_bytes
             errors = () if is_original else layer_errors(_tensors(original), _tensors(state), load_file(inputs))
-            losses = tuple(-statistics.fmean(window) for window in found.logprobs)
-            yield Quality(contender, losses, found.model_bytes, tuple(errors))
+            losses = served_losses(model.folder, contender, text, logs / f"{model.family}-{number}.log")
+            yield Quality(contender, losses, model_bytes, tuple(errors))
+
+
+def served_losses(model: Path, contender: Contender, text: Windows, log: Path) -> tuple[float, ...]:
+    """Mean loss of each window, nats a token, by the logprobs that a server returns.
+
+    Raises:
+        ServerError: it did not start, or did not answer.
+    """
+    port = serving.free_port()
+    quantization = () if contender.quantization is None else ("--quantization", contender.quantization)
+    command = serving.sglang_command(sys.executable, str(model), port, (*quantization, "--device", "cpu"))
+    variables = {MODE_VARIABLE: "require", SCHEME_VARIABLE: contender.scheme}
+    with serving.running(serving.Launch(command, port, log, variables), SERVER_SECONDS) as url:
+        # One at a time: what shares a batch with a window would change its rounding.
+        found = [serving.input_logprobs(url, [window])[0] for window in text]
+    return tuple(-statistics.fmean(window) for window in found)
 
 
 def difference(one: Quality, other: Quality) -> Difference:

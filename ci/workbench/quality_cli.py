@@ -60,7 +60,7 @@ def main(families: tuple[Family, ...], steps: int, windows: int, length: int, ca
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers, Progress(console=console) as bar:
         for model in models:
             task = bar.add_task(f"{model.family}: serving", total=len(CONTENDERS))
-            for quality in measure(model, workers, length, windows):
+            for quality in measure(model, workers, Path(logs), length, windows):
                 results.setdefault(model.family, []).append(quality)
                 bar.advance(task)
                 bar.print(f"{model.family}  {quality.contender.name:<14} perplexity {quality.perplexity:.4f}")

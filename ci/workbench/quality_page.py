@@ -72,11 +72,10 @@ _METHOD = """\
 Two small models are trained on the sources and documentation of Python's standard library (byte-level BPE, 1,024
 tokens), then given outlier channels: one channel in 64 of each norm and of each feed-forward network is made 8 to 64
 times larger or smaller and its counterpart adjusted, which changes nothing of what the model computes. Real SGLang then
-loads each with every scheme, and its own input logprobs give the perplexity over {windows} windows of {length} tokens
-of files that were held out. They are taken from its ModelRunner, without a server around it; a test holds that a server
-returns the same for `return_logprob`. `+loss` is the mean difference from bf16 on the same windows, with its standard
-error. Errors are those of the weights SGLang serves, against the bf16 weights in float64; outputs are products with
-what the bf16 model gives the layer on the same text (for experts: every token to every expert).
+loads each with every scheme. The logprobs that its server returns give the perplexity over {windows} windows of
+{length} tokens of files that were held out. `+loss` is the mean difference from bf16 on the same windows, with its
+standard error. Errors are those of the weights SGLang serves, against the bf16 weights in float64; outputs are products
+with what the bf16 model gives the layer on the same text (for experts: every token to every expert).
 
 The CPU reference does not quantize activations, so what that costs on a GPU is not in these figures. `stock (GPU)` is
 what stock SGLang chooses on NVIDIA GPUs, linear layers per channel and experts per tensor; without a GPU it is

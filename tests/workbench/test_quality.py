@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as they are served, read back by their scales."""
+"""Losses as a server gives them, and weights as they are served, read back by their scales."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-from workbench.quality import dequantized, ratio
+from workbench.quality import BF16, STOCK, dequantized, ratio, served_losses
 
 from sglang_overlay.core.cpu_quantizers import quantize_rows
 from sglang_overlay.core.regions import whole
@@ -42,3 +44,15 @@ def test_dequantized_weight_is_near_the_original(stored):
     matrix = torch.randn(200, 320, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = dequantized("w", stored(matrix))
     assert ratio(matrix.double(), found.reshape(matrix.shape)) > 30
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(("contender", "rounding"), [(BF16, 0.02), (STOCK, 0.05)], ids=["bf16", "fp8"])
+def test_served_losses_are_those_of_the_model(contender, rounding, checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    path, chance = checkpoint("qwen3"), random.Random(0)
+    windows = tuple(tuple(chance.choices(range(3, 512), k=48)) for _ in range(3))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = [model(input_ids=torch.tensor([w]), labels=torch.tensor([w])).loss.item() for w in windows]
+    assert served_losses(path, contender, windows, tmp_path / "log") == pytest.approx(expected, abs=rounding)
