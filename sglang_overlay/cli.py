@@ -125,7 +125,8 @@ def check(verbose: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes 
 
 @main.command(
     short_help="Start a program that loads no plugins by itself.",
-    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    # What follows MODULE is the module's own, --help included.
+    context_settings={"allow_interspersed_args": False},
 )
 @click.argument("module")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -133,14 +134,16 @@ def run(module: str, arguments: tuple[str, ...]) -> None:
     """Do what `python -m MODULE ARGUMENTS` does, with SGLang's plugins loaded in every process.
 
     SGLang's servers and Engine need no such help. Its one-batch benchmark does: it loads no plugins. The exit code is
-    the program's own.
+    the program's own, or 1 where there is no such module.
 
     \b
-    Example:
+    Examples:
       python -m sglang_overlay run sglang.benchmark.one_batch --model-path MODEL --quantization fp8
+      python -m sglang_overlay run sglang.benchmark.one_batch --help
     """
     from sglang_overlay.upstream import launch
 
+    _or_exit(lambda: launch.check_module(module))
     launch.run(module, arguments)
 
 

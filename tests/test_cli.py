@@ -29,6 +29,7 @@ from sglang_overlay.observe.report import (
     UnitCounts,
     write,
 )
+from sglang_overlay.upstream import launch
 
 ROOT = Path(sglang_overlay.__file__).parents[1]
 STREAMING = replace(
@@ -154,12 +155,32 @@ def test_help_teaches_by_example():
 def test_help_of_each_command_has_an_example_and_its_exit_codes(command):
     output = _run(command, "--help").output
     if command == "run":
-        # It passes every option on, --help too.
-        output = main.commands[command].help
         assert "exit code is" in re.sub(r"\s+", " ", output)
     else:
         assert re.search(r"Exit codes:\n +0  \w", output)
     assert f"python -m sglang_overlay {command}" in output
+
+
+def test_what_follows_the_module_is_the_modules_own(monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "run", lambda module, arguments: started.append((module, arguments)))
+    assert _run("run", "json.tool", "--help", "-h", "--", "--no-such-option", "file").exit_code == 0
+    assert started == [("json.tool", ("--help", "-h", "--", "--no-such-option", "file"))]
+
+
+@pytest.mark.parametrize("module", ["no_such_package", "no_such_package.main", "json.no_such_module", "json.tool.main"])
+def test_module_that_is_not_there_is_told(module):
+    result = _run("run", module)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert result.output.startswith(f"Error: there is no module {module!r} for {sys.executable}. ")
+
+
+def test_import_that_fails_in_the_program_is_its_own(monkeypatch, tmp_path):
+    (tmp_path / "program_that_breaks").mkdir()
+    (tmp_path / "program_that_breaks" / "__init__.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    failure = _run("run", "program_that_breaks.main").exception
+    assert (type(failure), failure.name) == (ModuleNotFoundError, "no_such_package")
 
 
 @pytest.mark.parametrize(

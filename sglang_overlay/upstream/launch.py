@@ -10,6 +10,9 @@ import multiprocessing
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib import util
+
+from sglang_overlay.errors import StreamFP8Error
 
 
 class PluginProcess(multiprocessing.Process):
@@ -20,6 +23,25 @@ class PluginProcess(multiprocessing.Process):
 
         load_plugins()
         super().run()
+
+
+def check_module(module: str) -> None:
+    """Make sure that there is a module of that name; imports the packages that it lies in, as running it would.
+
+    Raises:
+        StreamFP8Error: there is none. What goes wrong inside of a package that is there is raised as it is.
+    """
+    try:
+        found = util.find_spec(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        found = None
+    if found is None:
+        raise StreamFP8Error(
+            f"there is no module {module!r} for {sys.executable}. Look at its name, and whether its package is "
+            "installed for this Python."
+        )
 
 
 def run(module: str, arguments: Sequence[str]) -> None:
