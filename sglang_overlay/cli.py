@@ -13,6 +13,7 @@ import click
 
 from sglang_overlay import __version__
 from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.plan import gpus
 from sglang_overlay.plan.job import MODES, ORDERS
 
 if TYPE_CHECKING:
@@ -22,16 +23,18 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+_CHART = 'Needs pip install "sglang-streamfp8[chart]".'
+
 
 def _completes(names: Callable[[], Iterable[str]]) -> Callable[[Any, Any, str], list[str]]:
     """What a shell offers for an option whose values ``names`` lists."""
     return lambda _context, _option, begun: [name for name in names() if name.startswith(begun)]
 
 
-def _scheme_names() -> Iterable[str]:
+def _storable_names() -> Iterable[str]:
     from sglang_overlay.schemes import registry
 
-    return registry.valid_names()
+    return registry.storable_names()
 
 
 def _release_names() -> Iterable[str]:
@@ -41,8 +44,6 @@ def _release_names() -> Iterable[str]:
 
 
 def _gpu_names() -> Iterable[str]:
-    from sglang_overlay.plan import gpus
-
     return [gpu.name for gpu in gpus.known()]
 
 
@@ -157,7 +158,7 @@ def run(module: str, arguments: tuple[str, ...]) -> None:
 )
 @click.option(
     "--release",
-    help="Whose series to apply; found out where it is not said.",
+    help="Whose series to apply; told from the tree's files unless given.",
     shell_complete=_completes(_release_names),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/patch, version 1).")
@@ -206,7 +207,9 @@ def _print_schema(context: click.Context, _option: click.Parameter, wanted: bool
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("other_folder", required=False, type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write one page with all of it.")
-@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw memory over time into this file.")
+@click.option(
+    "--png", type=click.Path(dir_okay=False, path_type=Path), help=f"Draw memory over time into this file. {_CHART}"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the reports and their comparison as JSON.")
 @click.option(
     "--schema",
@@ -253,7 +256,11 @@ def report(folder: Path, other_folder: Path | None, html: Path | None, png: Path
 
 @main.command("plan", short_help="Will a model load, and with what peak?")
 @click.option(
-    "--model-path", "model", required=True, type=click.Path(path_type=Path), help="Checkpoint or config.json."
+    "--model-path",
+    "model",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of a checkpoint, or a config.json; not a name on the hub.",
 )
 @click.option("--tp", "--tp-size", default=1, show_default=True, type=click.IntRange(1), help="Tensor-parallel ranks.")
 @click.option("--ep", "--ep-size", default=1, show_default=True, type=click.IntRange(1), help="Expert-parallel ranks.")
@@ -267,18 +274,38 @@ def report(folder: Path, other_folder: Path | None, html: Path | None, png: Path
     help="Data-parallel ranks, with --enable-dp-attention.",
 )
 @click.option("--enable-dp-attention", "dp_attention", is_flag=True, help="Attention is data-parallel.")
-@click.option("--order", default="sorted", show_default=True, type=click.Choice(ORDERS), help="How files are read.")
-@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this way of loading; repeatable.")
 @click.option(
-    "--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]), help="What is modelled."
+    "--order",
+    default="sorted",
+    show_default=True,
+    type=click.Choice(ORDERS),
+    help="Order of files: sorted (SGLang's default), staggered (SGLANG_SORT_WEIGHT_FILES=1), shuffled.",
 )
 @click.option(
-    "--gpu", "gpu_name", help="Say whether it fits this GPU: H200, H100, ...", shell_complete=_completes(_gpu_names)
+    "--mode",
+    "modes",
+    multiple=True,
+    type=click.Choice(MODES),
+    help="Only this way of loading; repeatable. stock: quantized after loading; layers: each when it is complete; "
+    "streaming: this package.",
+)
+@click.option(
+    "--device",
+    default="cuda",
+    show_default=True,
+    type=click.Choice(["cuda", "cpu"]),
+    help="Count GPU memory, or what a process on the CPU would hold.",
+)
+@click.option(
+    "--gpu",
+    "gpu_name",
+    help=f"Say whether it fits this GPU: {', '.join(_gpu_names())}.",
+    shell_complete=_completes(_gpu_names),
 )
 @click.option("--every-rank", is_flag=True, help="Compute each rank, not one for each pipeline stage.")
 @click.option("--from-config", is_flag=True, help="Take names and shapes from config.json although there are headers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/plan, version 1).")
-@click.option("--png", type=click.Path(path_type=Path), help="Draw memory over bytes read into this file.")
+@click.option("--png", type=click.Path(path_type=Path), help=f"Draw memory over bytes read into this file. {_CHART}")
 def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked: Any) -> None:  # noqa: FBT001
     """Work out what memory loading a model with --quantization fp8 takes, without a GPU and without its weights.
 
@@ -287,7 +314,7 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
 
     \b
     Exit codes:
-      0  planned, and streaming fits the GPU if one was named
+      0  planned, and it fits the GPU if one was named (of the modes asked for: streaming, else the last)
       1  it does not fit
       2  it could not be planned
 
@@ -318,8 +345,8 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
 @click.option(
     "--scheme",
     required=True,
-    help="Name of a scheme, or JSON as in SGLANG_STREAMFP8_SCHEME.",
-    shell_complete=_completes(_scheme_names),
+    help="block or channel, or JSON as in SGLANG_STREAMFP8_SCHEME.",
+    shell_complete=_completes(_storable_names),
 )
 @click.option("--max-shard-gb", "most", default=5.0, show_default=True, help="Size of a file, in GB.")
 @click.option("--trust-remote-code", is_flag=True, help="As SGLang's option of that name.")
@@ -333,7 +360,7 @@ def export_command(scheme: str, most: float, as_json: bool, **asked: Any) -> Non
     \b
     Exit codes:
       0  written
-      1  it cannot be, or not there; what was written is kept for the next start
+      1  it cannot be exported, or not to that folder; an interrupted export is kept, and goes on at the next start
 
     \b
     Examples:
