@@ -3,7 +3,7 @@
 
 A name (``block``) is the scheme of all layers. A JSON object chooses by kind of layer and by name::
 
-    {"linear": "channel", "moe": "block", "ignore": ["lm_head"], "overrides": {"re:.*down_proj": "none"}}
+    {"linear": "channel", "moe": "block", "ignore": ["lm_head"], "overrides": {"o_proj": "tensor"}}
 
 Patterns are a layer's full name, the end of it after a dot, or ``re:`` and a regular expression that matches the full
 name from its start. Parts of a fused layer go by the checkpoint's names too: ``q_proj`` with ``k_proj`` and ``v_proj``.
