@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every place where this package touches SGLang. ``python -m sglang_overlay check`` prints this, tests walk it.
+"""Every place where this package touches SGLang. ``python -m sglang_overlay check -v`` prints this, tests walk it.
 
 ``STREAMING`` is applied as a whole or not at all; of ``TELLING`` what fits, since a load is right without it.
 """
