@@ -227,7 +227,7 @@ def to_do(release: str) -> str:
     return (
         f"Left to you: look at the differences above; set the date of {release} in {environment.RELEASES}; run "
         f"ci/test --release {release}, ci/peaks --release {release} and ci/plans; add a row to docs/releases.md and "
-        "what differs."
+        "what differs, and the release to the table of README.md."
     )
 
 
