@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -30,7 +31,8 @@ class Pipeline:
     for.
 
     ``_slots`` counts the jobs that may still be put under way. A caller holds ``_calling`` while it does a job, which
-    waits for nothing. ``_error`` is written by workers and read by whoever asks, each in one assignment.
+    waits for nothing. ``_errors`` has what jobs have raised, in that order; workers append and whoever asks takes, each
+    in one operation on a deque.
 
     Args:
         workers: number of threads; without any, each job runs where it is submitted.
@@ -44,7 +46,7 @@ class Pipeline:
         self._jobs: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._slots = threading.Semaphore(workers * (1 + _WAITING))
         self._calling = threading.Lock()
-        self._error: BaseException | None = None
+        self._errors: deque[BaseException] = deque()
         self._workers = self._start(workers)
 
     def takes(self, size: int) -> bool:
@@ -62,10 +64,13 @@ class Pipeline:
                 job()
 
     def check(self) -> None:
-        """Raise what a job has raised, once. Certain to know of a job only after ``close``."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Raise what a job has raised first, once. Certain to know of a job only after ``close``."""
+        try:
+            error = self._errors.popleft()
+        except IndexError:
+            return
+        self._errors.clear()
+        raise error
 
     def close(self) -> None:
         """Wait for all jobs and end the threads. May be called again."""
@@ -84,7 +89,7 @@ class Pipeline:
             try:
                 job()
             except BaseException as error:
-                self._error = error
+                self._errors.append(error)
             finally:
                 del job
                 self._slots.release()

@@ -77,6 +77,16 @@ def test_error_of_a_job_surfaces_once():
     pipeline.check()
 
 
+def test_first_of_several_errors_surfaces_to_one_of_those_who_ask():
+    pipeline = Pipeline(1)
+    pipeline.submit(lambda: [][0])
+    pipeline.submit(lambda: {}[0])
+    pipeline.close()
+    with ThreadPoolExecutor(4) as askers:
+        found = [asked.exception() for asked in [askers.submit(pipeline.check) for _ in range(8)]]
+    assert [type(error) for error in found if error is not None] == [IndexError]
+
+
 def test_pipeline_can_be_closed_twice():
     pipeline = Pipeline(1)
     pipeline.close()
