@@ -26,13 +26,25 @@ def start() -> None:
     """Have SGLang patched as the settings want it.
 
     Raises:
-        SystemExit: a setting is invalid.
+        SystemExit: a setting is invalid, or streaming is required and cannot be set up.
     """
     try:
         settings = load_settings(os.environ)
-        registry.check(settings.schemes)
     except SettingsError as error:
         sys.exit(f"sglang-streamfp8: {error}")
+    try:
+        _start(settings)
+    except SettingsError as error:
+        sys.exit(f"sglang-streamfp8: {error}")
+    except Exception as error:
+        # Who calls this logs an exception and goes on, with stock's loading.
+        if settings.required_by is None:
+            raise
+        sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and SGLang could not be patched: {error!r}")
+
+
+def _start(settings: Settings) -> None:
+    registry.check(settings.schemes)
     if settings.mode is Mode.OFF and settings.report_folder is None:
         return
     from sglang_overlay.upstream import built_in, releases

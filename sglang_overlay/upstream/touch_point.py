@@ -187,7 +187,7 @@ def register(points: Iterable[TouchPoint]) -> list[PointState]:
 
 
 def apply(points: Iterable[TouchPoint]) -> str | None:
-    """Register hooks and apply them now, all of them or none.
+    """Register hooks and apply them now: all of them, or none where one would not fit.
 
     Returns:
         What is not as expected, or None.
@@ -199,9 +199,11 @@ def apply(points: Iterable[TouchPoint]) -> str | None:
 
         supported = ", ".join(releases.supported())
         return f"SGLang {releases.installed()} is not as expected: {listed(broken)}; supported releases: {supported}"
-    register(state.point for state in found)
-    apply_registered(state.point.target for state in found)
-    return None
+    wanted = [state.point for state in found if state.state is not State.ABSENT]
+    register(wanted)
+    apply_registered(point.target for point in wanted)
+    left = [point.target for point in wanted if not _is_applied(point)]
+    return f"hooks could not be applied, SGLang's log says why: {', '.join(left)}" if left else None
 
 
 def apply_fitting(points: Iterable[TouchPoint]) -> None:
@@ -228,7 +230,7 @@ def _apply_one(registry: Any, target: str) -> None:
         registry._apply_target(target, registry._hooks[target])
         registry._patched.add(target)
     except Exception:
-        # Of another plugin's hook, since ours have been looked at before: SGLang's import must not fail for it.
+        # Most likely another plugin's, since ours have been looked at before: SGLang's import must not fail for it.
         logger.exception("StreamFP8: hooks of %s could not be applied", target)
 
 

@@ -62,6 +62,17 @@ def change(module):
     module.Fp8LinearMethod.create_weights = lambda self, layer: None
 wrapt.register_post_import_hook(change, "sglang.srt.layers.quantization.fp8")
 """
+OTHER_PLUGIN = """
+import wrapt
+def replace(module):
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    HookRegistry.register(f"{module.__name__}.Fp8LinearMethod", type("Bare", (), {}), HookType.REPLACE)
+wrapt.register_post_import_hook(replace, "sglang.srt.layers.quantization.fp8")
+"""
+SLIP = """
+from sglang_overlay.upstream import built_in
+built_in.streams_itself = lambda: 1 / 0
+"""
 LOAD = """
 from pathlib import Path
 from workbench.load_series import LoadSeries
@@ -128,6 +139,28 @@ class TestSGLangThatIsNotAsExpected:
         assert "SERIALIZED" in result.stdout
         assert "ONLINE" not in result.stdout
         assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param(OTHER_PLUGIN, "hooks could not be applied, SGLang's log says why: ", id="other plugin"),
+        pytest.param(SLIP, "ZeroDivisionError", id="slip"),
+    ],
+)
+class TestHooksThatCannotBeApplied:
+    def test_are_said_and_fp8_loads_are_stocks(self, change, said):
+        result = run(change, SGLANG_STREAMFP8="1")
+        assert result.returncode == 0, result.stderr
+        assert "ONLINE" in result.stdout
+        assert said in result.stderr
+
+    def test_end_what_requires_streaming(self, change, said):
+        result = run(change, SGLANG_STREAMFP8="require")
+        assert result.returncode == 1
+        assert "ONLINE" not in result.stdout
+        assert "SGLANG_STREAMFP8=require" in result.stderr
         assert said in result.stderr
 
 
