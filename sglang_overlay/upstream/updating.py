@@ -84,16 +84,19 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
     """Around ``WeightUpdater.end_weight_update``.
 
     Raises:
-        WeightUpdateError: some units came only in part; left to ``end_session`` where that is waiting for it.
+        WeightUpdateError: upstream's part failed, or some units came only in part; left to ``end_session`` where that
+            is waiting for it.
     """
-    known = updatable(model_of(updater))
+    model = model_of(updater)
+    known = updatable(model)
     if known is None or known.open is None:
         return original(updater, run_post_load=run_post_load)
-    with known.open.loading(model_of(updater)):
-        original(updater, run_post_load=run_post_load)
     try:
+        with _one_update(known) as update, update.loading(model):
+            original(updater, run_post_load=run_post_load)
         known.end()
     except WeightUpdateError as error:
+        known.abort()
         failures = _failures.get()
         if failures is None:
             raise
