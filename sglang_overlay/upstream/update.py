@@ -124,9 +124,11 @@ class TensorGroups:
 
     Args:
         layers: names of the model's layers.
+        account: counts what is held for those to come.
     """
 
-    def __init__(self, layers: Iterable[str]) -> None:
+    def __init__(self, layers: Iterable[str], account: StagingAccount) -> None:
+        self._account = account
         last = {name.rpartition(".")[2] for name in layers}
         self._parts = {part: fused for fused, parts in FUSED_BY_THE_MODEL.items() if fused in last for part in parts}
         self._held: dict[str, dict[str, torch.Tensor]] = {}
@@ -139,16 +141,26 @@ class TensorGroups:
                 yield name, tensor
                 continue
             fused = self._parts[part]
-            group = self._held.setdefault(name.replace(part, fused), {})
-            # The sender may use the tensor's memory again.
-            group[name] = tensor.clone()
-            if len(group) == len(FUSED_BY_THE_MODEL[fused]):
-                yield from self._held.pop(name.replace(part, fused)).items()
+            whole = name.replace(part, fused)
+            others = self._held.setdefault(whole, {})
+            self._account.add(-_bytes_of(others.pop(name, None)))
+            if len(others) + 1 == len(FUSED_BY_THE_MODEL[fused]):
+                del self._held[whole]
+                yield from {**others, name: tensor}.items()
+                self._account.add(-sum(map(_bytes_of, others.values())))
+            else:
+                # The sender may use the tensor's memory again.
+                others[name] = tensor.clone()
+                self._account.add(tensor.nbytes)
 
     @property
     def waiting(self) -> list[str]:
         """Names of fused weights of which a part has not come."""
         return list(self._held)
+
+
+def _bytes_of(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
 
 
 class UpdatableModel:
@@ -216,7 +228,7 @@ class WeightUpdate:
         self._sinks: dict[int, WriteSink] = {}
         self._replaced: dict[str, None] = {}
         self._damaged: list[str] = []
-        self._groups = TensorGroups(layer.name for layer in self._layers.values())
+        self._groups = TensorGroups((layer.name for layer in self._layers.values()), self.account)
         self._thread = threading.local()
         with torch.inference_mode(mode=False):
             for layer in self._layers.values():

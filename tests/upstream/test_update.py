@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 
+from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.upstream import update
 from sglang_overlay.upstream.update import TensorGroups, UpdatableModel
 
@@ -20,7 +21,7 @@ def names(weights):
 
 
 def test_tensors_that_only_load_together_wait_for_each_other():
-    groups = TensorGroups(MLA)
+    groups = TensorGroups(MLA, StagingAccount())
     assert names(groups.complete([(Q, torch.ones(2)), ("model.norm.weight", torch.ones(2))])) == ["model.norm.weight"]
     assert groups.waiting == ["model.layers.0.self_attn.fused_qkv_a_proj_with_mqa.weight"]
     assert names(groups.complete([(KV, torch.ones(2))])) == [Q, KV]
@@ -28,15 +29,26 @@ def test_tensors_that_only_load_together_wait_for_each_other():
 
 
 def test_waiting_tensor_outlives_its_senders_buffer():
-    groups, buffer = TensorGroups(MLA), torch.ones(2)
+    groups, buffer = TensorGroups(MLA, StagingAccount()), torch.ones(2)
     list(groups.complete([(Q, buffer)]))
     buffer.zero_()
     ((_, held), _) = groups.complete([(KV, torch.ones(2))])
     assert torch.equal(held, torch.ones(2))
 
 
+def test_what_waits_is_counted_and_what_completes_is_not_copied():
+    account, last = StagingAccount(), torch.ones(2)
+    groups = TensorGroups(MLA, account)
+    list(groups.complete([(Q, torch.ones(4)), (Q, torch.ones(3))]))
+    assert (account.held, account.peak) == (12, 16)
+    handed = dict(groups.complete([(KV, last)]))
+    assert handed[KV] is last
+    assert torch.equal(handed[Q], torch.ones(3))
+    assert account.held == 0
+
+
 def test_model_that_does_not_fuse_them_gets_each_at_once():
-    groups = TensorGroups(["model.layers.0.self_attn.q_a_proj"])
+    groups = TensorGroups(["model.layers.0.self_attn.q_a_proj"], StagingAccount())
     assert names(groups.complete([(Q, torch.ones(2))])) == [Q]
 
 
