@@ -35,8 +35,9 @@ _POPULATE_WRITE = 23
 class HugePages:
     """Asks for huge pages, a hint that never fails, until ``free`` bytes have been asked for or one was slow to come.
 
-    Any thread may call. ``_lock`` guards ``_asked``, the memory for which they have been asked, and is held while that
-    is given up; ``_waiting``, the pages that nobody has used yet, changes by single operations on a set.
+    Any thread may call. ``_lock`` guards ``_free``, what may still be asked for, and ``_asked``, the memory for which
+    that was done, and is held while they are given up; ``_waiting``, the pages that nobody has used yet, changes by
+    single operations on a set.
     """
 
     def __init__(self, free: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -53,12 +54,12 @@ class HugePages:
             return
         start = -(-tensor.data_ptr() // self._size) * self._size
         stop = (tensor.data_ptr() + tensor.nbytes) // self._size * self._size
-        if 0 < stop - start <= self._free:
-            self._free -= stop - start
-            _advise(start, stop, mmap.MADV_HUGEPAGE)
-            with self._lock:
+        with self._lock:
+            if 0 < stop - start <= self._free:
+                self._free -= stop - start
+                _advise(start, stop, mmap.MADV_HUGEPAGE)
                 self._asked.append((start, stop))
-            self._waiting.update(range(start // self._size, stop // self._size))
+                self._waiting.update(range(start // self._size, stop // self._size))
 
     def use(self, start: int, stop: int) -> None:
         """Get those under addresses that are about to be written; after a slow one, what is left has small pages."""

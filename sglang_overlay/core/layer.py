@@ -22,8 +22,9 @@ WeightLoader = Callable[..., Any]
 class LayerStream:
     """The parameters of one layer that are being streamed.
 
-    Any thread may call a wrapped loader. ``_condition`` guards ``_loading`` (threads inside upstream's loader),
-    ``_returning`` and ``streaming``: the layer goes back to stock only while no thread is inside a loader.
+    Any thread may call a wrapped loader. ``_condition`` guards ``_loading`` (threads inside upstream's loader) and
+    ``_returning``: the layer goes back to stock only while no thread is inside a loader. ``streaming`` changes then,
+    and is read by who waits for that, or when no loader runs.
 
     Args:
         name: the layer's qualified name, for messages.

@@ -63,7 +63,8 @@ class PinnedRing:
     """Slots that are filled, copied from and used again, the oldest first.
 
     A slot belongs to the thread that took it out of ``_free`` until it is put back, with the copy that still reads it:
-    who takes it next waits for that. Each slot's memory is taken when it is first needed.
+    who takes it next waits for that. Each slot's memory is taken when it is first needed; ``_lock`` guards ``_made``,
+    how many there are. ``close`` is for when nothing is uploaded any more.
 
     Args:
         transport: the device's side.

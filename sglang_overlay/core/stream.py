@@ -38,7 +38,8 @@ class ParameterStream:
 
     Any thread may write. ``_condition`` guards ``_busy`` and ``_waiting``, how many threads wait for that to shrink. A
     unit in there belongs to the thread that put it there, with its state and staging; copying and quantizing happen
-    without the lock, so different units of a parameter are quantized at the same time.
+    without the lock, so different units of a parameter are quantized at the same time. ``_origins`` and ``_rewritten``
+    take single entries from any thread, and are read when no loader runs, or for a message.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.

@@ -14,8 +14,8 @@ from sglang_overlay.core.regions import Box, Placement, difference, slices, whol
 class WholeParameter:
     """Takes the writes to a placeholder; once all of it has been written, the placeholder holds the values itself.
 
-    Whoever looked the placeholder up before the loaders ran sees them as well. ``_lock`` guards everything; any thread
-    may write.
+    Whoever looked the placeholder up before the loaders ran sees them as well. Any thread may write; ``_lock`` is held
+    meanwhile. All else is for when no loader runs.
 
     Args:
         name: for messages.

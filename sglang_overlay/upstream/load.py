@@ -45,7 +45,10 @@ class PendingLayer:
 
 
 class ModelLoad:
-    """State of one load. Belongs to the loading thread; loader threads reach only the streams, which lock themselves.
+    """State of one load. Belongs to the loading thread.
+
+    Loader threads reach the streams, which lock themselves, and what is noted of a layer that goes back to stock: one
+    entry of a dict at a time, and each layer goes back once.
 
     Args:
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
@@ -126,10 +129,14 @@ class ModelLoad:
         return None
 
     def abandon(self, reason: str) -> None:
-        """Load the whole model as stock does."""
+        """Load the whole model as stock does, and let go of what is held for the one that was built."""
         self.abandoned = reason
         self._pending.clear()
         self._unnamed.clear()
+        self._release()
+        self._streams.clear()
+        self.deferred.clear()
+        self.fallback.clear()
 
     def refuse(self, reason: str) -> None:
         """Say that the model is loaded as stock does."""
@@ -172,10 +179,13 @@ class ModelLoad:
 
     def close(self) -> None:
         """Give all staging memory back. To be called once, also when loading failed."""
-        for stream, _ in self._streams.values():
-            stream.release()
+        self._release()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        for stream, _ in self._streams.values():
+            stream.release()
 
     def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
         if name is None:

@@ -30,7 +30,10 @@ def warnings_of(result):
     return [line for line in result.ranks[0].log if line.startswith("WARNING") and "StreamFP8" in line]
 
 
-@pytest.mark.parametrize("architecture", ["RepackingForCausalLM", "ReadingInInitForCausalLM"])
+UNBUILDABLE = ["RepackingForCausalLM", "ReadingInInitForCausalLM", "LoaderlessForCausalLM"]
+
+
+@pytest.mark.parametrize("architecture", UNBUILDABLE)
 def test_model_that_needs_its_weights_while_it_is_built_loads_as_stock(architecture, both):
     stock, result, report = both(architecture)
     assert compare(stock, result) == []
@@ -108,8 +111,9 @@ def updated(odd_workers, checkpoint, architecture):
     return fresh, result, result.ranks[0].updates[0]
 
 
-def test_update_of_a_model_that_loaded_as_stock_warns_that_stock_cannot(odd_workers, checkpoint):
-    _, result, done = updated(odd_workers, checkpoint, "RepackingForCausalLM")
+@pytest.mark.parametrize("architecture", ["RepackingForCausalLM", "LoaderlessForCausalLM"])
+def test_update_of_a_model_that_loaded_as_stock_warns_that_stock_cannot(architecture, odd_workers, checkpoint):
+    _, result, done = updated(odd_workers, checkpoint, architecture)
     assert not done.success
     assert "stock SGLang quantized this model" in warnings_of(result)[-1]
 

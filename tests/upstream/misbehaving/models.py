@@ -35,6 +35,14 @@ class ReadingInInitForCausalLM(Qwen3ForCausalLM):
         self.norm_before_loading = float(torch.nan_to_num(_down_proj(self).weight.data.float()).sum().item())
 
 
+class LoaderlessForCausalLM(Qwen3ForCausalLM):
+    """Takes one parameter's weight loader away, so that the default one is used."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del _down_proj(self).weight._weight_loader
+
+
 def _load_by_adding(weight):
     original = weight.weight_loader
 
@@ -149,6 +157,7 @@ class StallingForCausalLM(Qwen3ForCausalLM):
 EntryClass = [
     RepackingForCausalLM,
     ReadingInInitForCausalLM,
+    LoaderlessForCausalLM,
     AddingLoaderForCausalLM,
     LateAddingLoaderForCausalLM,
     ManyLateAddingLoadersForCausalLM,
