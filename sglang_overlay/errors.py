@@ -14,11 +14,11 @@ from sglang_overlay.core.errors import (
     UnexpectedParametersError,
     UnsupportedDtypeError,
     UnsupportedWriteError,
-    annotate,
 )
 
 __all__ = [
     "ConflictingWriteError",
+    "ExportError",
     "IncompleteLoadError",
     "LayerNotStreamableError",
     "NonFiniteWeightError",
@@ -33,7 +33,6 @@ __all__ = [
     "UnsupportedDtypeError",
     "UnsupportedWriteError",
     "WeightUpdateError",
-    "annotate",
 ]
 
 

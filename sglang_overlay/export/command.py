@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
 from dataclasses import asdict
@@ -14,23 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from sglang_overlay.errors import ExportError
 from sglang_overlay.observe.formats import bytes_text, count_text
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import parse
-from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
+from sglang_overlay.upstream import own_process
 
 if TYPE_CHECKING:
     from sglang_overlay.export.run import Exported
-
-_ENVIRON = {
-    "CUDA_VISIBLE_DEVICES": "",
-    MODE_VARIABLE: "1",
-    REPORT_VARIABLE: "",
-    SCHEME_VARIABLE: "",
-    "SGLANG_PLUGINS": "",
-}
-"""An export is the same on every machine: no GPU is seen, hooks are in place, nothing else is asked for."""
-
 
 SCHEMA = "sglang-streamfp8/export"
 VERSION = 1
@@ -40,30 +30,31 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
     """Export, with a bar on standard error, and return what came of it.
 
     Raises:
-        StreamFP8Error: it cannot be done.
+        StreamFP8Error: it cannot be done, or reading or writing failed.
     """
     schemes = parse(scheme, "--scheme")
     # Before SGLang is imported, which takes seconds.
     registry.check(schemes)
     console = Console(stderr=True)
     with console.status("Importing SGLang and tracing its loader ..."):
-        os.environ.update(_ENVIRON)
+        os.environ.update(own_process.ENVIRON)
         # SGLang's modules warn of what they could do on other hardware.
         warnings.simplefilter("ignore")
-        # First, as its own programs do: applying hooks looks into it, and must not find it half imported.
-        importlib.import_module("sglang.srt.server_args")
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()
+        own_process.load_plugins()
         from sglang_overlay.export.run import export
-    return export(
-        source,
-        target,
-        schemes,
-        most,
-        {"trust_remote_code": trust_remote_code},
-        lambda total: _ExportBar(console, total),
-    )
+    try:
+        return export(
+            source,
+            target,
+            schemes,
+            most,
+            {"trust_remote_code": trust_remote_code},
+            lambda total: _ExportBar(console, total),
+        )
+    except OSError as error:
+        raise ExportError(
+            f"{error}. Once that is mended, start the export again: it goes on with what is in {target}."
+        ) from error
 
 
 def told(target: Path, made: Exported) -> str:

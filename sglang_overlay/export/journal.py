@@ -30,6 +30,7 @@ def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
 
     Raises:
         ExportError: the folder has other contents, or somebody else is at it.
+        OSError: it cannot be written to, or its file system has no locks.
     """
     journal = folder / JOURNAL
     check_free_for(folder, described)
@@ -40,7 +41,7 @@ def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
     with journal.open("rb") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ExportError(f"another export is writing to {folder}") from None
         yield
     journal.unlink()

@@ -83,7 +83,8 @@ def export(
         free: free disk space for a folder.
 
     Raises:
-        StreamFP8Error: it cannot be exported, or not to there; nothing has been written then.
+        StreamFP8Error: it cannot be exported, or not to there.
+        OSError: reading or writing failed. What has been written by then is used again by the next start.
     """
     from sglang_overlay.upstream.tracing import trace
 
@@ -142,7 +143,7 @@ def form_of(schemes: SchemeChoice) -> StoredForm:
 def _described(checkpoint: SourceCheckpoint, plan: ExportPlan) -> dict[str, Any]:
     """What an interrupted export must have in common with the one that goes on with it."""
     return {
-        "schema": "sglang-streamfp8/export",
+        "schema": "sglang-streamfp8/export-journal",
         "version": 1,
         "overlay": __version__,
         "source": [list(entry) for entry in checkpoint.identity()],

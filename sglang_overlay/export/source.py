@@ -86,9 +86,9 @@ class SourceCheckpoint:
             raise ExportError(
                 f"{self.folder} is no checkpoint: it has no {CONFIG}. Give the folder of a bf16 checkpoint."
             )
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "something")
+        config = _object_in(path)
+        if config.get("quantization_config"):
+            method = dict(config["quantization_config"]).get("quant_method", "something")
             raise ExportError(f"{self.folder} is quantized already, by {method}: export starts from a bf16 checkpoint")
         return config
 
@@ -96,7 +96,10 @@ class SourceCheckpoint:
         for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
             index = self.folder / f"{stem}.{suffix}{_INDEX}"
             if index.is_file():
-                return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                places = _object_in(index).get("weight_map")
+                if not isinstance(places, dict):
+                    raise ExportError(f"{index} has no weight_map: it is no index of a checkpoint")
+                return sorted(set(places.values()))
             found = sorted(path.name for path in self.folder.glob(f"*.{suffix}"))
             if found:
                 return found
@@ -108,6 +111,21 @@ class SourceCheckpoint:
             for name in sorted(opened.keys()):
                 tensor = opened.get_tensor(name)
                 yield SourceTensor(name, tuple(tensor.shape), tensor.dtype, file)
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    """A JSON file's content.
+
+    Raises:
+        ExportError: it is not valid, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{path} is not valid JSON ({error}); was it copied completely?") from error
+    if not isinstance(content, dict):
+        raise ExportError(f"{path} holds no JSON object; was it copied completely?")
+    return content
 
 
 class Files:

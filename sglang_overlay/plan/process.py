@@ -8,6 +8,7 @@ must not depend on the machine: no GPU is visible to these processes, and stream
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pkgutil
@@ -25,15 +26,8 @@ from typing import Any, cast
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import Job, PlannedLoad
-from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
+from sglang_overlay.upstream import own_process
 
-_ENVIRON = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "SGLANG_PLUGINS": "",
-    MODE_VARIABLE: "1",
-    REPORT_VARIABLE: "",
-    SCHEME_VARIABLE: "",
-}
 _LAST_LINES = 15
 _LAST_FRAMES = 3
 _PATIENCE_SECONDS = 5.0
@@ -110,7 +104,7 @@ class Planners:
 
 def _serve(orders: Connection, workers: int, task: str, log: str) -> None:
     """The process that imports SGLang and forks one process a job."""
-    os.environ.update(_ENVIRON)
+    os.environ.update(own_process.ENVIRON)
     opened = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
@@ -208,12 +202,7 @@ def _read_checkpoints(jobs: list[Job]) -> None:
 
 
 def _import_sglang() -> None:
-    import importlib
-
-    import sglang.srt.plugins
-
-    # As in every process SGLang starts: before modules that take names from those which plugins patch.
-    sglang.srt.plugins.load_plugins()
+    own_process.load_plugins()
     importlib.import_module("sglang.srt.models.registry")
     importlib.import_module("sglang_overlay.plan.simulate")
 
