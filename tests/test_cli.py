@@ -284,6 +284,7 @@ def checks():
             ["-m", "sglang_overlay", "check", "--json"],
             {"SGLANG_PLUGINS": "other,streamfp8_cpu_reference"},
         ),
+        "other platform": (["-m", "sglang_overlay", "check", "--json"], {"SGLANG_USE_CPU_ENGINE": "1"}),
     }
     with ThreadPoolExecutor(2) as pool:
         started = {
@@ -355,6 +356,13 @@ def test_check_sees_that_the_allowlist_leaves_the_plugin_out(checks):
     assert (done.returncode, found["active"]) == (1, False)
     assert "SGLANG_PLUGINS=other,streamfp8_cpu_reference,streamfp8" in found["problems"][0]
     assert {hook["state"] for hook in found["streaming"]} == {"ready"}
+
+
+def test_check_says_no_on_a_platform_that_is_not_covered(checks):
+    done = checks["other platform"]
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["active"]) == (1, False)
+    assert "fp8 post-processing of this platform (cpu) is not covered yet" in found["problems"][0]
 
 
 def test_check_without_sglang_says_what_to_install(tmp_path):

@@ -95,7 +95,7 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
     if mode is not None and importlib.util.find_spec("sglang") is not None:
         # Whatever SGLang prints while it is imported must not end up inside --json.
         with contextlib.redirect_stdout(sys.stderr), _heard(messages):
-            problems += _load_plugins()
+            problems += _load_plugins() or _platform_problems()
             hooks = _hooks()
     if not problems:
         problems += _hook_problems(hooks.streaming, messages)
@@ -173,6 +173,13 @@ def _load_plugins() -> list[str]:
     except Exception as error:
         return [f"SGLang's plugins could not be loaded: {type(error).__name__}: {error}; see that SGLang itself starts"]
     return []
+
+
+def _platform_problems() -> list[str]:
+    from sglang_overlay.upstream import eligibility
+
+    reason = eligibility.why_not_platform()
+    return [] if reason is None else [f"{reason}: fp8 loads are stock's here. CUDA is covered, and the CPU reference"]
 
 
 @dataclass(frozen=True)
