@@ -57,11 +57,9 @@ class ProgressLine:
             self._line.close()
 
 
-def quantization_progress(total_bytes: int, rank: int, description: str = "Quantizing weights to FP8") -> Progress:
-    """A progress line on rank 0, silence on the others and where nothing is to be quantized.
+def quantization_progress(total_bytes: int) -> Progress:
+    """A progress line, or silence where nothing is to be quantized.
 
     ``total_bytes``: fp8 bytes this rank will hold when done.
     """
-    if rank != 0 or not total_bytes:
-        return SilentProgress()
-    return ProgressLine(total_bytes, description)
+    return ProgressLine(total_bytes, "Quantizing weights to FP8") if total_bytes else SilentProgress()

@@ -53,6 +53,11 @@ class Ranks:
     pp: ParallelRank = field(default_factory=ParallelRank)
     ep: ParallelRank = field(default_factory=ParallelRank)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it is for this rank to say what all ranks would."""
+        return self.tp.rank == self.pp.rank == 0
+
 
 @dataclass(frozen=True)
 class UnitCounts:
@@ -257,8 +262,8 @@ def _number(file: Path) -> tuple[int, str]:
 
 def _write_numbered(text: str, folder: Path, stem: str) -> Path:
     draft = folder / f".{stem}.{os.getpid()}-{threading.get_ident()}.tmp"
-    draft.write_text(text, encoding="utf-8")
     try:
+        draft.write_text(text, encoding="utf-8")
         number = 1
         while not _publish(draft, folder / f"{stem}-{number}.json"):
             number += 1

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 
 from sglang_overlay.errors import SchemeError
-from sglang_overlay.schemes.choice import SchemeChoice
+from sglang_overlay.schemes.choice import NONE, SchemeChoice, matches
 from sglang_overlay.schemes.scheme import LayerKind
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLES = 4
 
@@ -24,6 +27,11 @@ class SchemeSelection:
     def is_stock(self) -> bool:
         """Whether every layer is what stock SGLang makes of it."""
         return self._choice.is_stock
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no layer has asked for its scheme."""
+        return not self._names
 
     def scheme_of(self, kind: LayerKind, names: Sequence[str]) -> str:
         """Name of a layer's scheme.
@@ -42,15 +50,28 @@ class SchemeSelection:
         self._used.add(pattern)
         return self._choice.overrides[pattern]
 
-    def check_used(self) -> None:
+    def check_used(self, modules: Iterable[str], *, is_part: bool = False) -> None:
         """Once the model is built: make sure that no pattern is a slip of the pen.
+
+        Args:
+            modules: names of all the model's modules, quantized or not. ``none`` for one that never is, a head say, is
+                no mistake.
+            is_part: whether the user may have meant a layer of another model (a draft's target) or pipeline stage.
+                Then it is a warning.
 
         Raises:
             SchemeError: a pattern has not matched any layer.
         """
-        unused = [pattern for pattern in self._choice.overrides if pattern not in self._used]
-        if unused and self._names:
-            raise SchemeError(
-                f"the pattern {unused[0]!r} matches no layer that is quantized. Layers are called, for example, "
+        if self.is_idle:
+            return
+        names = list(modules)
+        for pattern, scheme in self._choice.overrides.items():
+            if pattern in self._used or (scheme == NONE and any(matches(pattern, name) for name in names)):
+                continue
+            slip = (
+                f"the pattern {pattern!r} matches no layer that is quantized. Layers are called, for example, "
                 f"{', '.join(self._names[:_EXAMPLES])}."
             )
+            if not is_part:
+                raise SchemeError(slip)
+            logger.warning("StreamFP8: in this part of the model %s", slip)

@@ -19,7 +19,7 @@ from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
-from sglang_overlay.settings import Mode, Settings, load_settings
+from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
 from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, telling, update
 from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import under_way
@@ -36,7 +36,9 @@ ONLINE = ("fp8", MXFP8)
 def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
     """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
     settings = load_settings(os.environ)
+    is_draft = bool(getattr(model_config, "is_draft_model", False))
     if model_config.quantization not in ONLINE and settings.report_folder is None:
+        _mention_idle_scheme(settings, is_draft=is_draft)
         return original(loader, model_config=model_config, device_config=device_config)
     registry.check(settings.schemes)
     _refuse_second_scheme(model_config.quantization, settings)
@@ -48,15 +50,18 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
         or loaders.why_not_loader(loader)
         or (None if settings.schemes.is_stock else loaders.why_not_schemes(loader))
     )
+    is_part = is_draft or parallel_ranks().pp.size > 1
     began = time.perf_counter()
     with MemorySampler(meter_for(device)) as sampler:
         load, model = model_loading.load_streamed(
             lambda: original(loader, model_config=model_config, device_config=device_config),
-            lambda why, excluded: OverlayLoad(settings, device, why, excluded),
+            lambda why, excluded: OverlayLoad(settings, device, why, excluded, is_part=is_part),
             obstacle,
             model_config,
         )
     ended = time.perf_counter()
+    if load.schemes.is_idle:
+        _mention_idle_scheme(settings, is_draft=is_draft)
     _remember(load, model)
     report = summarize(load, model, model_config, loader.load_config, (began, ended), sampler.usage)
     telling.tell(report)
@@ -75,11 +80,21 @@ def _refuse_second_scheme(quantization: str | None, settings: Settings) -> None:
         )
 
 
+def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
+    """A draft may well be in bf16, or quantized already, beside a target that has the scheme."""
+    if not settings.schemes.is_stock and not is_draft:
+        logger.warning(
+            "StreamFP8: %s=%s chooses nothing here: no layer is quantized while it is loaded. It belongs with "
+            "--quantization fp8 and a bf16 checkpoint.",
+            SCHEME_VARIABLE,
+            settings.schemes.text,
+        )
+
+
 @functools.cache
 def _mention_untested_release(mode: Mode) -> None:
     """Once a process, on one rank."""
-    ranks = parallel_ranks()
-    if mode is not Mode.OFF and releases.is_untested() and (ranks.tp.rank, ranks.pp.rank) == (0, 0):
+    if mode is not Mode.OFF and releases.is_untested() and parallel_ranks().is_first:
         logger.warning("StreamFP8: %s", releases.untested_note())
 
 

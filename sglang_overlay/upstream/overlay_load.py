@@ -65,6 +65,7 @@ class OverlayLoad(CheckedLoad):
         device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
+        is_part: whether settings that name layers may mean those of another model or pipeline stage.
 
     Attributes:
         settled: the streamed layers that are finished, in that order.
@@ -81,9 +82,12 @@ class OverlayLoad(CheckedLoad):
         device: torch.device,
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
+        *,
+        is_part: bool = False,
     ) -> None:
         super().__init__(_tolerance(settings), obstacle, excluded)
         self.settings = settings
+        self._is_part = is_part
         self.schemes = SchemeSelection(settings.schemes)
         self.sources = MappedSources()
         self.abandoned = "switched off" if settings.mode is Mode.OFF else None
@@ -117,13 +121,14 @@ class OverlayLoad(CheckedLoad):
         refuse(self.settings.required_by, reason)
 
     def adopt(self, model: torch.nn.Module) -> str | None:
-        self.schemes.check_used()
+        self.schemes.check_used((name for name, _ in model.named_modules()), is_part=self._is_part)
         reason = super().adopt(model)
         if reason is not None:
             return reason
         if self._streams and not self.prequantized:
             self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
-        self.progress = quantization_progress(self.streamed_bytes, parallel_ranks().tp.rank)
+        if parallel_ranks().is_first:
+            self.progress = quantization_progress(self.streamed_bytes)
         return None
 
     def expect_quantized(self) -> None:
@@ -141,6 +146,12 @@ class OverlayLoad(CheckedLoad):
         """Size of all fp8 weights to be filled."""
         streams = (stream for layer, _ in self._streams.values() for stream in layer.streams.values())
         return sum(stream.storage.weight.nbytes for stream in streams)
+
+    def abandon(self, reason: str) -> None:
+        super().abandon(reason)
+        self.updatable.clear()
+        self._kept.clear()
+        self._replacing.clear()
 
     # -- after the weights are read ----------------------------------------------------------------------------------
 
@@ -173,8 +184,9 @@ class OverlayLoad(CheckedLoad):
             self._ring.close()
         if self._unstreamed is not None:
             self._unstreamed.settle()
-            self.missing += self._unstreamed.missing(model_config)
-            for text in self._unstreamed.problems(model_config):
+            missing = self._unstreamed.missing(model_config)
+            self.missing += missing
+            for text in self._unstreamed.problems(missing):
                 self._findings.warn(text)
         snapshots.refresh(model)
         super().check(model, model_config)

@@ -158,8 +158,8 @@ class _TracedLoad(OverlayLoad):
             layer._parameters[name] = twin(weight, torch.empty(weight.shape, dtype=dtype, device="meta"))
 
     def adopt(self, model: torch.nn.Module) -> str | None:
-        self.schemes.check_used()
         names = {module: name for name, module in model.named_modules()}
+        self.schemes.check_used(names.values())
         for layer, weights in self._traced.items():
             if layer in names and eligibility.why_deferred(names[layer]) is None:
                 self._follow(layer, names[layer], weights)

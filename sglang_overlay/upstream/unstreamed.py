@@ -121,9 +121,9 @@ class UnstreamedParameters:
             if not _is_provided(layer, model_config) and (pattern_of(name) in written or _is_certain(name, layer))
         ]
 
-    def problems(self, model_config: Any) -> list[str]:
-        """What to say of parameters that were not loaded, or hold NaN or Inf."""
-        missing, not_finite = self.missing(model_config), self.not_finite()
+    def problems(self, missing: Sequence[str]) -> list[str]:
+        """What to say of parameters that were not loaded, ``missing``, or that hold NaN or Inf."""
+        not_finite = self.not_finite()
         found = []
         if missing:
             found.append(

@@ -8,8 +8,8 @@ from sglang_overlay.observe import progress
 from sglang_overlay.observe.progress import quantization_progress
 
 
-def test_rank_0_shows_a_line_that_reaches_the_end(capsys):
-    line = quantization_progress(2_000_000, rank=0)
+def test_line_is_shown_that_reaches_the_end(capsys):
+    line = quantization_progress(2_000_000)
     line.advance(1_500_000)
     line.advance(500_000)
     line.close()
@@ -19,15 +19,13 @@ def test_rank_0_shows_a_line_that_reaches_the_end(capsys):
     ), last
 
 
-def test_other_ranks_are_silent(capsys):
-    line = quantization_progress(100, rank=1)
-    line.advance(100)
-    line.close()
+def test_nothing_to_quantize_shows_nothing(capsys):
+    quantization_progress(0).close()
     assert capsys.readouterr().err == ""
 
 
 def test_loader_threads_lose_no_bytes(capsys):
-    line = quantization_progress(200_000, rank=0)
+    line = quantization_progress(200_000)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(2_000):
             pool.submit(line.advance, 100)

@@ -147,6 +147,33 @@ def test_slip_of_the_pen_stops_the_load(scheme, said, load, checkpoint):
         load(checkpoint("qwen3", **MANY), scheme)
 
 
+def test_what_is_never_quantized_may_be_ignored(load, checkpoint):
+    """The example that the documentation gives."""
+    page = (HERE.parents[1] / "docs" / "schemes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"SGLANG_STREAMFP8_SCHEME='(\{\"linear\".*\})' *$", page, re.MULTILINE)
+    assert "lm_head" in json.loads(example)["ignore"]
+    result, reports = load(checkpoint("qwen3_moe", overrides=BLOCKS, **MANY), example)
+    assert_streamed(reports)
+    assert result.ranks[0].tensors["model.layers.0.self_attn.o_proj.weight_scale"].shape in ((), (1,))
+
+
+def test_pattern_for_another_pipeline_stage_is_a_warning(workers, checkpoint):
+    choice = {"linear": "channel", "overrides": {"layers.0.mlp.down_proj": "none"}}
+    environ = {"SGLANG_STREAMFP8_SCHEME": json.dumps(choice)}
+    result = workers.load(LoadJob(checkpoint("qwen3", **MANY), environ=environ, pp_size=2))
+    said = ["'layers.0.mlp.down_proj' matches no layer" in "".join(rank.log) for rank in result.ranks]
+    assert said == [False, True]
+    assert result.ranks[0].tensors["model.layers.0.mlp.down_proj.weight"].dtype == str(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("quantization", "stored"), [(None, "bf16"), ("fp8", "fp8")])
+def test_scheme_where_nothing_is_quantized_is_a_warning(quantization, stored, workers, checkpoint):
+    environ = {"SGLANG_STREAMFP8_SCHEME": "block"}
+    path = checkpoint("qwen3", stored=stored)
+    log = workers.load(LoadJob(path, streaming="1", quantization=quantization, environ=environ)).ranks[0].log
+    assert [line for line in log if "SGLANG_STREAMFP8_SCHEME=block chooses nothing here" in line]
+
+
 @pytest.fixture
 def workers_with_another_package(tmp_path_factory):
     """Workers in which a package with a scheme of its own is installed."""
