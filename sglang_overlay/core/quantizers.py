@@ -7,6 +7,7 @@ parameter's high-precision dtype and lie on the parameter's device.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -86,6 +87,18 @@ def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
     return unit
 
 
+class AssembledUnits(ABC):
+    """Units that are quantized from one contiguous matrix each: one that came in pieces is put together first."""
+
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        unit = assemble(pieces, weight)
+        return self.quantize_run(unit.unsqueeze(0), weight.unsqueeze(0), scale.unsqueeze(0))[0]
+
+    @abstractmethod
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """As of ``UnitQuantizer``."""
+
+
 class OneScaleAUnit:
     """Units of fp8 values with a single scale."""
 
@@ -102,7 +115,7 @@ def is_rounding_of(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tens
     return not bool(((weight.float() * scale - wanted).abs() > allowed * 1.01).any())
 
 
-class WholeUnitQuantizer(OneScaleAUnit):
+class WholeUnitQuantizer(AssembledUnits, OneScaleAUnit):
     """Runs a function on each whole unit, for kernels that only take one contiguous matrix.
 
     Args:
@@ -112,10 +125,6 @@ class WholeUnitQuantizer(OneScaleAUnit):
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._function = function
 
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        unit = assemble(pieces, weight)
-        return self.quantize_run(unit.unsqueeze(0), weight.unsqueeze(0), scale.unsqueeze(0))[0]
-
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         for unit, out, factor in zip(values, weight, scale, strict=True):
             quantized, unit_scale = self._function(unit.contiguous())
@@ -124,7 +133,7 @@ class WholeUnitQuantizer(OneScaleAUnit):
         return torch.stack([magnitude(unit) for unit in values])
 
 
-class RowQuantizer:
+class RowQuantizer(AssembledUnits):
     """Per-channel: every row has its own scale, so any run of units is one call, of a row or of several each.
 
     Args:
@@ -133,10 +142,6 @@ class RowQuantizer:
 
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._function = function
-
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        unit = assemble(pieces, weight)
-        return self.quantize_run(unit.unsqueeze(0), weight.unsqueeze(0), scale.unsqueeze(0))[0]
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         quantized, factors = self._function(values.reshape(-1, values.shape[-1]).contiguous())

@@ -31,6 +31,7 @@ from sglang_overlay.upstream.load import tensors_of, under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad
 from sglang_overlay.upstream.plan import ParameterPlan
 from sglang_overlay.upstream.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
+from sglang_overlay.upstream.summary import stored_bytes
 from sglang_overlay.upstream.touch_point import State, inspect_points
 
 _KEPT_TENSORS = 8
@@ -168,12 +169,11 @@ class _NoQuantizer:
 def _summary(
     job: Job, checkpoint: Checkpoint, account: Account, load: OverlayLoad, model: torch.nn.Module, architecture: str
 ) -> PlannedLoad:
-    storages = (tensor.untyped_storage() for _, tensor in tensors_of(model) if tensor.device.type == job.device)
     return PlannedLoad(
         mode=job.mode,
         rank=job.rank,
         peak=account.peak,
-        final=sum({storage._cdata: storage.nbytes() for storage in storages}.values()),
+        final=stored_bytes(tensor for _, tensor in tensors_of(model) if tensor.device.type == job.device),
         staging_peak=load.account.peak,
         units=load.units,
         direct_units=load.direct_units,

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.layers.quantization import fp8
 
 from sglang_overlay.core.cpu_quantizers import CHUNK_ELEMENTS
-from sglang_overlay.core.quantizers import UnitQuantizer, assemble, is_rounding_of
+from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer, is_rounding_of
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
@@ -77,16 +77,12 @@ class BlockPlan(SerializedPlan):
         return BlockQuantizer()
 
 
-class BlockQuantizer:
+class BlockQuantizer(AssembledUnits):
     """Scale of a block: its largest magnitude over the largest fp8 value, in float32. Blocks at edges are smaller."""
 
     def scale_of(self, absmax: torch.Tensor) -> torch.Tensor:
         """Scales of blocks with these largest magnitudes, float32 of the same shape."""
         return absmax.clamp(min=SMALLEST_ABSMAX) / torch.finfo(fp8.fp8_dtype).max
-
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        unit = assemble(pieces, weight)
-        return self.quantize_run(unit.unsqueeze(0), weight.unsqueeze(0), scale.unsqueeze(0))[0]
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         magnitudes = []

@@ -190,8 +190,7 @@ class ModelLoad:
     def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
         if name is None:
             # Not part of the module tree, so stock would never quantize it either.
-            for placeholder in pending.placeholders.values():
-                materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
+            _allocate_as_stock(pending)
             return
         reason = eligibility.why_deferred(name)
         if reason is not None:
@@ -225,8 +224,7 @@ class ModelLoad:
 
     def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
         """Leave a layer to stock."""
-        for placeholder in pending.placeholders.values():
-            materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
+        _allocate_as_stock(pending)
 
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
         """A layer has gone back to stock."""
@@ -251,6 +249,11 @@ class ModelLoad:
         """A parameter is finished; ``missing`` are units that were never completely written, and hold zeros."""
         if missing:
             logger.warning("StreamFP8: %s: %d of %d units were not loaded.", part.name, len(missing), part.units)
+
+
+def _allocate_as_stock(pending: PendingLayer) -> None:
+    for placeholder in pending.placeholders.values():
+        materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
 
 
 _current: ContextVar[ModelLoad | None] = ContextVar("streamfp8_load", default=None)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def summarize(
         mode="streaming" if load.layers else "stock",
         seconds=ended - began,
         memory=memory,
-        final_bytes=stored_bytes(model),
+        final_bytes=stored_bytes(tensor for _, tensor in tensors_of(model)),
         role="draft" if getattr(model_config, "is_draft_model", False) else "target",
         ranks=parallel_ranks(),
         units=UnitCounts(streamed=load.units, direct=load.direct_units),
@@ -67,10 +67,10 @@ def _scheme(load: OverlayLoad, model_config: Any) -> str:
     return MXFP8 if model_config.quantization == MXFP8 else load.settings.schemes.text
 
 
-def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all memory that the model's tensors hold, shared memory counted once."""
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for _, t in tensors_of(model))}
-    return sum(storages.values())
+def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of all memory that tensors hold, or would hold if they had any; shared memory is counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr() or storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _why_stock(load: OverlayLoad) -> list[str]:
