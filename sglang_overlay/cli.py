@@ -31,10 +31,10 @@ def _completes(names: Callable[[], Iterable[str]]) -> Callable[[Any, Any, str], 
     return lambda _context, _option, begun: [name for name in names() if name.startswith(begun)]
 
 
-def _storable_names() -> Iterable[str]:
+def _scheme_names() -> Iterable[str]:
     from sglang_overlay.schemes import registry
 
-    return registry.storable_names()
+    return registry.valid_names()
 
 
 def _release_names() -> Iterable[str]:
@@ -346,7 +346,7 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
     "--scheme",
     required=True,
     help="block or channel, or JSON as in SGLANG_STREAMFP8_SCHEME.",
-    shell_complete=_completes(_storable_names),
+    shell_complete=_completes(_scheme_names),
 )
 @click.option("--max-shard-gb", "most", default=5.0, show_default=True, help="Size of a file, in GB.")
 @click.option("--trust-remote-code", is_flag=True, help="As SGLang's option of that name.")

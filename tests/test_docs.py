@@ -82,7 +82,6 @@ def test_names_in_code_are_those_of_the_code(page):
     """Where to add something is said by constants, classes and functions; they exist under these names."""
     wanted = {
         "BUILT_IN",
-        "STORABLE",
         "STREAMED_LOADERS",
         "ABSORBED",
         "Place",

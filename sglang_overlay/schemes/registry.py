@@ -26,9 +26,6 @@ BUILT_IN = {
     "int8": "sglang_overlay.schemes.int8:INT8",
 }
 
-STORABLE = ("channel", "block")
-"""Those of this package whose ``stored()`` is a form; asking them means importing SGLang, which takes seconds."""
-
 
 @cache
 def entry_points() -> dict[str, metadata.EntryPoint]:
@@ -40,11 +37,6 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
 def valid_names() -> list[str]:
     """What can be asked for."""
     return [STOCK, *entry_points(), NONE]
-
-
-def storable_names() -> list[str]:
-    """What may be asked of an export: other packages' schemes say themselves whether they can be stored."""
-    return [name for name in entry_points() if name in STORABLE or name not in BUILT_IN]
 
 
 def check(choice: SchemeChoice) -> None:

@@ -21,12 +21,6 @@ def test_every_scheme_of_this_package_is_found_and_says_what_it_is():
         assert scheme.why_not(LayerKind.EXPERTS) is None
 
 
-def test_names_for_an_export_are_those_of_schemes_that_have_a_stored_form():
-    assert [name for name in registry.BUILT_IN if registry.find(name).stored()] == list(registry.STORABLE)
-    others = set(registry.entry_points()) - set(registry.BUILT_IN)
-    assert set(registry.storable_names()) == {*registry.STORABLE, *others}
-
-
 def test_unknown_scheme_is_told_with_those_there_are():
     with pytest.raises(SchemeError, match=r"'blocks'. Use one of: stock, .*block.*, none"):
         registry.check(SchemeChoice("blocks"))
