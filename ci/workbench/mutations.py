@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.export.source import INDEX
 from sglang_overlay.safetensors_format import DTYPES
 
 Files = dict[str, bytes]
 Header = dict[str, Any]
-
-INDEX = "model.safetensors.index.json"
 
 
 def altered(checkpoint: Path, into: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
