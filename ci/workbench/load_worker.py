@@ -43,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.plan.layers import whole_layers  # noqa: E402
+from sglang_overlay.settings import MODE_VARIABLE  # noqa: E402
 from sglang_overlay.upstream import built_in  # noqa: E402
 from workbench import devices, runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
@@ -63,7 +64,6 @@ importlib.import_module("sglang.srt.models.registry")
 gc.collect()
 gc.freeze()
 
-_STREAMING = "SGLANG_STREAMFP8"
 _STREAMING_LOGGERS = ("sglang_overlay", built_in.PACKAGE)
 _MEMORY_INTERVAL_MS = 3.0
 
@@ -314,7 +314,7 @@ def collected_log() -> Iterator[list[str]]:
 def obey(order: Order, rank: int) -> RankResult | RankError:
     """Run one order; a failure is an answer too."""
     begin = time.perf_counter()
-    with changed_environ({_STREAMING: order.job.streaming, **order.job.environ}), collected_log() as log:
+    with changed_environ({MODE_VARIABLE: order.job.streaming, **order.job.environ}), collected_log() as log:
         try:
             fields = run_job(order.job, rank, order.port)
         except Exception:
