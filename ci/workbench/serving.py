@@ -153,14 +153,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def tail(launch: Launch, lines: int = TAIL_LINES) -> str:
+def tail(launch: Launch) -> str:
     """The end of the server's log, introduced by its path."""
     try:
         content = launch.log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         return f"Its log cannot be read: {error}"
     # SGLang prints all its settings on one line of many thousand characters.
-    shown = (line if len(line) <= 500 else f"{line[:500]} ..." for line in content[-lines:])
+    shown = (line if len(line) <= 500 else f"{line[:500]} ..." for line in content[-TAIL_LINES:])
     return "\n".join([f"The last lines of {launch.log}:", *(f"  | {line}" for line in shown)])
 
 
