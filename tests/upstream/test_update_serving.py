@@ -52,13 +52,14 @@ def server(checkpoint, tmp_path):
 
 
 def checksum(url):
-    """Of each tensor; of none where this release reads checksums on a GPU only."""
+    """Of each tensor. None where this release reads checksums on a GPU only: all that is left to compare are tokens."""
     try:
         (rank,) = post(url, "weights_checker", {"action": "checksum"}).json()["ranks"]
     except serving.ServerError as error:
         if "Found no NVIDIA driver" not in str(error):
             raise
-        return {}
+        return None
+    assert rank["checksums"]
     return rank["checksums"]
 
 
@@ -80,11 +81,9 @@ def test_server_is_updated_from_disk_and_back_by_broadcast(server, checkpoint, t
         after, restored = generated(url), checksum(url)
     assert updated == tokens("deepseek_v3", SEED)
     assert before == after == tokens("deepseek_v3", 0)
-    assert restored == weights
-    assert {name for name in weights if weights[name] == changed[name]} == UNCHANGED
-
-
-UNCHANGED: set[str] = set()
+    if weights is not None:
+        assert restored == weights
+        assert [name for name in weights if weights[name] == changed[name]] == []
 
 
 def test_server_goes_on_after_an_update_that_fails(server, checkpoint, tmp_path):
