@@ -26,6 +26,7 @@ RUNTIME = [
 ]
 CHART = ["matplotlib>=3.8"]
 TEST = [
+    "httpx>=0.27",
     "hypothesis>=6.100",
     "jsonschema>=4.20",
     "openai>=1.50",

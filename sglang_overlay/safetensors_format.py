@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints in safetensors' format agree on: names of dtypes, and how weights are dealt out to files."""
+"""What checkpoints in safetensors' format agree on: names of dtypes, how weights are dealt out to files, and the index."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+
+INDEX = "model.safetensors.index.json"
+"""Which of several files a tensor is in: ``{"weight_map": {tensor: file}}``."""
 
 DTYPES = {
     "F64": torch.float64,

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from upstream.streamed import load_reported
 from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadJob, LoadResult, LoadWorkers
 
-from sglang_overlay.observe.report import LoadReport, read_folder
+from sglang_overlay.observe.report import LoadReport
 from sglang_overlay.upstream import releases
 
 
@@ -50,10 +52,9 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadWorkers]:
 def both(workers: LoadWorkers, tmp_path: Path) -> Callable[..., Both]:
     """Stock and streaming loads of the same checkpoint in the same way, and the streaming load's reports."""
 
-    def load(path: Path, streaming: str = "require", **fields: Any) -> Both:
-        stock = workers.load(LoadJob(path, streaming="0", **fields))
-        environ = {**fields.pop("environ", {}), "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
-        result = workers.load(LoadJob(path, streaming=streaming, environ=environ, **fields))
-        return stock, result, read_folder(tmp_path / "reports")
+    def load(path: Path, streaming: str = "require", workers: LoadWorkers = workers, **fields: Any) -> Both:
+        job = LoadJob(path, streaming=streaming, **fields)
+        stock = workers.load(replace(job, streaming="0"))
+        return stock, *load_reported(workers.load, job, tmp_path / "reports")
 
     return load

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from sglang_overlay.observe.chart import INK
 from workbench.bench import (
     BF16,
     GIGABYTE,
@@ -22,6 +20,7 @@ from workbench.bench import (
     Figures,
     figures,
 )
+from workbench.chart_style import dress, empty_figure
 
 #: Of Okabe and Ito's palette, as in the charts of memory over time.
 _COLOURS = {
@@ -40,7 +39,6 @@ _MARKERS = {
     INTERCEPTING.name: "v",
     ONE_PASS.name: "P",
 }
-_INK, _GRID = "#333333", "#E3E3E3"
 
 
 def draw(series: Mapping[str, Sequence[CaseResult]], axis: Mapping[str, str], file: Path, title: str) -> None:
@@ -52,22 +50,22 @@ def draw(series: Mapping[str, Sequence[CaseResult]], axis: Mapping[str, str], fi
         file: PNG to write.
         title: of the whole.
     """
-    figure = Figure(figsize=(1.2 + 3.4 * len(series), 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(1.2 + 3.4 * len(series), 6.4)
     panels = figure.subplots(2, len(series), squeeze=False)
     for column, (heading, results) in enumerate(series.items()):
         above, below = panels[0][column], panels[1][column]
         _lines(above, results, lambda found: found.peak / GIGABYTE)
         _lines(below, results, lambda found: found.seconds)
         _model_sizes(above, results)
-        above.set_title(heading, loc="left", color=_INK, fontsize=11)
-        below.set_xlabel(axis[heading], color=_INK)
+        above.set_title(heading, loc="left", color=INK, fontsize=11)
+        below.set_xlabel(axis[heading], color=INK)
         for panel in (above, below):
-            _dress(panel, [result.case.value for result in results])
-    panels[0][0].set_ylabel("peak memory above start, GB", color=_INK)
-    panels[1][0].set_ylabel("load, seconds", color=_INK)
-    panels[0][0].legend(frameon=False, fontsize=9, labelcolor=_INK)
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12)
+            _scale(panel, [result.case.value for result in results])
+            dress(panel)
+    panels[0][0].set_ylabel("peak memory above start, GB", color=INK)
+    panels[1][0].set_ylabel("load, seconds", color=INK)
+    panels[0][0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=140)
 
@@ -90,19 +88,14 @@ def _model_sizes(panel: Any, results: Sequence[CaseResult]) -> None:
     """Dashed: where loads that wasted nothing would peak."""
     sizes = [figures(result.runs)[STREAMING.name].final / GIGABYTE for result in results]
     values = [result.case.value for result in results]
-    panel.plot(values, sizes, color=_INK, linestyle=(0, (5, 3)), linewidth=1.0, label="loaded fp8 model", zorder=5)
+    panel.plot(values, sizes, color=INK, linestyle=(0, (5, 3)), linewidth=1.0, label="loaded fp8 model", zorder=5)
 
 
-def _dress(panel: Any, values: Sequence[float]) -> None:
+def _scale(panel: Any, values: Sequence[float]) -> None:
     ticks = _apart(sorted(values))
     panel.set_xticks(ticks, [f"{value:g}" for value in ticks])
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=0)
-    panel.grid(visible=True, color=_GRID, linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.tick_params(colors=_INK)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
 
 
 def _apart(values: Sequence[float]) -> list[float]:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sglang_overlay.export.weight_file import Entry, as_bytes, header
+from sglang_overlay.safetensors_format import INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -606,7 +607,7 @@ def _write_bin(path: Path, entries: list[_Entry]) -> None:
 
 
 def _write_index(folder: Path, spec: CheckpointSpec, files: dict[str, list[_Entry]]) -> None:
-    name = "model.safetensors.index.json" if spec.container == "safetensors" else "pytorch_model.bin.index.json"
+    name = INDEX if spec.container == "safetensors" else "pytorch_model.bin.index.json"
     weight_map = {entry.name: file for file, entries in files.items() for entry in entries}
     total = sum(entry.nbytes for entries in files.values() for entry in entries)
     _write_json(folder / name, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

@@ -26,7 +26,7 @@ from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.observe import chart, report
 from sglang_overlay.observe.formats import bytes_text, seconds_text
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE
-from workbench import environment, serving
+from workbench import environment, page_tables, serving
 from workbench.accuracy import Evaluation, gsm8k
 from workbench.checkpoints import CheckpointSpec, build
 
@@ -278,8 +278,7 @@ def ratio(value: float, whole: float) -> str:
 
 def markdown_of(comparisons: list[Comparison]) -> str:
     """The same table in Markdown."""
-    rows = [HEADINGS, tuple("---" for _ in HEADINGS), *(row for found in comparisons for row in rows_of(found))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return page_tables.markdown(HEADINGS, [row for found in comparisons for row in rows_of(found)])
 
 
 def facts_of(comparisons: list[Comparison]) -> str:

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from sglang_overlay import patches
-from workbench import environment, repository
+from workbench import environment, patched, repository
 
 
 class ForkError(Exception):
@@ -38,7 +38,7 @@ def fork(clone: Path, release: str) -> str:
         tree = Path(folder, "tree")
         repository.git(clone, "worktree", "add", "--quiet", "--detach", str(tree), tag)
         try:
-            repository.git(tree, "am", "--quiet", *(str(file.resolve()) for file in patches.files_of(release)))
+            patched.apply_with_git(tree, patches.files_of(release))
             commit = repository.git(tree, "rev-parse", "HEAD").strip()
         except RuntimeError as error:
             raise ForkError(f"the series does not fit {tag} of {clone}: {error}") from error

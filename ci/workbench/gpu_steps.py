@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from sglang_overlay.settings import PINNED_RING_VARIABLE
 from workbench import bench
 from workbench.bench import BF16, STOCK, STREAMING, Case, CaseResult, Contender
 from workbench.checkpoints import CheckpointSpec, Family, build
@@ -29,7 +30,7 @@ PEAK_LIMIT = 1.02
 """Highest allowed peak on a GPU, of the loaded model's bytes (issue 4)."""
 TIME_LIMIT = 1.0
 """Longest allowed load on a GPU, of plain bf16's."""
-RING = {"SGLANG_STREAMFP8_PINNED_RING": "1"}
+RING = {PINNED_RING_VARIABLE: "1"}
 """Variables that switch the pinned ring on."""
 RING_STREAMING = Contender("streaming, ring", "fp8", "require", environ=RING)
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from sglang_overlay.observe.chart import INK
 from workbench.bench import BF16, STOCK, STREAMING, Run, figures, ratio
+from workbench.chart_style import dress, empty_figure
 
 Line = dict[str, Any]
 
-_INK, _GRID = "#333333", "#E3E3E3"
 _PANELS = (
     ("peak_of_model", "peak memory / loaded model"),
     ("peak_of_stock", "peak memory / stock fp8"),
@@ -91,21 +90,18 @@ def read(history: Path) -> list[Line]:
 
 def draw(lines: Sequence[Line], file: Path) -> None:
     """A panel for each ratio, a curve for each case."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(11, 7)
     panels = figure.subplots(2, 2, sharex=True).flat
     ordered = sorted(lines, key=lambda line: (line["case"], line["date"]))
     for panel, (measured, title) in zip(panels, _PANELS, strict=True):
         for case, nights in groupby(ordered, key=lambda line: str(line["case"])):
             points = [(datetime.date.fromisoformat(night["date"]), night[measured]) for night in nights]
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.4, label=case)
-        panel.axhline(1.0, color=_INK, linestyle=(0, (5, 3)), linewidth=0.8)
-        panel.set_title(title, loc="left", color=_INK, fontsize=11)
+        panel.axhline(1.0, color=INK, linestyle=(0, (5, 3)), linewidth=0.8)
+        panel.set_title(title, loc="left", color=INK, fontsize=11)
         panel.set_ylim(bottom=0)
-        panel.grid(visible=True, color=_GRID, linewidth=0.8)
-        panel.tick_params(colors=_INK)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=9, labelcolor=_INK)
+        dress(panel)
+    figure.axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
     figure.autofmt_xdate()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="png", dpi=140)

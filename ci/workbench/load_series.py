@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_overlay.settings import MODE_VARIABLE
 from workbench.loads import LoadJob, changed_environ, free_port, process_context
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class LoadSeries:
         from workbench.load_worker import collected_log
 
         prints, error = None, None
-        with changed_environ({"SGLANG_STREAMFP8": streaming, **environ}), collected_log() as log:
+        with changed_environ({MODE_VARIABLE: streaming, **environ}), collected_log() as log:
             try:
                 prints = model_prints(self.load(checkpoint))
             except KeyboardInterrupt:

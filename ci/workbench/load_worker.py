@@ -15,7 +15,6 @@ A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``loa
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -41,8 +40,11 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from sglang_overlay.core.freed_memory import give_back  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.plan.layers import whole_layers  # noqa: E402
+from sglang_overlay.plan.replacing import replaced  # noqa: E402
+from sglang_overlay.settings import MODE_VARIABLE  # noqa: E402
 from sglang_overlay.upstream import built_in  # noqa: E402
 from workbench import devices, runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
@@ -63,7 +65,6 @@ importlib.import_module("sglang.srt.models.registry")
 gc.collect()
 gc.freeze()
 
-_STREAMING = "SGLANG_STREAMFP8"
 _STREAMING_LOGGERS = ("sglang_overlay", built_in.PACKAGE)
 _MEMORY_INTERVAL_MS = 3.0
 
@@ -111,8 +112,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
 def give_back_memory() -> None:
     """Collect garbage and return what malloc kept, so that the next reading is of what is held."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
 
 
 class Filling(TorchDispatchMode):
@@ -226,14 +226,9 @@ def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def one_scale_a_matrix() -> Iterator[None]:
+def one_scale_a_matrix() -> contextlib.AbstractContextManager[None]:
     """Has linear layers that are made here take SGLang's path for devices without its kernel for scales per channel."""
-    supported, fp8.cutlass_fp8_supported = fp8.cutlass_fp8_supported, lambda: False
-    try:
-        yield
-    finally:
-        fp8.cutlass_fp8_supported = supported
+    return replaced(fp8, "cutlass_fp8_supported", lambda: False)
 
 
 def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
@@ -314,7 +309,7 @@ def collected_log() -> Iterator[list[str]]:
 def obey(order: Order, rank: int) -> RankResult | RankError:
     """Run one order; a failure is an answer too."""
     begin = time.perf_counter()
-    with changed_environ({_STREAMING: order.job.streaming, **order.job.environ}), collected_log() as log:
+    with changed_environ({MODE_VARIABLE: order.job.streaming, **order.job.environ}), collected_log() as log:
         try:
             fields = run_job(order.job, rank, order.port)
         except Exception:

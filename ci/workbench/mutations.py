@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.safetensors_format import DTYPES
+from sglang_overlay.safetensors_format import DTYPES, INDEX
 
 Files = dict[str, bytes]
 Header = dict[str, Any]
-
-INDEX = "model.safetensors.index.json"
 
 
 def altered(checkpoint: Path, into: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in pages that commands write and tests hold: all between two comments, of which one names the command."""
+"""Tables in Markdown; those in pages that tests hold lie between two comments, of which one names the command."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ README = CLONE / "README.md"
 _END = "<!-- its end -->\n"
 
 
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table's lines. Columns whose heading ends in a colon are numbers, to the right."""
+    rules = ["---:" if heading.endswith(":") else "---" for heading in header]
+    lines = [[heading.removesuffix(":") for heading in header], rules, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def with_table(page: str, command: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The page with the command's table made anew. Columns whose heading ends in a colon are numbers, to the right.
+    """The page with the command's table made anew, from what ``markdown`` takes.
 
     Raises:
         ValueError: the page has no place for it.
@@ -22,6 +29,4 @@ def with_table(page: str, command: str, header: Sequence[str], rows: Iterable[Se
         raise ValueError(f"the page has no one place for what {command} writes: {marker.strip()}")
     begin = page.index(marker) + len(marker)
     end = page.index(_END, begin)
-    rules = ["---:" if heading.endswith(":") else "---" for heading in header]
-    lines = [[heading.removesuffix(":") for heading in header], rules, *rows]
-    return page[:begin] + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + page[end:]
+    return f"{page[:begin]}\n{markdown(header, rows)}\n{page[end:]}"

@@ -74,7 +74,6 @@ def compute(planners: Planners, plans: Iterable[PublishedPlan]) -> Iterator[tupl
 
 def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
     """The page: a row for each plan, from its baseline."""
-    peaks = " | ".join(f"{LABELS[mode]} peak" for mode in MODES)
     lines = [
         "# Planned peaks of published models",
         "",
@@ -82,15 +81,26 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "`ci/baseline --refresh` works it out, `ci/plans` writes this page. Names and shapes come from each model's",
         "`config.json` alone; [planner.md](planner.md) says what is counted.",
         "",
-        f"| model | parameters | TP | files | {peaks} | FP8 model | streaming / model | open: whole layers "
-        "| open: units | stock loads on | streaming loads on |",
-        "| --- | ---: | ---: | --- " + "| ---: " * 7 + "| --- | --- |",
-        *(_row(published_plan, baseline) for published_plan, baseline in found),
-        "",
+        page_tables.markdown(_COLUMNS, [_row(published_plan, baseline) for published_plan, baseline in found]),
         "*Open* is the most high-precision memory of layers, or of units, of which a part has not been read yet.",
         "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak.",
     ]
     return "\n".join(lines) + "\n"
+
+
+_COLUMNS = (
+    "model",
+    "parameters:",
+    "TP:",
+    "files",
+    *(f"{LABELS[mode]} peak:" for mode in MODES),
+    "FP8 model:",
+    "streaming / model:",
+    "open: whole layers:",
+    "open: units:",
+    "stock loads on",
+    "streaming loads on",
+)
 
 
 def with_table(page: str, found: Iterable[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
@@ -124,10 +134,10 @@ def _summary(orders: Mapping[Order, Mapping[str, Any]]) -> list[str]:
     return [*sizes, _smallest_gpu(stock), _smallest_gpu(streaming)]
 
 
-def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> str:
+def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> list[str]:
     loads = baseline["planned"]
     streaming = loads["streaming"]
-    cells = [
+    return [
         published_plan.model,
         f"{baseline['parameters'] / 1e9:.1f} B",
         str(published_plan.tp),
@@ -140,7 +150,6 @@ def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> str:
         _smallest_gpu(loads["stock"]["peak_bytes"]),
         _smallest_gpu(streaming["peak_bytes"]),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _smallest_gpu(peak: int) -> str:

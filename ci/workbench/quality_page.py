@@ -11,10 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from sglang_overlay.observe.chart import INK
 from sglang_overlay.observe.formats import bytes_text
+from workbench.chart_style import dress, empty_figure
 from workbench.quality import BF16, STOCK, Quality, difference, is_pointless, median_ratio
 
 Results = Mapping[str, Sequence[Quality]]
@@ -23,7 +22,6 @@ Results = Mapping[str, Sequence[Quality]]
 _PARTS = {"attention": "self_attn", "feed-forward": "mlp", "experts": ".experts."}
 _COLOURS = ("#777777", "#D55E00", "#E69F00", "#009E73", "#0072B2", "#56B4E9", "#CC79A7")
 _MARKERS = ("s", "o", "^", "v", "D", "X", "P")
-_INK, _GRID = "#333333", "#E3E3E3"
 
 
 def data_of(results: Results, facts: Mapping[str, Any], windows: int, length: int) -> dict[str, Any]:
@@ -128,20 +126,15 @@ def _cell(layer: Any) -> str:
 
 def draw(results: Results, file: Path) -> None:
     """One row a model: each layer's output error, and the loss above bf16."""
-    figure = Figure(figsize=(11, 4.2 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(11, 4.2 * len(results))
     panels = figure.subplots(len(results), 2, squeeze=False, width_ratios=(3, 1))
     for (family, found), (left, right) in zip(results.items(), panels, strict=True):
         _draw_layers(left, found)
         _draw_loss(right, found)
-        left.set_title(family, loc="left", color=_INK, fontsize=11)
+        left.set_title(family, loc="left", color=INK, fontsize=11)
         for panel in (left, right):
-            panel.grid(visible=True, color=_GRID, linewidth=0.8)
-            panel.set_axisbelow(True)
-            panel.tick_params(colors=_INK)
-            for side in ("top", "right"):
-                panel.spines[side].set_visible(False)
-    panels[0][0].legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=3)
+            dress(panel)
+    panels[0][0].legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3)
     figure.savefig(file, format="png", dpi=130)
 
 
@@ -156,7 +149,7 @@ def _draw_layers(panel: Any, found: Sequence[Quality]) -> None:
             panel.plot(
                 short, ratios, _MARKERS[number], color=_COLOURS[number], markersize=5, label=quality.contender.name
             )
-    panel.set_ylabel("signal to noise of the output, dB", color=_INK)
+    panel.set_ylabel("signal to noise of the output, dB", color=INK)
     panel.tick_params(axis="x", rotation=90, labelsize=7)
 
 
@@ -172,6 +165,6 @@ def _draw_loss(panel: Any, found: Sequence[Quality]) -> None:
             color=_COLOURS[number],
             capsize=3,
         )
-    panel.axhline(0, color=_INK, linewidth=1)
-    panel.set_ylabel("loss above bf16, 10⁻³ nats a token", color=_INK)
+    panel.axhline(0, color=INK, linewidth=1)
+    panel.set_ylabel("loss above bf16, 10⁻³ nats a token", color=INK)
     panel.tick_params(axis="x", rotation=60, labelsize=8)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sglang_overlay.settings import MODE_VARIABLE
 from workbench.load_series import LoadSeries, series_process, staging_held, streaming_threads
 
 _SECONDS = 240.0
@@ -63,7 +64,7 @@ def _load(checkpoint: Path, allowances: Sequence[int], results: Path) -> None:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     series = LoadSeries(checkpoint)
     outcomes = []
-    with changed_environ({"SGLANG_STREAMFP8": "1"}):
+    with changed_environ({MODE_VARIABLE: "1"}):
         series.load(checkpoint)
         for allowance in allowances:
             give_back_memory()

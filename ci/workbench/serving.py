@@ -11,16 +11,16 @@ nothing the server started outlives the `with` block.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 from workbench.loads import free_port as free_port
 
@@ -28,6 +28,7 @@ HOST = "127.0.0.1"
 POLL_SECONDS = 0.5
 STOP_SECONDS = 30.0
 ANSWER_SECONDS = 600.0
+POST_SECONDS = 300.0
 TAIL_LINES = 40
 
 
@@ -128,13 +129,16 @@ def _wait_until_ready(
 
 
 def _answers(launch: Launch) -> bool:
-    # Requests go to this machine, and a proxy set for the outside world would answer in the server's place.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(launch.url + launch.ready, timeout=30) as response:
-            return bool(response.status == http.HTTPStatus.OK)
-    except (urllib.error.URLError, http.client.HTTPException, OSError):
+        with direct_client(30) as client:
+            return client.get(launch.url + launch.ready).status_code == httpx.codes.OK
+    except httpx.HTTPError:
         return False
+
+
+def direct_client(seconds: float) -> httpx.Client:
+    """For requests to this machine: a proxy set for the outside world would answer in the server's place."""
+    return httpx.Client(trust_env=False, timeout=seconds)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -149,14 +153,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def tail(launch: Launch, lines: int = TAIL_LINES) -> str:
+def tail(launch: Launch) -> str:
     """The end of the server's log, introduced by its path."""
     try:
         content = launch.log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         return f"Its log cannot be read: {error}"
     # SGLang prints all its settings on one line of many thousand characters.
-    shown = (line if len(line) <= 500 else f"{line[:500]} ..." for line in content[-lines:])
+    shown = (line if len(line) <= 500 else f"{line[:500]} ..." for line in content[-TAIL_LINES:])
     return "\n".join([f"The last lines of {launch.log}:", *(f"  | {line}" for line in shown)])
 
 
@@ -166,7 +170,6 @@ def ask(url: str, question: str, max_tokens: int = 32) -> str:
     Raises:
         ServerError: the request failed; the caller knows the log.
     """
-    import httpx
     import openai
 
     client = openai.OpenAI(
@@ -174,7 +177,7 @@ def ask(url: str, question: str, max_tokens: int = 32) -> str:
         api_key="unused",
         timeout=ANSWER_SECONDS,
         max_retries=0,
-        http_client=httpx.Client(trust_env=False),
+        http_client=direct_client(ANSWER_SECONDS),
     )
     with client:
         try:
@@ -195,17 +198,27 @@ def input_logprobs(url: str, windows: Sequence[Sequence[int]]) -> list[tuple[flo
     Raises:
         ServerError: the request failed; the caller knows the log.
     """
-    import httpx
-
     content = {
         "input_ids": [list(window) for window in windows],
         "sampling_params": {"temperature": 0, "max_new_tokens": 1},
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    with httpx.Client(trust_env=False, timeout=ANSWER_SECONDS) as client:
-        response = client.post(f"{url}/generate", json=content)
-    if response.status_code != httpx.codes.OK:
-        raise ServerError(f"The server did not answer: {response.text}")
-    found = (answer["meta_info"]["input_token_logprobs"] for answer in response.json())
+    found = (answer["meta_info"]["input_token_logprobs"] for answer in post(url, "generate", content).json())
     return [tuple(logprob for logprob, *_ in window[1:]) for window in found]
+
+
+def post(url: str, path: str, content: Mapping[str, Any]) -> httpx.Response:
+    """The server's answer, a success.
+
+    Raises:
+        ServerError: it is none, or there is none; the caller knows the log.
+    """
+    try:
+        with direct_client(POST_SECONDS) as client:
+            response = client.post(f"{url}/{path}", json=content)
+    except httpx.HTTPError as error:
+        raise ServerError(f"{path} was not answered: {error!r}") from error
+    if response.status_code != httpx.codes.OK:
+        raise ServerError(f"{path} was answered with {response.status_code}: {response.text}")
+    return response

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_overlay.settings import MODE_VARIABLE
 from workbench.load_series import LoadSeries, series_process, streaming_threads
 from workbench.loads import LoadJob, free_port
 
@@ -45,7 +46,7 @@ def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
     series = LoadSeries(checkpoint)
     meter = meter_for("cpu")
     found = []
-    with changed_environ({"SGLANG_STREAMFP8": "require"}):
+    with changed_environ({MODE_VARIABLE: "require"}):
         for _ in range(loads):
             series.load(checkpoint)
             give_back_memory()
@@ -61,7 +62,7 @@ def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycle
 
     meter = meter_for("cpu")
     found = []
-    with changed_environ({"SGLANG_STREAMFP8": "require"}):
+    with changed_environ({MODE_VARIABLE: "require"}):
         runner = build_runner(LoadJob(checkpoint), rank=0, port=free_port())
         for _ in range(cycles):
             failed = [done.message for done in (run(runner, update) for update in updates) if not done.success]

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from sglang_overlay.observe.report import LoadReport, read_folder
+from sglang_overlay.settings import REPORT_VARIABLE
 from sglang_overlay.upstream.snapshots import NOTED
 from workbench.families import server_args
 from workbench.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
@@ -74,7 +75,7 @@ def try_one(architecture: str, build: Callable[[str], Path], workers: LoadWorker
     for old in reports.glob("*.json"):
         old.unlink()
     try:
-        result = workers.load(replace(job, streaming="1", environ={"SGLANG_STREAMFP8_REPORT": str(reports)}))
+        result = workers.load(replace(job, streaming="1", environ={REPORT_VARIABLE: str(reports)}))
     except LoadFailed as error:
         again = workers.load(replace(job, uninitialized=1.0))
         return Outcome(architecture, _kind_of(error, stock, again), detail=_last_error(str(error)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.loads import free_port
+from workbench.serving import post
 from workbench.updates import tensors_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ NamedTensor = tuple[str, "torch.Tensor"]
 
 _GROUP = "trainer"
 _TENSORS_A_CALL = 40
-_SECONDS = 300.0
 _IDLE_SECONDS = 60.0
 
 
@@ -35,7 +35,7 @@ def broadcast(url: str, checkpoint: Path) -> None:
     """One session, or one call: all tensors of ``checkpoint``, some at a time, by ``update_weights_from_distributed``.
 
     Raises:
-        RuntimeError: the server answered that something failed.
+        ServerError: the server answered that something failed.
     """
     import torch
     from sglang.srt.utils import init_custom_process_group
@@ -65,33 +65,14 @@ def broadcast(url: str, checkpoint: Path) -> None:
         post(url, "destroy_weights_update_group", {"group_name": _GROUP})
 
 
-def post(url: str, path: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The server's answer.
-
-    Raises:
-        RuntimeError: it is not a success.
-    """
-    import httpx
-
-    with httpx.Client(trust_env=False, timeout=_SECONDS) as client:
-        response = client.post(f"{url}/{path}", json=content)
-    if response.status_code != httpx.codes.OK:
-        raise RuntimeError(f"{path} was answered with {response.status_code}: {response.text}")
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
 def until_idle(url: str) -> None:
     """Wait until the server's scheduler has let go of all requests: it answers a little before that, and an update that
     comes in between fails, since the cache of a running request cannot be flushed.
 
     Raises:
-        httpx.HTTPStatusError: there are still requests after a minute.
+        ServerError: there are still requests after a minute.
     """
-    import httpx
-
-    with httpx.Client(trust_env=False, timeout=_SECONDS) as client:
-        client.post(f"{url}/flush_cache", params={"timeout": _IDLE_SECONDS}).raise_for_status()
+    post(url, f"flush_cache?timeout={_IDLE_SECONDS}", {})
 
 
 def engine_updates(model: Path, checkpoint: Path, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:

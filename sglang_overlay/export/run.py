@@ -15,11 +15,12 @@ from sglang_overlay import __version__
 from sglang_overlay.errors import ExportError
 from sglang_overlay.export import journal
 from sglang_overlay.export.plan import ExportPlan, make_plan
-from sglang_overlay.export.source import CONFIG, INDEX, SourceCheckpoint
+from sglang_overlay.export.source import CONFIG, SourceCheckpoint
 from sglang_overlay.export.weight_file import appearing
 from sglang_overlay.export.writing import shard_bytes, write_shard
 from sglang_overlay.observe.formats import bytes_text
 from sglang_overlay.observe.progress import Progress, SilentProgress
+from sglang_overlay.safetensors_format import INDEX
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import NONE, SchemeChoice
 from sglang_overlay.schemes.stored import StoredForm

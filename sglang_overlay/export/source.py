@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from sglang_overlay.errors import ExportError
 
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _INDEX = ".index.json"

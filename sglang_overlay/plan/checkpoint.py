@@ -15,7 +15,7 @@ import torch
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.job import Order
-from sglang_overlay.safetensors_format import DTYPES, shard_name, split_by_size
+from sglang_overlay.safetensors_format import DTYPES, INDEX, shard_name, split_by_size
 
 _LENGTH = 8
 
@@ -122,7 +122,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = folder / "model.safetensors.index.json"
+    path = folder / INDEX
     if not path.exists():
         return None
     try:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from workbench.loads import LoadJob, LoadResult
+from workbench.loads import LoadJob, LoadResult, RankResult
 
 from sglang_overlay.observe.report import LoadReport, read_folder
+from sglang_overlay.settings import REPORT_VARIABLE
 from sglang_overlay.upstream import built_in
 
 
@@ -25,10 +26,22 @@ def load_streamed(load: Callable[[LoadJob], LoadResult], job: LoadJob, folder: P
         result = load(replace(job, streaming="1"))
         assert_streamed_by_sglang(result)
         return result
-    environ = {**job.environ, "SGLANG_STREAMFP8_REPORT": str(folder)}
-    result = load(replace(job, streaming="require", environ=environ))
-    assert_streamed(read_folder(folder), job.ranks)
+    result, reports = load_reported(load, replace(job, streaming="require"), folder)
+    assert_streamed(reports, job.ranks)
     return result
+
+
+def load_reported(
+    load: Callable[[LoadJob], LoadResult], job: LoadJob, folder: Path
+) -> tuple[LoadResult, Sequence[LoadReport]]:
+    """Run a load of which the overlay writes reports into `folder`; the result, and all reports there."""
+    result = load(replace(job, environ={**job.environ, REPORT_VARIABLE: str(folder)}))
+    return result, read_folder(folder)
+
+
+def warnings_of(result: LoadResult | RankResult) -> list[str]:
+    """What streaming warned of."""
+    return [line for line in result.log if line.startswith("WARNING") and "StreamFP8" in line]
 
 
 def assert_streamed_by_sglang(result: LoadResult) -> None:

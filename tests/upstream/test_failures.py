@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.mutations import altered
 
-from sglang_overlay.observe.report import read_folder
+from upstream.streamed import load_reported, warnings_of
 
 LAYER = "model.layers.2.mlp.experts"
 UP = f"{LAYER}.5.up_proj.weight"
@@ -27,13 +27,12 @@ def damaged(checkpoint, tmp_path):
 
 
 @pytest.fixture
-def both(workers, tmp_path):
+def both(both):
     """A stock and a streaming load of one checkpoint, and the streaming load's report."""
 
     def load(path, **fields):
-        stock = workers.load(LoadJob(path, streaming="0", **fields))
-        result = workers.load(LoadJob(path, environ={"SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}, **fields))
-        return stock, result, read_folder(tmp_path / "reports")[0]
+        stock, result, (report,) = both(path, streaming="1", **fields)
+        return stock, result, report
 
     return load
 
@@ -45,10 +44,6 @@ def without(*names):
 def with_values(**changes):
     """Change tensors in place: name and function of each."""
     return lambda tensors: [function(tensors[name]) for name, function in changes.items()]
-
-
-def warnings_of(result):
-    return [line for rank in result.ranks for line in rank.log if line.startswith("WARNING") and "StreamFP8" in line]
 
 
 class TestMissingTensors:
@@ -90,12 +85,11 @@ class TestMissingTensors:
             checkpoint("qwen3_moe"), tmp_path / "zeroed", lambda tensors: [tensors[name].zero_() for name in lost]
         )
         stock = workers.load(LoadJob(zeroed, streaming="0", prompts=PROMPTS))
-        reports = str(tmp_path / "reports")
-        environ = {"SGLANG_STREAMFP8_ALLOW_MISSING": "1", "SGLANG_STREAMFP8_REPORT": reports}
-        result = workers.load(LoadJob(damaged(without(*lost)), environ=environ, prompts=PROMPTS))
+        environ = {"SGLANG_STREAMFP8_ALLOW_MISSING": "1"}
+        job = LoadJob(damaged(without(*lost)), environ=environ, prompts=PROMPTS)
+        result, (report,) = load_reported(workers.load, job, tmp_path / "reports")
         assert compare(stock, result) == []
         (warning,) = warnings_of(result)
-        (report,) = read_folder(reports)
         (told,) = report.warnings
         assert len(report.missing) == 2
         assert {name.rpartition(".")[0] for name in report.missing} < {layer.layer for layer in report.layers.figures}

@@ -9,41 +9,35 @@ import pytest
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.updates import Update
 
-from sglang_overlay.observe.report import read_folder
+from upstream.streamed import warnings_of
 
 
 @pytest.fixture
-def both(odd_workers, checkpoint, tmp_path):
+def both_of(both, odd_workers, checkpoint):
     """Stock and streaming loads of a misbehaving model, and the streaming load's report."""
 
-    def load(architecture, tp_size=1):
+    def load(architecture):
         path = checkpoint("qwen3", overrides=(("architectures", (architecture,)),))
-        reports = {"SGLANG_STREAMFP8_REPORT": str(tmp_path)}
-        stock = odd_workers.load(LoadJob(path, streaming="0", tp_size=tp_size, prompts=PROMPTS))
-        result = odd_workers.load(LoadJob(path, streaming="1", tp_size=tp_size, prompts=PROMPTS, environ=reports))
-        return stock, result, read_folder(tmp_path)[0]
+        stock, result, (report,) = both(path, streaming="1", workers=odd_workers, prompts=PROMPTS)
+        return stock, result, report
 
     return load
-
-
-def warnings_of(result):
-    return [line for line in result.ranks[0].log if line.startswith("WARNING") and "StreamFP8" in line]
 
 
 UNBUILDABLE = ["RepackingForCausalLM", "ReadingInInitForCausalLM", "LoaderlessForCausalLM"]
 
 
 @pytest.mark.parametrize("architecture", UNBUILDABLE)
-def test_model_that_needs_its_weights_while_it_is_built_loads_as_stock(architecture, both):
-    stock, result, report = both(architecture)
+def test_model_that_needs_its_weights_while_it_is_built_loads_as_stock(architecture, both_of):
+    stock, result, report = both_of(architecture)
     assert compare(stock, result) == []
     assert report.mode == "stock"
     assert len(warnings_of(result)) == 1
     assert architecture in warnings_of(result)[0]
 
 
-def test_layer_with_an_unforeseen_loader_loads_as_stock_and_the_others_stream(both):
-    stock, result, report = both("AddingLoaderForCausalLM")
+def test_layer_with_an_unforeseen_loader_loads_as_stock_and_the_others_stream(both_of):
+    stock, result, report = both_of("AddingLoaderForCausalLM")
     assert compare(stock, result) == []
     assert report.mode == "streaming"
     assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
@@ -53,22 +47,22 @@ def test_layer_with_an_unforeseen_loader_loads_as_stock_and_the_others_stream(bo
     assert "add_" in warnings_of(result)[0]
 
 
-def test_loader_of_the_models_own_streams(both):
-    stock, result, report = both("CustomLoaderForCausalLM")
+def test_loader_of_the_models_own_streams(both_of):
+    stock, result, report = both_of("CustomLoaderForCausalLM")
     assert compare(stock, result) == []
     assert report.layers.fallback == ()
     assert report.layers.streamed == 12
 
 
-def test_source_that_is_overwritten_after_its_loader_returned_does_no_harm(both):
-    stock, result, report = both("ReusedBufferForCausalLM")
+def test_source_that_is_overwritten_after_its_loader_returned_does_no_harm(both_of):
+    stock, result, report = both_of("ReusedBufferForCausalLM")
     assert compare(stock, result) == []
     assert report.layers.fallback == ()
     assert report.layers.streamed == 12
 
 
-def test_layer_that_is_quantized_when_its_loader_does_something_unforeseen_is_loaded_anew(both):
-    stock, result, report = both("LateAddingLoaderForCausalLM")
+def test_layer_that_is_quantized_when_its_loader_does_something_unforeseen_is_loaded_anew(both_of):
+    stock, result, report = both_of("LateAddingLoaderForCausalLM")
     assert compare(stock, result) == []
     assert report.mode == "streaming"
     assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
@@ -80,8 +74,8 @@ def test_layer_that_is_quantized_when_its_loader_does_something_unforeseen_is_lo
 @pytest.mark.parametrize(
     ("architecture", "warnings"), [("ReadingAfterLoadingForCausalLM", 1), ("ManyLateAddingLoadersForCausalLM", 2)]
 )
-def test_model_of_which_more_than_a_layer_cannot_be_streamed_is_loaded_anew_as_stock(architecture, warnings, both):
-    stock, result, report = both(architecture)
+def test_model_of_which_more_than_a_layer_cannot_be_streamed_is_loaded_anew_as_stock(architecture, warnings, both_of):
+    stock, result, report = both_of(architecture)
     assert compare(stock, result) == []
     assert report.mode == "stock"
     assert len(warnings_of(result)) == warnings
@@ -95,7 +89,7 @@ def test_experts_that_a_model_notes_down_too_early_are_noted_again(odd_workers, 
         noted, weight = f"routed_experts_weights_of_layer[2][{number}]", f"model.layers.2.mlp.experts.{name}"
         assert stock.tensors[noted].dtype == "torch.bfloat16"
         assert result.tensors[noted].sha256 == result.tensors[weight].sha256
-    assert not [line for line in result.log if line.startswith("WARNING") and "StreamFP8" in line]
+    assert warnings_of(result) == []
 
 
 def test_model_that_cannot_be_streamed_is_an_error_where_streaming_is_required(odd_workers, checkpoint):
@@ -134,12 +128,9 @@ def test_weight_written_without_its_loader_is_an_error(odd_workers, checkpoint):
 
 
 @pytest.mark.parametrize("stored", ["fp8", "fp8_block"])
-def test_fp8_serialized_checkpoint_is_left_to_stock(stored, workers, checkpoint, tmp_path):
+def test_fp8_serialized_checkpoint_is_left_to_stock(stored, both, checkpoint):
     family = "qwen3" if stored == "fp8" else "qwen3_moe"
-    path = checkpoint(family, stored=stored)
-    stock = workers.load(LoadJob(path, streaming="0"))
-    result = workers.load(LoadJob(path, streaming="require", environ={"SGLANG_STREAMFP8_REPORT": str(tmp_path)}))
-    (report,) = read_folder(tmp_path)
+    stock, result, (report,) = both(checkpoint(family, stored=stored))
     assert compare(stock, result) == []
     assert report.mode == "stock"
     assert report.units.streamed == 0
@@ -154,13 +145,11 @@ def test_unquantized_load_is_left_to_stock(workers, checkpoint):
     assert not [line for line in result.ranks[0].log if "StreamFP8" in line]
 
 
-def test_ignored_layers_stay_in_high_precision(workers, checkpoint, tmp_path):
+def test_ignored_layers_stay_in_high_precision(both, checkpoint):
     environ = {"SGLANG_FP8_IGNORED_LAYERS": "model.layers.0.mlp.experts,model.layers.1.self_attn.o_proj"}
-    path = checkpoint("qwen3_moe")
-    stock = workers.load(LoadJob(path, streaming="0", environ=environ))
-    result = workers.load(LoadJob(path, streaming="1", environ={**environ, "SGLANG_STREAMFP8_REPORT": str(tmp_path)}))
+    stock, result, (report,) = both(checkpoint("qwen3_moe"), streaming="1", environ=environ)
     assert compare(stock, result) == []
-    assert read_folder(tmp_path)[0].layers.streamed == 7
+    assert report.layers.streamed == 7
 
 
 def test_other_load_formats_load_as_stock_with_one_warning(workers, checkpoint):

@@ -11,7 +11,7 @@ import pytest
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 
 from sglang_overlay.observe.report import read_folder
-from upstream.streamed import assert_streamed
+from upstream.streamed import assert_streamed, load_reported
 
 FAMILIES = ["qwen3", "qwen3_moe", "deepseek_v3"]
 
@@ -89,11 +89,10 @@ def test_sharded_state_saves_and_loads_back(family, tp_size, workers, checkpoint
         if "in _filter_subtensors" in str(error):
             pytest.skip("this release cannot load linear layers that it has quantized itself from sharded state")
         raise
-    environ = {"SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
-    result = workers.load(replace(job, streaming="require", environ=environ))
+    result, reports = load_reported(workers.load, replace(job, streaming="require"), tmp_path / "reports")
     assert compare(stock, result) == []
     assert compare(loaded, result) == []
-    assert_streamed(read_folder(tmp_path / "reports"), tp_size)
+    assert_streamed(reports, tp_size)
 
 
 def test_layered_format_names_the_loader(workers, checkpoint):

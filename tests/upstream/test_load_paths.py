@@ -9,7 +9,7 @@ import pytest
 from workbench import families
 from workbench.loads import PROMPTS, compare
 
-from upstream.streamed import assert_streamed
+from upstream.streamed import assert_streamed, warnings_of
 
 MANY = {"files": 7, "assignment": "round_robin"}
 
@@ -71,7 +71,7 @@ def test_offloaded_weights_load_as_stock_with_one_warning(both, checkpoint):
     stock, result, reports = both(checkpoint("qwen3_moe"), streaming="1", server_args=options, prompts=PROMPTS)
     assert compare(stock, result) == []
     assert [report.mode for report in reports] == ["stock"]
-    (warning,) = [line for line in result.log if line.startswith("WARNING") and "StreamFP8" in line]
+    (warning,) = warnings_of(result)
     assert "--cpu-offload-gb" in warning
 
 

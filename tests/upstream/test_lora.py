@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from workbench import adapters, serving
 from workbench.loads import PROMPTS
-from workbench.trainer import post
+from workbench.serving import post
 
 from sglang_overlay.observe.report import read_folder
 from upstream.streamed import assert_streamed
@@ -45,11 +45,8 @@ def answers(checkpoint, tmp_path):
 
 def generated(url, **fields):
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    prompts = [list(prompt) for prompt in PROMPTS]
-    return [
-        answer["output_ids"]
-        for answer in post(url, "generate", {"input_ids": prompts, "sampling_params": sampling, **fields})
-    ]
+    content = {"input_ids": [list(prompt) for prompt in PROMPTS], "sampling_params": sampling, **fields}
+    return [answer["output_ids"] for answer in post(url, "generate", content).json()]
 
 
 @pytest.mark.timeout(900)

@@ -12,8 +12,7 @@ import torch
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.updates import Update
 
-from sglang_overlay.observe.report import read_folder
-from upstream.streamed import assert_streamed
+from upstream.streamed import assert_streamed, load_reported, warnings_of
 
 MLA = (("q_lora_rank", 128),)
 FAMILIES = {"qwen3": (), "qwen2_moe": (), "qwen3_moe": (), "deepseek_v3": MLA}
@@ -52,11 +51,8 @@ def stream(workers, checkpoint, tmp_path_factory):
 
     def load(family, layout=MANY, **fields):
         path = checkpoint(family, overrides=FAMILIES[family], **layout)
-        folder = tmp_path_factory.mktemp("reports")
-        environ = {"SGLANG_STREAMFP8_REPORT": str(folder)}
-        job = LoadJob(path, streaming="require", quantization="mxfp8", environ=environ, **fields)
-        result = workers.load(job)
-        reports = read_folder(folder)
+        job = LoadJob(path, streaming="require", quantization="mxfp8", **fields)
+        result, reports = load_reported(workers.load, job, tmp_path_factory.mktemp("reports"))
         assert_streamed(reports, job.ranks)
         assert {report.scheme for report in reports} == {"mxfp8"}
         return result
@@ -113,14 +109,14 @@ def test_layer_that_cannot_be_streamed_is_stocks(odd_workers, workers, checkpoin
     path = checkpoint("qwen3", overrides=(("architectures", ("AddingLoaderForCausalLM",)),))
     result = odd_workers.load(replace(plain, checkpoint=path, streaming="1"))
     assert compare(workers.load(plain), result) == []
-    (warning,) = [line for line in result.ranks[0].log if line.startswith("WARNING") and "StreamFP8" in line]
+    (warning,) = warnings_of(result)
     assert "model.layers.1.mlp.down_proj is loaded as in stock SGLang" in warning
 
 
 def test_checkpoint_in_mxfp8_is_left_alone(workers, checkpoint, tmp_path):
-    environ = {"SGLANG_STREAMFP8_REPORT": str(tmp_path)}
-    workers.load(LoadJob(checkpoint("qwen3", stored="fp8_block"), streaming="1", quantization=None, environ=environ))
-    assert {report.mode for report in read_folder(tmp_path)} == {"stock"}
+    job = LoadJob(checkpoint("qwen3", stored="fp8_block"), streaming="1", quantization=None)
+    _, reports = load_reported(workers.load, job, tmp_path)
+    assert {report.mode for report in reports} == {"stock"}
 
 
 def test_scheme_of_fp8_is_an_error(workers, checkpoint):

@@ -13,8 +13,7 @@ import torch
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
 from workbench.updates import Update
 
-from sglang_overlay.observe.report import read_folder
-from upstream.streamed import assert_streamed
+from upstream.streamed import assert_streamed, load_reported, warnings_of
 
 HERE = Path(__file__).parent
 BLOCKS = (("hidden_size", 256), ("intermediate_size", 512), ("moe_intermediate_size", 128))
@@ -31,9 +30,8 @@ def load(workers, tmp_path):
     """Load a checkpoint under a choice of schemes; the result, and the reports."""
 
     def run(path, scheme, **fields):
-        environ = {"SGLANG_STREAMFP8_SCHEME": scheme, "SGLANG_STREAMFP8_REPORT": str(tmp_path / "reports")}
-        result = workers.load(LoadJob(path, streaming="1", environ=environ, prompts=PROMPTS, **fields))
-        return result, read_folder(tmp_path / "reports")
+        job = LoadJob(path, environ={"SGLANG_STREAMFP8_SCHEME": scheme}, prompts=PROMPTS, **fields)
+        return load_reported(workers.load, job, tmp_path / "reports")
 
     return run
 
@@ -205,7 +203,7 @@ def test_layer_that_cannot_be_streamed_is_quantized_whole_by_the_same_scheme(odd
     result = odd_workers.load(LoadJob(checkpoint("qwen3", **fields), environ=environ, prompts=PROMPTS))
     streamed, _ = load(checkpoint("qwen3", overrides=BLOCKS), "block")
     assert differences(streamed, result) == []
-    (warning,) = [line for line in result.ranks[0].log if line.startswith("WARNING") and "StreamFP8" in line]
+    (warning,) = warnings_of(result)
     assert "model.layers.1.mlp.down_proj" in warning
     assert "as in stock" not in warning
 

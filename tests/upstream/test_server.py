@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,8 @@ def started_by(server):
 
 
 def fetched(url):
-    # As in ``serving``: not through a proxy.
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=60) as response:
-        return response.read().decode()
+    with serving.direct_client(60) as client:
+        return client.get(url).raise_for_status().text
 
 
 @dataclass(frozen=True)

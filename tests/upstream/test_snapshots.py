@@ -5,16 +5,7 @@ from __future__ import annotations
 
 import pytest
 from workbench import remote_families
-from workbench.loads import LoadJob, compare
-
-
-@pytest.fixture
-def both(workers, checkpoint_folder):
-    def load(architecture):
-        path = remote_families.build(architecture, checkpoint_folder)
-        return [workers.load(LoadJob(path, streaming=mode)) for mode in ("0", "require")]
-
-    return load
+from workbench.loads import compare
 
 
 def prints_under(result, name):
@@ -25,16 +16,18 @@ def prints_under(result, name):
     ("architecture", "attribute"),
     [("BailingMoeForCausalLM", "routed_experts_weights_of_layer"), ("SDARMoeForCausalLM", "_cached_params_dict")],
 )
-def test_models_differ_from_stock_only_where_stock_keeps_its_bf16_weights(architecture, attribute, both):
-    stock, result = both(architecture)
+def test_models_differ_from_stock_only_where_stock_keeps_its_bf16_weights(
+    architecture, attribute, both, checkpoint_folder
+):
+    stock, result, _ = both(remote_families.build(architecture, checkpoint_folder))
     differences = compare(stock, result)
     assert differences
     assert all(line.startswith(f"rank 0: {attribute}[") for line in differences)
     assert result.ranks[0].model_bytes < stock.ranks[0].model_bytes
 
 
-def test_expert_weights_that_eplb_moves_are_those_served(both):
-    _, result = both("BailingMoeForCausalLM")
+def test_expert_weights_that_eplb_moves_are_those_served(both, checkpoint_folder):
+    _, result, _ = both(remote_families.build("BailingMoeForCausalLM", checkpoint_folder))
     served = [
         result.ranks[0].tensors[f"model.layers.1.mlp.experts.{name}"].sha256
         for name in ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")

@@ -9,8 +9,7 @@ import pytest
 from workbench.checkpoints import CheckpointSpec, model_config
 from workbench.loads import LoadJob
 
-from sglang_overlay.observe.report import read_folder
-from upstream.streamed import assert_streamed
+from upstream.streamed import assert_streamed, load_reported
 
 LOADER_THREADS = {"qwen3": 1, "qwen3_moe": 1, "deepseek_v3": (os.cpu_count() or 1) + 4}
 """DeepSeek's ``load_weights`` has a ``ThreadPoolExecutor`` of the default size."""
@@ -28,14 +27,7 @@ def largest_unit(family: str) -> int:
 def test_staging_stays_below_two_units_a_loader_thread(workers, checkpoint, tmp_path, family, file_names):
     path = checkpoint(family, files=3, file_names=file_names, overrides=(("num_hidden_layers", 5),))
     # A mapped file's pages cost nothing while they wait; without the mapping every piece that waits is a copy.
-    workers.load(
-        LoadJob(
-            path,
-            streaming="require",
-            environ={"SGLANG_STREAMFP8_REPORT": str(tmp_path)},
-            server_args={"weight_loader_disable_mmap": True},
-        )
-    )
-    (report,) = read_folder(tmp_path)
+    job = LoadJob(path, streaming="require", server_args={"weight_loader_disable_mmap": True})
+    _, (report,) = load_reported(workers.load, job, tmp_path)
     assert_streamed([report])
     assert 0 < report.staging.peak_bytes <= 2 * largest_unit(family) * LOADER_THREADS[family]

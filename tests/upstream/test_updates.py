@@ -18,6 +18,7 @@ from workbench.mutations import altered
 from workbench.updates import Update
 
 from sglang_overlay.upstream import releases
+from upstream.streamed import warnings_of
 
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
 SEED = 1
@@ -213,7 +214,7 @@ def test_nan_is_served_as_sent_with_a_warning_that_names_the_parameter(family, s
     result = workers.load(LoadJob(checkpoint(family), streaming="1", updates=(update,)))
     assert result.ranks[0].updates[0].success
     assert compare(workers.load(LoadJob(spoiled, streaming="1")), result) == []
-    (warning,) = [line for line in result.log if line.startswith("WARNING") and "StreamFP8" in line]
+    (warning,) = warnings_of(result)
     assert f"NaN or Inf into 1 parameters: {BAD_PARAMETER[family]}." in warning
 
 

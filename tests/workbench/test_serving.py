@@ -170,6 +170,19 @@ def test_refused_question_is_a_server_error(tmp_path: Path) -> None:
         serving.ask(url, "refuse")
 
 
+def test_refused_post_is_a_server_error(tmp_path: Path) -> None:
+    with (
+        serving.running(make_launch(tmp_path), timeout=30) as url,
+        pytest.raises(serving.ServerError, match=r"chat was answered with 400: .*no such luck"),
+    ):
+        serving.post(url, "chat", {"messages": [{"content": "refuse"}]})
+
+
+def test_post_that_nobody_answers_is_a_server_error() -> None:
+    with pytest.raises(serving.ServerError, match=r"chat was not answered: ConnectError"):
+        serving.post(f"http://{serving.HOST}:{serving.free_port()}", "chat", {})
+
+
 def test_command_is_the_one_a_user_types() -> None:
     command = serving.sglang_command("python", "models/m", 30000, ("--quantization", "fp8"))
     assert " ".join(command) == (
