@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints in safetensors' format agree on: names of dtypes, how weights are dealt out to files, and the index."""
+"""What checkpoints in safetensors' format agree on: dtypes, the index, and how weights are dealt out to files."""
 
 from __future__ import annotations
 
