@@ -40,7 +40,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from sglang_overlay.core.freed_memory import give_back  # noqa: E402
+from sglang_overlay.core.host_memory import give_back  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.plan.replacing import replaced  # noqa: E402
@@ -223,6 +223,7 @@ def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
         "load_cpu_seconds": runner.load_cpu_seconds,
         "memory": runner.memory,
         "reserved": runner.reserved,
+        "torch_threads": torch.get_num_threads(),
     }
 
 

@@ -133,6 +133,7 @@ class RankResult:
         load_cpu_seconds: time that the process's threads had a processor meanwhile.
         memory: of the process during ``load_model``, read every 3 ms.
         reserved: the most bytes that the device's allocator has held during ``load_model``; 0 on the CPU.
+        torch_threads: that torch computes with when the model has been loaded.
         job_seconds: wall time of the whole job in the process.
         updates: what became of each of the job's updates.
         tokens: generated ids, one tuple a prompt.
@@ -159,6 +160,7 @@ class RankResult:
     reserved: int = 0
     tokens_before: tuple[tuple[int, ...], ...] = ()
     graph_steps: int = 0
+    torch_threads: int = 0
 
 
 @dataclass(frozen=True)

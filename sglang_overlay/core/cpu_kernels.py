@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import struct
+import threading
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
@@ -43,9 +44,10 @@ class Matrix(NamedTuple):
     stride: int
 
 
+@cache
 def prepare() -> None:
-    """Compile the loops now, which takes some 50 ms once a process, and not in the middle of a load."""
-    _loops()
+    """Compile the loops beside what the caller does, once a process: some 50 ms. Who needs them before that waits."""
+    threading.Thread(target=_loops, name="streamfp8-loops", daemon=True).start()
 
 
 def source(values: torch.Tensor) -> Matrix | None:
@@ -95,8 +97,17 @@ def quantize(values: Matrix, multiplier: float, out: Matrix) -> None:
         convert[lanes](read, values.stride, write, out.stride, values.rows, count, multiplier)
 
 
-@cache
+_compiling = threading.Lock()
+"""Held while the loops are looked up, so that only one thread compiles them."""
+
+
 def _loops() -> Loops | None:
+    with _compiling:
+        return _compiled_once()
+
+
+@cache
+def _compiled_once() -> Loops | None:
     try:
         return compile_loops()
     except Exception as error:  # No llvmlite, or one whose LLVM speaks another dialect.

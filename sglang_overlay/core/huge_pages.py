@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from sglang_overlay.core.host_memory import libc
+
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _FREE = Path("/proc/buddyinfo")
 
@@ -85,7 +87,7 @@ class HugePages:
 
 
 def _advise(start: int, stop: int, advice: int) -> None:
-    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+    libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
 @cache
@@ -111,8 +113,3 @@ def _bytes_in_blocks(zone: str, at_least: int) -> int:
     _, _, _, _, *counts = zone.split()  # Node 0, zone Normal 12685 141330 77886 ...
     sizes = [mmap.PAGESIZE << order for order in range(len(counts))]
     return sum(int(count) * size for count, size in zip(counts, sizes, strict=True) if size >= at_least)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

@@ -27,9 +27,13 @@ class _Mapping:
     is_file: bool
     witness: StorageWeakRef
 
+    @property
+    def is_living_file(self) -> bool:
+        return self.is_file and not self.witness.expired()
+
     def holds(self, address: int) -> bool:
         # That other memory has become a file since is not noticed: then a copy is made that was not needed.
-        return self.start <= address < self.stop and not (self.is_file and self.witness.expired())
+        return self.start <= address < self.stop and (self.is_living_file or not self.is_file)
 
 
 class Watch:
@@ -52,11 +56,14 @@ class Watch:
 
 
 class MappedSources(CheckpointSources):
-    """The checkpoint's storages, and which of them cost no memory."""
+    """The checkpoint's storages, and which of them cost no memory.
+
+    ``_lock`` guards the known mappings as well: of some files, which loaders may read by turns.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._mapping: _Mapping | None = None
+        self._mappings: list[_Mapping] = []
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of memory that was offered."""
@@ -69,12 +76,13 @@ class MappedSources(CheckpointSources):
             return False
         address = tensor.data_ptr()
         with self._lock:
-            known = self._mapping
-            if known is None or not known.holds(address):
+            known = next((mapping for mapping in self._mappings if mapping.holds(address)), None)
+            if known is None:
                 found = mapping_at(address)
                 if found is None:
                     return False
-                known = self._mapping = _Mapping(*found, source.reference)
+                known = _Mapping(*found, source.reference)
+                self._mappings = [known, *(mapping for mapping in self._mappings if mapping.is_living_file)]
             # The newest storage is the likeliest to be alive when the next one comes, and then it vouches for that one.
             known.witness = source.reference
             return known.is_file
@@ -83,14 +91,21 @@ class MappedSources(CheckpointSources):
 def mapping_at(address: int) -> tuple[int, int, bool] | None:
     """Start and stop of the mapping at ``address``, and whether it is a file on disk; None where nothing tells.
 
-    Slow: the kernel writes down all mappings of the process.
+    The kernel writes down the process's mappings, thousands of them, in the order of their addresses, as they are read;
+    what has been mapped last tends to come first.
     """
-    if not _MAPS.exists():
-        return None
-    for line in _MAPS.read_text().splitlines():
-        span, _, rest = line.partition(" ")
-        start, stop = (int(bound, 16) for bound in span.split("-"))
-        if start <= address < stop:
-            path = rest.split(maxsplit=4)[4:]
-            return start, stop, bool(path) and path[0].startswith("/") and not path[0].startswith("/dev/")
+    try:
+        with _MAPS.open("rb") as mappings:
+            for line in mappings:
+                span, _, rest = line.partition(b" ")
+                start, _, stop = span.partition(b"-")
+                if address < int(stop, 16):
+                    return _described(int(start, 16), int(stop, 16), rest) if int(start, 16) <= address else None
+    except FileNotFoundError:
+        pass
     return None
+
+
+def _described(start: int, stop: int, rest: bytes) -> tuple[int, int, bool]:
+    path = rest.split(maxsplit=4)[4:]
+    return start, stop, bool(path) and path[0].startswith(b"/") and not path[0].startswith(b"/dev/")

@@ -16,7 +16,7 @@ MOST_WORKERS = 8
 """More threads than this wait for memory, not for each other."""
 
 _WAITING = 2
-"""Jobs that may wait for each worker, so that none is idle while the caller does a job itself."""
+"""Jobs that may wait for each worker, so that none is idle while callers bring the next."""
 
 
 WORTH_HANDING_OVER = 1 << 18
@@ -24,15 +24,15 @@ WORTH_HANDING_OVER = 1 << 18
 
 
 class Pipeline:
-    """Runs jobs in worker threads; a caller that finds enough of them under way does its job itself, one at a time.
+    """Runs jobs in worker threads; a caller waits while enough of them are under way.
 
-    So a machine's cores are busy without more threads than cores, however many call, and the sources that jobs keep
-    alive are bounded. Every job computes with one thread: a unit is too small to be worth waking torch's thread team
-    for.
+    So the sources that jobs keep alive are bounded. Callers do none themselves: while one did, and others waited for
+    their turn, the next would begin a wake-up and a wait for Python's lock after the last had ended. Every job computes
+    with one thread: a unit is too small to be worth waking torch's thread team for.
 
-    ``_slots`` counts the jobs that may still be put under way. A caller holds ``_calling`` while it does a job, which
-    waits for nothing. ``_errors`` has what jobs have raised, in that order; workers append and whoever asks takes, each
-    in one operation on a deque.
+    ``_slots`` holds one token for each job that may still be put under way: callers take them, workers put them back.
+    ``_errors`` has what jobs have raised, in that order; workers append and whoever asks takes, each in one operation
+    on a deque.
 
     Args:
         workers: number of threads; without any, each job runs where it is submitted.
@@ -42,26 +42,25 @@ class Pipeline:
     def __init__(self, workers: int, smallest: int = WORTH_HANDING_OVER) -> None:
         workers = min(workers, MOST_WORKERS)
         self._smallest = smallest
-        self._threads = torch.get_num_threads()
         self._jobs: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
-        self._slots = threading.Semaphore(workers * (1 + _WAITING))
-        self._calling = threading.Lock()
+        # Not a semaphore, which is written in Python and takes ten times as long.
+        self._slots: SimpleQueue[None] = SimpleQueue()
+        for _ in range(workers * (1 + _WAITING)):
+            self._slots.put(None)
         self._errors: deque[BaseException] = deque()
-        self._workers = self._start(workers)
+        self._workers = _started(workers, self._work)
 
     def takes(self, size: int) -> bool:
         """Whether a job that reads ``size`` bytes is worth submitting."""
         return size >= self._smallest
 
     def submit(self, job: Callable[[], Any]) -> None:
-        """Run ``job`` soon, or now; what it raises surfaces in ``check``, or here."""
-        if not self._workers:
-            job()
-        elif self._slots.acquire(blocking=False):
+        """Run ``job`` soon, or now where there are no workers; what it raises surfaces in ``check``, or here."""
+        if self._workers:
+            self._slots.get()
             self._jobs.put(job)
         else:
-            with self._calling, self._one_thread():
-                job()
+            job()
 
     def check(self) -> None:
         """Raise what a job has raised first, once. Certain to know of a job only after ``close``."""
@@ -80,11 +79,7 @@ class Pipeline:
             worker.join()
         self._workers = []
 
-    def _work(self, ready: threading.Barrier) -> None:
-        # Asking first: a thread takes over the common number when first asked, which must not happen afterwards.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        ready.wait()
+    def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
@@ -92,26 +87,43 @@ class Pipeline:
                 self._errors.append(error)
             finally:
                 del job
-                self._slots.release()
+                self._slots.put(None)
 
-    def _start(self, count: int) -> list[threading.Thread]:
-        ready = threading.Barrier(count + 1)
-        workers = [
-            threading.Thread(target=self._work, args=(ready,), name=f"streamfp8-{number}", daemon=True)
-            for number in range(count)
-        ]
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Have torch compute with one thread in this thread, and in those that start meanwhile.
+
+    What a weight loader computes, such as fusing two weights, is not worth a team of threads beside a pipeline's: its
+    members go on spinning for milliseconds when they are done, on the cores that the workers need.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def workers_for(device: torch.device) -> int:
+    """As many as torch has threads, where they have to compute: a device works beside the loader by itself."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return threads if threads > 1 else 0
+
+
+def _started(count: int, work: Callable[[], None]) -> list[threading.Thread]:
+    """Threads that compute with one thread each, and have begun to ``work``."""
+    ready = threading.Barrier(count + 1)
+
+    def run() -> None:
+        # A thread takes over the common number when first asked, which must not happen after it has been put back.
+        torch.get_num_threads()
+        ready.wait()
+        work()
+
+    workers = [threading.Thread(target=run, name=f"streamfp8-{number}", daemon=True) for number in range(count)]
+    with one_thread_each():
         for worker in workers:
             worker.start()
         ready.wait()
-        # torch keeps the number per thread, and what it gives new threads in one place: this puts the latter back.
-        torch.set_num_threads(self._threads)
-        return workers
-
-    @contextmanager
-    def _one_thread(self) -> Iterator[None]:
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            # Not what this thread had before: that may be the 1 which another caller has set for new threads.
-            torch.set_num_threads(self._threads)
+    return workers

@@ -110,6 +110,8 @@ def _modelled(job: Job) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(loading_in_this_thread())
             stack.enter_context(replaced(overlay_load, "free_huge_pages", lambda: 0))
+            # Either is touched where it is written.
+            stack.enter_context(replaced(overlay_load, "zeros_on_demand", torch.empty_like))
             if job.mode == "layers":
                 stack.enter_context(whole_layers())
             if job.device == "cuda":

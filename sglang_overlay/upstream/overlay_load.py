@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 
-from sglang_overlay.core import cpu_kernels, freed_memory
+from sglang_overlay.core import cpu_kernels
+from sglang_overlay.core.host_memory import GiveBackLate, give_back, zeros_on_demand
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.mapped_sources import MappedSources
 from sglang_overlay.core.pinned_ring import PinnedRing, ring_for
-from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.pipeline import Pipeline, one_thread_each, workers_for
 from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.quantizers import UnitQuantizer
@@ -102,9 +103,15 @@ class OverlayLoad(CheckedLoad):
         self._ring: PinnedRing | None = None
         # Half: reading the files needs free memory as well.
         self._huge_pages = HugePages(free_huge_pages() // 2)
-        self._kept: dict[torch.nn.Module, list[KeptWeight]] = {}
+        self._kept: dict[torch.nn.Module, dict[str, KeptWeight]] = {}
         self._unstreamed: UnstreamedParameters | None = None
+        self._late: GiveBackLate | None = None
         self._replacing: dict[torch.nn.Module, PendingLayer] = {}
+        # What has to be done once, when the weights have been read.
+        self._reading = contextlib.ExitStack()
+        if device.type == "cpu":
+            # What upstream has made on the way.
+            self._reading.callback(give_back)
 
     # -- building the model ------------------------------------------------------------------------------------------
 
@@ -127,6 +134,10 @@ class OverlayLoad(CheckedLoad):
             return reason
         if self._streams and not self.prequantized:
             self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
+            self._reading.callback(self._unstreamed.settle)
+        if self._pipeline is not None and self._device.type == "cpu":
+            self._reading.enter_context(one_thread_each())
+            self._late = GiveBackLate(self.streamed_bytes)
         if parallel_ranks().is_first:
             self.progress = quantization_progress(self.streamed_bytes)
         return None
@@ -147,7 +158,15 @@ class OverlayLoad(CheckedLoad):
         streams = (stream for layer, _ in self._streams.values() for stream in layer.streams.values())
         return sum(stream.storage.weight.nbytes for stream in streams)
 
+    def create_weights(
+        self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan
+    ) -> None:
+        if self._device.type == "cpu":
+            cpu_kernels.prepare()
+        super().create_weights(create, layer, dtype, plan)
+
     def abandon(self, reason: str) -> None:
+        self._reading.close()
         super().abandon(reason)
         self.updatable.clear()
         self._kept.clear()
@@ -158,21 +177,16 @@ class OverlayLoad(CheckedLoad):
     def finish(self, layer: torch.nn.Module) -> LayerPlan | None:
         if layer in self._finished:
             return self._finished[layer]
-        kept = self._kept.pop(layer, ())
-        if self._unstreamed is not None:
-            # Before upstream's post-processing, which may compute with them.
-            self._unstreamed.settle()
-        for weight in kept:
+        self._reading.close()
+        kept = self._kept.pop(layer, {})
+        pending = self._replacing.pop(layer, None)
+        if super().finish(layer) is None and pending is not None and _is_loaded(layer, pending):
+            self._finished[layer] = self._quantize_whole(layer, pending, kept)
+        for weight in kept.values():
             missing = weight.missing()
             self.missing += [weight.name] if missing else []
             self._findings.note(weight.name.rpartition(".")[0], weight, missing)
             weight.let_go()
-        if kept and self._device.type == "cpu":
-            # What reading has left, and the layers of this kind that have been quantized before.
-            freed_memory.give_back()
-        pending = self._replacing.pop(layer, None)
-        if super().finish(layer) is None and pending is not None and _is_loaded(layer, pending):
-            self._finished[layer] = self._quantize_whole(layer, pending)
         return self._finished.get(layer)
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -182,8 +196,8 @@ class OverlayLoad(CheckedLoad):
             self._pipeline.check()
         if self._ring is not None:
             self._ring.close()
+        self._reading.close()
         if self._unstreamed is not None:
-            self._unstreamed.settle()
             missing = self._unstreamed.missing(model_config)
             self.missing += missing
             for text in self._unstreamed.problems(missing):
@@ -193,6 +207,7 @@ class OverlayLoad(CheckedLoad):
 
     def close(self) -> None:
         """End what runs beside the load, and give all staging memory back."""
+        self._reading.close()
         self.progress.close()
         if self._pipeline is not None:
             self._pipeline.close()
@@ -206,7 +221,7 @@ class OverlayLoad(CheckedLoad):
 
     def _looked_after(self) -> Iterator[str]:
         """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""
-        yield from (weight.name for weights in self._kept.values() for weight in weights)
+        yield from (weight.name for weights in self._kept.values() for weight in weights.values())
         for stream, plan in self._streams.values():
             yield from (f"{stream.name}.{name}" for name in _updatable(plan).fills)
 
@@ -252,23 +267,23 @@ class OverlayLoad(CheckedLoad):
 
     def _workers(self) -> Pipeline:
         if self._pipeline is None:
-            if self._device.type == "cpu":
-                cpu_kernels.prepare()
-            # A device works beside the loader by itself; on the CPU the loader's own thread is one of those that
-            # compute.
-            self._pipeline = Pipeline(torch.get_num_threads() - 1 if self._device.type == "cpu" else 0)
+            self._pipeline = Pipeline(workers_for(self._device))
             self._ring = ring_for(self._device) if self.settings.pinned_ring else None
             if self._ring is not None:
                 logger.info("StreamFP8: what is read goes to %s through a pinned ring.", self._device)
         return self._pipeline
 
-    def _quantize_whole(self, layer: torch.nn.Module, pending: PendingLayer) -> LayerPlan:
+    def _quantize_whole(
+        self, layer: torch.nn.Module, pending: PendingLayer, kept: Mapping[str, KeptWeight]
+    ) -> LayerPlan:
         """Quantize a layer that was loaded in high precision."""
         storages = {}
         for key, weight in pending.placeholders.items():
             storages[key] = pending.plan.allocate(key, weight, pending.device)
             plan = pending.plan.parameter(key, weight, storages[key])
-            quantize_whole(replace(plan, quantizer=self._quantizer(plan)), weight.data)
+            found = quantize_whole(replace(plan, quantizer=self._quantizer(plan)), weight.data)
+            if key in kept:
+                kept[key].largest = found
         pending.plan.register(layer, storages)
         return pending.plan
 
@@ -276,22 +291,29 @@ class OverlayLoad(CheckedLoad):
         """Leave a layer to stock, with an eye on what is loaded into it."""
         self.updatable[name].let_go()
         for key, placeholder in pending.placeholders.items():
-            materialize(placeholder, torch.zeros_like(placeholder, device=pending.device))
+            materialize(placeholder, self._zeros(placeholder, pending.device))
             weight = KeptWeight(f"{name}.{key}", placeholder, self.sources)
             set_loader(placeholder, weight.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
             if not self.prequantized:
-                self._kept.setdefault(layer, []).append(weight)
+                self._kept.setdefault(layer, {})[key] = weight
+
+    @staticmethod
+    def _zeros(placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:
+        is_host = device.type == "cpu"
+        return zeros_on_demand(placeholder) if is_host else torch.zeros_like(placeholder, device=device)
 
     def _quantized(self, layer: str, size: int) -> None:
         self.times.note(layer)
         self.progress.advance(size)
+        if self._late is not None:
+            self._late.advance(size)
 
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
         self.updatable[stream.name].let_go()
-        self._kept[layer] = [
-            KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins())
+        self._kept[layer] = {
+            key: KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins())
             for key, part in stream.streams.items()
-        ]
+        }
         super()._return(layer, stream, reason)
 
     def _manner(self, name: str) -> str:

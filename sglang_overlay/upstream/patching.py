@@ -30,14 +30,18 @@ def start() -> None:
     """
     try:
         settings = load_settings(os.environ)
+        _start_or_exit(settings)
     except SettingsError as error:
         sys.exit(f"sglang-streamfp8: {error}")
+
+
+def _start_or_exit(settings: Settings) -> None:
+    """Who calls ``start`` logs an exception and goes on, with stock's loading: not where streaming is required."""
     try:
         _start(settings)
-    except SettingsError as error:
-        sys.exit(f"sglang-streamfp8: {error}")
+    except SettingsError:
+        raise
     except Exception as error:
-        # Who calls this logs an exception and goes on, with stock's loading.
         if settings.required_by is None:
             raise
         sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and SGLang could not be patched: {error!r}")

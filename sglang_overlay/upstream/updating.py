@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.core.pipeline import workers_for
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.upstream import load
 from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate, updatable
@@ -40,9 +41,8 @@ def load_weights_and_postprocess(
     known = updatable(model)
     if known is None or load.current() is not None:
         return original(model, weights, target_device)
-    workers = torch.get_num_threads() - 1 if target_device.type == "cpu" else 0
     try:
-        with _one_update(known, workers) as update, update.loading(model):
+        with _one_update(known, workers_for(target_device)) as update, update.loading(model):
             original(model, _offered(update, weights), target_device)
     except WeightUpdateError:
         _on_failure.get()()

@@ -11,15 +11,21 @@ import pytest
 import torch
 
 from sglang_overlay.core import huge_pages
+from sglang_overlay.core.host_memory import zeros_on_demand
 from sglang_overlay.core.huge_pages import SLOW_SECONDS, HugePages, free_huge_pages, huge_page_bytes
 
 SIZE = huge_page_bytes()
 needs_huge_pages = pytest.mark.skipif(not SIZE, reason="this kernel has no huge pages")
 
 
+def untouched():
+    """A tensor in pages of its own: what malloc gives may have been advised for a tensor that is gone."""
+    return zeros_on_demand(torch.empty(6 * SIZE + 12345, dtype=torch.uint8, device="meta"))
+
+
 @pytest.fixture
 def tensor():
-    return torch.empty(6 * SIZE + 12345, dtype=torch.uint8)
+    return untouched()
 
 
 def advised(address: int) -> bool:
@@ -48,7 +54,7 @@ def test_whole_pages_inside_are_asked_for_and_those_at_the_ends_are_not(tensor):
 
 @needs_huge_pages
 def test_no_more_are_asked_for_than_are_free(tensor):
-    pages, other = HugePages(8 * SIZE), torch.empty_like(tensor)
+    pages, other = HugePages(8 * SIZE), untouched()
     pages.request(tensor)
     pages.request(other)
     assert advised(tensor.data_ptr() + 2 * SIZE)
@@ -67,7 +73,7 @@ def test_what_is_written_stays_when_its_pages_are_used_again(tensor):
 @needs_huge_pages
 def test_pages_are_used_once_and_those_of_other_tensors_never(tensor):
     times = []
-    pages, other = HugePages(8 * SIZE, clock=lambda: times.append(0) or 0.0), torch.empty_like(tensor)
+    pages, other = HugePages(8 * SIZE, clock=lambda: times.append(0) or 0.0), untouched()
     pages.request(tensor)
     start = -(-tensor.data_ptr() // SIZE) * SIZE
     for begin, stop, used in ((start, start + 1, 1), (start, start + SIZE + 1, 2), (start, start + SIZE + 1, 2)):
@@ -80,7 +86,7 @@ def test_pages_are_used_once_and_those_of_other_tensors_never(tensor):
 @needs_huge_pages
 def test_none_are_asked_for_any_more_once_one_was_slow(tensor):
     times = itertools.count(step=2 * SLOW_SECONDS)
-    pages, other = HugePages(100 * SIZE, clock=lambda: next(times)), torch.empty_like(tensor)
+    pages, other = HugePages(100 * SIZE, clock=lambda: next(times)), untouched()
     pages.request(tensor)
     start = -(-tensor.data_ptr() // SIZE) * SIZE
     assert advised(start + 2 * SIZE)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -65,6 +67,40 @@ def test_mappings_are_read_once_a_file(tmp_path, lookups):
             sources.offer(tensor)
             assert sources.is_mapped(tensor)
     assert len(lookups) == 2
+
+
+def test_mappings_are_read_once_a_file_also_where_files_are_read_by_turns(tmp_path, lookups):
+    files = ("a", "b", "c")
+    for file in files:
+        save_file({str(n): torch.randn(256) for n in range(50)}, tmp_path / file)
+    contents = [load_file(tmp_path / file) for file in files]
+    sources, copied = MappedSources(), torch.randn(256)
+    sources.offer(copied)
+    for number in range(50):
+        for content in contents:
+            sources.offer(content[str(number)])
+            assert sources.is_mapped(content[str(number)])
+        assert not sources.is_mapped(copied)
+    assert len(lookups) <= 2 * len(files)
+
+
+def test_mapping_at_an_address_is_what_the_kernel_says(tmp_path):
+    save_file({"weight": torch.randn(256)}, tmp_path / "model.safetensors")
+    tensor = load_file(tmp_path / "model.safetensors")["weight"]
+    spans = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    start, stop, path = next(
+        (*(int(bound, 16) for bound in span[0].split("-")), span[5])
+        for span in spans
+        if "model.safetensors" in span[-1]
+    )
+    assert path == str(tmp_path / "model.safetensors")
+    assert mapping_at(tensor.data_ptr()) == mapping_at(start) == mapping_at(stop - 1) == (start, stop, True)
+    assert mapping_at(0) is None
+
+
+def test_nothing_is_mapped_where_nothing_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr(mapped_sources, "_MAPS", tmp_path / "missing")
+    assert mapping_at(torch.zeros(8).data_ptr()) is None
 
 
 def test_mapping_that_may_be_gone_is_looked_up_again(tmp_path, lookups):

@@ -4,59 +4,47 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from core import pipelined, streams
-from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.pipeline import Pipeline, one_thread_each, workers_for
 
 
-def test_caller_does_its_job_itself_once_enough_are_under_way():
-    pipeline, gate = Pipeline(2), threading.Event()
-    threads = torch.get_num_threads()
+def test_caller_waits_once_enough_are_under_way():
+    pipeline, gate, done = Pipeline(2), threading.Event(), []
     for _ in range(6):
-        pipeline.submit(lambda: gate.wait(10))
-    seen = []
-    pipeline.submit(lambda: seen.append((threading.current_thread(), torch.get_num_threads())))
-    assert seen == [(threading.current_thread(), 1)]
-    assert torch.get_num_threads() == threads
-    gate.set()
-    pipeline.close()
-
-
-def test_callers_that_do_their_jobs_themselves_take_turns():
-    pipeline, gate = Pipeline(1), threading.Event()
-    for _ in range(3):
         pipeline.submit(lambda: gate.wait(30))
-    together, most = [], []
-
-    def job():
-        together.append(None)
-        time.sleep(0.01)
-        most.append(len(together))
-        together.pop()
-
-    with ThreadPoolExecutor(4) as callers:
-        list(callers.map(pipeline.submit, [job] * 8))
+    caller = threading.Thread(target=pipeline.submit, args=(lambda: done.append(threading.current_thread()),))
+    caller.start()
+    caller.join(0.1)
+    assert caller.is_alive()
     gate.set()
+    caller.join(30)
+    assert not caller.is_alive()
     pipeline.close()
-    assert most == [1] * 8
+    assert [thread.name.startswith("streamfp8-") for thread in done] == [True]
 
 
-def test_error_of_the_callers_own_job_is_raised_at_once_and_gives_its_threads_back():
-    pipeline, gate = Pipeline(1), threading.Event()
-    threads = torch.get_num_threads()
-    for _ in range(3):
-        pipeline.submit(lambda: gate.wait(10))
-    with pytest.raises(ZeroDivisionError):
+def test_many_callers_have_all_their_jobs_done_once():
+    pipeline, done = Pipeline(2), []
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(lambda number: pipeline.submit(lambda: done.append(number)), range(500)))
+    pipeline.close()
+    assert sorted(done) == list(range(500))
+
+
+def test_jobs_that_fail_leave_room_for_others():
+    pipeline, done = Pipeline(1), []
+    for _ in range(20):
         pipeline.submit(lambda: 1 / 0)
-    assert torch.get_num_threads() == threads
-    gate.set()
+    pipeline.submit(lambda: done.append(1))
     pipeline.close()
-    pipeline.check()
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        pipeline.check()
 
 
 def test_error_of_a_job_surfaces_once():
@@ -115,6 +103,27 @@ def test_workers_compute_with_one_thread_and_others_keep_theirs():
     assert seen == [1, 1, 1, 1]
     assert later == [before]
     assert torch.get_num_threads() == before
+
+
+def test_one_thread_each_is_for_this_thread_and_those_that_start_meanwhile():
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as loader, one_thread_each():
+        seen = [torch.get_num_threads(), loader.submit(torch.get_num_threads).result()]
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == before
+
+
+def test_one_thread_each_ends_with_an_error_as_well():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), one_thread_each():
+        1 / 0  # noqa: B018
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("device", "threads", "workers"), [("cpu", 4, 4), ("cpu", 1, 0), ("meta", 4, 0)])
+def test_there_are_workers_where_they_have_to_compute_and_are_not_alone(monkeypatch, device, threads, workers):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert workers_for(torch.device(device)) == workers
 
 
 @pytest.mark.parametrize(("columns", "is_beside"), [(64, False), (4096, True)])

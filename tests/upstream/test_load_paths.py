@@ -24,6 +24,8 @@ def test_threads_and_mapping_do_not_matter(options, threads, both, checkpoint):
     stock, result, reports = both(checkpoint("deepseek_v3", **MANY), loader_config=config, server_args=options)
     assert compare(stock, result) == []
     assert_streamed(reports)
+    # While it reads, streaming has torch compute with one thread each.
+    assert result.ranks[0].torch_threads == stock.ranks[0].torch_threads > 1
 
 
 @pytest.mark.parametrize(
