@@ -6,8 +6,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from queue import SimpleQueue
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -56,11 +56,14 @@ class Pipeline:
 
     def submit(self, job: Callable[[], Any]) -> None:
         """Run ``job`` soon, or now where there are no workers; what it raises surfaces in ``check``, or here."""
-        if self._workers:
-            self._slots.get()
-            self._jobs.put(job)
-        else:
+        if not self._workers:
             job()
+            return
+        self._slots.get()
+        self._jobs.put(job)
+        if not self._workers:
+            # Closed meanwhile: nobody else would do it.
+            self._do_left()
 
     def check(self) -> None:
         """Raise what a job has raised first, once. Certain to know of a job only after ``close``."""
@@ -78,16 +81,28 @@ class Pipeline:
         for worker in self._workers:
             worker.join()
         self._workers = []
+        self._do_left()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except BaseException as error:
-                self._errors.append(error)
-            finally:
-                del job
-                self._slots.put(None)
+            self._do(job)
+            del job
+
+    def _do_left(self) -> None:
+        """Do what was submitted while the workers ended."""
+        with suppress(Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None:
+                    self._do(job)
+
+    def _do(self, job: Callable[[], Any]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            self._errors.append(error)
+        finally:
+            self._slots.put(None)
 
 
 @contextmanager

@@ -226,6 +226,7 @@ class MemorySampler:
     def _watch(self) -> None:
         while not self._running.acquire(timeout=self._interval):
             self._keep(self._meter.read())
+        self._running.release()
 
     def _keep(self, reading: int) -> None:
         self._highest = max(self._highest, reading)

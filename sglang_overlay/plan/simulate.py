@@ -8,7 +8,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def _modelled(job: Job) -> Iterator[None]:
             stack.enter_context(loading_in_this_thread())
             stack.enter_context(replaced(overlay_load, "free_huge_pages", lambda: 0))
             # Either is touched where it is written.
-            stack.enter_context(replaced(overlay_load, "zeros_on_demand", torch.empty_like))
+            stack.enter_context(replaced(overlay_load, "zeros_on_demand", partial(torch.empty_like, device="cpu")))
             if job.mode == "layers":
                 stack.enter_context(whole_layers())
             if job.device == "cuda":

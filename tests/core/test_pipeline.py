@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_many_callers_have_all_their_jobs_done_once():
         list(callers.map(lambda number: pipeline.submit(lambda: done.append(number)), range(500)))
     pipeline.close()
     assert sorted(done) == list(range(500))
+
+
+def test_jobs_that_come_while_it_closes_are_done():
+    for _ in range(50):
+        pipeline, done = Pipeline(2), []
+        with ThreadPoolExecutor(4) as callers:
+            for number in range(100):
+                callers.submit(pipeline.submit, partial(done.append, number))
+            pipeline.close()
+        assert sorted(done) == list(range(100))
 
 
 def test_jobs_that_fail_leave_room_for_others():
