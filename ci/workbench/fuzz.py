@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load damaged checkpoints in stock and streaming SGLang: each load is stock's, or a clear error.
 
-    for case in fuzz(checkpoint, folder, first=0, cases=500): ...
+    for case in fuzz(family, checkpoint, folder, first=0, cases=500): ...
 
 Case `n` is always the same damage (:mod:`workbench.mutations`), so a case that failed can be run alone
 (``first=n, cases=1``). All cases run in one process; where that crashes or hangs, the case under way is the culprit and
@@ -14,7 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,14 @@ SPECS: dict[str, dict[str, Any]] = {
         "overrides": (*_SMALL, ("num_key_value_heads", 2)),
     },
 }
-"""The checkpoints that are damaged: `CheckpointSpec` fields. DeepSeek calls its weight loaders in threads."""
+"""The checkpoints that are damaged: `CheckpointSpec` fields."""
 
-GOOD = ("identical", "both refuse", "streaming refuses")
+IN_THREADS = frozenset({"deepseek_v3"})
+"""Families whose weight loaders upstream calls in threads: which of two tensors of one name is written last, and stays,
+is a race in stock too (DeepSeek-V3: 4 of 60 loads went the other way)."""
+
+AS_IN_ANOTHER_ORDER = "identical to stock in another order"
+GOOD = ("identical", AS_IN_ANOTHER_ORDER, "both refuse", "streaming refuses")
 _CASE_SECONDS = 60.0
 _START_SECONDS = 300.0
 
@@ -71,7 +76,7 @@ class Case:
         return self.verdict in GOOD
 
 
-def fuzz(checkpoint: Path, folder: Path, first: int, cases: int) -> Iterator[Case]:
+def fuzz(family: str, checkpoint: Path, folder: Path, first: int, cases: int) -> Iterator[Case]:
     """Run cases ``first`` to ``first + cases - 1`` and give them as they end. Logs lie in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     number, stop = first, first + cases
@@ -79,7 +84,7 @@ def fuzz(checkpoint: Path, folder: Path, first: int, cases: int) -> Iterator[Cas
         results = folder / f"results-{number}.jsonl"
         results.touch()
         with series_process(
-            _run_cases, folder / "log.txt", checkpoint, folder / "case", results, number, stop
+            _run_cases, folder / "log.txt", checkpoint, folder, results, number, stop, family
         ) as process:
             for case in _followed(process.is_alive, results, number, stop):
                 yield case
@@ -107,7 +112,7 @@ def _followed(is_alive: Callable[[], bool], results: Path, number: int, stop: in
                 time.sleep(0.02)
 
 
-def _run_cases(checkpoint: Path, folder: Path, results: Path, first: int, stop: int) -> None:
+def _run_cases(checkpoint: Path, folder: Path, results: Path, first: int, stop: int, family: str) -> None:
     """The process's side."""
     import torch
 
@@ -116,12 +121,25 @@ def _run_cases(checkpoint: Path, folder: Path, results: Path, first: int, stop: 
     series = LoadSeries(checkpoint)
     # What no tensor was loaded into is NaN then, in stock and in streaming, and not what happened to lie there.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    damaged = folder / "case"
     with results.open("a", buffering=1) as out:
         for number in range(first, stop):
-            mutation = mutate(checkpoint, number, folder)
+            mutation = mutate(checkpoint, number, damaged)
             print(f"--- case {number}: {mutation}", flush=True)
-            case = judged(number, mutation, series.attempt(folder, "0"), series.attempt(folder, "1"))
+            stock, streaming = series.attempt(damaged, "0"), series.attempt(damaged, "1")
+            case = judged(number, mutation, stock, streaming)
+            if family in IN_THREADS and case.verdict == "DIFFERENT":
+                copies = folder / f"case-{number}-each-alone"
+                if is_stock_in_another_order(streaming, series, damaged, copies):
+                    case = replace(case, verdict=AS_IN_ANOTHER_ORDER)
             out.write(json.dumps(asdict(case)) + "\n")
+
+
+def is_stock_in_another_order(streaming: Attempt, series: LoadSeries, damaged: Path, copies: Path) -> bool:
+    """Whether stock holds what `streaming` does when one tensor of each name in `damaged` is left, in `copies`."""
+    from workbench.mutations import each_rival_alone
+
+    return any(series.attempt(copy, "0").prints == streaming.prints for copy in each_rival_alone(damaged, copies))
 
 
 def judged(number: int, mutation: str, stock: Attempt, streaming: Attempt) -> Case:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,36 @@ def mutate(checkpoint: Path, seed: int, into: Path) -> str:
     for name, content in files.items():
         (into / name).write_bytes(content)
     return f"{mutation.__name__.removeprefix('_')}: {detail}"
+
+
+def each_rival_alone(checkpoint: Path, into: Path) -> Iterator[Path]:
+    """Copies of a well-formed checkpoint without duplicates: of a tensor in several files, one of them is kept.
+
+    One copy for each file with such tensors, where that file's are kept. Tensors of more than two files, and pairs of
+    files that share some, are mixed as the files' order has it.
+    """
+    files = {file.name: file.read_bytes() for file in sorted(checkpoint.glob("*.safetensors"))}
+    owners: dict[str, list[str]] = {}
+    for file, content in files.items():
+        for tensor in _parse(content)[0].keys() - {"__metadata__"}:
+            owners.setdefault(tensor, []).append(file)
+    rivals = {tensor: owning for tensor, owning in owners.items() if len(owning) > 1}
+    for kept in sorted({file for owning in rivals.values() for file in owning}):
+        copy = into / kept
+        shutil.copytree(checkpoint, copy)
+        for file, content in files.items():
+            losers = [
+                tensor
+                for tensor, owning in rivals.items()
+                if file in owning and file != (kept if kept in owning else owning[0])
+            ]
+            (copy / file).write_bytes(_rebuilt(content, partial(_without, names=losers)))
+        yield copy
+
+
+def _without(tensors: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        del tensors[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ class OverlayLoad(CheckedLoad):
     def finish(self, layer: torch.nn.Module) -> LayerPlan | None:
         if layer in self._finished:
             return self._finished[layer]
+        # Before upstream's post-processing, which may compute with weights that are marked.
         self._reading.close()
         kept = self._kept.pop(layer, {})
         pending = self._replacing.pop(layer, None)

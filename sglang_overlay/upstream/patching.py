@@ -30,25 +30,19 @@ def start() -> None:
     """
     try:
         settings = load_settings(os.environ)
-        _start_or_exit(settings)
+        registry.check(settings.schemes)
     except SettingsError as error:
         sys.exit(f"sglang-streamfp8: {error}")
-
-
-def _start_or_exit(settings: Settings) -> None:
-    """Who calls ``start`` logs an exception and goes on, with stock's loading: not where streaming is required."""
     try:
         _start(settings)
-    except SettingsError:
-        raise
     except Exception as error:
+        # Who calls this logs an exception and goes on, with stock's loading.
         if settings.required_by is None:
             raise
         sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and SGLang could not be patched: {error!r}")
 
 
 def _start(settings: Settings) -> None:
-    registry.check(settings.schemes)
     if settings.mode is Mode.OFF and settings.report_folder is None:
         return
     from sglang_overlay.upstream import built_in, releases

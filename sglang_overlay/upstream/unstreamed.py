@@ -16,7 +16,6 @@ A draft model's embeddings and head are the target's, and an embedding model's h
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -78,8 +77,8 @@ class KeptWeight:
 
     def not_finite(self) -> list[int]:
         """The unit, where there is NaN or Inf in it."""
-        is_finite = torch.isfinite(magnitude(self.weight.detach()) if self.largest is None else self.largest)
-        return [] if bool(is_finite.all()) else [0]
+        largest = magnitude(self.weight.detach()) if self.largest is None else self.largest
+        return [] if _is_finite(largest) else [0]
 
     def origins(self, units: Sequence[int] | None = None) -> list[str]:
         """Names of the checkpoint tensors that were written, where they are known."""
@@ -154,7 +153,7 @@ class UnstreamedParameters:
             if name in written
             and self._parameters[name]() is parameter
             and not isinstance(layers[name], VocabParallelEmbedding)
-            and _holds_not_finite(parameter)
+            and not _is_finite(magnitude(parameter.detach()))
         ]
 
     def _layers(self) -> dict[str, torch.nn.Module]:
@@ -166,8 +165,9 @@ class UnstreamedParameters:
         }
 
 
-def _holds_not_finite(tensor: torch.Tensor) -> bool:
-    return not math.isfinite(float(magnitude(tensor.detach())))
+def _is_finite(largest: torch.Tensor) -> bool:
+    """Whether what ``magnitude`` found in a tensor, or in each of its parts, is finite."""
+    return bool(torch.isfinite(largest).all())
 
 
 def _is_provided(layer: torch.nn.Module, model_config: Any) -> bool:

@@ -21,7 +21,7 @@ CASES = int(os.environ.get("STREAMFP8_FUZZ_CASES", str(5 * len(MUTATIONS))))
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("family", SPECS)
 def test_damaged_checkpoint_loads_as_stock_or_is_a_clear_error(family, checkpoint, tmp_path, record_property):
-    cases = list(fuzz(checkpoint(**SPECS[family]), tmp_path, FIRST, CASES))
+    cases = list(fuzz(family, checkpoint(**SPECS[family]), tmp_path, FIRST, CASES))
     record_property("verdicts", summary(cases))
     (tmp_path / "cases.json").write_text(json.dumps([asdict(case) for case in cases], indent=1))
     assert [case for case in cases if not case.is_good] == []
@@ -30,5 +30,5 @@ def test_damaged_checkpoint_loads_as_stock_or_is_a_clear_error(family, checkpoin
 
 @pytest.mark.parametrize("family", SPECS)
 def test_undamaged_checkpoint_is_among_the_cases_and_loads(family, checkpoint, tmp_path):
-    (case,) = fuzz(checkpoint(**SPECS[family]), tmp_path, 0, 1)
+    (case,) = fuzz(family, checkpoint(**SPECS[family]), tmp_path, 0, 1)
     assert case == Case(0, "nothing: as it was", "identical", "loaded", "loaded")
