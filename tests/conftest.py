@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from upstream.streamed import load_reported
 from workbench.checkpoints import CheckpointSpec, build
@@ -16,6 +17,20 @@ from workbench.loads import LoadJob, LoadResult, LoadWorkers
 
 from sglang_overlay.observe.report import LoadReport
 from sglang_overlay.upstream import releases
+
+
+WORKER_BYTES = 7 << 30
+"""What the loads of one test may take: stock's bf16 and fp8 of a 4 GB checkpoint, and the processes around them."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes ``-n auto`` tests with. A file's tests stay together, and files in the order they are in.
+
+    The default order, files with the most tests first, leaves those that take longest for the end.
+    """
+    config.option.dist = "loadfile"
+    config.option.loadscopereorder = False
+    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().total // WORKER_BYTES))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -32,7 +47,11 @@ Both = tuple[LoadResult, LoadResult, Sequence[LoadReport]]
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where checkpoints are kept; ``STREAMFP8_CHECKPOINTS`` keeps them from one session to the next."""
     kept = os.environ.get("STREAMFP8_CHECKPOINTS")
-    return Path(kept) if kept else tmp_path_factory.mktemp("checkpoints")
+    if kept:
+        return Path(kept)
+    base = tmp_path_factory.getbasetemp()
+    # Processes that test at the same time have folders in one that they share.
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkpoints"
 
 
 @pytest.fixture(scope="session")
