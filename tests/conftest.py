@@ -18,7 +18,6 @@ from workbench.loads import LoadJob, LoadResult, LoadWorkers
 from sglang_overlay.observe.report import LoadReport
 from sglang_overlay.upstream import releases
 
-
 WORKER_BYTES = 7 << 30
 """What the loads of one test may take: stock's bf16 and fp8 of a 4 GB checkpoint, and the processes around them."""
 
