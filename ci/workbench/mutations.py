@@ -13,7 +13,7 @@ import json
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,22 +72,18 @@ def each_rival_alone(checkpoint: Path, into: Path) -> Iterator[Path]:
     for file, content in files.items():
         for tensor in _parse(content)[0].keys() - {"__metadata__"}:
             owners.setdefault(tensor, []).append(file)
-    rivals = {tensor: owning for tensor, owning in owners.items() if len(owning) > 1}
-    for kept in sorted({file for owning in rivals.values() for file in owning}):
+    for kept in sorted({file for owning in owners.values() if len(owning) > 1 for file in owning}):
+        winners = {tensor: kept if kept in owning else owning[0] for tensor, owning in owners.items()}
         copy = into / kept
         shutil.copytree(checkpoint, copy)
         for file, content in files.items():
-            losers = [
-                tensor
-                for tensor, owning in rivals.items()
-                if file in owning and file != (kept if kept in owning else owning[0])
-            ]
+            losers = {tensor for tensor, winner in winners.items() if winner != file}
             (copy / file).write_bytes(_rebuilt(content, partial(_without, names=losers)))
         yield copy
 
 
-def _without(tensors: dict[str, Any], names: Iterable[str]) -> None:
-    for name in names:
+def _without(tensors: dict[str, Any], names: Set[str]) -> None:
+    for name in tensors.keys() & names:
         del tensors[name]
 
 
