@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """An export that is under way: whose folder it is, what is in it already, and when it is finished.
 
-The folder holds the journal from its first moment to the last. Files appear complete or not at all, ``config.json``
-last: without it neither SGLang nor transformers takes a folder for a model.
+The folder holds the journal from its first moment to the last, and whoever has the journal locked has the folder. It is
+complete on disk before anything else is written, so one that was cut off stands for an export that had not begun. All
+other files appear complete or not at all, ``config.json`` last: without it neither SGLang nor transformers takes a
+folder for a model.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sglang_overlay.errors import ExportError
-from sglang_overlay.export.weight_file import appearing, sync_folder
+from sglang_overlay.export.weight_file import sync_folder
 
 JOURNAL = ".streamfp8-export.json"
 
@@ -33,19 +36,19 @@ def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
         OSError: it cannot be written to, or its file system has no locks.
     """
     journal = folder / JOURNAL
+    # Decided before the folder is looked at: in one that is finished meanwhile, no journal is begun.
+    mode = "r+b" if journal.exists() else "x+b"
     check_free_for(folder, described)
     folder.mkdir(parents=True, exist_ok=True)
-    if not journal.exists():
-        with appearing(journal) as file:
-            file.write(_text(described).encode())
-    with journal.open("rb") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExportError(f"another export is writing to {folder}") from None
+    with _locked(journal, mode) as file:
+        # Whoever held it before may have left it in another state.
+        check_free_for(folder, described)
+        if _read(journal) is None:
+            _write(file, _text(described))
+            sync_folder(folder)
         yield
-    journal.unlink()
-    sync_folder(folder)
+        journal.unlink()
+        sync_folder(folder)
 
 
 def check_free_for(folder: Path, described: Mapping[str, Any]) -> None:
@@ -54,17 +57,49 @@ def check_free_for(folder: Path, described: Mapping[str, Any]) -> None:
     Raises:
         ExportError: it has other contents, or is no folder.
     """
-    journal = folder / JOURNAL
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is no folder")
-    if journal.is_file():
-        if journal.read_text(encoding="utf-8") != _text(described):
-            raise ExportError(
-                f"{folder} holds an unfinished export of something else: another checkpoint, a checkpoint that has "
-                "changed since, or another scheme. Remove it, or choose another folder."
-            )
-    elif folder.is_dir() and any(folder.iterdir()):
+    found = _read(folder / JOURNAL)
+    if found is None and folder.is_dir() and any(path.name != JOURNAL for path in folder.iterdir()):
         raise ExportError(f"{folder} exists and is not empty; an export overwrites nothing. Choose another folder.")
+    if found not in (None, _text(described)):
+        raise ExportError(
+            f"{folder} holds an unfinished export of something else: another checkpoint, a checkpoint that has "
+            "changed since, or another scheme. Remove it, or choose another folder."
+        )
+
+
+@contextmanager
+def _locked(journal: Path, mode: str) -> Iterator[IO[bytes]]:
+    """Open a journal that nobody else holds. For writing: otherwise NFS locks it for nobody alone."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(journal.open(mode))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The lock of a file that whoever finished the export has removed since says nothing.
+            is_held = os.path.samestat(os.fstat(file.fileno()), journal.stat())
+        except (BlockingIOError, FileExistsError, FileNotFoundError):
+            is_held = False
+        if not is_held:
+            raise ExportError(f"another export is writing to {journal.parent}")
+        yield file
+
+
+def _read(journal: Path) -> str | None:
+    """What a journal says; None where there is none, or it was cut off while it was written."""
+    try:
+        found = journal.read_text(encoding="utf-8")
+        json.loads(found)
+    except (FileNotFoundError, ValueError):
+        return None
+    return found
+
+
+def _write(journal: IO[bytes], text: str) -> None:
+    journal.truncate()
+    journal.write(text.encode())
+    journal.flush()
+    os.fsync(journal.fileno())
 
 
 def _text(described: Mapping[str, Any]) -> str:

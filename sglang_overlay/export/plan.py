@@ -20,15 +20,22 @@ from sglang_overlay.upstream.tracing import Landing, Trace
 
 @dataclass(frozen=True)
 class Item:
-    """A checkpoint tensor and what is stored of it: itself, or values and scales."""
+    """A checkpoint tensor and what is stored of it: itself, or values and scales.
+
+    Attributes:
+        source: the tensor.
+        entries: what is stored.
+        dtype: what the values are cast to before they are quantized; None where they are copied.
+    """
 
     source: SourceTensor
     entries: tuple[Entry, ...]
+    dtype: torch.dtype | None = None
 
     @property
     def is_quantized(self) -> bool:
         """Whether it becomes values and scales."""
-        return len(self.entries) > 1
+        return self.dtype is not None
 
     @property
     def nbytes(self) -> int:
@@ -99,10 +106,25 @@ def make_plan(
 def _item(tensor: SourceTensor, landings: Sequence[Landing], form: StoredForm) -> Item:
     if not landings:
         return Item(tensor, (Entry(tensor.name, tensor.shape, tensor.dtype),))
+    dtype = _dtype_loaded(tensor, landings)
     for landing in landings:
         _check_landing(tensor, landing, form)
     scales = Entry(tensor.name + form.scale, form.scale_shape(tensor.shape), torch.float32)
-    return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales))
+    return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales), dtype)
+
+
+def _dtype_loaded(tensor: SourceTensor, landings: Sequence[Landing]) -> torch.dtype:
+    """The dtype in which an online load quantizes the tensor."""
+    if not tensor.dtype.is_floating_point:
+        raise ExportError(
+            f"{tensor.name}, which goes into {landings[0].parameter}, is of dtype {tensor.dtype}. A checkpoint whose "
+            "weights are integers is quantized already: export the unquantized one."
+        )
+    dtypes = {landing.dtype: landing.parameter for landing in landings}
+    if len(dtypes) > 1:
+        places = " and ".join(f"{parameter} of dtype {dtype}" for dtype, parameter in dtypes.items())
+        raise ExportError(f"{tensor.name} goes into {places}, which have different scales: it can be stored with one")
+    return landings[0].dtype
 
 
 def _check_landing(tensor: SourceTensor, landing: Landing, form: StoredForm) -> None:

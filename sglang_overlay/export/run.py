@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from typing import Any
 from sglang_overlay import __version__
 from sglang_overlay.errors import ExportError
 from sglang_overlay.export import journal
-from sglang_overlay.export.plan import ExportPlan, make_plan
+from sglang_overlay.export.plan import ExportPlan, Shard, make_plan
 from sglang_overlay.export.source import CONFIG, SourceCheckpoint
 from sglang_overlay.export.weight_file import appearing
 from sglang_overlay.export.writing import shard_bytes, write_shard
@@ -95,21 +96,19 @@ def export(
     plan = make_plan(tensors, checkpoint.config, trace(source, schemes, server_args), form, most)
     described = _described(checkpoint, plan)
     journal.check_free_for(target, described)
-    missing = [shard for shard in plan.shards if not (target / shard.name).exists()]
-    needed = sum(map(shard_bytes, missing)) + sum(path.stat().st_size for path in checkpoint.others()) + _SPARE
+    needed = _bytes_to_write(checkpoint, _missing(plan, target))
     if free(target) < needed:
         raise ExportError(
             f"{target} needs {bytes_text(needed)} of free disk, and there are {bytes_text(free(target))}. "
             "Nothing has been written."
         )
-    bar = progress(sum(item.nbytes for shard in missing for item in shard.items))
-    try:
-        with journal.begun(target, described), checkpoint.opened() as files:
+    with journal.begun(target, described), checkpoint.opened() as files:
+        # Until the folder was held, another export may have gone on with it.
+        missing = _missing(plan, target)
+        with closing(progress(sum(item.nbytes for shard in missing for item in shard.items))) as bar:
             for shard in missing:
                 write_shard(shard, form, files, target / shard.name, bar.advance)
-            _finish(checkpoint, plan, target)
-    finally:
-        bar.close()
+        _finish(checkpoint, plan, target)
     return Exported(
         tensors=len(tensors),
         quantized=sum(item.is_quantized for item in plan.items),
@@ -141,6 +140,15 @@ def form_of(schemes: SchemeChoice) -> StoredForm:
     return form
 
 
+def _missing(plan: ExportPlan, target: Path) -> list[Shard]:
+    return [shard for shard in plan.shards if not (target / shard.name).exists()]
+
+
+def _bytes_to_write(checkpoint: SourceCheckpoint, missing: Sequence[Shard]) -> int:
+    """Free disk that is needed."""
+    return sum(map(shard_bytes, missing)) + sum(path.stat().st_size for path in checkpoint.others()) + _SPARE
+
+
 def _described(checkpoint: SourceCheckpoint, plan: ExportPlan) -> dict[str, Any]:
     """What an interrupted export must have in common with the one that goes on with it."""
     return {
@@ -149,6 +157,7 @@ def _described(checkpoint: SourceCheckpoint, plan: ExportPlan) -> dict[str, Any]
         "overlay": __version__,
         "source": [list(entry) for entry in checkpoint.identity()],
         "quantization_config": plan.config["quantization_config"],
+        "dtypes": sorted({str(item.dtype) for item in plan.items if item.is_quantized}),
         "shards": {shard.name: [entry.name for entry in shard.entries] for shard in plan.shards},
     }
 

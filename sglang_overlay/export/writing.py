@@ -38,7 +38,7 @@ def shard_bytes(shard: Shard) -> int:
 
 def _contents(item: Item, form: StoredForm, files: Files) -> Iterator[torch.Tensor]:
     tensor = files.open(item.source.file).get_tensor(item.source.name)
-    if not item.is_quantized:
+    if item.dtype is None:
         rows = tensor.reshape(-1, 1) if tensor.ndim < 2 else tensor
         yield from rows.split(max(1, RUN_ELEMENTS // max(1, rows[:1].numel())))
         return
@@ -49,7 +49,8 @@ def _contents(item: Item, form: StoredForm, files: Files) -> Iterator[torch.Tens
     for run in tensor.split(height):
         factors = torch.empty(form.scale_shape(tuple(run.shape)), dtype=scale.dtype)
         values = torch.empty(run.shape, dtype=weight.dtype)
-        form.quantize(run, values, factors)
+        # As an online load does: other digits than the parameter keeps must not decide the scales.
+        form.quantize(run.to(item.dtype), values, factors)
         yield values
         scales[filled : filled + len(factors)].copy_(factors)
         filled += len(factors)

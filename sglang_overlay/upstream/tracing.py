@@ -42,11 +42,13 @@ class Landing:
     Attributes:
         parameter: qualified name.
         shape: of the parameter.
+        dtype: of the parameter: what is written into it is cast to that, and then quantized.
         box: what of the parameter is written.
     """
 
     parameter: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     box: Box
 
 
@@ -173,7 +175,7 @@ class _TracedLoad(OverlayLoad):
         self.trace.layers.append(name)
         for weight in weights:
             parameter = layer.get_parameter(weight)
-            sink = _Sink(f"{name}.{weight}", parameter.shape, self.provenance, self.trace.landings)
+            sink = _Sink(f"{name}.{weight}", parameter, self.provenance, self.trace.landings)
             loader = parameter.weight_loader  # type: ignore[attr-defined]
             set_loader(parameter, _followed(loader, {storage_key(parameter): sink}))
 
@@ -196,10 +198,11 @@ class _Sink:
     """Notes the writes to one parameter. Any thread may write; each checkpoint tensor is written by one at a time."""
 
     def __init__(
-        self, name: str, shape: torch.Size, provenance: _Provenance, landings: dict[str, list[Landing]]
+        self, name: str, parameter: torch.Tensor, provenance: _Provenance, landings: dict[str, list[Landing]]
     ) -> None:
         self.name = name
-        self._shape = shape
+        self._shape = parameter.shape
+        self._dtype = parameter.dtype
         self._provenance = provenance
         self._landings = landings
 
@@ -211,7 +214,8 @@ class _Sink:
         if sum(count for _, count in parts) != stop - start:
             raise UnsupportedWriteError(f"{_described(parts, source)} is not written row by row")
         for name, count in parts:
-            landing = Landing(self.name, tuple(self._shape), (*outer, (start, start + count), columns))
+            box = (*outer, (start, start + count), columns)
+            landing = Landing(self.name, tuple(self._shape), self._dtype, box)
             self._landings.setdefault(name, []).append(landing)
             start += count
 

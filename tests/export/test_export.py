@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from workbench.exports import ExportJob, ExportKilled, run_export
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 
@@ -38,6 +39,15 @@ def stored(folder, name):
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     with safe_open(folder / places[name], framework="pt") as file:
         return file.get_tensor(name)
+
+
+def rewritten(path, target, change):
+    """A copy of a checkpoint with ``change(name, tensor)`` in place of each tensor."""
+    shutil.copytree(path, target)
+    for file in target.glob("*.safetensors"):
+        tensors = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    return target
 
 
 def online(workers, path, scheme, **fields):
@@ -130,6 +140,24 @@ def test_export_of_bin_files_is_the_same(checkpoint, tmp_path):
     assert contents(tmp_path / "safetensors") == contents(tmp_path / "bin")
 
 
+def test_export_of_float32_is_what_an_online_load_computes_in_bf16(workers, checkpoint, tmp_path):
+    # Digits that bf16 does not keep, and that would change every scale.
+    path = rewritten(checkpoint("qwen3", overrides=BLOCKS), tmp_path / "wide", lambda _, t: t.float() * (1 + 2**-10))
+    run_export(ExportJob(path, tmp_path / "out"))
+    assert stored(tmp_path / "out", "model.norm.weight").dtype == torch.float32
+    assert compare(online(workers, path, "block"), stock(workers, tmp_path / "out")) == []
+
+
+def test_weights_of_integers_are_refused(checkpoint, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    path = rewritten(
+        checkpoint("qwen3", overrides=BLOCKS), tmp_path / "wrong", lambda n, t: t.to(torch.int8) if n == name else t
+    )
+    with pytest.raises(ExportError, match=rf"{name}, which goes into .*qkv_proj.weight, is of dtype torch.int8"):
+        run_export(ExportJob(path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
 def test_killed_export_is_no_model_and_goes_on_where_it_stopped(part, workers, checkpoint, tmp_path):
     path = checkpoint("qwen3_moe", overrides=BLOCKS, **MANY)
@@ -152,7 +180,11 @@ def test_unfinished_export_of_something_else_is_left_alone(checkpoint, tmp_path)
     paths = [checkpoint("qwen3_moe", overrides=BLOCKS, seed=seed) for seed in (0, 1)]
     with pytest.raises(ExportKilled):
         run_export(ExportJob(paths[0], tmp_path / "out", killed_after=1 << 20))
-    for job in (ExportJob(paths[1], tmp_path / "out"), ExportJob(paths[0], tmp_path / "out", "channel")):
+    for job in (
+        ExportJob(paths[1], tmp_path / "out"),
+        ExportJob(paths[0], tmp_path / "out", "channel"),
+        ExportJob(paths[0], tmp_path / "out", server_args={"dtype": "float16"}),
+    ):
         with pytest.raises(ExportError, match="unfinished export of something else"):
             run_export(job)
 
