@@ -87,7 +87,7 @@ def main() -> None:
 
 
 @main.command(short_help="Is streaming active here?")
-@click.option("--verbose", "-v", is_flag=True, help="Describe every hook, not only those that are not applied.")
+@click.option("--verbose", "-v", is_flag=True, help="Describe every hook, not only those that do not fit.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/check, version 1).")
 def check(verbose: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes flags like this
     """Say whether streaming is active, for which SGLang, and whether its hooks are in place.
@@ -120,7 +120,7 @@ def check(verbose: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes 
     if as_json:
         click.echo(json.dumps(activation.to_json(found), indent=2))
     else:
-        terminal.print_activation(terminal.console(), found, terminal.every if verbose else terminal.unexpected)
+        terminal.print_activation(terminal.console(), found, terminal.every if verbose else terminal.unfit)
     sys.exit(0 if found.active else 1)
 
 

@@ -262,7 +262,7 @@ def test_no_figure_is_cut_off_on_a_narrow_terminal(width):
     assert "streaming" in console.file.getvalue()
 
 
-_BOTH_FORMS = """
+_EACH_FORM = """
 import sys
 from sglang_overlay.cli import main
 
@@ -278,8 +278,8 @@ for arguments in (["check", "--json"], ["check"], ["check", "--verbose"]):
 def checks():
     """``check`` under different settings, each in its own process: SGLang loads plugins once in a process."""
     runs = {
-        "default": (["-c", _BOTH_FORMS], {}),
-        "off": (["-m", "sglang_overlay", "check", "--json"], {"SGLANG_STREAMFP8": "0"}),
+        "default": (["-c", _EACH_FORM], {}),
+        "off": (["-c", _EACH_FORM], {"SGLANG_STREAMFP8": "0"}),
         "left out": (
             ["-m", "sglang_overlay", "check", "--json"],
             {"SGLANG_PLUGINS": "other,streamfp8_cpu_reference"},
@@ -334,12 +334,17 @@ def test_check_describes_each_hook_with_its_reason_and_end_when_asked(active):
 
 
 def test_check_names_the_variable_that_switched_streaming_off(checks):
-    done = checks["off"]
-    found = json.loads(done.stdout)
-    assert (done.returncode, found["active"], found["mode"]) == (1, False, "0")
+    as_json, text, verbose, rest = checks["off"].stdout.split("exit 1\n")
+    assert rest == "", checks["off"].stdout
+    found = json.loads(as_json)
+    assert (found["active"], found["mode"]) == (False, "0")
     assert len(found["problems"]) == 1
     assert "SGLANG_STREAMFP8=0" in found["problems"][0]
     assert {hook["state"] for hook in found["streaming"]} == {"ready"}
+    # The problem is not to scroll away above hooks that are as they should be.
+    assert f"problem  {found['problems'][0]}" in text
+    assert len(text.splitlines()) < 24
+    assert "why:" in verbose
 
 
 def test_check_reports_an_invalid_setting_at_once():

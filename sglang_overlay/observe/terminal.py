@@ -54,9 +54,9 @@ def every(_hook: Hook) -> bool:
     return True
 
 
-def unexpected(hook: Hook) -> bool:
-    """Describe those hooks that are not applied."""
-    return hook.state != "active"
+def unfit(hook: Hook) -> bool:
+    """Describe those hooks that this SGLang has no place for."""
+    return hook.state not in ("active", "ready")
 
 
 def console() -> Console:
@@ -69,7 +69,7 @@ def waiting(what: str) -> AbstractContextManager[object]:
     return Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext()
 
 
-def print_activation(out: Console, found: Activation, described: Selection = unexpected) -> None:
+def print_activation(out: Console, found: Activation, described: Selection = unfit) -> None:
     """The verdict first, then what stands in the way, settings, and hooks.
 
     Args:
