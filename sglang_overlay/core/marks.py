@@ -28,6 +28,27 @@ def is_watchable(tensor: torch.Tensor) -> bool:
     return tensor.dtype in _MARKS and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_meta
 
 
+def fill(tensor: torch.Tensor) -> None:
+    """Mark every element of a high-precision tensor, so that ``clear`` can tell what has not been written since."""
+    dtype, mark = _MARKS[tensor.dtype]
+    tensor.detach().view(dtype).fill_(mark)
+
+
+def clear(tensor: torch.Tensor) -> bool:
+    """Put zeros in place of what is left of ``fill``. Waits for the device.
+
+    Returns:
+        Whether anything was left.
+    """
+    dtype, mark = _MARKS[tensor.dtype]
+    bits = tensor.detach().view(dtype)
+    left = bits == mark
+    found = bool(left.any())
+    if found:
+        bits.masked_fill_(left, 0)
+    return found
+
+
 @dataclass(frozen=True)
 class _Marked:
     """Attributes: ``bits``, the tensor's memory as flat integers, and what ``positions`` held before."""

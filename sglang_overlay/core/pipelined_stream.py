@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.core import marks
 from sglang_overlay.core.errors import ConflictingWriteError
 from sglang_overlay.core.huge_pages import HugePages
 from sglang_overlay.core.mapped_sources import MappedSources, Watch
@@ -62,6 +63,12 @@ class PipelinedStream(ParameterStream):
         self._wait()
         self._refuse_changed(self._all_watches())
         return super().restore()
+
+    def _unwritten(self) -> torch.Tensor:
+        weight = super()._unwritten()
+        # So that whoever looks after the layer from now on can tell.
+        marks.fill(weight)
+        return weight
 
     def release(self) -> None:
         super().release()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -94,7 +95,7 @@ class StagedUnit:
     account: StagingAccount
     pieces: list[Piece] = field(default_factory=list)
     has_background: bool = False
-    _bytes: int = 0
+    _held: dict[int, int] = field(default_factory=dict)
 
     def overwrite(self, box: Box) -> None:
         """Forget what earlier writes put into ``box``: the last write wins, as in stock."""
@@ -103,12 +104,13 @@ class StagedUnit:
             return
         self.has_background |= any(piece.is_fill for piece in touched)
         self.pieces = [part for piece in self.pieces for part in piece.without(box)]
+        self._forget(self._held.keys() - {_storage_of(piece) for piece in self.pieces})
 
     def hold(self, piece: Piece) -> None:
         """Keep a piece, whose memory must belong to this unit alone."""
         self.pieces.append(piece)
         size = piece.values.untyped_storage().nbytes()
-        self._bytes += size
+        self._held[_storage_of(piece)] = size
         self.account.add(size)
 
     @property
@@ -119,6 +121,14 @@ class StagedUnit:
     def release(self) -> None:
         """Give all memory back."""
         self.pieces = []
-        if self._bytes:
-            self.account.add(-self._bytes)
-            self._bytes = 0
+        self._forget(list(self._held))
+
+    def _forget(self, storages: Iterable[int]) -> None:
+        """Count no longer what pieces that are gone have held."""
+        for storage in storages:
+            self.account.add(-self._held.pop(storage))
+
+
+def _storage_of(piece: Piece) -> int:
+    storage: int = piece.values.untyped_storage()._cdata
+    return storage

@@ -185,13 +185,17 @@ class ParameterStream:
         self._wait()
         if any(self._done):
             raise LayerNotStreamableError(self.name, f"{sum(self._done)} of {self.units} units are quantized already")
-        weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
+        weight = self._unwritten()
         units = weight if self._grid.sliced else weight.unsqueeze(0)
         for unit, staged in self._staged.items():
             for piece in staged.pieces:
                 units[unit][slices(piece.box)].copy_(piece.values)
         self.release()
         return weight.view(self._placeholder_shape)
+
+    def _unwritten(self) -> torch.Tensor:
+        """Memory for the whole parameter, before anything is written."""
+        return torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
 
     def release(self) -> None:
         """Give all staging memory back."""

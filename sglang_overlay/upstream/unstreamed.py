@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_overlay.core import marks
 from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.marks import Marks, is_watchable
 from sglang_overlay.core.quantizers import magnitude
@@ -37,9 +38,10 @@ class KeptWeight:
 
     Args:
         name: for messages.
-        weight: the parameter, in zeros where nothing was loaded.
+        weight: the parameter, in zeros or marks where nothing was loaded.
         sources: tells the names of checkpoint tensors.
         origins: checkpoint tensors that have been written into it already.
+        is_marked: whether it was filled with marks beforehand, so that a part that nobody writes is found.
 
     Attributes:
         largest: magnitudes among its values, of all parts of it, where whoever quantized it has found them.
@@ -50,13 +52,20 @@ class KeptWeight:
     largest: torch.Tensor | None = None
 
     def __init__(
-        self, name: str, weight: torch.Tensor, sources: CheckpointSources, origins: Sequence[str] = ()
+        self,
+        name: str,
+        weight: torch.Tensor,
+        sources: CheckpointSources,
+        origins: Sequence[str] = (),
+        *,
+        is_marked: bool = False,
     ) -> None:
         self.name = name
         self.weight = weight
         self._sources = sources
         self._origins = dict.fromkeys(origins)
         self._was_loaded = bool(origins)
+        self._is_marked = is_marked
 
     def wrap(self, loader: WeightLoader) -> WeightLoader:
         """Upstream's loader, with it noted what it was given."""
@@ -72,7 +81,12 @@ class KeptWeight:
         return load
 
     def missing(self) -> list[int]:
-        """The unit, where no loader ran and nobody wrote without one, as a dummy load does."""
+        """The unit, where no loader ran and nobody wrote without one, as a dummy load does, or a part was left out.
+
+        To be called once; marks that are left become zeros.
+        """
+        if self._is_marked and marks.clear(self.weight):
+            return [0]
         return [] if self._was_loaded or self.weight.any() else [0]
 
     def not_finite(self) -> list[int]:

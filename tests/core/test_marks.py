@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_overlay.core.marks import Marks
+from sglang_overlay.core.marks import Marks, clear, fill
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -66,3 +66,16 @@ def test_integers_views_and_placeholders_are_left_alone(weight):
     marks = Marks(tensors)
     assert not tensors["transposed"].isnan().any()
     assert marks.lift(tensors) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_part_of_what_was_filled_that_nobody_wrote_is_found_and_becomes_zero(dtype):
+    weight = torch.empty(4, 25, dtype=dtype)
+    fill(weight)
+    assert weight.isnan().all()
+    weight[:3] = 1
+    weight[3, :24] = float("nan")
+    assert clear(weight)
+    assert weight[3, 24] == 0
+    assert weight[3, :24].isnan().all()
+    assert not clear(weight)

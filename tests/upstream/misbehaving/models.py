@@ -67,6 +67,21 @@ class AddingLoaderForCausalLM(Qwen3ForCausalLM):
         weight._weight_loader = add
 
 
+class FusedAddingLoaderForCausalLM(Qwen3ForCausalLM):
+    """The loader of one fused layer does arithmetic on the parameter, before it loads a part of it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        weight = self.model.layers[1].mlp.gate_up_proj.weight
+        original = weight.weight_loader
+
+        def add(param, loaded_weight, shard_id):
+            param.data[:1].add_(0)
+            original(param, loaded_weight, shard_id)
+
+        weight._weight_loader = add
+
+
 class LateAddingLoaderForCausalLM(Qwen3ForCausalLM):
     """One layer's loader does arithmetic on the parameter after all of it has been written once."""
 
@@ -159,6 +174,7 @@ EntryClass = [
     ReadingInInitForCausalLM,
     LoaderlessForCausalLM,
     AddingLoaderForCausalLM,
+    FusedAddingLoaderForCausalLM,
     LateAddingLoaderForCausalLM,
     ManyLateAddingLoadersForCausalLM,
     CustomLoaderForCausalLM,
