@@ -133,12 +133,20 @@ def _started(count: int, work: Callable[[], None]) -> list[threading.Thread]:
     def run() -> None:
         # A thread takes over the common number when first asked, which must not happen after it has been put back.
         torch.get_num_threads()
-        ready.wait()
+        try:
+            ready.wait()
+        except threading.BrokenBarrierError:
+            # Another one could not be started.
+            return
         work()
 
     workers = [threading.Thread(target=run, name=f"streamfp8-{number}", daemon=True) for number in range(count)]
-    with one_thread_each():
-        for worker in workers:
-            worker.start()
-        ready.wait()
+    try:
+        with one_thread_each():
+            for worker in workers:
+                worker.start()
+            ready.wait()
+    except BaseException:
+        ready.abort()
+        raise
     return workers

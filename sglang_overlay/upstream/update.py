@@ -43,6 +43,8 @@ from sglang_overlay.errors import (
     UnsupportedWriteError,
     WeightUpdateError,
 )
+from sglang_overlay.upstream.load import tensors_of
+from sglang_overlay.upstream.snapshots import NOTED
 from sglang_overlay.upstream.updatable_plan import quantize_whole
 
 if TYPE_CHECKING:
@@ -61,6 +63,10 @@ FUSED_BY_THE_MODEL = {
 ``load_weights`` of deepseek_v2 and its relatives (bailing_moe, glm4_moe_lite, glm5_next, kimi_k25_eagle3,
 longcat_flash, dots3) waits for all of them, but only within one call: one that comes alone is dropped without a word.
 """
+
+
+ALL_OLD = "All fp8 layers hold their old values."
+"""What an update that has replaced nothing says of its progress."""
 
 
 class UpdatableLayer:
@@ -169,11 +175,16 @@ class UpdatableModel:
     Args:
         layers: the layers that were quantized here.
         stock: why others went through stock's quantization, by name.
+
+    Attributes:
+        open: the update that is open.
+        unopened: why the session that is under way has none, where that went wrong; told at its end.
     """
 
     def __init__(self, layers: Iterable[UpdatableLayer], stock: Mapping[str, str]) -> None:
         self.layers = list(layers)
         self.open: WeightUpdate | None = None
+        self.unopened: Exception | None = None
         known = {layer.name for layer in self.layers}
         self._stock = {name: reason for name, reason in stock.items() if name not in known}
 
@@ -230,23 +241,29 @@ class WeightUpdate:
         self._damaged: list[str] = []
         self._groups = TensorGroups((layer.name for layer in self._layers.values()), self.account)
         self._thread = threading.local()
-        with torch.inference_mode(mode=False):
-            for layer in self._layers.values():
-                self._open(layer)
+        try:
+            with torch.inference_mode(mode=False):
+                for layer in self._layers.values():
+                    self._open(layer)
+        except BaseException:
+            self.close()
+            raise
+        self._names = {sink.name for sink in self._sinks.values()}
 
     def __contains__(self, module: torch.nn.Module) -> bool:
         return module in self._layers
 
     def takes(self, name: str) -> bool:
-        """Whether a parameter of this name is quantized by this update."""
-        return name in self._streams or name in self._whole
+        """Whether a parameter of this name is quantized by this update, or refused."""
+        return name in self._names
 
     @contextmanager
     def loading(self, model: torch.nn.Module) -> Iterator[None]:
         """Around a call of ``load_weights``, with whatever upstream does before and after it.
 
         Raises:
-            WeightUpdateError: a layer cannot take what upstream's loader does.
+            WeightUpdateError: a layer cannot take what upstream's loader does, or upstream has left the model tensors
+                that cannot be served.
         """
         derived = _TensorAttributes(model)
         token = _current.set(self)
@@ -255,6 +272,7 @@ class WeightUpdate:
             with (
                 _all_shown(self._layers.values(), self._wrap),
                 _given(model, self._groups.complete),
+                _notes_kept(model),
                 self._whole_quantized(),
                 PartialCapture(self._sinks),
             ):
@@ -264,7 +282,18 @@ class WeightUpdate:
         finally:
             self._thread.inside = False
             _current.reset(token)
-            derived.keep_memory()
+            changed = derived.keep_memory()
+        if changed:
+            raise WeightUpdateError(
+                "upstream made these tensors anew in another form, so they keep their old memory and values: "
+                f"{shortened(changed)}. Load the new weights by starting the server with them"
+            )
+        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta] if self._layers else []
+        if leaks:
+            raise WeightUpdateError(
+                "computed from a weight that is quantized while it is read, these tensors hold no data: "
+                f"{shortened(leaks)}. Load the new weights by starting the server with them"
+            )
 
     def finish(self) -> None:
         """Quantize what was only waiting for the end.
@@ -284,10 +313,10 @@ class WeightUpdate:
             raise PartialUpdateError(
                 f"the update ended with weights of which only a part came: {shortened(problems)}. They keep their old "
                 "values. One scale covers a whole unit, so send what belongs together in one update: gate_proj with "
-                f"up_proj, q_proj with k_proj and v_proj, q_a_proj with kv_a_proj_with_mqa. {self.progress}"
+                "up_proj, q_proj with k_proj and v_proj, q_a_proj with kv_a_proj_with_mqa"
             )
         if conflicts:
-            raise WeightUpdateError(f"{conflicts[0]}. {self.progress}") from conflicts[0]
+            raise WeightUpdateError(str(conflicts[0])) from conflicts[0]
         self._damaged += [name for name, stream in self._streams.items() if stream.done_units and stream.not_finite()]
         if self._damaged:
             logger.warning(
@@ -321,7 +350,7 @@ class WeightUpdate:
         """A sentence for error messages: which layers hold new values."""
         names = self.replaced
         if not names:
-            return "All fp8 layers hold their old values."
+            return ALL_OLD
         return f"These fp8 layers hold new values, all others their old ones: {shortened(names)}."
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -418,28 +447,57 @@ class _Refusal:
 
 
 class _TensorAttributes:
-    """Tensors that modules hold as plain attributes, such as MLA's ``w_kc``: not parameters, not buffers."""
+    """Tensors that modules hold as attributes, such as MLA's ``w_kc``, or in lists and dicts; no parameters or buffers.
+
+    By name, since upstream may make the lists and dicts anew as well.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._found = [
-            (module, name, value)
-            for module in model.modules()
-            for name, value in vars(module).items()
-            if isinstance(value, torch.Tensor)
-        ]
+        self._model = model
+        self._found = {name: tensor for name, _, _, tensor in _slots(model) if not tensor.is_meta}
 
-    def keep_memory(self) -> None:
-        """Where upstream has put a new tensor in place of one, move its values into the old one's memory."""
-        for module, name, old in self._found:
-            new = vars(module).get(name)
-            if new is old or not isinstance(new, torch.Tensor):
+    def keep_memory(self) -> list[str]:
+        """Where upstream has put a new tensor in place of one, move its values into the old one's memory.
+
+        Returns:
+            Names of those that have got another form; they keep their old values too.
+        """
+        changed = []
+        for name, holder, key, new in _slots(self._model):
+            old = self._found.get(name, new)
+            if new is old:
+                continue
+            holder[key] = old
+            # Without data: computed from a weight that did not come in this update, and so has not changed.
+            if new.is_meta:
                 continue
             if (new.shape, new.dtype) != (old.shape, old.dtype):
+                changed.append(name)
                 continue
-            # Without data: computed from a weight that did not come in this update, and so has not changed.
-            if not new.is_meta:
+            with torch.no_grad():
                 old.copy_(new)
-            vars(module)[name] = old
+        return changed
+
+
+_MODULES_OWN = frozenset({"_parameters", "_buffers", "_modules"})
+_MOST_NESTED = 3
+
+
+def _slots(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any, torch.Tensor]]:
+    """Where modules hold tensors beside parameters and buffers: name, list or dict, index or key, and the tensor."""
+    for prefix, module in model.named_modules():
+        attributes = vars(module)
+        for key in [key for key in attributes if key not in _MODULES_OWN]:
+            yield from _slots_at(attributes, key, f"{prefix}.{key}" if prefix else key, _MOST_NESTED)
+
+
+def _slots_at(holder: Any, key: Any, name: str, depth: int) -> Iterator[tuple[str, Any, Any, torch.Tensor]]:
+    value = holder[key]
+    if isinstance(value, torch.Tensor):
+        yield name, holder, key, value
+    elif isinstance(value, (list, dict)) and depth:
+        for inner in list(value) if isinstance(value, dict) else range(len(value)):
+            yield from _slots_at(value, inner, f"{name}[{inner!r}]", depth - 1)
 
 
 _current: ContextVar[WeightUpdate | None] = ContextVar("streamfp8_update", default=None)
@@ -468,6 +526,21 @@ def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLoad
         for layer in layers:
             stack.enter_context(layer.shown(wrap))
         yield
+
+
+@contextmanager
+def _notes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Have models forget what they note down meanwhile: placeholders, in place of the parameters that are served."""
+    before = {
+        module: {name: vars(module)[name] for name in NOTED if name in vars(module)} for module in model.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, noted in before.items():
+            for name in NOTED:
+                vars(module).pop(name, None)
+            vars(module).update(noted)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ server, and the end of a session cannot fail at all. Here every update of stream
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,13 +20,16 @@ import torch
 from sglang_overlay.core.pipeline import workers_for
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.upstream import load
-from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate, updatable
+from sglang_overlay.upstream.update import ALL_OLD, UpdatableModel, WeightUpdate, updatable
 from sglang_overlay.upstream.updaters import has_sessions, model_of
 
 logger = logging.getLogger(__name__)
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Answer = tuple[bool, str]
+
+_VALUES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+"""Dtypes of quantized weights; the fp8 dtype without a mantissa is one of scales."""
 
 _NO_SESSIONS = "This release of SGLang has no update sessions: each call is an update of its own."
 
@@ -56,45 +60,64 @@ def update_weights_from_disk(
     """Around ``WeightUpdater.update_weights_from_disk``.
 
     Upstream answers a failure by reading "the original weights" again, but from the path that has just failed, and
-    when that fails too the exception ends the server. Here the path is put back first.
+    when that fails too the exception ends the server. Here the path is put back first, and after any other failure:
+    one that comes before the weights are read leaves the new path behind.
     """
     if updatable(model_of(updater)) is None:
         return original(updater, model_path, *args, **kwargs)
     served = updater.model_config.model_path
+    put_back = functools.partial(setattr, updater.model_config, "model_path", served)
     # Between a failure and reading again, so that what is read again are the weights that were served before.
-    token = _on_failure.set(lambda: setattr(updater.model_config, "model_path", served))
+    token = _on_failure.set(put_back)
+    success, message = False, ""
     try:
-        return original(updater, model_path, *args, **kwargs)
+        success, message = original(updater, model_path, *args, **kwargs)
     except Exception as error:
         logger.exception("StreamFP8: the weights could not be updated from %s.", model_path)
-        return False, f"Failed to update weights, and to go back to those of {served}: {error}"
+        message = f"Failed to update weights, and to go back to those of {served}: {error}"
     finally:
         _on_failure.reset(token)
+        if not success:
+            put_back()
+    return success, message
 
 
 def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
-    """Around ``WeightUpdater.begin_weight_update``."""
+    """Around ``WeightUpdater.begin_weight_update``, which cannot fail: that is left to the session's end.
+
+    Until then each call is an update of its own.
+    """
     original(updater)
     known = updatable(model_of(updater))
-    if known is not None:
+    if known is None:
+        return
+    known.unopened = None
+    try:
         known.begin()
+    except Exception as error:
+        logger.exception("StreamFP8: a weight update could not be opened.")
+        # Told already, and it would keep alive what the update had opened.
+        known.unopened = error.with_traceback(None)
 
 
 def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_load: bool) -> None:
     """Around ``WeightUpdater.end_weight_update``.
 
     Raises:
-        WeightUpdateError: upstream's part failed, or some units came only in part; left to ``end_session`` where that
-            is waiting for it.
+        WeightUpdateError: upstream's part failed, the update could not be opened, or some units came only in part; left
+            to ``end_session`` where that is waiting for it.
     """
     model = model_of(updater)
     known = updatable(model)
-    if known is None or known.open is None:
+    if known is None:
         return original(updater, run_post_load=run_post_load)
     try:
-        with _one_update(known) as update, update.loading(model):
-            original(updater, run_post_load=run_post_load)
-        known.end()
+        with _one_update(known) as update:
+            with update.loading(model):
+                original(updater, run_post_load=run_post_load)
+            known.end()
+            if known.unopened is not None:
+                raise known.unopened
     except WeightUpdateError as error:
         known.abort()
         failures = _failures.get()
@@ -147,6 +170,9 @@ def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, n
     """Around ``_model_load_weights_direct``, whose names are those of parameters.
 
     Values that are fp8 already, and scales, go to the parameters that are served, as in stock.
+
+    Raises:
+        WeightUpdateError: a layer cannot be updated with high-precision values.
     """
     known = updatable(model)
     if known is None or known.open is None:
@@ -154,7 +180,9 @@ def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, n
     tensors = list(named_tensors)
     mine = [(name, tensor) for name, tensor in tensors if known.open.takes(name) and tensor.dtype.itemsize > 1]
     names = {name for name, _ in mine}
-    original(model, [(name, tensor) for name, tensor in tensors if name not in names])
+    others = [(name, tensor) for name, tensor in tensors if name not in names]
+    _refuse_cast(model, others)
+    original(model, others)
     with known.open.loading(model):
         original(model, mine)
     return None
@@ -171,18 +199,41 @@ def _one_update(known: UpdatableModel, workers: int = 0) -> Iterator[WeightUpdat
     Raises:
         WeightUpdateError: whatever went wrong, with what the layers hold now.
     """
-    is_open = known.open is not None
-    update = known.open or known.begin(workers)
+    update = known.open
+    is_open = update is not None
     try:
+        update = update or known.begin(workers)
         yield update
+        if not is_open:
+            known.end()
     except Exception as error:
-        progress = update.progress
+        failure = _failure(error, ALL_OLD if update is None else update.progress)
         if not is_open:
             known.abort()
-        what = error if isinstance(error, WeightUpdateError) else f"{type(error).__name__}: {error}"
-        raise WeightUpdateError(f"{what}. {progress}") from error
-    if not is_open:
-        known.end()
+        raise failure from error
+
+
+def _failure(error: Exception, progress: str) -> WeightUpdateError:
+    """``error`` as one of a weight update: all it says, and what the layers hold now."""
+    kind, told = WeightUpdateError, f"{type(error).__name__}: {error}"
+    if isinstance(error, WeightUpdateError):
+        kind, told = type(error), str(error)
+    return kind("\n".join((f"{told.rstrip('.')}. {progress}", *getattr(error, "__notes__", ()))))
+
+
+def _refuse_cast(model: torch.nn.Module, tensors: NamedTensors) -> None:
+    """Stock's loader would cast such values to fp8 without a word, and leave the scale as it is.
+
+    Raises:
+        WeightUpdateError: a tensor in high precision is meant for fp8 values.
+    """
+    served = {name: weight for name, weight in model.named_parameters() if weight.dtype in _VALUES}
+    for name, tensor in tensors:
+        if name in served and tensor.dtype.itemsize > 1:
+            raise WeightUpdateError(
+                f"{name} was quantized by stock SGLang, which cannot quantize it again: these {tensor.dtype} values "
+                "would be cast under the old scale. Send fp8 values with their scale"
+            )
 
 
 def _answered(updater: Any, call: Callable[[], Answer], load_format: str | None = None) -> Answer:
@@ -199,10 +250,10 @@ def _answered(updater: Any, call: Callable[[], Answer], load_format: str | None 
             if not success:
                 raise WeightUpdateError(message)
     except WeightUpdateError as error:
-        told = str(error)
-        if isinstance(error, PartialUpdateError) and not has_sessions(updater):
+        told, is_partial = str(error), isinstance(error, PartialUpdateError)
+        if is_partial and not has_sessions(updater):
             told = f"{told} {_NO_SESSIONS}"
-        logger.error("StreamFP8: a weight update failed: %s", told, exc_info=error.__cause__)
+        logger.error("StreamFP8: a weight update failed: %s", told, exc_info=None if is_partial else error.__cause__)
         return False, told
     return success, message
 

@@ -92,6 +92,24 @@ def test_pipeline_can_be_closed_twice():
     pipeline.close()
 
 
+def test_workers_end_where_not_all_can_be_started(monkeypatch):
+    start, started, before = threading.Thread.start, [], torch.get_num_threads()
+
+    def start_two(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        started.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Pipeline(4)
+    for thread in started:
+        thread.join(10)
+    assert [thread.is_alive() for thread in started] == [False, False]
+    assert torch.get_num_threads() == before
+
+
 def test_without_workers_a_job_runs_where_it_is_submitted():
     where = []
     pipeline = Pipeline(0)

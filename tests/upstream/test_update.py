@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import gc
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.errors import WeightUpdateError
 from sglang_overlay.upstream import update
-from sglang_overlay.upstream.update import TensorGroups, UpdatableModel
+from sglang_overlay.upstream.update import TensorGroups, UpdatableLayer, UpdatableModel, WeightUpdate
 
 MLA = ["model.layers.0.self_attn.fused_qkv_a_proj_with_mqa", "model.layers.0.self_attn.o_proj"]
 Q, KV = "model.layers.0.self_attn.q_a_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
@@ -73,6 +76,104 @@ def test_derived_tensor_of_a_weight_that_did_not_come_stays(attention):
     attributes.keep_memory()
     assert attention.w_kc is old
     assert torch.equal(old, torch.ones(2, 3))
+
+
+def test_derived_tensor_of_a_weight_that_did_not_come_stays_whatever_its_dtype(attention):
+    old, attributes = attention.w_kc, update._TensorAttributes(attention)
+    attention.w_kc = torch.empty(2, 3, device="meta", dtype=torch.bfloat16)
+    assert attributes.keep_memory() == []
+    assert attention.w_kc is old
+
+
+@pytest.mark.parametrize("new", [torch.zeros(3, 3), torch.zeros(2, 3, dtype=torch.bfloat16)], ids=["shape", "dtype"])
+def test_derived_tensor_of_another_form_is_told_and_keeps_its_old_memory(attention, new):
+    old, attributes = attention.w_kc, update._TensorAttributes(attention)
+    attention.w_kc = new
+    assert attributes.keep_memory() == ["w_kc"]
+    assert attention.w_kc is old
+
+
+def test_derived_tensors_in_lists_and_dicts_that_are_made_anew_move_as_well(attention):
+    attention.scales = {"k": [torch.ones(2), torch.ones(3)]}
+    old, attributes = attention.scales["k"], update._TensorAttributes(attention)
+    attention.scales = {"k": [torch.full((2,), 2.0), torch.empty(3, device="meta")]}
+    attributes.keep_memory()
+    assert [now is before for now, before in zip(attention.scales["k"], old, strict=True)] == [True, True]
+    assert torch.equal(old[0], torch.full((2,), 2.0))
+    assert torch.equal(old[1], torch.ones(3))
+
+
+@pytest.fixture
+def repacked():
+    """A model with one layer, whose fp8 weight cannot be replaced, and what updates know of that."""
+    model, placeholder = torch.nn.Module(), torch.nn.Parameter(torch.empty(2, 3, device="meta"), requires_grad=False)
+    placeholder.weight_loader = lambda parameter, tensor: parameter.data.copy_(tensor)
+    model.load_weights = list
+    model.proj = torch.nn.Module()
+    model.proj.weight = torch.nn.Parameter(torch.zeros(2, 3).to(torch.float8_e4m3fn), requires_grad=False)
+    plan = SimpleNamespace(registered=lambda _layer, _placeholders: None)
+    return model, UpdatableLayer("proj", model.proj, plan, {"weight": placeholder})
+
+
+def test_loading_that_leaves_a_tensor_without_data_is_an_error_that_names_it(repacked):
+    model, layer = repacked
+    expected = pytest.raises(WeightUpdateError, match=r"these tensors hold no data: proj\.derived\[0\]")
+    with expected, WeightUpdate([layer]).loading(model):
+        model.proj.derived = (model.proj.weight.data.t().contiguous(),)
+
+
+def test_loading_that_changes_a_derived_tensors_form_is_an_error_that_names_it(repacked):
+    model, layer = repacked
+    model.proj.derived = torch.ones(2)
+    expected = pytest.raises(WeightUpdateError, match=r"in another form, .*: proj\.derived\. ")
+    with expected, WeightUpdate([layer]).loading(model):
+        model.proj.derived = torch.ones(3)
+
+
+def test_loading_that_fails_raises_what_failed_and_keeps_derived_tensors(repacked):
+    model, layer = repacked
+    model.proj.derived = old = torch.ones(2)
+
+    def fail():
+        model.proj.derived = torch.ones(3)
+        raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file"), WeightUpdate([layer]).loading(model):
+        fail()
+    assert model.proj.derived is old
+
+
+def test_loading_leaves_what_a_model_had_noted_down_of_the_parameters_that_are_served(repacked):
+    model, layer = repacked
+    model.routed_experts_weights_of_layer = noted = {0: [model.proj.weight]}
+    with WeightUpdate([layer]).loading(model):
+        model._cached_params_dict = dict(model.named_parameters())
+        model.routed_experts_weights_of_layer = {0: [torch.ones(2, 3)]}
+    assert model.routed_experts_weights_of_layer is noted
+    assert not hasattr(model, "_cached_params_dict")
+
+
+def test_update_that_cannot_be_opened_leaves_no_threads(repacked):
+    def fail(_layer, _placeholders):
+        raise torch.OutOfMemoryError("no room")
+
+    _, layer = repacked
+    layer.plan.registered = fail
+    before, known = set(threading.enumerate()), UpdatableModel([layer], {})
+    with pytest.raises(torch.OutOfMemoryError):
+        known.begin(workers=2)
+    assert set(threading.enumerate()) == before
+    assert known.open is None
+
+
+def test_weight_that_cannot_be_replaced_is_refused_under_its_own_name(repacked):
+    model, layer = repacked
+    opened = WeightUpdate([layer])
+    assert opened.takes("proj.weight")
+    assert not opened.takes("proj.weight_scale")
+    with pytest.raises(WeightUpdateError, match=r"proj\.weight was repacked"), opened.loading(model):
+        model.proj.weight.data.copy_(torch.ones(2, 3))
+    assert not model.proj.weight.float().any()
 
 
 def test_what_is_remembered_of_a_model_goes_with_it():

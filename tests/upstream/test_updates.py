@@ -148,6 +148,29 @@ def test_direct_update_takes_the_parameters_own_names(update, workers, checkpoin
     assert compare(workers.load(LoadJob(mixed, streaming="require", prompts=PROMPTS)), result) == []
 
 
+@pytest.mark.parametrize("architecture", ["RepackingForCausalLM", "LoaderlessForCausalLM"])
+def test_direct_update_of_what_stock_quantized_is_an_error_not_a_cast(architecture, odd_workers, checkpoint):
+    old, new = (checkpoint("qwen3", overrides=(("architectures", (architecture,)),), seed=seed) for seed in (0, SEED))
+    update = Update("direct", new, names=r"layers\.0\.self_attn\.o_proj")
+    result = odd_workers.load(LoadJob(old, streaming="1", updates=(update,)))
+    (done,) = result.ranks[0].updates
+    assert not done.success
+    assert "model.layers.0.self_attn.o_proj.weight was quantized by stock SGLang" in done.message
+    assert compare(odd_workers.load(LoadJob(old, streaming="1")), result) == []
+
+
+def test_update_leaves_what_a_model_notes_down_on_the_weights_that_are_served(odd_workers, checkpoint):
+    old, new = (
+        checkpoint("qwen3_moe", overrides=(("architectures", ("NotingExpertsForCausalLM",)),), seed=seed)
+        for seed in (0, SEED)
+    )
+    result = odd_workers.load(LoadJob(old, streaming="1", updates=(Update("disk", new),)))
+    (done,) = result.ranks[0].updates
+    assert done.success, done.message
+    assert done.moved == ()
+    assert compare(odd_workers.load(LoadJob(new, streaming="1")), result) == []
+
+
 @pytest.fixture
 def misshapen(checkpoint, tmp_path):
     """New weights of a family, of which one has half its rows."""
@@ -201,6 +224,19 @@ def test_failed_update_from_disk_goes_back_to_the_weights_before(family, workers
     assert "Rolling back to original weights" in failed.message
     assert failed.moved == ()
     assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", prompts=PROMPTS)), result) == []
+
+
+def test_mistyped_path_is_forgotten_by_the_next_update_from_disk(workers, checkpoint, misshapen):
+    mistyped = Update("disk", checkpoint("qwen3_moe").parent / "mistyped")
+    broken = Update("disk", misshapen("qwen3_moe", BAD["qwen3_moe"]))
+    job = LoadJob(checkpoint("qwen3_moe"), streaming="require", updates=(mistyped, broken), prompts=PROMPTS)
+    result = workers.load(job)
+    first, second = result.ranks[0].updates
+    assert not first.success
+    assert "Failed to get weights iterator" in first.message
+    assert not second.success
+    assert "Rolling back to original weights" in second.message
+    assert compare(workers.load(LoadJob(checkpoint("qwen3_moe"), streaming="require", prompts=PROMPTS)), result) == []
 
 
 @pytest.mark.parametrize("source", ["disk", "tensors"])

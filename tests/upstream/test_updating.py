@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_overlay.errors import WeightUpdateError
+from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
 from sglang_overlay.upstream import update, updating
-from sglang_overlay.upstream.update import UpdatableModel
+from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate
 
 
 class Model(torch.nn.Module):
@@ -49,3 +49,183 @@ def test_session_that_nobody_waits_for_raises_and_is_closed(known):
     with pytest.raises(WeightUpdateError, match="no room"):
         updating.end_weight_update(fail, updater, run_post_load=False)
     assert found.open is None
+
+
+def end(updater):
+    """End a session as ``end_session`` has it ended; what went wrong."""
+    failures = []
+    token = updating._failures.set(failures)
+    try:
+        updating.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=False)
+    finally:
+        updating._failures.reset(token)
+    return failures
+
+
+def run_out(*_args, **_kwargs):
+    raise StagingMemoryError("memory ran out")
+
+
+def test_session_whose_workers_failed_is_closed_and_answered(known):
+    updater, found = known
+    found.begin(workers=1)._pipeline.submit(run_out)
+    assert end(updater) == ["StagingMemoryError: memory ran out. All fp8 layers hold their old values."]
+    assert found.open is None
+
+
+def test_session_that_cannot_be_opened_is_answered_at_its_end_and_the_next_one_succeeds(known, monkeypatch):
+    updater, found = known
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "WeightUpdate", run_out)
+        updating.begin_weight_update(lambda _updater: None, updater)
+    assert found.open is None
+    assert end(updater) == ["StagingMemoryError: memory ran out. All fp8 layers hold their old values."]
+    updating.begin_weight_update(lambda _updater: None, updater)
+    assert end(updater) == []
+
+
+def test_end_of_a_session_without_an_update_is_one_of_its_own(known):
+    updater, found = known
+    found.abort()
+    seen = []
+    updating.end_weight_update(
+        lambda _updater, *, run_post_load: seen.append(update._current.get()), updater, run_post_load=True
+    )
+    assert [type(opened) for opened in seen] == [WeightUpdate]
+    assert found.open is None
+
+
+CALLS = {
+    "tensor": lambda updater: updating.update_weights_from_tensor(lambda *_: (True, ""), updater, []),
+    "distributed": lambda updater: updating.load_weights_from_distributed(lambda *_: (True, ""), updater, []),
+    "ipc": lambda updater: updating.update_weights_from_ipc(lambda *_: (True, ""), updater, None),
+}
+
+
+@pytest.mark.parametrize("moment", ["__init__", "finish"])
+@pytest.mark.parametrize("call", CALLS)
+def test_call_whose_update_fails_at_either_end_is_answered(call, moment, known, monkeypatch):
+    updater, found = known
+    found.abort()
+    monkeypatch.setattr(WeightUpdate, moment, run_out)
+    answer = (False, "StagingMemoryError: memory ran out. All fp8 layers hold their old values.")
+    assert CALLS[call](updater) == answer
+    assert found.open is None
+
+
+def test_answer_has_the_notes_of_what_went_wrong(known):
+    updater, _ = known
+
+    def fail(*_):
+        error = OSError("cannot be read.")
+        error.__notes__ = ["Of tensor x."]
+        raise error
+
+    success, message = updating.update_weights_from_ipc(fail, updater, None)
+    assert not success
+    assert message == "OSError: cannot be read. All fp8 layers hold their old values.\nOf tensor x."
+
+
+def test_interrupt_is_not_made_an_answer(known):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        updating.update_weights_from_ipc(interrupt, known[0], None)
+
+
+def test_partial_update_stays_one(known, monkeypatch):
+    def finish(_update):
+        raise PartialUpdateError("half of it came")
+
+    updater, found = known
+    monkeypatch.setattr(WeightUpdate, "finish", finish)
+    with pytest.raises(PartialUpdateError, match=r"^half of it came\. All fp8 layers hold their old values\.$"):
+        updating.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=True)
+    assert found.open is None
+
+
+@pytest.fixture
+def disk(known):
+    """Updates from disk: ``run`` one whose reading of weights is ``load``; the path that ``load`` leaves."""
+    updater, found = known
+    found.abort()
+    updater.model_config = SimpleNamespace(model_path="served")
+
+    def run(load):
+        def original(updater, path):
+            updater.model_config.model_path = path
+            return load()
+
+        return updating.update_weights_from_disk(original, updater, "new")
+
+    return updater, run
+
+
+@pytest.mark.parametrize("moment", ["__init__", "finish"])
+def test_update_from_disk_that_fails_at_either_end_goes_back_to_the_path_before(moment, disk, monkeypatch):
+    updater, run = disk
+    monkeypatch.setattr(WeightUpdate, moment, run_out)
+    seen = []
+
+    def load():
+        try:
+            updating.load_weights_and_postprocess(lambda *_: None, updater.model, [], torch.device("cpu"))
+        except WeightUpdateError:
+            seen.append(updater.model_config.model_path)
+        return False, ""
+
+    assert run(load) == (False, "")
+    assert seen == ["served"]
+
+
+def test_update_from_disk_that_finds_no_weights_leaves_the_path_before(disk):
+    updater, run = disk
+    assert run(lambda: (False, "no such folder")) == (False, "no such folder")
+    assert updater.model_config.model_path == "served"
+
+
+def test_update_from_disk_that_raises_leaves_the_path_before(disk):
+    updater, run = disk
+    success, message = run(run_out)
+    assert not success
+    assert "go back to those of served: memory ran out" in message
+    assert updater.model_config.model_path == "served"
+
+
+def test_update_from_disk_that_succeeds_leaves_the_new_path(disk):
+    updater, run = disk
+    assert run(lambda: (True, "")) == (True, "")
+    assert updater.model_config.model_path == "new"
+
+
+@pytest.fixture
+def direct(known):
+    """A direct update of a layer that stock quantized, with values of a dtype; what stock's loader was given."""
+    updater, _ = known
+    model, loaded = updater.model, []
+    model.weight = torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False)
+    model.weight_scale = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def load(_model, part):
+        loaded.extend(name for name, _ in part)
+
+    def run(dtype):
+        tensors = [("weight_scale", torch.ones(1)), ("weight", torch.ones(2).to(dtype))]
+        updating.load_weights_direct(load, model, tensors)
+
+    return run, loaded
+
+
+def test_direct_update_gives_stock_fp8_values_and_scales(direct):
+    run, loaded = direct
+    run(torch.float8_e4m3fn)
+    assert loaded == ["weight_scale", "weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_direct_update_refuses_to_have_stock_cast_to_fp8(dtype, direct):
+    run, loaded = direct
+    with pytest.raises(WeightUpdateError, match=r"^weight was quantized by stock SGLang"):
+        run(dtype)
+    assert loaded == []
