@@ -101,7 +101,7 @@ def mapping_at(address: int) -> tuple[int, int, bool] | None:
                 start, _, stop = span.partition(b"-")
                 if address < int(stop, 16):
                     return _described(int(start, 16), int(stop, 16), rest) if int(start, 16) <= address else None
-    except FileNotFoundError:
+    except OSError:
         pass
     return None
 

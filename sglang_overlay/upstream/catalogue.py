@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where this package touches SGLang. ``python -m sglang_overlay check -v`` prints this, tests walk it.
 
-``STREAMING`` is applied as a whole or not at all; of ``TELLING`` what fits, since a load is right without it.
+``STREAMING`` is applied module by module, and where one of it does not fit, no load is streamed; of ``TELLING`` what
+fits, since a load is right without it.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def why_not_platform() -> str | None:
     from sglang.srt import utils
 
     for name in ("is_hip", "is_xpu", "is_npu", "is_musa", "is_cpu"):
-        if getattr(utils, name, bool)():
+        if not hasattr(utils, name):
+            return f"this SGLang does not tell which platform it runs on (sglang.srt.utils.{name} is not there)"
+        if getattr(utils, name)():
             return f"fp8 post-processing of this platform ({name.removeprefix('is_')}) is not covered yet"
     return None
 

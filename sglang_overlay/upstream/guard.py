@@ -11,6 +11,17 @@ from sglang_overlay.errors import StreamingUnavailableError
 logger = logging.getLogger(__name__)
 
 _warned: set[str] = set()
+_mismatches: list[str] = []
+
+
+def note_mismatch(reason: str) -> None:
+    """Hooks of a module could not be applied. Those of others may have been: loads are to ask ``mismatch``."""
+    _mismatches.append(reason)
+
+
+def mismatch() -> str | None:
+    """Why no load of this process can be streamed, though some hooks are in place."""
+    return _mismatches[0] if _mismatches else None
 
 
 def refuse(required_by: str | None, reason: str) -> None:

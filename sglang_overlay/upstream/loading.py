@@ -21,7 +21,7 @@ from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
 from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, telling, update
-from sglang_overlay.upstream.guard import refuse
+from sglang_overlay.upstream.guard import mismatch, refuse
 from sglang_overlay.upstream.load import under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad, current
 from sglang_overlay.upstream.ranks import parallel_ranks
@@ -45,7 +45,8 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     device = torch.device(device_config.device)
     _mention_untested_release(settings.mode)
     obstacle = (
-        eligibility.why_not_platform()
+        mismatch()
+        or eligibility.why_not_platform()
         or eligibility.why_not_options()
         or loaders.why_not_loader(loader)
         or (None if settings.schemes.is_stock else loaders.why_not_schemes(loader))

@@ -72,13 +72,14 @@ def _stand_aside(settings: Settings) -> None:
 def _patch_when_imported(settings: Settings) -> None:
     import wrapt
 
-    from sglang_overlay.upstream import ray_actors
+    from sglang_overlay.upstream import guard, ray_actors
     from sglang_overlay.upstream.catalogue import STREAMING, TELLING
     from sglang_overlay.upstream.touch_point import TouchPoint, apply, apply_fitting, by_module
 
     def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
         mismatch = apply(points)
         if mismatch is not None:
+            guard.note_mismatch(mismatch)
             _guard(settings.required_by, mismatch)
 
     def patch_fitting(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:

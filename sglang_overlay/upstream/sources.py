@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sglang_overlay.upstream.touch_point import PointState, State, TouchPoint, in_order, module_of
+from sglang_overlay.upstream.touch_point import HookKind, PointState, State, TouchPoint, module_of, why_not_called
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -20,10 +20,12 @@ class Source:
 
     Attributes:
         parameters: their names, without those that take any others.
+        takes_any: whether it takes any other by name.
         text: the function, laid out in one way; comments are not part of it.
     """
 
     parameters: tuple[str, ...]
+    takes_any: bool
     text: str
 
 
@@ -45,7 +47,7 @@ def find(root: Path, target: str) -> Source | None:
         return None
     given = function.args
     names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    return Source(tuple(names), ast.unparse(function))
+    return Source(tuple(names), given.kwarg is not None, ast.unparse(function))
 
 
 def inspect_points(root: Path, points: Iterable[TouchPoint]) -> list[PointState]:
@@ -61,11 +63,14 @@ def _inspect(root: Path, point: TouchPoint) -> PointState:
         source = find(root, candidate.target)
         if source is None:
             continue
-        if in_order(candidate.parameters, source.parameters):
-            return PointState(candidate, State.READY)
-        detail = f"expected {', '.join(candidate.parameters)}; found {', '.join(source.parameters)}"
-        return PointState(candidate, State.SIGNATURE, detail)
+        problem = why_not_called(candidate, source.parameters, _passed_on(candidate))
+        return PointState(candidate, State.SIGNATURE if problem else State.READY, problem)
     return PointState(point, State.ABSENT, point.without) if point.without else PointState(point, State.MISSING)
+
+
+def _passed_on(point: TouchPoint) -> int | None:
+    hook = find(Path(__file__).parents[2], point.hook.replace(":", "."))
+    return None if hook is None or hook.takes_any or point.kind is not HookKind.AROUND else len(hook.parameters) - 1
 
 
 @cache

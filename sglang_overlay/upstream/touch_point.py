@@ -158,9 +158,9 @@ def inspect_point(point: TouchPoint) -> PointState:
 
 
 def _inspect_target(point: TouchPoint, target: Any) -> PointState:
-    names = list(inspect.signature(target).parameters)
-    if not in_order(point.parameters, names):
-        return PointState(point, State.SIGNATURE, f"expected {', '.join(point.parameters)}; found {', '.join(names)}")
+    problem = why_not_called(point, list(inspect.signature(target).parameters), _passed_on(point))
+    if problem:
+        return PointState(point, State.SIGNATURE, problem)
     if _is_applied(point):
         return PointState(point, State.ACTIVE)
     return PointState(point, State.READY)
@@ -252,6 +252,27 @@ def in_order(expected: Sequence[str], names: Sequence[str]) -> bool:
     """Whether ``expected`` are among ``names``, in this order."""
     remaining = iter(names)
     return all(name in remaining for name in expected)
+
+
+def why_not_called(point: TouchPoint, names: Sequence[str], passed_on: int | None) -> str:
+    """Why a hook cannot stand for its target; empty where it can.
+
+    Args:
+        point: says what the target must take.
+        names: the target's parameters.
+        passed_on: how many of them the hook takes; None where it takes any.
+    """
+    if not in_order(point.parameters, names):
+        return f"expected {', '.join(point.parameters)}; found {', '.join(names)}"
+    if passed_on is not None and len(names) > passed_on:
+        return f"found {', '.join(names)}, more than its hook passes on"
+    return ""
+
+
+def _passed_on(point: TouchPoint) -> int | None:
+    parameters = inspect.signature(_hook(point)).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return None if takes_any or point.kind is not HookKind.AROUND else len(parameters) - 1
 
 
 def _registry() -> Any:

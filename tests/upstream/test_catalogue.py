@@ -10,6 +10,7 @@ import importlib
 from dataclasses import replace
 
 import pytest
+from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.catalogue import STREAMING, TELLING
@@ -65,6 +66,15 @@ def test_signature_that_has_changed_is_noticed_and_shown(parameters):
     found = inspect_point(replace(STREAMING[0], parameters=parameters))
     assert found.state is State.SIGNATURE
     assert f"expected {', '.join(parameters)}; found self, " in found.detail
+
+
+def test_target_that_takes_more_than_its_hook_passes_on_is_noticed(monkeypatch):
+    point = STREAMING[0]
+    assert inspect_point(point).state.fits
+    monkeypatch.setattr(DefaultModelLoader, "load_model", lambda self, *, model_config, device_config, extra=None: None)
+    found = inspect_point(point)
+    assert found.state is State.SIGNATURE
+    assert "found self, model_config, device_config, extra, more than its hook passes on" in found.detail
 
 
 def test_target_of_another_release_is_found_where_that_has_it():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import wrapt
 
+from sglang_overlay.observe.report import read_folder
 from sglang_overlay.upstream import plugin, ray_actors, releases
 from sglang_overlay.upstream.catalogue import STREAMING, TELLING
 
@@ -62,12 +63,35 @@ def change(module):
     module.Fp8LinearMethod.create_weights = lambda self, layer: None
 wrapt.register_post_import_hook(change, "sglang.srt.layers.quantization.fp8")
 """
+MORE_TO_TAKE = """
+import wrapt
+def change(module):
+    module.Fp8LinearMethod.process_weights_after_loading = lambda self, layer, extra=None: None
+wrapt.register_post_import_hook(change, "sglang.srt.layers.quantization.fp8")
+"""
 OTHER_PLUGIN = """
 import wrapt
 def replace(module):
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     HookRegistry.register(f"{module.__name__}.Fp8LinearMethod", type("Bare", (), {}), HookType.REPLACE)
 wrapt.register_post_import_hook(replace, "sglang.srt.layers.quantization.fp8")
+"""
+OTHER_UPDATER = """
+import importlib, wrapt
+from sglang_overlay.upstream.catalogue import STREAMING
+(point,) = (point for point in STREAMING if point.target.endswith(".update_weights_from_disk"))
+def change(module):
+    owner = getattr(module, OWNERS[module.__name__])
+    if "update_weights_from_disk" in vars(owner):
+        owner.update_weights_from_disk = lambda self: None
+OWNERS = {place.module: place.target.split(".")[-2] for place in point.candidates}
+for module in OWNERS:
+    wrapt.register_post_import_hook(change, module)
+"""
+LOAD_PLUGINS = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import sglang.srt.model_executor.model_runner
 """
 SLIP = """
 from sglang_overlay.upstream import built_in
@@ -122,6 +146,7 @@ def test_unknown_value_ends_the_process_with_the_valid_ones():
         pytest.param(NEWER_WITHOUT, "sglang.srt.gone: absent (A thing.)", id="newer, without something"),
         pytest.param(NEWER_SIGNATURE, "load_model: signature (expected self, renamed; found self", id="newer, changed"),
         pytest.param(OTHER_SIGNATURE, "Fp8LinearMethod.create_weights: signature", id="signature"),
+        pytest.param(MORE_TO_TAKE, "(found self, layer, extra, more than its hook passes on)", id="one more"),
     ],
 )
 class TestSGLangThatIsNotAsExpected:
@@ -162,6 +187,28 @@ class TestHooksThatCannotBeApplied:
         assert "ONLINE" not in result.stdout
         assert "SGLANG_STREAMFP8=require" in result.stderr
         assert said in result.stderr
+
+
+class TestHooksOfWhichOthersAreInPlace:
+    """Those of the updater cannot be applied; what is loaded must not be streamed all the same, and said not to be."""
+
+    def load(self, checkpoint, **variables):
+        path = os.pathsep.join([str(Path(__file__).parents[2] / "ci"), os.environ.get("PYTHONPATH", "")])
+        return run(OTHER_UPDATER, LOAD_PLUGINS + LOAD, [checkpoint("qwen3")], PYTHONPATH=path, **variables)
+
+    def test_load_is_stocks_with_one_warning(self, checkpoint, tmp_path):
+        result = self.load(checkpoint, SGLANG_STREAMFP8_REPORT=str(tmp_path))
+        assert result.returncode == 0, result.stderr
+        assert "FP8 torch.float8_e4m3fn" in result.stdout
+        (warning,) = warnings_of(result)
+        assert "update_weights_from_disk: signature" in warning
+        assert "The model is loaded as in stock SGLang." in warning
+        assert {(report.mode, report.units.streamed) for report in read_folder(tmp_path)} == {("stock", 0)}
+
+    def test_load_is_an_error_where_streaming_is_required(self, checkpoint):
+        result = self.load(checkpoint, SGLANG_STREAMFP8="require")
+        assert result.returncode == 1
+        assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
 
 
 @pytest.mark.skipif(ABSENT, reason="a newer release has what the newest has, and the one installed has not")

@@ -37,13 +37,12 @@ def test_same_tree_has_nothing_to_report(tree, tmp_path):
     assert not (tmp_path / "report.md").exists()
 
 
-def test_function_that_takes_something_else_is_reported_by_name(tree, tmp_path):
+@pytest.mark.parametrize("taken", ["module", "layer, extra"])
+def test_function_that_takes_something_else_or_more_is_reported_by_name(taken, tree, tmp_path):
     file = tree / "python" / "sglang" / "srt" / FP8
     text = file.read_text()
     assert "def process_weights_after_loading(self, layer" in text
-    file.write_text(
-        text.replace("def process_weights_after_loading(self, layer", "def process_weights_after_loading(self, module")
-    )
+    file.write_text(text.replace("after_loading(self, layer", f"after_loading(self, {taken}"))
     outcome = look(tree, tmp_path / "report.md")
     assert outcome.exit_code == 1
     report = (tmp_path / "report.md").read_text()
