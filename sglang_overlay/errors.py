@@ -37,11 +37,11 @@ __all__ = [
 
 
 class SettingsError(StreamFP8Error):
-    """An environment variable has a value this package does not know."""
+    """An environment variable has a name or value this package does not know."""
 
 
 class StreamingUnavailableError(StreamFP8Error):
-    """``SGLANG_STREAMFP8=require`` was asked for and an fp8 load cannot be streamed."""
+    """``SGLANG_STREAMFP8=require`` was asked for, and an fp8 load or a layer of it cannot be streamed."""
 
 
 class SchemeError(SettingsError):

@@ -32,6 +32,7 @@ REPORT_VARIABLE = "SGLANG_STREAMFP8_REPORT"
 ALLOW_MISSING_VARIABLE = "SGLANG_STREAMFP8_ALLOW_MISSING"
 SCHEME_VARIABLE = "SGLANG_STREAMFP8_SCHEME"
 PINNED_RING_VARIABLE = "SGLANG_STREAMFP8_PINNED_RING"
+VARIABLES = (MODE_VARIABLE, REPORT_VARIABLE, ALLOW_MISSING_VARIABLE, SCHEME_VARIABLE, PINNED_RING_VARIABLE)
 
 
 class Mode(enum.Enum):
@@ -67,8 +68,11 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         environ: usually ``os.environ``.
 
     Raises:
-        SettingsError: a variable has an unknown value; the message lists the valid ones.
+        SettingsError: a variable has an unknown name or value; the message lists the valid ones.
     """
+    unknown = sorted(name for name in environ if name.startswith(MODE_VARIABLE) and name not in VARIABLES)
+    if unknown:
+        raise SettingsError(f"there is no setting {unknown[0]}. Use one of: {', '.join(VARIABLES)}.")
     found = Settings(
         mode=_mode(environ.get(MODE_VARIABLE, "")),
         report_folder=_folder(environ.get(REPORT_VARIABLE, "")),

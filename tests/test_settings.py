@@ -23,6 +23,12 @@ def test_any_other_value_is_an_error_that_lists_the_valid_ones(text):
         load_settings({"SGLANG_STREAMFP8": text})
 
 
+def test_setting_that_does_not_exist_is_an_error_that_lists_those_that_do():
+    with pytest.raises(SettingsError, match=r"no setting SGLANG_STREAMFP8_REPORTS\. .*SGLANG_STREAMFP8_REPORT,"):
+        load_settings({"SGLANG_STREAMFP8_REPORTS": "reports"})
+    assert load_settings({"_SGLANG_STREAMFP8_COMPLETE": "bash_source", "SGLANG_STREAM": "1"}) == Settings()
+
+
 def test_reports_are_written_only_where_a_folder_is_given():
     assert load_settings({}) == Settings(mode=Mode.ON, report_folder=None)
     assert load_settings({"SGLANG_STREAMFP8_REPORT": " "}).report_folder is None

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sglang_overlay.core import cpu_kernels
+from sglang_overlay.core import cpu_kernels, marks
 from sglang_overlay.core.host_memory import GiveBackLate, give_back, zeros_on_demand
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
@@ -28,7 +28,7 @@ from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.stream import ParameterStream, Storage
-from sglang_overlay.errors import SettingsError, StagingMemoryError
+from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError
 from sglang_overlay.observe.layer_times import LayerTimes
 from sglang_overlay.observe.progress import Progress, SilentProgress, quantization_progress
 from sglang_overlay.schemes import mxfp8
@@ -74,7 +74,7 @@ class OverlayLoad(CheckedLoad):
         missing: parameters that were not completely written from the checkpoint.
     """
 
-    final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError)
+    final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError, StreamingUnavailableError)
     sources: MappedSources
 
     def __init__(
@@ -180,13 +180,14 @@ class OverlayLoad(CheckedLoad):
         # Before upstream's post-processing, which may compute with weights that are marked.
         self._reading.close()
         kept = self._kept.pop(layer, {})
+        # Before it is quantized: marks are no weights.
+        missing = {key: weight.missing() for key, weight in kept.items()}
         pending = self._replacing.pop(layer, None)
         if super().finish(layer) is None and pending is not None and _is_loaded(layer, pending):
             self._finished[layer] = self._quantize_whole(layer, pending, kept)
-        for weight in kept.values():
-            missing = weight.missing()
-            self.missing += [weight.name] if missing else []
-            self._findings.note(weight.name.rpartition(".")[0], weight, missing)
+        for key, weight in kept.items():
+            self.missing += [weight.name] if missing[key] else []
+            self._findings.note(weight.name.rpartition(".")[0], weight, missing[key])
             weight.let_go()
         return self._finished.get(layer)
 
@@ -291,9 +292,12 @@ class OverlayLoad(CheckedLoad):
     def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
         """Leave a layer to stock, with an eye on what is loaded into it."""
         self.updatable[name].let_go()
+        is_marked = name in self._excluded and not self.prequantized
         for key, placeholder in pending.placeholders.items():
             materialize(placeholder, self._zeros(placeholder, pending.device))
-            weight = KeptWeight(f"{name}.{key}", placeholder, self.sources)
+            if is_marked:
+                marks.fill(placeholder)
+            weight = KeptWeight(f"{name}.{key}", placeholder, self.sources, is_marked=is_marked)
             set_loader(placeholder, weight.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
             if not self.prequantized:
                 self._kept.setdefault(layer, {})[key] = weight
@@ -312,10 +316,15 @@ class OverlayLoad(CheckedLoad):
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
         self.updatable[stream.name].let_go()
         self._kept[layer] = {
-            key: KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins())
+            key: KeptWeight(part.name, stream.placeholders[key], self.sources, part.origins(), is_marked=True)
             for key, part in stream.streams.items()
         }
         super()._return(layer, stream, reason)
+
+    def _fall_back(self, name: str, reason: str) -> None:
+        if self.settings.mode is Mode.REQUIRE:
+            refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", f"{name}: {reason}")
+        super()._fall_back(name, reason)
 
     def _manner(self, name: str) -> str:
         known = self.updatable.get(name)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
+from workbench.mutations import altered
 from workbench.updates import Update
 
 from upstream.streamed import warnings_of
@@ -45,6 +46,20 @@ def test_layer_with_an_unforeseen_loader_loads_as_stock_and_the_others_stream(bo
     assert len(warnings_of(result)) == 1
     assert "model.layers.1.mlp.down_proj" in warnings_of(result)[0]
     assert "add_" in warnings_of(result)[0]
+
+
+def test_layer_of_which_a_part_came_before_it_went_back_to_stock_loads_as_in_stock(both_of):
+    stock, result, report = both_of("FusedAddingLoaderForCausalLM")
+    assert compare(stock, result) == []
+    assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.gate_up_proj"]
+
+
+def test_part_that_is_missing_of_a_layer_that_went_back_to_stock_is_named(odd_workers, checkpoint, tmp_path):
+    lost = "model.layers.1.mlp.up_proj.weight"
+    whole = checkpoint("qwen3", overrides=(("architectures", ("FusedAddingLoaderForCausalLM",)),))
+    path = altered(whole, tmp_path / "damaged", lambda tensors: tensors.pop(lost))
+    with pytest.raises(LoadFailed, match=rf"model\.layers\.1\.mlp\.gate_up_proj\.weight .*missing {lost}"):
+        odd_workers.load(LoadJob(path, streaming="1"))
 
 
 def test_loader_of_the_models_own_streams(both_of):
@@ -95,6 +110,16 @@ def test_experts_that_a_model_notes_down_too_early_are_noted_again(odd_workers, 
 def test_model_that_cannot_be_streamed_is_an_error_where_streaming_is_required(odd_workers, checkpoint):
     path = checkpoint("qwen3", overrides=(("architectures", ("ReadingAfterLoadingForCausalLM",)),))
     with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require(.|\n)*hold no data: derived"):
+        odd_workers.load(LoadJob(path, streaming="require"))
+
+
+@pytest.mark.parametrize("architecture", ["AddingLoaderForCausalLM", "LateAddingLoaderForCausalLM"])
+def test_layer_that_cannot_be_streamed_is_an_error_where_streaming_is_required(architecture, odd_workers, checkpoint):
+    path = checkpoint("qwen3", overrides=(("architectures", (architecture,)),))
+    expected = (
+        r"SGLANG_STREAMFP8=require, but this fp8 load cannot be streamed: model\.layers\.1\.mlp\.down_proj: .*add_"
+    )
+    with pytest.raises(LoadFailed, match=expected):
         odd_workers.load(LoadJob(path, streaming="require"))
 
 
