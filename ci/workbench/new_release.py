@@ -136,7 +136,7 @@ def fetch(release: str) -> Path:
     folder = plan.cache / "packages" / release
     if not (folder / "sglang").is_dir():
         uv = environment.ensure_uv(plan)
-        target = ["--quiet", "--no-deps", "--target", str(folder), "--python", sys.executable]
+        target = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder), "--python", sys.executable]
         environment.step(plan, [str(uv), "pip", "install", *target, f"sglang=={release}"])
     return folder
 

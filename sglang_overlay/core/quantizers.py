@@ -33,10 +33,25 @@ class UnitQuantizer(Protocol):
         """
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Quantize several whole units at once; the first dimension of arguments and result counts them."""
+        """Quantize several whole units at once.
+
+        Args:
+            values: high precision, ``[n, *unit]``.
+            weight: fp8 output, ``[n, *unit]``.
+            scale: float32 output, ``[n, *scales of a unit]``.
+
+        Returns:
+            Largest magnitudes, ``[n]``, as of ``quantize``.
+        """
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-        """Whether a unit that was quantized to ``weight`` and ``scale`` can have held ``piece``."""
+        """Whether a unit that was quantized to ``weight`` and ``scale`` can have held ``piece``.
+
+        Args:
+            piece: high-precision values of a box of the unit.
+            weight: fp8, shape of the unit.
+            scale: float32, the unit's slice of the scale.
+        """
 
 
 def magnitude(unit: torch.Tensor) -> torch.Tensor:

@@ -48,11 +48,12 @@ class MemoryMetricError(StreamFP8Error):
 class MemoryUsage:
     """Memory of one process over one load.
 
-    metric: what was read, e.g. 'RssAnon' or 'torch.cuda.memory_allocated'
-    start: bytes when watching began
-    peak_above_start: highest reading minus start, in bytes; exact on an accelerator, the highest sample elsewhere
-    end_above_start: last reading minus start, in bytes; negative when the process ended smaller
-    samples: (seconds since start, bytes above start), at most ``MAX_SAMPLES``, in order of time
+    Attributes:
+        metric: what was read, e.g. 'RssAnon' or 'torch.cuda.memory_allocated'.
+        start: bytes when watching began.
+        peak_above_start: highest reading minus start, in bytes; exact on an accelerator, the highest sample elsewhere.
+        end_above_start: last reading minus start, in bytes; negative when the process ended smaller.
+        samples: (seconds since start, bytes above start), at most ``MAX_SAMPLES``, in order of time.
     """
 
     metric: str

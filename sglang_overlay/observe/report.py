@@ -63,8 +63,9 @@ class Ranks:
 class UnitCounts:
     """Quantization units of this rank.
 
-    streamed: quantized while the checkpoint was being read
-    direct: of those, how many came whole from one checkpoint tensor and so needed no staging memory
+    Attributes:
+        streamed: quantized while the checkpoint was being read.
+        direct: of those, how many came whole from one checkpoint tensor and so needed no staging memory.
     """
 
     streamed: int = 0
@@ -90,12 +91,13 @@ class LayerNote:
 class LayerFigures:
     """What one streamed layer was on this rank.
 
-    layer: its name in the model
-    units: quantization units
-    direct: of those, how many needed no staging memory
-    bytes: of its quantized weights and their scales
-    first_seconds: since the load began, when its first unit was quantized
-    last_seconds: likewise its last; both 0 where what was read was quantized already
+    Attributes:
+        layer: its name in the model.
+        units: quantization units.
+        direct: of those, how many needed no staging memory.
+        bytes: of its quantized weights and their scales.
+        first_seconds: since the load began, when its first unit was quantized.
+        last_seconds: likewise its last; both 0 where what was read was quantized already.
     """
 
     layer: str
@@ -110,10 +112,11 @@ class LayerFigures:
 class LayerCounts:
     """Layers of this rank that fp8 quantization applies to.
 
-    streamed: how many were quantized unit by unit
-    deferred: kept in high precision until upstream was done with them, then quantized (MLA's kv_b_proj)
-    fallback: loaded the way stock SGLang does
-    figures: of each streamed layer, in the order they were finished
+    Attributes:
+        streamed: how many were quantized unit by unit.
+        deferred: kept in high precision until upstream was done with them, then quantized (MLA's kv_b_proj).
+        fallback: loaded the way stock SGLang does.
+        figures: of each streamed layer, in the order they were finished.
     """
 
     streamed: int = 0
@@ -127,7 +130,20 @@ class LoadReport:
     """One load on one rank.
 
     Attributes:
+        release: SGLang's version.
+        overlay_version: this package's.
+        model_path: as SGLang was given it.
+        load_format: value of SGLang's ``--load-format``.
+        mode: ``stock`` where no layer was streamed.
+        seconds: wall-clock time of SGLang's ``load_model``: building, reading, quantizing, post-processing.
+        memory: of this process, over that time.
         final_bytes: storage of the loaded model's parameters and buffers on this rank.
+        role: ``draft`` for the draft model of speculative decoding.
+        ranks: of this process.
+        units: what was quantized while reading.
+        staging: high-precision memory held meanwhile.
+        layers: those that fp8 quantization applies to.
+        warnings: said of this load.
         scheme: how fp8 layers are quantized, as the user chose it.
         missing: parameters that were not completely written from the checkpoint, and are served all the same.
     """
@@ -161,7 +177,11 @@ def to_json(report: LoadReport) -> dict[str, Any]:
 
 
 def from_json(data: object) -> LoadReport:
-    """The report in ``data``; ReportError says which field is missing or wrong, or that the version is unknown."""
+    """The report in ``data``.
+
+    Raises:
+        ReportError: a field is missing or wrong, or the version is unknown; the message says which.
+    """
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ReportError(f'not a load report: the top level should be an object with "schema": "{SCHEMA}"')
     if data.get("version") != VERSION:
@@ -176,7 +196,10 @@ def write(report: LoadReport, folder: Path | str) -> Path:
     """Write ``report`` into ``folder`` (made if missing) and return the new file's path.
 
     A file appears complete or not at all, and never replaces another: loads of one rank (a restarted server, stock and
-    streaming, data-parallel replicas in one folder) get consecutive numbers. ReportError if it cannot be written.
+    streaming, data-parallel replicas in one folder) get consecutive numbers.
+
+    Raises:
+        ReportError: it cannot be written.
     """
     target = Path(folder)
     text = _text(report)
@@ -191,7 +214,11 @@ def write(report: LoadReport, folder: Path | str) -> Path:
 
 
 def read(file: Path | str) -> LoadReport:
-    """The report in ``file``; ReportError names the file and what is wrong with it."""
+    """The report in ``file``.
+
+    Raises:
+        ReportError: names the file and what is wrong with it.
+    """
     path = Path(file)
     try:
         return from_json(json.loads(path.read_text(encoding="utf-8")))

@@ -27,7 +27,10 @@ SMALLEST_ABSMAX = 1e-12
 
 
 class BlockScheme:
-    """What SGLang has after loading a block-wise fp8 checkpoint; activations get one scale a token and 128 columns."""
+    """What SGLang has after loading a block-wise fp8 checkpoint (DeepSeek-V3's, arXiv 2412.19437, section 3.3.2).
+
+    Activations get one scale a token and 128 columns.
+    """
 
     summary = "fp8, one scale a block of 128 x 128, as DeepSeek-V3's own checkpoints"
 

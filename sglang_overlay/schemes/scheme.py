@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from sglang_overlay.schemes.stored import StoredForm
-from sglang_overlay.upstream.plan import LayerPlan
+from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
 
 class LayerKind(enum.Enum):
@@ -32,10 +32,24 @@ class Scheme(Protocol):
         """Why layers of this kind cannot have the scheme on this platform; None where they can."""
 
     def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
-        """SGLang's quantization method that serves ``layer``: an object of its own, it is changed for the load."""
+        """SGLang's quantization method that serves a layer.
 
-    def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        """How a layer with that method is loaded: a plan of its own for each layer."""
+        Args:
+            kind: of the layer.
+            layer: as SGLang's ``QuantizationConfig.get_quant_method`` gets it, without parameters yet.
+            name: its full name in the model.
+
+        Returns:
+            An object of this layer's own: it is changed for the load.
+        """
+
+    def plan(self, kind: LayerKind, method: Any) -> UpdatablePlan:
+        """How a layer is loaded: a plan of its own for each layer.
+
+        Args:
+            kind: of the layer.
+            method: what ``method`` returned for it.
+        """
 
     def stored(self) -> StoredForm | None:
         """How its weights are stored in a checkpoint that stock SGLang loads; None where there is no such form."""

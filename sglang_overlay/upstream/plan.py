@@ -19,7 +19,13 @@ from sglang_overlay.core.units import UnitGrid
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """How one parameter is quantized and where the result goes."""
+    """How one parameter is quantized and where the result goes.
+
+    Attributes:
+        grid: how it divides into units.
+        quantizer: what makes fp8 values and scales of a unit.
+        storage: what it writes.
+    """
 
     grid: UnitGrid
     quantizer: UnitQuantizer
@@ -28,7 +34,12 @@ class ParameterPlan:
 
 @dataclass(frozen=True)
 class Placeholders:
-    """Parameters without memory that stand for a layer's high-precision weights, and where those would lie."""
+    """Parameters without memory that stand for a layer's high-precision weights.
+
+    Attributes:
+        parameters: by name, on the meta device, with the shapes, dtypes and weight loaders that upstream gave them.
+        device: where upstream would have allocated them.
+    """
 
     parameters: dict[str, torch.nn.Parameter]
     device: torch.device
@@ -53,7 +64,13 @@ class LayerPlan(abc.ABC):
 
     @abc.abstractmethod
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
-        """Final memory of one of ``weights``."""
+        """Final memory of one of ``weights``, on ``device``.
+
+        Args:
+            name: the parameter's.
+            placeholder: shape and high-precision dtype of what the checkpoint brings.
+            device: where the layer lies.
+        """
 
     @abc.abstractmethod
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:

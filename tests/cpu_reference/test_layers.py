@@ -122,6 +122,7 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
 )
 def test_mla_attention(captures: dict[str, Capture], model: str, limit: float) -> None:
     calls, tensors = captures[model]["calls"]["attention"], captures[model]["tensors"]["attention"]
+    assert calls
     for hidden, output in zip(sequences(calls, "hidden_states"), sequences(calls, "output"), strict=True):
         assert relative_error(output, mla(hidden, tensors)) < limit
 
@@ -136,6 +137,7 @@ def test_w_kc_and_w_vc_are_kv_b_proj(captures: dict[str, Capture]) -> None:
 
 def test_fp8_linear(captures: dict[str, Capture]) -> None:
     weight = matrix(captures["fp8"]["tensors"]["linear"], "")
+    assert captures["fp8"]["calls"]["linear"]
     for call in captures["fp8"]["calls"]["linear"]:
         # Weight and result are rounded to bfloat16.
         assert relative_error(call["output"], call["arg0"].double() @ weight.t()) < 2 * 2**-8
@@ -147,6 +149,7 @@ def test_fp8_experts(captures: dict[str, Capture]) -> None:
         tensors[f"{name}_weight"].double() * tensors[f"{name}_weight_scale"].double()[:, None, None]
         for name in ("w13", "w2")
     )
+    assert captures["fp8"]["calls"]["experts"]
     for call in captures["fp8"]["calls"]["experts"]:
         gate, up = torch.einsum("th,ekoh->etko", call["arg0"].double(), w13.unflatten(1, (2, -1))).unbind(2)
         outputs = torch.einsum("eto,eho->eth", torch.nn.functional.silu(gate) * up, w2)

@@ -60,6 +60,7 @@ def test_series_applies_without_fuzz(apply: Callable[[Path, list[Path]], None], 
 
 
 def test_series_only_adds_to_files_of_sglang() -> None:
+    assert patches.files_of(RELEASE)
     for file in patches.files_of(RELEASE):
         _, _, diffs = file.read_text().partition("\ndiff --git ")
         lines = diffs.splitlines()
@@ -69,6 +70,7 @@ def test_series_only_adds_to_files_of_sglang() -> None:
 
 def test_no_patch_names_this_machine() -> None:
     home = str(Path.home())
+    assert patches.files_of(RELEASE)
     for file in patches.files_of(RELEASE):
         text = file.read_text()
         assert home not in text
