@@ -31,7 +31,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
-from sglang_overlay.upstream import sources
+from sglang_overlay.upstream import source_tree
 from sglang_overlay.upstream.catalogue import STREAMING, TELLING
 from sglang_overlay.upstream.touch_point import PointState, State, TouchPoint
 from workbench import environment
@@ -79,7 +79,7 @@ def compare(before: Path, after: Path, points: Iterable[TouchPoint]) -> list[Cha
 
 
 def _change(before: Path, after: Path, point: TouchPoint) -> Change:
-    (old,), (new,) = (sources.inspect_points(root, [point]) for root in (before, after))
+    (old,), (new,) = (source_tree.inspect_points(root, [point]) for root in (before, after))
     was, now = _source(before, old), _source(after, new)
     notes = []
     if old.state.fits and new.state is State.ABSENT and old.state is not State.ABSENT:
@@ -92,11 +92,11 @@ def _change(before: Path, after: Path, point: TouchPoint) -> Change:
     return Change(new.point.target, problem, tuple(notes), _diff(was, now) if was and now else "")
 
 
-def _source(root: Path, found: PointState) -> sources.Source | None:
-    return sources.find(root, found.point.target)
+def _source(root: Path, found: PointState) -> source_tree.Source | None:
+    return source_tree.find(root, found.point.target)
 
 
-def _diff(was: sources.Source, now: sources.Source) -> str:
+def _diff(was: source_tree.Source, now: source_tree.Source) -> str:
     lines = difflib.unified_diff(was.text.splitlines(), now.text.splitlines(), "before", "after", lineterm="")
     return "\n".join(lines)
 
@@ -106,7 +106,9 @@ def entry_of(root: Path, release: str, date: str) -> dict[str, Any]:
     (metadata,) = root.glob("sglang-*.dist-info/METADATA")
     fields = Parser().parsestr(metadata.read_text(encoding="utf-8"))
     pins = {need.name: need for need in map(Requirement, fields.get_all("Requires-Dist", [])) if need.marker is None}
-    absent = [found.point.target for found in sources.inspect_points(root, STREAMING) if found.state is State.ABSENT]
+    absent = [
+        found.point.target for found in source_tree.inspect_points(root, STREAMING) if found.state is State.ABSENT
+    ]
     return {
         "release": release,
         "date": date,

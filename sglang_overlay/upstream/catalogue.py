@@ -27,7 +27,7 @@ _MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-pro
 STREAMING: tuple[TouchPoint, ...] = (
     TouchPoint(
         target=f"{_LOADER}.DefaultModelLoader.load_model",
-        hook="sglang_overlay.upstream.loading:load_model",
+        hook="sglang_overlay.upstream.loader_hooks:load_model",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "device_config"),
         why="Opens and closes the load that owns all streaming state, measures memory and reports.",
@@ -41,7 +41,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     *(
         TouchPoint(
             target=f"{_LOADER}.{loader}.load_model",
-            hook=f"sglang_overlay.upstream.loading:{hook}",
+            hook=f"sglang_overlay.upstream.loader_hooks:{hook}",
             kind=HookKind.AROUND,
             parameters=("self", "model_config", "device_config"),
             why=why,
@@ -63,7 +63,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_LOADER}.ShardedStateLoader.save_model",
-        hook="sglang_overlay.upstream.loading:save_sharded_state",
+        hook="sglang_overlay.upstream.loader_hooks:save_sharded_state",
         kind=HookKind.AROUND,
         parameters=("model", "path"),
         why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock cannot "
@@ -73,7 +73,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_LOADER}.PreshardedModelLoader._load_from_presharded",
-        hook="sglang_overlay.upstream.loading:load_from_presharded",
+        hook="sglang_overlay.upstream.loader_hooks:load_from_presharded",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "device_config"),
         why="The dump is fp8 already: no bf16 weights are allocated, nothing is to be quantized.",
@@ -83,7 +83,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_LOADER}.PreshardedModelLoader._compute_local_structural_signature",
-        hook="sglang_overlay.upstream.loading:describe_without_loading",
+        hook="sglang_overlay.upstream.loader_hooks:describe_without_loading",
         kind=HookKind.AROUND,
         parameters=("self", "model_config"),
         why="Builds the model on the meta device only to hash its shapes; those must be stock's.",
@@ -93,7 +93,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_LOADER}.initialize_dummy_weights",
-        hook="sglang_overlay.upstream.loading:initialize_dummy_weights",
+        hook="sglang_overlay.upstream.loader_hooks:initialize_dummy_weights",
         kind=HookKind.AROUND,
         parameters=("model",),
         why="Fills the state dict in place, which a parameter without memory cannot take: here one weight at a time.",
@@ -102,7 +102,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_LOADER}._initialize_model",
-        hook="sglang_overlay.upstream.loading:initialize_model",
+        hook="sglang_overlay.upstream.loader_hooks:initialize_model",
         kind=HookKind.AROUND,
         parameters=("model_config", "load_config", "quant_config"),
         why="Once the model is built: finds each streamed layer's name, checks that the model left its placeholders "
@@ -186,7 +186,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_LOADER}.DefaultModelLoader.load_weights_and_postprocess",
-        hook="sglang_overlay.upstream.updating:load_weights_and_postprocess",
+        hook="sglang_overlay.upstream.update_hooks:load_weights_and_postprocess",
         kind=HookKind.AROUND,
         parameters=("model", "weights", "target_device"),
         why="Called again when weights are updated from disk: streams them into the fp8 storage that "
@@ -196,7 +196,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_disk",
-        hook="sglang_overlay.upstream.updating:update_weights_from_disk",
+        hook="sglang_overlay.upstream.update_hooks:update_weights_from_disk",
         kind=HookKind.AROUND,
         parameters=("self", "model_path", "load_format"),
         why="Makes upstream go back to the weights it served before when an update fails, and answer "
@@ -207,7 +207,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.begin_weight_update",
-        hook="sglang_overlay.upstream.updating:begin_weight_update",
+        hook="sglang_overlay.upstream.update_hooks:begin_weight_update",
         kind=HookKind.AROUND,
         parameters=("self",),
         why="Opens an update, which keeps units that come in several calls.",
@@ -217,7 +217,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.end_weight_update",
-        hook="sglang_overlay.upstream.updating:end_weight_update",
+        hook="sglang_overlay.upstream.update_hooks:end_weight_update",
         kind=HookKind.AROUND,
         parameters=("self", "run_post_load"),
         why="Closes the update; upstream's post-processing must not quantize fp8 weights once more.",
@@ -227,7 +227,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.load_weights_from_distributed",
-        hook="sglang_overlay.upstream.updating:load_weights_from_distributed",
+        hook="sglang_overlay.upstream.update_hooks:load_weights_from_distributed",
         kind=HookKind.AROUND,
         parameters=("self", "named_tensors"),
         why="Streams the tensors of one call.",
@@ -236,7 +236,7 @@ STREAMING: tuple[TouchPoint, ...] = (
         elsewhere=tuple(
             Place(
                 f"{owner}.update_weights_from_distributed",
-                "sglang_overlay.upstream.updating:update_weights_from_distributed",
+                "sglang_overlay.upstream.update_hooks:update_weights_from_distributed",
                 ("self", "names", "dtypes", "shapes", "group_name"),
             )
             for owner in (f"{_UPDATER}.WeightUpdater", f"{_RUNNER}.ModelRunner")
@@ -244,7 +244,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_tensor",
-        hook="sglang_overlay.upstream.updating:update_weights_from_tensor",
+        hook="sglang_overlay.upstream.update_hooks:update_weights_from_tensor",
         kind=HookKind.AROUND,
         parameters=("self", "named_tensors", "load_format"),
         why="Streams the tensors of one call, flattened buckets as well; a failure is answered and "
@@ -255,7 +255,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_ipc",
-        hook="sglang_overlay.upstream.updating:update_weights_from_ipc",
+        hook="sglang_overlay.upstream.update_hooks:update_weights_from_ipc",
         kind=HookKind.AROUND,
         parameters=("self", "recv_req"),
         why="Streams what the checkpoint engine sends.",
@@ -265,7 +265,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_UPDATER}._model_load_weights_direct",
-        hook="sglang_overlay.upstream.updating:load_weights_direct",
+        hook="sglang_overlay.upstream.update_hooks:load_weights_direct",
         kind=HookKind.AROUND,
         parameters=("model", "named_tensors"),
         why="Names parameters, not checkpoint tensors: tells high-precision weights from fp8 values and scales.",
@@ -275,7 +275,7 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_SESSIONS}.end_weight_update",
-        hook="sglang_overlay.upstream.updating:end_session",
+        hook="sglang_overlay.upstream.update_hooks:end_session",
         kind=HookKind.AROUND,
         parameters=("self", "recv_req"),
         why="Lets the end of a session fail where units came only in part; upstream always answers success.",

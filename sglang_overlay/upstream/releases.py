@@ -94,12 +94,12 @@ def untested_note() -> str:
 
 def _changed_since_newest() -> str:
     """Touch points that are not as in the newest supported release, whose own are all there."""
-    from sglang_overlay.upstream import sources
+    from sglang_overlay.upstream import source_tree
     from sglang_overlay.upstream.catalogue import STREAMING
     from sglang_overlay.upstream.touch_point import State, listed
 
     found = util.find_spec("sglang")
     if found is None or found.origin is None:
         return "its source files are not there to compare"
-    states = sources.inspect_points(Path(found.origin).parents[1], STREAMING)
+    states = source_tree.inspect_points(Path(found.origin).parents[1], STREAMING)
     return listed(state for state in states if state.state is not State.READY)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
-from sglang_overlay.upstream import sources, touch_point
+from sglang_overlay.upstream import source_tree, touch_point
 from sglang_overlay.upstream.catalogue import STREAMING, TELLING
 from sglang_overlay.upstream.touch_point import HookKind, Place, State, TouchPoint
 
@@ -38,50 +38,50 @@ ALL = (*STREAMING, *TELLING, *TOUCH_POINTS)
 
 @pytest.mark.parametrize("hooked", ALL, ids=lambda point: point.target.split(".", 3)[-1])
 def test_sources_and_the_running_release_agree(hooked):
-    imported, (read,) = touch_point.inspect_point(hooked), sources.inspect_points(INSTALLED, [hooked])
+    imported, (read,) = touch_point.inspect_point(hooked), source_tree.inspect_points(INSTALLED, [hooked])
     assert read.point.target == imported.point.target
     assert read.state is (State.READY if imported.state is State.ACTIVE else imported.state)
 
 
 def test_method_of_a_base_class_is_found(package):
     root = package(a="class _Base:\n    def load(self, path): pass\nclass Loader(_Base): pass\n")
-    assert sources.find(root, "up.a.Loader.load").parameters == ("self", "path")
+    assert source_tree.find(root, "up.a.Loader.load").parameters == ("self", "path")
 
 
 def test_function_that_a_module_has_from_another_is_found(package):
     root = package(a="from up.b import work as load\n", b="def work(path, *, strict=True): pass\n")
-    assert sources.find(root, "up.a.load").parameters == ("path", "strict")
+    assert source_tree.find(root, "up.a.load").parameters == ("path", "strict")
 
 
 def test_function_defined_in_a_branch_is_found(package):
     root = package(a="if True:\n    def load(path): pass\n")
-    assert sources.find(root, "up.a.load").parameters == ("path",)
+    assert source_tree.find(root, "up.a.load").parameters == ("path",)
 
 
 @pytest.mark.parametrize("target", ["up.a.load", "up.a.Loader.save", "up.a.Other.load", "up.c.load"])
 def test_what_is_not_there_is_none(target, package):
-    assert sources.find(package(a="class Loader:\n    def load(self): pass\n"), target) is None
+    assert source_tree.find(package(a="class Loader:\n    def load(self): pass\n"), target) is None
 
 
 def test_layout_and_comments_are_no_difference(package):
     root = package(
         a="def load(path):\n    return open(path)\n", b="def load( path ):\n    # why\n    return open( path )"
     )
-    assert sources.find(root, "up.a.load") == sources.find(root, "up.b.load")
+    assert source_tree.find(root, "up.a.load") == source_tree.find(root, "up.b.load")
 
 
 def test_other_parameters_are_shown(package):
-    (found,) = sources.inspect_points(package(a="def load(path): pass\n"), [point("up.a.load", ("path", "device"))])
+    (found,) = source_tree.inspect_points(package(a="def load(path): pass\n"), [point("up.a.load", ("path", "device"))])
     assert (found.state, found.detail) == (State.SIGNATURE, "expected path, device; found path")
 
 
 def test_target_is_found_where_an_earlier_release_had_it(package):
     moved = point("up.new.load", elsewhere=(Place("up.old.load", parameters=("path",)),))
-    (found,) = sources.inspect_points(package(old="def load(path): pass\n"), [moved])
+    (found,) = source_tree.inspect_points(package(old="def load(path): pass\n"), [moved])
     assert (found.state, found.point.target) == (State.READY, "up.old.load")
 
 
 @pytest.mark.parametrize(("without", "state"), [("", State.MISSING), ("A thing.", State.ABSENT)])
 def test_target_that_is_nowhere_is_absent_where_streaming_can_do_without(without, state, package):
-    (found,) = sources.inspect_points(package(), [point("up.a.load", without=without)])
+    (found,) = source_tree.inspect_points(package(), [point("up.a.load", without=without)])
     assert (found.state, found.detail) == (state, without)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
-from sglang_overlay.upstream import update, updating
+from sglang_overlay.upstream import update, update_hooks
 from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate
 
 
@@ -35,11 +35,11 @@ def fail(_updater, *, run_post_load):
 def test_session_that_fails_at_its_end_is_closed_and_answered(known):
     updater, found = known
     failures = []
-    token = updating._failures.set(failures)
+    token = update_hooks._failures.set(failures)
     try:
-        updating.end_weight_update(fail, updater, run_post_load=True)
+        update_hooks.end_weight_update(fail, updater, run_post_load=True)
     finally:
-        updating._failures.reset(token)
+        update_hooks._failures.reset(token)
     assert found.open is None
     assert failures == ["OSError: no room, run_post_load=True. All fp8 layers hold their old values."]
 
@@ -47,18 +47,18 @@ def test_session_that_fails_at_its_end_is_closed_and_answered(known):
 def test_session_that_nobody_waits_for_raises_and_is_closed(known):
     updater, found = known
     with pytest.raises(WeightUpdateError, match="no room"):
-        updating.end_weight_update(fail, updater, run_post_load=False)
+        update_hooks.end_weight_update(fail, updater, run_post_load=False)
     assert found.open is None
 
 
 def end(updater):
     """End a session as ``end_session`` has it ended; what went wrong."""
     failures = []
-    token = updating._failures.set(failures)
+    token = update_hooks._failures.set(failures)
     try:
-        updating.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=False)
+        update_hooks.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=False)
     finally:
-        updating._failures.reset(token)
+        update_hooks._failures.reset(token)
     return failures
 
 
@@ -77,10 +77,10 @@ def test_session_that_cannot_be_opened_is_answered_at_its_end_and_the_next_one_s
     updater, found = known
     with monkeypatch.context() as patch:
         patch.setattr(update, "WeightUpdate", run_out)
-        updating.begin_weight_update(lambda _updater: None, updater)
+        update_hooks.begin_weight_update(lambda _updater: None, updater)
     assert found.open is None
     assert end(updater) == ["StagingMemoryError: memory ran out. All fp8 layers hold their old values."]
-    updating.begin_weight_update(lambda _updater: None, updater)
+    update_hooks.begin_weight_update(lambda _updater: None, updater)
     assert end(updater) == []
 
 
@@ -88,7 +88,7 @@ def test_end_of_a_session_without_an_update_is_one_of_its_own(known):
     updater, found = known
     found.abort()
     seen = []
-    updating.end_weight_update(
+    update_hooks.end_weight_update(
         lambda _updater, *, run_post_load: seen.append(update._current.get()), updater, run_post_load=True
     )
     assert [type(opened) for opened in seen] == [WeightUpdate]
@@ -96,9 +96,9 @@ def test_end_of_a_session_without_an_update_is_one_of_its_own(known):
 
 
 CALLS = {
-    "tensor": lambda updater: updating.update_weights_from_tensor(lambda *_: (True, ""), updater, []),
-    "distributed": lambda updater: updating.load_weights_from_distributed(lambda *_: (True, ""), updater, []),
-    "ipc": lambda updater: updating.update_weights_from_ipc(lambda *_: (True, ""), updater, None),
+    "tensor": lambda updater: update_hooks.update_weights_from_tensor(lambda *_: (True, ""), updater, []),
+    "distributed": lambda updater: update_hooks.load_weights_from_distributed(lambda *_: (True, ""), updater, []),
+    "ipc": lambda updater: update_hooks.update_weights_from_ipc(lambda *_: (True, ""), updater, None),
 }
 
 
@@ -121,7 +121,7 @@ def test_answer_has_the_notes_of_what_went_wrong(known):
         error.__notes__ = ["Of tensor x."]
         raise error
 
-    success, message = updating.update_weights_from_ipc(fail, updater, None)
+    success, message = update_hooks.update_weights_from_ipc(fail, updater, None)
     assert not success
     assert message == "OSError: cannot be read. All fp8 layers hold their old values.\nOf tensor x."
 
@@ -131,7 +131,7 @@ def test_interrupt_is_not_made_an_answer(known):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        updating.update_weights_from_ipc(interrupt, known[0], None)
+        update_hooks.update_weights_from_ipc(interrupt, known[0], None)
 
 
 def test_partial_update_stays_one(known, monkeypatch):
@@ -141,7 +141,7 @@ def test_partial_update_stays_one(known, monkeypatch):
     updater, found = known
     monkeypatch.setattr(WeightUpdate, "finish", finish)
     with pytest.raises(PartialUpdateError, match=r"^half of it came\. All fp8 layers hold their old values\.$"):
-        updating.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=True)
+        update_hooks.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=True)
     assert found.open is None
 
 
@@ -157,7 +157,7 @@ def disk(known):
             updater.model_config.model_path = path
             return load()
 
-        return updating.update_weights_from_disk(original, updater, "new")
+        return update_hooks.update_weights_from_disk(original, updater, "new")
 
     return updater, run
 
@@ -170,7 +170,7 @@ def test_update_from_disk_that_fails_at_either_end_goes_back_to_the_path_before(
 
     def load():
         try:
-            updating.load_weights_and_postprocess(lambda *_: None, updater.model, [], torch.device("cpu"))
+            update_hooks.load_weights_and_postprocess(lambda *_: None, updater.model, [], torch.device("cpu"))
         except WeightUpdateError:
             seen.append(updater.model_config.model_path)
         return False, ""
@@ -212,7 +212,7 @@ def direct(known):
 
     def run(dtype):
         tensors = [("weight_scale", torch.ones(1)), ("weight", torch.ones(2).to(dtype))]
-        updating.load_weights_direct(load, model, tensors)
+        update_hooks.load_weights_direct(load, model, tensors)
 
     return run, loaded
 

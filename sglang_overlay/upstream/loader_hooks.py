@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loaders of SGLang's ``model_loader/loader.py`` and their helpers."""
+"""Hooks around the loaders of SGLang's ``model_loader/loader.py`` and around their helpers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sglang_overlay.observe.report import LoadReport, ReportError, summary_line,
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
-from sglang_overlay.upstream import eligibility, loaders, model_loading, releases, telling, update
+from sglang_overlay.upstream import eligibility, model_loading, releases, streamed_loaders, telling, update
 from sglang_overlay.upstream.guard import mismatch, refuse
 from sglang_overlay.upstream.load import under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad, current
@@ -48,8 +48,8 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
         mismatch()
         or eligibility.why_not_platform()
         or eligibility.why_not_options()
-        or loaders.why_not_loader(loader)
-        or (None if settings.schemes.is_stock else loaders.why_not_schemes(loader))
+        or streamed_loaders.why_not_loader(loader)
+        or (None if settings.schemes.is_stock else streamed_loaders.why_not_schemes(loader))
     )
     is_part = is_draft or parallel_ranks().pp.size > 1
     began = time.perf_counter()
