@@ -51,17 +51,27 @@ def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
         sync_folder(folder)
 
 
-def check_free_for(folder: Path, described: Mapping[str, Any]) -> None:
-    """Make sure that an export may be written to ``folder``.
+def check_free(folder: Path) -> None:
+    """Make sure that some export may be written to ``folder``.
 
     Raises:
-        ExportError: it has other contents, or is no folder.
+        ExportError: it has other contents than an unfinished export, or is no folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is no folder")
-    found = _read(folder / JOURNAL)
-    if found is None and folder.is_dir() and any(path.name != JOURNAL for path in folder.iterdir()):
+    is_begun = _read(folder / JOURNAL) is not None
+    if not is_begun and folder.is_dir() and any(path.name != JOURNAL for path in folder.iterdir()):
         raise ExportError(f"{folder} exists and is not empty; an export overwrites nothing. Choose another folder.")
+
+
+def check_free_for(folder: Path, described: Mapping[str, Any]) -> None:
+    """Make sure that this export may be written to ``folder``.
+
+    Raises:
+        ExportError: as of ``check_free``, or another export is unfinished there.
+    """
+    check_free(folder)
+    found = _read(folder / JOURNAL)
     if found not in (None, _text(described)):
         raise ExportError(
             f"{folder} holds an unfinished export of something else: another checkpoint, a checkpoint that has "

@@ -90,6 +90,8 @@ def export(
     """
     from sglang_overlay.upstream.tracing import trace
 
+    # First of all: schemes and tracing import SGLang.
+    journal.check_free(target)
     form = form_of(schemes)
     checkpoint = SourceCheckpoint(source)
     tensors = checkpoint.tensors()
