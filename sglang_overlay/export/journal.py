@@ -42,8 +42,7 @@ def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(journal, mode) as file:
         # Whoever held it before may have left it in another state.
-        check_free_for(folder, described)
-        if _read(journal) is None:
+        if check_free_for(folder, described) is None:
             _write(file, _text(described))
             sync_folder(folder)
         yield
@@ -51,32 +50,39 @@ def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
         sync_folder(folder)
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: Path) -> str | None:
     """Make sure that some export may be written to ``folder``.
+
+    Returns:
+        What the journal of an unfinished export there says, if there is one.
 
     Raises:
         ExportError: it has other contents than an unfinished export, or is no folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is no folder")
-    is_begun = _read(folder / JOURNAL) is not None
-    if not is_begun and folder.is_dir() and any(path.name != JOURNAL for path in folder.iterdir()):
+    found = _read(folder / JOURNAL)
+    if found is None and folder.is_dir() and any(path.name != JOURNAL for path in folder.iterdir()):
         raise ExportError(f"{folder} exists and is not empty; an export overwrites nothing. Choose another folder.")
+    return found
 
 
-def check_free_for(folder: Path, described: Mapping[str, Any]) -> None:
+def check_free_for(folder: Path, described: Mapping[str, Any]) -> str | None:
     """Make sure that this export may be written to ``folder``.
+
+    Returns:
+        As of ``check_free``.
 
     Raises:
         ExportError: as of ``check_free``, or another export is unfinished there.
     """
-    check_free(folder)
-    found = _read(folder / JOURNAL)
+    found = check_free(folder)
     if found not in (None, _text(described)):
         raise ExportError(
             f"{folder} holds an unfinished export of something else: another checkpoint, a checkpoint that has "
             "changed since, or another scheme. Remove it, or choose another folder."
         )
+    return found
 
 
 @contextmanager

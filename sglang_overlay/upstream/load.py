@@ -311,14 +311,16 @@ def under_way(load: ModelLoad) -> Iterator[None]:
 def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter, buffer and tensor in an attribute (MLA's ``w_kc``) of a model, with its name."""
     for prefix, module in model.named_modules():
-        attributes = {name: value for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES}
+        attributes = {name: value for name, value in vars(module).items() if name not in TORCH_ATTRIBUTES}
         for values in (module._parameters, module._buffers, attributes):
             for name, value in values.items():
-                yield from _tensors_in(value, f"{prefix}.{name}" if prefix else name, _MOST_NESTED)
+                yield from _tensors_in(value, f"{prefix}.{name}" if prefix else name, MOST_NESTED)
 
 
-_TORCH_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules"})
-_MOST_NESTED = 3
+TORCH_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules"})
+"""Where torch keeps what a module holds; all other attributes are the model's own."""
+MOST_NESTED = 3
+"""Lists and dicts within each other in which tensors are looked for."""
 
 
 def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sglang_overlay.upstream.touch_point import HookKind, PointState, State, TouchPoint, module_of, why_not_called
+from sglang_overlay.upstream.touch_point import PointState, State, TouchPoint, module_of, why_not_called
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -63,14 +63,14 @@ def _inspect(root: Path, point: TouchPoint) -> PointState:
         source = find(root, candidate.target)
         if source is None:
             continue
-        problem = why_not_called(candidate, source.parameters, _passed_on(candidate))
+        problem = why_not_called(candidate, source.parameters, _taken_by_hook(candidate))
         return PointState(candidate, State.SIGNATURE if problem else State.READY, problem)
     return PointState(point, State.ABSENT, point.without) if point.without else PointState(point, State.MISSING)
 
 
-def _passed_on(point: TouchPoint) -> int | None:
+def _taken_by_hook(point: TouchPoint) -> int | None:
     hook = find(Path(__file__).parents[2], point.hook.replace(":", "."))
-    return None if hook is None or hook.takes_any or point.kind is not HookKind.AROUND else len(hook.parameters) - 1
+    return None if hook is None or hook.takes_any else len(hook.parameters)
 
 
 @cache

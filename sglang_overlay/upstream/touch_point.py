@@ -158,7 +158,7 @@ def inspect_point(point: TouchPoint) -> PointState:
 
 
 def _inspect_target(point: TouchPoint, target: Any) -> PointState:
-    problem = why_not_called(point, list(inspect.signature(target).parameters), _passed_on(point))
+    problem = why_not_called(point, list(inspect.signature(target).parameters), _taken_by_hook(point))
     if problem:
         return PointState(point, State.SIGNATURE, problem)
     if _is_applied(point):
@@ -254,25 +254,25 @@ def in_order(expected: Sequence[str], names: Sequence[str]) -> bool:
     return all(name in remaining for name in expected)
 
 
-def why_not_called(point: TouchPoint, names: Sequence[str], passed_on: int | None) -> str:
+def why_not_called(point: TouchPoint, names: Sequence[str], taken: int | None) -> str:
     """Why a hook cannot stand for its target; empty where it can.
 
     Args:
         point: says what the target must take.
         names: the target's parameters.
-        passed_on: how many of them the hook takes; None where it takes any.
+        taken: how many the hook has, the original itself included; None where it takes any.
     """
     if not in_order(point.parameters, names):
         return f"expected {', '.join(point.parameters)}; found {', '.join(names)}"
-    if passed_on is not None and len(names) > passed_on:
+    if point.kind is HookKind.AROUND and taken is not None and len(names) > taken - 1:
         return f"found {', '.join(names)}, more than its hook passes on"
     return ""
 
 
-def _passed_on(point: TouchPoint) -> int | None:
+def _taken_by_hook(point: TouchPoint) -> int | None:
     parameters = inspect.signature(_hook(point)).parameters.values()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-    return None if takes_any or point.kind is not HookKind.AROUND else len(parameters) - 1
+    return None if takes_any else len(parameters)
 
 
 def _registry() -> Any:

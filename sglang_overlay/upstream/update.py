@@ -43,7 +43,7 @@ from sglang_overlay.errors import (
     UnsupportedWriteError,
     WeightUpdateError,
 )
-from sglang_overlay.upstream.load import tensors_of
+from sglang_overlay.upstream.load import MOST_NESTED, TORCH_ATTRIBUTES, tensors_of
 from sglang_overlay.upstream.snapshots import NOTED
 from sglang_overlay.upstream.updatable_plan import quantize_whole
 
@@ -479,16 +479,12 @@ class _TensorAttributes:
         return changed
 
 
-_MODULES_OWN = frozenset({"_parameters", "_buffers", "_modules"})
-_MOST_NESTED = 3
-
-
 def _slots(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any, torch.Tensor]]:
     """Where modules hold tensors beside parameters and buffers: name, list or dict, index or key, and the tensor."""
     for prefix, module in model.named_modules():
         attributes = vars(module)
-        for key in [key for key in attributes if key not in _MODULES_OWN]:
-            yield from _slots_at(attributes, key, f"{prefix}.{key}" if prefix else key, _MOST_NESTED)
+        for key in [key for key in attributes if key not in TORCH_ATTRIBUTES]:
+            yield from _slots_at(attributes, key, f"{prefix}.{key}" if prefix else key, MOST_NESTED)
 
 
 def _slots_at(holder: Any, key: Any, name: str, depth: int) -> Iterator[tuple[str, Any, Any, torch.Tensor]]:

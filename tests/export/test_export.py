@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from workbench.exports import ExportJob, ExportKilled, run_export
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
+from workbench.mutations import altered
 
 from sglang_overlay.errors import ExportError, SchemeError
 
@@ -39,15 +39,6 @@ def stored(folder, name):
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     with safe_open(folder / places[name], framework="pt") as file:
         return file.get_tensor(name)
-
-
-def rewritten(path, target, change):
-    """A copy of a checkpoint with ``change(name, tensor)`` in place of each tensor."""
-    shutil.copytree(path, target)
-    for file in target.glob("*.safetensors"):
-        tensors = {name: change(name, tensor) for name, tensor in load_file(file).items()}
-        save_file(tensors, file, {"format": "pt"})
-    return target
 
 
 def online(workers, path, scheme, **fields):
@@ -141,8 +132,11 @@ def test_export_of_bin_files_is_the_same(checkpoint, tmp_path):
 
 
 def test_export_of_float32_is_what_an_online_load_computes_in_bf16(workers, checkpoint, tmp_path):
-    # Digits that bf16 does not keep, and that would change every scale.
-    path = rewritten(checkpoint("qwen3", overrides=BLOCKS), tmp_path / "wide", lambda _, t: t.float() * (1 + 2**-10))
+    def widen(tensors):
+        # Digits that bf16 does not keep, and that would change every scale.
+        tensors.update({name: tensor.float() * (1 + 2**-10) for name, tensor in tensors.items()})
+
+    path = altered(checkpoint("qwen3", overrides=BLOCKS), tmp_path / "wide", widen)
     run_export(ExportJob(path, tmp_path / "out"))
     assert stored(tmp_path / "out", "model.norm.weight").dtype == torch.float32
     assert compare(online(workers, path, "block"), stock(workers, tmp_path / "out")) == []
@@ -150,8 +144,10 @@ def test_export_of_float32_is_what_an_online_load_computes_in_bf16(workers, chec
 
 def test_weights_of_integers_are_refused(checkpoint, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
-    path = rewritten(
-        checkpoint("qwen3", overrides=BLOCKS), tmp_path / "wrong", lambda n, t: t.to(torch.int8) if n == name else t
+    path = altered(
+        checkpoint("qwen3", overrides=BLOCKS),
+        tmp_path / "wrong",
+        lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}),
     )
     with pytest.raises(ExportError, match=rf"{name}, which goes into .*qkv_proj.weight, is of dtype torch.int8"):
         run_export(ExportJob(path, tmp_path / "out"))
