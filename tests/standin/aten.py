@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 OWN = frozenset(
-    (
-        "as_strided view _reshape_alias unfold empty empty_strided set_ resize_ view_as_real view_as_complex "
-        "record_stream is_pinned _pin_memory _resize_output_ is_set_to _nested_view_from_buffer _lazy_clone"
-    ).split()
+    {
+        *("as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "view_as_complex", "_lazy_clone"),
+        *("empty", "empty_strided", "set_", "is_set_to", "resize_", "_resize_output_", "_nested_view_from_buffer"),
+        *("record_stream", "is_pinned", "_pin_memory"),
+    }
 )
 """Operators that launch nothing and stay torch's own."""
 
-MIXING = frozenset("copy_ _index_put_impl_ index index_put_ _local_scalar_dense".split())
-"""Operators that take host memory beside the device's; every other wants all tensors on one device, but for scalars."""
+MIXING = frozenset({"copy_", "_index_put_impl_", "index", "index_put_", "_local_scalar_dense"})
+"""Operators that take host memory beside the device's; others want all but scalars on one device."""
 
 
 class Operations:

@@ -20,7 +20,7 @@ from standin.aten import OPERATIONS, on_host
 
 FP8_MAX = 448.0
 WARPS_A_BLOCK = 8
-"""Rows that a block of the warp kernel quantizes: ``kPerTokenQuantTokensPerCTA``, ``kTokensPerCTA`` in the older one."""
+"""Rows that a block of the warp kernel quantizes: ``kPerTokenQuantTokensPerCTA``, once ``kTokensPerCTA``."""
 
 BY_NAME: dict[str, Callable[..., Any]] = {}
 """Emulations by the name under which SGLang knows the kernel."""
@@ -84,8 +84,8 @@ def largest(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
 def per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
     """Each row by its largest magnitude: ``[rows, columns]`` to e4m3 and float32 ``[at least rows, 1]``.
 
-    From ``16 * multiprocessors`` rows on, a warp quantizes a row and a row of zeros becomes zeros. Below, a block does, and
-    divides by its scale of zero: all of a row of zeros becomes 0x7E.
+    From ``16 * multiprocessors`` rows on, a warp quantizes a row and a row of zeros becomes zeros. Below, a block does,
+    and divides by its scale of zero: all of a row of zeros becomes 0x7E.
     """
     rows, columns = input.shape
     assert rows > 0 and columns > 0 and columns % 4 == 0, f"hidden_dim must be divisible by 4, got {columns}"

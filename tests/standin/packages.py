@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packages that only a GPU machine has, and the two ways in which SGLang gets at its own kernels.
 
-Until 0.5.16 or so kernels come from the package ``sgl_kernel``; later ones are compiled when first used, by ``load_jit``.
-Either way it is :mod:`standin.kernels` that answers, below SGLang's own Python.
+Kernels come from the package ``sgl_kernel``, or, more of them in each release, are compiled when first used, by
+``load_jit``. Either way it is :mod:`standin.kernels` that answers, below SGLang's own Python.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from standin import kernels
 
@@ -51,7 +51,7 @@ class Missing:
 
 
 class _AbsentModule(types.ModuleType):
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
