@@ -65,6 +65,8 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB) -> dict[str, s
         "STANDIN_MEMORY": str(memory),
         # Triton's kernels run as they are, in its interpreter.
         "TRITON_INTERPRET": "1",
+        # There is no NCCL without a driver: SGLang goes on with torch.distributed.
+        "SGLANG_NCCL_SO_PATH": str(HERE / "no-nccl"),
         # A GPU machine without FlashInfer and DeepGEMM, unless a test asks for them.
         "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
         "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
