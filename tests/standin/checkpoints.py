@@ -27,4 +27,3 @@ def with_zeros(checkpoint: Path, folder: Path) -> Path:
         save_file(tensors, file, metadata={"format": "pt"})
     draft.rename(folder)
     return folder
-
