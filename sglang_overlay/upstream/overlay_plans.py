@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic, quantize_rows
+from sglang_overlay.core.cpu_quantizers import (
+    KernelArithmetic,
+    PerTensorQuantizer,
+    RatioArithmetic,
+    quantize_rows,
+    quantize_rows_as_groups,
+)
 from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.schemes.mxfp8 import Mxfp8ExpertsPlan, Mxfp8LinearPlan
-from sglang_overlay.upstream import update
+from sglang_overlay.upstream import capabilities, update
 from sglang_overlay.upstream.linear import LinearPlan, is_per_channel
 from sglang_overlay.upstream.load import create_streamed, process_streamed
 from sglang_overlay.upstream.moe import ExpertsPlan
@@ -29,7 +35,8 @@ class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
         if device.type != "cpu":
             return super().quantizer(device, rows)
         if self._per_channel:
-            return RowQuantizer(lambda values: quantize_rows(values, fp8.fp8_dtype))
+            quantize = quantize_rows if capabilities.has_row_kernel() else quantize_rows_as_groups
+            return RowQuantizer(lambda values: quantize(values, fp8.fp8_dtype))
         return PerTensorQuantizer(RatioArithmetic(torch.finfo(fp8.fp8_dtype).max))
 
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:

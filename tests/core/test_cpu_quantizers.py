@@ -9,7 +9,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic, quantize_rows
+from core.kernels import RowKernel
+from core.streams import same_bytes
+from sglang_overlay.core.cpu_quantizers import (
+    KernelArithmetic,
+    PerTensorQuantizer,
+    RatioArithmetic,
+    quantize_rows,
+    quantize_rows_as_groups,
+)
 from sglang_overlay.core.quantizers import RowQuantizer
 from sglang_overlay.core.staging import Piece
 
@@ -49,6 +57,30 @@ def test_rows_are_rounded_by_their_float32_scale(bfloat16_by_default):
     assert scales.dtype == torch.float32
     step = (values.double() * scales.double() - rows.double()).abs() / rows.double().abs().clamp(min=1e-3)
     assert float(step.max()) <= 2**-4
+
+
+@pytest.mark.parametrize("exponent", [-140, -130, -120, -20, 0, 60, 126])
+@pytest.mark.parametrize("special", [None, 0.0, -0.0, math.nan, math.inf, 2.0**-133])
+def test_rows_have_the_bits_of_the_cuda_kernel(exponent, special):
+    """Of the one that takes many rows: the other one leaves 448 in rows of zeros."""
+    rows = torch.randn(64, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 2.0**exponent
+    rows = rows.to(torch.bfloat16)
+    rows[::9] = 0.0
+    if special is not None:
+        rows[::7, 3] = special
+    found, expected = quantize_rows(rows, FP8), RowKernel(multiprocessors=0)(rows, 256)
+    assert same_bytes(found[1], expected[1])
+    ordinary = expected[1].view(-1) != 0
+    assert same_bytes(found[0][ordinary], expected[0][ordinary])
+    assert not found[0][~ordinary].view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("quantize", [quantize_rows, quantize_rows_as_groups])
+def test_rows_in_float32_stay_as_they_are(quantize):
+    rows = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
+    before = rows.clone()
+    quantize(rows, FP8)
+    assert torch.equal(rows, before)
 
 
 @pytest.mark.parametrize("arithmetic", [RatioArithmetic, KernelArithmetic])
