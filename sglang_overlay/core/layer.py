@@ -30,6 +30,8 @@ class LayerStream:
         name: the layer's qualified name, for messages.
         streams: each placeholder and its stream, by parameter name.
         on_return: called once with the layer and the reason when the layer has gone back to stock.
+        on_loss: called once instead where some values are lost, since they had been quantized: the model has to be
+            loaded anew. Loading goes on, so that one more load is enough for all such layers.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class LayerStream:
         name: str,
         streams: Mapping[str, tuple[torch.nn.Parameter, ParameterStream]],
         on_return: Callable[[LayerStream, str], None],
+        on_loss: Callable[[LayerStream, str], None],
     ) -> None:
         self.name = name
         self.streaming = True
@@ -45,6 +48,7 @@ class LayerStream:
         sinks = {storage_key(placeholder): stream for placeholder, stream in streams.values()}
         self._capture = capture_of(self.placeholders.values(), sinks)
         self._on_return = on_return
+        self._on_loss = on_loss
         self._condition = threading.Condition()
         self._loading = 0
         self._returning = False
@@ -78,11 +82,7 @@ class LayerStream:
         return load
 
     def return_to_stock(self, reason: str) -> None:
-        """Give every placeholder real memory, holding all that was written so far; its identity is kept.
-
-        Raises:
-            LayerNotStreamableError: part of the layer has been quantized already.
-        """
+        """Give every placeholder real memory, holding all that was written so far; its identity is kept."""
         with self._condition:
             self._condition.wait_for(lambda: not self._returning)
             if not self.streaming:
@@ -90,22 +90,24 @@ class LayerStream:
             self._returning = True
             self._condition.wait_for(lambda: self._loading == 0)
         try:
+            lost = ""
             for key, stream in self.streams.items():
                 ViewCapture.let_go(self.placeholders[key])
-                materialize(self.placeholders[key], self._restored(stream, reason))
+                try:
+                    values = stream.restore()
+                except LayerNotStreamableError as error:
+                    lost = error.reason
+                    values = stream.abandon()
+                materialize(self.placeholders[key], values)
             self.streaming = False
-            self._on_return(self, reason)
+            if lost:
+                self._on_loss(self, f"{reason}, and {lost}")
+            else:
+                self._on_return(self, reason)
         finally:
             with self._condition:
                 self._returning = False
                 self._condition.notify_all()
-
-    @staticmethod
-    def _restored(stream: ParameterStream, reason: str) -> torch.Tensor:
-        try:
-            return stream.restore()
-        except LayerNotStreamableError as error:
-            raise LayerNotStreamableError(error.parameter, f"{reason}, and {error.reason}") from error
 
     def finish(self) -> None:
         """Let go of the placeholders and their streams: the layer has its quantized parameters."""

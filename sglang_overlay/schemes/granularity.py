@@ -25,6 +25,12 @@ class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
     """SGLang's own, for layers whose granularity is the user's choice: the hooks for stock's choice pass it by."""
 
 
+class ChosenLinearPlan(UpdatableLinearPlan):
+    """The granularity is the user's choice, also of a layer that cannot be streamed."""
+
+    replaces_stock = True
+
+
 class TensorScheme:
     """One scale for each weight, and for each of an expert's two."""
 
@@ -38,7 +44,7 @@ class TensorScheme:
         return fp8.Fp8LinearMethod(config) if kind is LayerKind.LINEAR else fp8.Fp8MoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return UpdatableLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else UpdatableExpertsPlan()
+        return ChosenLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else UpdatableExpertsPlan()
 
     def stored(self) -> StoredForm | None:
         # Stock quantizes the parts of a fused layer anew on loading such a checkpoint, from values already rounded.
@@ -62,7 +68,7 @@ class ChannelScheme:
         return CompressedTensorsFusedMoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return UpdatableLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
+        return ChosenLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
     def stored(self) -> StoredForm | None:
         """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""

@@ -179,16 +179,13 @@ class OverlayLoad(CheckedLoad):
             return self._finished[layer]
         # Before upstream's post-processing, which may compute with weights that are marked.
         self._reading.close()
-        kept = self._kept.pop(layer, {})
+        kept = self._kept.get(layer, {})
         # Before it is quantized: marks are no weights.
         missing = {key: weight.missing() for key, weight in kept.items()}
         pending = self._replacing.pop(layer, None)
         if super().finish(layer) is None and pending is not None and _is_loaded(layer, pending):
             self._finished[layer] = self._quantize_whole(layer, pending, kept)
-        for key, weight in kept.items():
-            self.missing += [weight.name] if missing[key] else []
-            self._findings.note(weight.name.rpartition(".")[0], weight, missing[key])
-            weight.let_go()
+        self._note_kept(layer, missing)
         return self._finished.get(layer)
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -199,6 +196,7 @@ class OverlayLoad(CheckedLoad):
         if self._ring is not None:
             self._ring.close()
         self._reading.close()
+        self._forget_deleted(model)
         if self._unstreamed is not None:
             missing = self._unstreamed.missing(model_config)
             self.missing += missing
@@ -220,6 +218,20 @@ class OverlayLoad(CheckedLoad):
         super().close()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _note_kept(self, layer: torch.nn.Module, missing: Mapping[str, Sequence[int]]) -> None:
+        """Tell of the weights of a layer that is left to stock, and forget them."""
+        for key, weight in self._kept.pop(layer, {}).items():
+            self.missing += [weight.name] if missing[key] else []
+            self._findings.note(weight.name.rpartition(".")[0], weight, missing[key])
+            weight.let_go()
+
+    def _forget_deleted(self, model: torch.nn.Module) -> None:
+        """Layers that the model has deleted once it had read them, as minicpm3.py does: their memory must be free."""
+        left = set(model.modules())
+        for layer in self._kept.keys() - left:
+            self._note_kept(layer, {key: weight.missing() for key, weight in self._kept[layer].items()})
+        self.updatable = {name: known for name, known in self.updatable.items() if known.module in left}
 
     def _looked_after(self) -> Iterator[str]:
         """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""

@@ -208,6 +208,21 @@ def test_layer_that_cannot_be_streamed_is_quantized_whole_by_the_same_scheme(odd
     assert "as in stock" not in warning
 
 
+@pytest.mark.parametrize("scheme", ["block", "channel"])
+@pytest.mark.parametrize(
+    ("architecture", "family", "late"),
+    [("ManyLateAddingLoadersForCausalLM", "qwen3", 3), ("LateAddingExpertsForCausalLM", "qwen3_moe", 2)],
+)
+def test_any_number_of_layers_that_turn_out_late_are_quantized_whole(
+    architecture, family, late, scheme, odd_workers, load, checkpoint
+):
+    path = checkpoint(family, overrides=(*BLOCKS, ("architectures", (architecture,))))
+    result = odd_workers.load(LoadJob(path, environ={"SGLANG_STREAMFP8_SCHEME": scheme}, prompts=PROMPTS))
+    streamed, _ = load(checkpoint(family, overrides=BLOCKS), scheme)
+    assert compare(streamed, result) == []
+    assert ["the model was loaded anew" in line for line in warnings_of(result)] == [True] * late
+
+
 @pytest.mark.parametrize("scheme", ["block", '{"linear": "channel", "moe": "int8"}'])
 def test_update_ends_as_a_fresh_load(scheme, workers, load, checkpoint):
     old, new = (checkpoint("qwen3_moe", overrides=BLOCKS, seed=seed) for seed in (0, 1))
