@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from sglang_overlay.core import cpu_kernels, marks
+from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.host_memory import GiveBackLate, give_back, zeros_on_demand
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
@@ -28,7 +29,7 @@ from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.stream import ParameterStream, Storage
-from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError
+from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError, UnsupportedDtypeError
 from sglang_overlay.observe.layer_times import LayerTimes
 from sglang_overlay.observe.progress import Progress, SilentProgress, quantization_progress
 from sglang_overlay.schemes import mxfp8
@@ -41,6 +42,7 @@ from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import PendingLayer
 from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 from sglang_overlay.upstream.ranks import parallel_ranks
+from sglang_overlay.upstream.stored_dtypes import NOT_SAID, QUANTIZED, StoredDtypes
 from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan, quantize_whole
 from sglang_overlay.upstream.update import UpdatableLayer
@@ -106,6 +108,9 @@ class OverlayLoad(CheckedLoad):
         self._kept: dict[torch.nn.Module, dict[str, KeptWeight]] = {}
         self._unstreamed: UnstreamedParameters | None = None
         self._late: GiveBackLate | None = None
+        self._is_online = False
+        self._quantized_already: list[str] = []
+        self._dtypes: StoredDtypes | None = None
         self._replacing: dict[torch.nn.Module, PendingLayer] = {}
         # What has to be done once, when the weights have been read.
         self._reading = contextlib.ExitStack()
@@ -118,6 +123,15 @@ class OverlayLoad(CheckedLoad):
     @staticmethod
     def covers(config: Any) -> bool:
         return CheckedLoad.covers(config) or mxfp8.is_online(config)
+
+    def admits(self, config: Any) -> bool:
+        self._is_online |= self.settings.mode is not Mode.OFF and self.covers(config)
+        return super().admits(config)
+
+    def see(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.dtype in QUANTIZED:
+            self._quantized_already.append(name)
+        super().see(name, tensor)
 
     def refuse(self, reason: str) -> None:
         """Say that the model is loaded as stock does.
@@ -132,6 +146,7 @@ class OverlayLoad(CheckedLoad):
         reason = super().adopt(model)
         if reason is not None:
             return reason
+        self._dtypes = StoredDtypes(model, self.sources)
         if self._streams and not self.prequantized:
             self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
             self._reading.callback(self._unstreamed.settle)
@@ -197,6 +212,8 @@ class OverlayLoad(CheckedLoad):
             self._ring.close()
         self._reading.close()
         self._forget_deleted(model)
+        if self._is_online and self._quantized_already:
+            self._tell_quantized()
         if self._unstreamed is not None:
             missing = self._unstreamed.missing(model_config)
             self.missing += missing
@@ -209,6 +226,8 @@ class OverlayLoad(CheckedLoad):
         """End what runs beside the load, and give all staging memory back."""
         self._reading.close()
         self.progress.close()
+        if self._dtypes is not None:
+            self._dtypes.restore()
         if self._pipeline is not None:
             self._pipeline.close()
         if self._ring is not None:
@@ -232,6 +251,17 @@ class OverlayLoad(CheckedLoad):
         for layer in self._kept.keys() - left:
             self._note_kept(layer, {key: weight.missing() for key, weight in self._kept[layer].items()})
         self.updatable = {name: known for name, known in self.updatable.items() if known.module in left}
+
+    def _tell_quantized(self) -> None:
+        """No weight loader got them as they are, or it would have refused: the model has cast or dropped them.
+
+        Raises:
+            UnsupportedDtypeError: streaming is required.
+        """
+        told = f"the checkpoint holds {len(self._quantized_already)} tensors of fp8: {shortened(self._quantized_already)}"
+        if self.settings.mode is Mode.REQUIRE:
+            raise UnsupportedDtypeError(f"{told}. {NOT_SAID}")
+        self._findings.warn(f"{told}. {NOT_SAID.removesuffix('.')}")
 
     def _looked_after(self) -> Iterator[str]:
         """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""
