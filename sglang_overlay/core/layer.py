@@ -13,6 +13,7 @@ import torch
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import ViewCapture, capture_of
 from sglang_overlay.core.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
+from sglang_overlay.core.loader_calls import LoaderCalls, Misfit, WatchedSink
 from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.stream import ParameterStream
 
@@ -32,6 +33,7 @@ class LayerStream:
         on_return: called once with the layer and the reason when the layer has gone back to stock.
         on_loss: called once instead where some values are lost, since they had been quantized: the model has to be
             loaded anew. Loading goes on, so that one more load is enough for all such layers.
+        ranks: that share a parameter at most.
     """
 
     def __init__(
@@ -40,12 +42,17 @@ class LayerStream:
         streams: Mapping[str, tuple[torch.nn.Parameter, ParameterStream]],
         on_return: Callable[[LayerStream, str], None],
         on_loss: Callable[[LayerStream, str], None],
+        ranks: int = 1,
     ) -> None:
         self.name = name
         self.streaming = True
         self.placeholders = {key: placeholder for key, (placeholder, _) in streams.items()}
         self.streams = {key: stream for key, (_, stream) in streams.items()}
-        sinks = {storage_key(placeholder): stream for placeholder, stream in streams.values()}
+        self._calls = LoaderCalls(ranks, self._origin_of)
+        sinks = {
+            storage_key(placeholder): WatchedSink(stream, placeholder.shape, self._calls.under_way)
+            for placeholder, stream in streams.values()
+        }
         self._capture = capture_of(self.placeholders.values(), sinks)
         self._on_return = on_return
         self._on_loss = on_loss
@@ -67,8 +74,11 @@ class LayerStream:
             if getattr(self._thread, "inside", False) or not self._enter():
                 return loader(*args, **kwargs)
             try:
+                self._calls.begin([*args, *kwargs.values()])
                 with self._capture():
-                    return loader(*args, **kwargs)
+                    result = loader(*args, **kwargs)
+                self._calls.end()
+                return result
             except UnsupportedWriteError as error:
                 reason = str(error)
             except Exception as error:
@@ -115,6 +125,14 @@ class LayerStream:
             ViewCapture.let_go(placeholder)
         self.placeholders.clear()
         self.streams.clear()
+
+    @property
+    def misfits(self) -> list[Misfit]:
+        """Checkpoint tensors that do not fill their part of a parameter."""
+        return self._calls.misfits
+
+    def _origin_of(self, tensor: torch.Tensor) -> str:
+        return next((stream.origin_of(tensor) for stream in self.streams.values()), "")
 
     def release(self) -> None:
         """Give all staging memory back, when no loader runs any more."""

@@ -258,7 +258,9 @@ class OverlayLoad(CheckedLoad):
         Raises:
             UnsupportedDtypeError: streaming is required.
         """
-        told = f"the checkpoint holds {len(self._quantized_already)} tensors of fp8: {shortened(self._quantized_already)}"
+        told = (
+            f"the checkpoint holds {len(self._quantized_already)} tensors of fp8: {shortened(self._quantized_already)}"
+        )
         if self.settings.mode is Mode.REQUIRE:
             raise UnsupportedDtypeError(f"{told}. {NOT_SAID}")
         self._findings.warn(f"{told}. {NOT_SAID.removesuffix('.')}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -218,6 +219,55 @@ class TestTensorsThatDoNotFit:
         assert compare(stock, result) == []
         assert report.layers.fallback == ()
         assert report.units.streamed > 0
+
+
+class TestTensorsThatDoNotFillTheirPart:
+    """Stock pads them with zeros, repeats them or cuts them off without a word."""
+
+    GATE = "model.layers.1.mlp.gate_proj.weight"
+    DOWN = "model.layers.1.mlp.down_proj.weight"
+    EXPERT_DOWN = UP.replace("up", "down")
+
+    @pytest.fixture
+    def cut(self, damaged):
+        """A checkpoint of which one tensor is replaced by a part of it, or by more."""
+        return lambda family, name, change: damaged(
+            lambda tensors: tensors.update({name: change(tensors[name])}), family
+        )
+
+    @pytest.mark.parametrize(
+        ("family", "name", "change", "outcome", "tp_size"),
+        [
+            pytest.param("qwen3", GATE, lambda w: w[:-100], "padded with zeros", 1, id="gate too few rows"),
+            pytest.param("qwen3", GATE, lambda w: w[:192], "padded with zeros", 2, id="gate half the rows over two"),
+            pytest.param("qwen3", DOWN, lambda w: w[:, :-8], "padded with zeros", 2, id="down too few columns"),
+            pytest.param("qwen3", O_PROJ, lambda w: w[:, :128], "padded with zeros", 1, id="o too few columns"),
+            pytest.param("qwen3", O_PROJ, lambda w: w.repeat(1, 2), "cut off", 1, id="o too many columns"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:-8], "padded with zeros", 1, id="expert too few rows"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:64], "padded with zeros", 2, id="expert half the rows over two"),
+            pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:, :64], "padded with zeros", 1, id="expert columns"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:1], "padded with zeros", 1, id="expert one row"),
+            pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:1], "repeated", 1, id="expert down one row"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:, :1], "repeated", 1, id="expert one column"),
+        ],
+    )
+    def test_load_is_stocks_with_a_warning_that_names_it(
+        self, family, name, change, outcome, tp_size, workers, cut, tmp_path
+    ):
+        path = cut(family, name, change)
+        job = LoadJob(path, tp_size=tp_size)
+        stock, result = workers.load(replace(job, streaming="0")), workers.load(job)
+        assert compare(stock, result) == []
+        told = [line for line in warnings_of(result) if "do not have the shape that the model needs" in line]
+        assert told
+        assert all("1 tensors of the checkpoint do not" in line and f": {name} " in line for line in told)
+        assert all(f", {outcome} to " in line for line in told)
+        assert warnings_of(result) == told
+
+    @pytest.mark.parametrize(("family", "name"), [("qwen3", GATE), ("qwen3_moe", UP)])
+    def test_it_is_an_error_where_streaming_is_required(self, family, name, workers, cut):
+        with pytest.raises(LoadFailed, match=rf"MisfitError: 1 tensors .*: {name} "):
+            workers.load(LoadJob(cut(family, name, lambda weight: weight[:-8]), streaming="require"))
 
 
 class TestConfigThatIsNotTrue:
