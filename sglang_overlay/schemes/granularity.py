@@ -64,7 +64,7 @@ class ChannelScheme:
             return fp8.Fp8LinearMethod(ChosenFp8Config())
         config = CompressedTensorsConfig.from_config({**STORED, "ignore": []})
         form = config.target_scheme_map["Linear"]
-        layer.scheme = CompressedTensorsW8A8Fp8MoE(form["weights"], form["input_activations"])
+        layer.scheme = ChannelExperts(form["weights"], form["input_activations"])
         return CompressedTensorsFusedMoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
@@ -80,6 +80,21 @@ class ChannelScheme:
             UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu")),
             1,
         )
+
+
+class ChannelExperts(CompressedTensorsW8A8Fp8MoE):  # type: ignore[misc]
+    """SGLang's own, which makes w13 of two projections, also for experts without a gate, which have one."""
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        if layer.moe_runner_config.is_gated:  # type: ignore[union-attr]
+            return
+        for name in ("w13_weight", "w13_weight_scale"):
+            parameter = layer.get_parameter(name)
+            experts, rows, columns = parameter.shape
+            # First without memory: there need not be any for both.
+            parameter.data = parameter.data.new_empty(0)
+            parameter.data = parameter.data.new_ones(experts, rows // 2, columns)
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):
