@@ -57,6 +57,7 @@ PATCHES = (
             "captured_views",
             "errors",
             "layer",
+            "loader_calls",
             "placeholders",
             "quantizers",
             "regions",

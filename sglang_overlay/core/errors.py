@@ -66,6 +66,10 @@ class NonFiniteWeightError(StreamFP8Error):
     """The checkpoint holds NaN or Inf, and the user wants that to be an error."""
 
 
+class MisfitError(StreamFP8Error):
+    """The checkpoint holds tensors that do not fill their part of a weight, and the user wants that to be an error."""
+
+
 class IncompleteLoadError(StreamFP8Error):
     """Loading ended with quantization units that were never completely written."""
 

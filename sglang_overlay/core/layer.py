@@ -13,6 +13,7 @@ import torch
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import ViewCapture, capture_of
 from sglang_overlay.core.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
+from sglang_overlay.core.loader_calls import LoaderCalls, Misfit, WatchedSink
 from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.stream import ParameterStream
 
@@ -30,6 +31,9 @@ class LayerStream:
         name: the layer's qualified name, for messages.
         streams: each placeholder and its stream, by parameter name.
         on_return: called once with the layer and the reason when the layer has gone back to stock.
+        on_loss: called once instead where some values are lost, since they had been quantized: the model has to be
+            loaded anew. Loading goes on, so that one more load is enough for all such layers.
+        ranks: that share a parameter at most.
     """
 
     def __init__(
@@ -37,14 +41,21 @@ class LayerStream:
         name: str,
         streams: Mapping[str, tuple[torch.nn.Parameter, ParameterStream]],
         on_return: Callable[[LayerStream, str], None],
+        on_loss: Callable[[LayerStream, str], None],
+        ranks: int = 1,
     ) -> None:
         self.name = name
         self.streaming = True
         self.placeholders = {key: placeholder for key, (placeholder, _) in streams.items()}
         self.streams = {key: stream for key, (_, stream) in streams.items()}
-        sinks = {storage_key(placeholder): stream for placeholder, stream in streams.values()}
+        self._calls = LoaderCalls(ranks, self._origin_of)
+        sinks = {
+            storage_key(placeholder): WatchedSink(stream, placeholder.shape, self._calls.under_way)
+            for placeholder, stream in streams.values()
+        }
         self._capture = capture_of(self.placeholders.values(), sinks)
         self._on_return = on_return
+        self._on_loss = on_loss
         self._condition = threading.Condition()
         self._loading = 0
         self._returning = False
@@ -63,8 +74,11 @@ class LayerStream:
             if getattr(self._thread, "inside", False) or not self._enter():
                 return loader(*args, **kwargs)
             try:
+                self._calls.begin([*args, *kwargs.values()])
                 with self._capture():
-                    return loader(*args, **kwargs)
+                    result = loader(*args, **kwargs)
+                self._calls.end()
+                return result
             except UnsupportedWriteError as error:
                 reason = str(error)
             except Exception as error:
@@ -78,11 +92,7 @@ class LayerStream:
         return load
 
     def return_to_stock(self, reason: str) -> None:
-        """Give every placeholder real memory, holding all that was written so far; its identity is kept.
-
-        Raises:
-            LayerNotStreamableError: part of the layer has been quantized already.
-        """
+        """Give every placeholder real memory, holding all that was written so far; its identity is kept."""
         with self._condition:
             self._condition.wait_for(lambda: not self._returning)
             if not self.streaming:
@@ -90,22 +100,24 @@ class LayerStream:
             self._returning = True
             self._condition.wait_for(lambda: self._loading == 0)
         try:
+            lost = ""
             for key, stream in self.streams.items():
                 ViewCapture.let_go(self.placeholders[key])
-                materialize(self.placeholders[key], self._restored(stream, reason))
+                try:
+                    values = stream.restore()
+                except LayerNotStreamableError as error:
+                    lost = error.reason
+                    values = stream.abandon()
+                materialize(self.placeholders[key], values)
             self.streaming = False
-            self._on_return(self, reason)
+            if lost:
+                self._on_loss(self, f"{reason}, and {lost}")
+            else:
+                self._on_return(self, reason)
         finally:
             with self._condition:
                 self._returning = False
                 self._condition.notify_all()
-
-    @staticmethod
-    def _restored(stream: ParameterStream, reason: str) -> torch.Tensor:
-        try:
-            return stream.restore()
-        except LayerNotStreamableError as error:
-            raise LayerNotStreamableError(error.parameter, f"{reason}, and {error.reason}") from error
 
     def finish(self) -> None:
         """Let go of the placeholders and their streams: the layer has its quantized parameters."""
@@ -113,6 +125,14 @@ class LayerStream:
             ViewCapture.let_go(placeholder)
         self.placeholders.clear()
         self.streams.clear()
+
+    @property
+    def misfits(self) -> list[Misfit]:
+        """Checkpoint tensors that do not fill their part of a parameter."""
+        return self._calls.misfits
+
+    def _origin_of(self, tensor: torch.Tensor) -> str:
+        return next((stream.origin_of(tensor) for stream in self.streams.values()), "")
 
     def release(self) -> None:
         """Give all staging memory back, when no loader runs any more."""

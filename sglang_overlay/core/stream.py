@@ -193,6 +193,12 @@ class ParameterStream:
         self.release()
         return weight.view(self._placeholder_shape)
 
+    def abandon(self) -> torch.Tensor:
+        """Memory as of ``restore``, where the values are lost. Ends streaming."""
+        self._wait()
+        self.release()
+        return self._unwritten().view(self._placeholder_shape)
+
     def _unwritten(self) -> torch.Tensor:
         """Memory for the whole parameter, before anything is written."""
         return torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)

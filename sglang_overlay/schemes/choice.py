@@ -57,6 +57,11 @@ class SchemeChoice:
             return kinds
         return f"{kinds}, {len(self.overrides)} pattern{'s' if len(self.overrides) > 1 else ''}"
 
+    def with_override(self, pattern: str, scheme: str) -> str:
+        """What to write to have the same choice, but for layers that ``pattern`` means."""
+        kinds = {"linear": self.linear, "moe": self.moe}
+        return json.dumps({**kinds, "overrides": {pattern: scheme, **self.overrides}})
+
     def override(self, names: Sequence[str]) -> str | None:
         """The pattern that decides over a layer, or None.
 

@@ -25,6 +25,12 @@ class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
     """SGLang's own, for layers whose granularity is the user's choice: the hooks for stock's choice pass it by."""
 
 
+class ChosenLinearPlan(UpdatableLinearPlan):
+    """The granularity is the user's choice, also of a layer that cannot be streamed."""
+
+    replaces_stock = True
+
+
 class TensorScheme:
     """One scale for each weight, and for each of an expert's two."""
 
@@ -38,7 +44,7 @@ class TensorScheme:
         return fp8.Fp8LinearMethod(config) if kind is LayerKind.LINEAR else fp8.Fp8MoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return UpdatableLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else UpdatableExpertsPlan()
+        return ChosenLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else UpdatableExpertsPlan()
 
     def stored(self) -> StoredForm | None:
         # Stock quantizes the parts of a fused layer anew on loading such a checkpoint, from values already rounded.
@@ -58,11 +64,11 @@ class ChannelScheme:
             return fp8.Fp8LinearMethod(ChosenFp8Config())
         config = CompressedTensorsConfig.from_config({**STORED, "ignore": []})
         form = config.target_scheme_map["Linear"]
-        layer.scheme = CompressedTensorsW8A8Fp8MoE(form["weights"], form["input_activations"])
+        layer.scheme = ChannelExperts(form["weights"], form["input_activations"])
         return CompressedTensorsFusedMoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return UpdatableLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
+        return ChosenLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
     def stored(self) -> StoredForm | None:
         """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
@@ -74,6 +80,21 @@ class ChannelScheme:
             _on_cpu(),
             1,
         )
+
+
+class ChannelExperts(CompressedTensorsW8A8Fp8MoE):  # type: ignore[misc]
+    """SGLang's own, which makes w13 of two projections, also for experts without a gate, which have one."""
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        if layer.moe_runner_config.is_gated:  # type: ignore[union-attr]
+            return
+        for name in ("w13_weight", "w13_weight_scale"):
+            parameter = layer.get_parameter(name)
+            experts, rows, columns = parameter.shape
+            # First without memory: there need not be any for both.
+            parameter.data = parameter.data.new_empty(0)
+            parameter.data = parameter.data.new_ones(experts, rows // 2, columns)
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):

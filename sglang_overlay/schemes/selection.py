@@ -19,14 +19,14 @@ class SchemeSelection:
     """Chooses each layer's scheme, and remembers which patterns have been of use. Belongs to the loading thread."""
 
     def __init__(self, choice: SchemeChoice) -> None:
-        self._choice = choice
+        self.choice = choice
         self._used: set[str] = set()
         self._names: list[str] = []
 
     @property
     def is_stock(self) -> bool:
         """Whether every layer is what stock SGLang makes of it."""
-        return self._choice.is_stock
+        return self.choice.is_stock
 
     @property
     def is_idle(self) -> bool:
@@ -44,11 +44,11 @@ class SchemeSelection:
             SettingsError: a pattern matches some parts of a fused layer and not the others.
         """
         self._names.append(names[0])
-        pattern = self._choice.override(names)
+        pattern = self.choice.override(names)
         if pattern is None:
-            return self._choice.linear if kind is LayerKind.LINEAR else self._choice.moe
+            return self.choice.linear if kind is LayerKind.LINEAR else self.choice.moe
         self._used.add(pattern)
-        return self._choice.overrides[pattern]
+        return self.choice.overrides[pattern]
 
     def check_used(self, modules: Iterable[str], *, is_part: bool = False) -> None:
         """Once the model is built: make sure that no pattern is a slip of the pen.
@@ -65,7 +65,7 @@ class SchemeSelection:
         if self.is_idle:
             return
         names = list(modules)
-        for pattern, scheme in self._choice.overrides.items():
+        for pattern, scheme in self.choice.overrides.items():
             if pattern in self._used or (scheme == NONE and any(matches(pattern, name) for name in names)):
                 continue
             slip = (

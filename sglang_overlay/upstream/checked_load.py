@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.errors import annotate
+from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.upstream.checkpoint_files import file_problems
 from sglang_overlay.upstream.findings import Findings, Tolerance
-from sglang_overlay.upstream.load import ModelLoad, current
+from sglang_overlay.upstream.load import ModelLoad, current, shared_by
 
 
 class CheckedLoad(ModelLoad):
@@ -52,9 +53,15 @@ class CheckedLoad(ModelLoad):
         Raises:
             IncompleteLoadError: units were never completely written.
             NonFiniteWeightError: a weight is not finite, where that is an error.
+            MisfitError: a tensor does not fill its part of a weight, where that is an error.
         """
+        self._findings.conclude_misfits(self._tolerance, model_config.hf_config, shared_by())
         self._findings.conclude(self._tolerance, self._seen, Path(model_config.model_path))
         super().check(model, model_config)
+
+    def _settle(self, stream: LayerStream) -> None:
+        self._findings.misfits += stream.misfits
+        super()._settle(stream)
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
         self._findings.note(layer, part, missing)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from sglang_overlay.core.errors import MAX_LISTED, IncompleteLoadError, NonFiniteWeightError, shortened
+from sglang_overlay.core.errors import MAX_LISTED, IncompleteLoadError, MisfitError, NonFiniteWeightError, shortened
+from sglang_overlay.core.loader_calls import Misfit
 from sglang_overlay.core.tensor_names import missing_names
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
@@ -23,7 +24,7 @@ class Tolerance:
 
     Attributes:
         missing: weights that the checkpoint lacks.
-        not_finite: NaN and Inf.
+        not_finite: NaN and Inf, and tensors that do not fill their part of a weight.
         missing_switch: the user's setting that makes ``missing`` so, such as ``VARIABLE=1``.
         not_finite_switch: likewise.
     """
@@ -89,6 +90,7 @@ class Findings:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.misfits: list[Misfit] = []
         self._incomplete: list[_Incomplete] = []
         self._not_finite: list[_NotFinite] = []
         self._rewritten: list[str] = []
@@ -104,6 +106,29 @@ class Findings:
             told = f"{weight.name} ({_counted(damaged, weight.units)})"
             self._not_finite.append(_NotFinite(told, weight.origins(damaged)))
         self._rewritten += weight.rewritten
+
+    def conclude_misfits(self, tolerance: Tolerance, config: Any, ranks: int) -> None:
+        """Say which checkpoint tensors do not fill their part of a weight, ``misfits``.
+
+        Args:
+            tolerance: what is an error and what a warning.
+            config: the model's, of ``transformers``.
+            ranks: that share a weight at most.
+
+        Raises:
+            MisfitError: there are some, and that is not allowed.
+        """
+        sizes = frozenset(_numbers_in(config.to_dict())) if self.misfits else frozenset()
+        found = [str(misfit) for misfit in self.misfits if not misfit.is_meant(sizes, ranks)]
+        if not found:
+            return
+        text = f"{len(found)} tensors of the checkpoint do not have the shape that the model needs: {shortened(found)}"
+        if not tolerance.not_finite:
+            raise MisfitError(
+                f"{text}. Compare its config.json with what it holds; {tolerance.not_finite_switch} serves what is "
+                "left, with a warning."
+            )
+        self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
 
     def conclude(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
         """Say all of it.
@@ -172,6 +197,14 @@ class Findings:
         """Say it in the log, and keep it."""
         self.warnings.append(text)
         logger.warning("StreamFP8: %s.", text)
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers_in(item)
 
 
 def _counted(units: Sequence[int], total: int) -> str:

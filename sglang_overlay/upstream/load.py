@@ -17,6 +17,7 @@ import torch
 
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.errors import (
+    LayerNotStreamableError,
     PlaceholderLeakError,
     StagingMemoryError,
     UnexpectedParametersError,
@@ -56,6 +57,7 @@ class ModelLoad:
 
     Attributes:
         final: errors that building the model without placeholders would not mend.
+        lost: layers of which values are lost, and why: the model has to be loaded anew, with them excluded.
     """
 
     final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError,)
@@ -65,6 +67,7 @@ class ModelLoad:
         self.account = StagingAccount()
         self.deferred: dict[str, str] = {}
         self.fallback: dict[str, str] = {}
+        self.lost: dict[str, str] = {}
         self.abandoned: str | None = None
         self.units = 0
         self.direct_units = 0
@@ -75,6 +78,8 @@ class ModelLoad:
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
         self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
         self._finished: dict[torch.nn.Module, LayerPlan] = {}
+        # Tensors that the model itself has made without memory.
+        self._without_memory: set[str] = set()
 
     # -- building the model ------------------------------------------------------------------------------------------
 
@@ -120,6 +125,10 @@ class ModelLoad:
             changed = _changed(layer, pending)
             if changed is not None:
                 return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
+        placeholders = {key for pending in self._pending.values() for key in pending.storage_keys.values()}
+        self._without_memory.update(
+            name for name, tensor in tensors_of(model) if tensor.is_meta and storage_key(tensor) not in placeholders
+        )
         for layer, reason in self._unnamed:
             self._fall_back(names.get(layer, type(layer).__name__), reason)
         for layer, pending in self._pending.items():
@@ -157,7 +166,11 @@ class ModelLoad:
         """
         stream, plan = self._streams.get(layer, (None, None))
         if layer not in self._finished and plan is not None and stream is not None and stream.streaming:
-            self._settle(stream)
+            try:
+                self._settle(stream)
+            except LayerNotStreamableError as error:
+                stream.release()
+                self._lose(stream, error.reason)
             plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
             stream.finish()
             self._finished[layer] = plan
@@ -168,11 +181,10 @@ class ModelLoad:
         """Make sure that nothing still refers to a placeholder.
 
         Raises:
-            PlaceholderLeakError: the model holds a tensor without memory.
-            LayerNotStreamableError: a layer has to be loaded anew.
+            PlaceholderLeakError: the model holds a tensor that was computed from one, and has no memory.
         """
-        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta]
-        if leaks and not self.abandoned:
+        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta and name not in self._without_memory]
+        if leaks and self._streams:
             raise PlaceholderLeakError(
                 f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
             )
@@ -211,7 +223,7 @@ class ModelLoad:
                 storage = self._allocate(pending, key)
             plan = pending.plan.parameter(key, placeholder, storage)
             streams[key] = (placeholder, self._stream(f"{name}.{key}", placeholder, plan))
-        layer_stream = LayerStream(name, streams, functools.partial(self._return, layer))
+        layer_stream = LayerStream(name, streams, functools.partial(self._return, layer), self._lose, shared_by())
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = (layer_stream, pending.plan)
@@ -229,6 +241,10 @@ class ModelLoad:
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
         """A layer has gone back to stock."""
         self._fall_back(stream.name, reason)
+
+    def _lose(self, stream: LayerStream, reason: str) -> None:
+        """It has turned out too late that a layer cannot be streamed."""
+        self.lost[stream.name] = reason
 
     def _fall_back(self, name: str, reason: str) -> None:
         self.fallback[name] = reason
@@ -249,6 +265,17 @@ class ModelLoad:
         """A parameter is finished; ``missing`` are units that were never completely written, and hold zeros."""
         if missing:
             logger.warning("StreamFP8: %s: %d of %d units were not loaded.", part.name, len(missing), part.units)
+
+
+def shared_by() -> int:
+    """How many may share a parameter."""
+    from sglang.srt.distributed import parallel_state
+
+    try:
+        size: int = parallel_state.get_tp_group().world_size
+    except AssertionError:  # No group, as where a model is only described.
+        return 1
+    return size
 
 
 def _allocate_as_stock(pending: PendingLayer) -> None:

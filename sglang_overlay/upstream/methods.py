@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sglang_overlay.errors import SchemeError
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import NONE, STOCK
 from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.settings import SCHEME_VARIABLE
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.overlay_load import current
 from sglang_overlay.upstream.overlay_plans import process_weights_after_loading as process_streamed
@@ -21,6 +23,10 @@ from sglang_overlay.upstream.plan import LayerPlan
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Layers that most models fuse, and the checkpoint's names of their parts; a model may name more."""
+
+CHANNEL = "channel"
+OTHERS = {CHANNEL: "tensor"}
+"""The scheme to offer where one does not fit; ``channel`` in place of all others."""
 
 
 def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.Module, prefix: str) -> Any:
@@ -40,7 +46,7 @@ def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.
     reason = scheme.why_not(kind)
     if reason is not None:
         raise SchemeError(f"{prefix} cannot have the quantization scheme {name!r}: {reason}")
-    return _streamed(scheme.method(kind, layer, prefix), scheme.plan(kind, method), f"{prefix} as {name!r}")
+    return _streamed(scheme.method(kind, layer, prefix), scheme.plan(kind, method), prefix, name)
 
 
 def _kind(method: Any) -> LayerKind | None:
@@ -61,8 +67,9 @@ def _unquantized(original: Callable[..., Any], layer: torch.nn.Module, names: Se
     return original(Fp8Config(ignored_layers=list(names)), layer, names[0])
 
 
-def _streamed(method: Any, plan: LayerPlan, what: str) -> Any:
-    """Make a method, which belongs to one layer, load that layer by ``plan``."""
+def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
+    """Make a method of the scheme ``name``, which belongs to one layer, load that layer by ``plan``."""
+    what = f"{prefix} as {name!r}"
     create, process = method.create_weights, method.process_weights_after_loading
 
     @functools.wraps(create)
@@ -71,12 +78,15 @@ def _streamed(method: Any, plan: LayerPlan, what: str) -> Any:
         reason = eligibility.why_not_layer(method, layer)
         if load is None or reason is not None:
             raise SchemeError(f"{what}: {reason or 'it is created outside of a load'}")
-        dtype = inspect.signature(create).bind(layer, *args, **kwargs).arguments["params_dtype"]
+        call = inspect.signature(create).bind(layer, *args, **kwargs).arguments
         try:
-            load.create_weights(functools.partial(create, layer, *args, **kwargs), layer, dtype, plan)
+            load.create_weights(functools.partial(create, layer, *args, **kwargs), layer, call["params_dtype"], plan)
         except ValueError as error:
+            last = prefix.rpartition(".")[2]
+            choice = load.schemes.choice.with_override(last, OTHERS.get(name, CHANNEL))
             raise SchemeError(
-                f"{what}: {error} Choose another scheme for this layer, or another tensor parallel size."
+                f"{what}: {error} {_smaller_degrees(method, layer, call)}Give layers of this kind another scheme, "
+                f"{SCHEME_VARIABLE}='{choice}', or leave them in bf16 with \"ignore\": [\"{last}\"]."
             ) from error
 
     @functools.wraps(process)
@@ -86,3 +96,18 @@ def _streamed(method: Any, plan: LayerPlan, what: str) -> Any:
     method.create_weights = create_weights
     method.process_weights_after_loading = process_weights_after_loading
     return method
+
+
+def _smaller_degrees(method: Any, layer: torch.nn.Module, call: Mapping[str, Any]) -> str:
+    """At which tensor parallel sizes all of a layer's sizes would be multiples of its scheme's blocks."""
+    block = getattr(method.quant_config, "weight_block_size", None)
+    if not block:
+        return ""
+    if "output_partition_sizes" in call:
+        parts, whole = call["output_partition_sizes"], call["output_size"]
+        sizes = [call["input_size"], *(part * (whole // sum(parts)) for part in parts)]
+    else:
+        sizes = [call["intermediate_size_per_partition"] * getattr(layer, "moe_tp_size", 1)]
+    multiple, rest = divmod(gcd(*sizes), max(block))
+    degrees = [] if rest else [str(size) for size in range(1, multiple + 1) if multiple % size == 0]
+    return f"Use --tp-size {' or '.join(degrees)}. Or: " if degrees else "No tensor parallel size helps. "

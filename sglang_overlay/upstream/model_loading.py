@@ -24,9 +24,9 @@ def load_streamed(
     obstacle: str | None,
     model_config: Any,
 ) -> tuple[Load, torch.nn.Module]:
-    """Load a model; where it turns out too late that something cannot be streamed, load it anew as stock does.
+    """Load a model; where it turns out too late that something cannot be streamed, load it anew.
 
-    The first time only the layer in question takes stock's path, the second time the whole model.
+    Layers that are at fault then take stock's path, any number of them. Where it is none in particular, all do.
 
     Args:
         read: upstream's own way to load the model.
@@ -40,18 +40,27 @@ def load_streamed(
         try:
             with under_way(load), contextlib.closing(load):
                 model = _read(read, load)
-                load.check(model, model_config)
-            return load, model
-        except (LayerNotStreamableError, PlaceholderLeakError) as error:
-            if isinstance(error, LayerNotStreamableError) and not excluded:
-                excluded[error.layer] = f"{error.reason}; the model was loaded anew"
-            elif obstacle is None:
-                obstacle = f"{error}; the model was loaded anew"
-            else:
+                if not load.lost:
+                    load.check(model, model_config)
+                    return load, model
+            excluded |= _anew(load.lost)
+            del model
+        except LayerNotStreamableError as error:
+            if error.layer in excluded:
                 raise
+            excluded |= _anew({**load.lost, error.layer: error.reason})
+        except PlaceholderLeakError as error:
+            if obstacle is not None:
+                raise
+            obstacle = f"{error}; the model was loaded anew"
         # Out of the except block, whose traceback keeps the first model's memory.
         del load
         gc.collect()
+
+
+def _anew(lost: Mapping[str, str]) -> dict[str, str]:
+    """Why layers are to be excluded from the next load."""
+    return {layer: f"{reason}; the model was loaded anew" for layer, reason in lost.items()}
 
 
 def _read(read: Callable[[], torch.nn.Module], load: ModelLoad) -> torch.nn.Module:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from sglang_overlay.core import cpu_kernels, marks
+from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.host_memory import GiveBackLate, give_back, zeros_on_demand
 from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
 from sglang_overlay.core.layer import LayerStream
@@ -28,7 +29,7 @@ from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.stream import ParameterStream, Storage
-from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError
+from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError, UnsupportedDtypeError
 from sglang_overlay.observe.layer_times import LayerTimes
 from sglang_overlay.observe.progress import Progress, SilentProgress, quantization_progress
 from sglang_overlay.schemes import mxfp8
@@ -41,6 +42,7 @@ from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import PendingLayer
 from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 from sglang_overlay.upstream.ranks import parallel_ranks
+from sglang_overlay.upstream.stored_dtypes import NOT_SAID, QUANTIZED, StoredDtypes
 from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan, quantize_whole
 from sglang_overlay.upstream.update import UpdatableLayer
@@ -106,6 +108,9 @@ class OverlayLoad(CheckedLoad):
         self._kept: dict[torch.nn.Module, dict[str, KeptWeight]] = {}
         self._unstreamed: UnstreamedParameters | None = None
         self._late: GiveBackLate | None = None
+        self._is_online = False
+        self._quantized_already: list[str] = []
+        self._dtypes: StoredDtypes | None = None
         self._replacing: dict[torch.nn.Module, PendingLayer] = {}
         # What has to be done once, when the weights have been read.
         self._reading = contextlib.ExitStack()
@@ -118,6 +123,15 @@ class OverlayLoad(CheckedLoad):
     @staticmethod
     def covers(config: Any) -> bool:
         return CheckedLoad.covers(config) or mxfp8.is_online(config)
+
+    def admits(self, config: Any) -> bool:
+        self._is_online |= self.settings.mode is not Mode.OFF and self.covers(config)
+        return super().admits(config)
+
+    def see(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.dtype in QUANTIZED:
+            self._quantized_already.append(name)
+        super().see(name, tensor)
 
     def refuse(self, reason: str) -> None:
         """Say that the model is loaded as stock does.
@@ -132,6 +146,7 @@ class OverlayLoad(CheckedLoad):
         reason = super().adopt(model)
         if reason is not None:
             return reason
+        self._dtypes = StoredDtypes(model, self.sources)
         if self._streams and not self.prequantized:
             self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
             self._reading.callback(self._unstreamed.settle)
@@ -179,16 +194,13 @@ class OverlayLoad(CheckedLoad):
             return self._finished[layer]
         # Before upstream's post-processing, which may compute with weights that are marked.
         self._reading.close()
-        kept = self._kept.pop(layer, {})
+        kept = self._kept.get(layer, {})
         # Before it is quantized: marks are no weights.
         missing = {key: weight.missing() for key, weight in kept.items()}
         pending = self._replacing.pop(layer, None)
         if super().finish(layer) is None and pending is not None and _is_loaded(layer, pending):
             self._finished[layer] = self._quantize_whole(layer, pending, kept)
-        for key, weight in kept.items():
-            self.missing += [weight.name] if missing[key] else []
-            self._findings.note(weight.name.rpartition(".")[0], weight, missing[key])
-            weight.let_go()
+        self._note_kept(layer, missing)
         return self._finished.get(layer)
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
@@ -199,6 +211,9 @@ class OverlayLoad(CheckedLoad):
         if self._ring is not None:
             self._ring.close()
         self._reading.close()
+        self._forget_deleted(model)
+        if self._is_online and self._quantized_already:
+            self._tell_quantized()
         if self._unstreamed is not None:
             missing = self._unstreamed.missing(model_config)
             self.missing += missing
@@ -211,6 +226,8 @@ class OverlayLoad(CheckedLoad):
         """End what runs beside the load, and give all staging memory back."""
         self._reading.close()
         self.progress.close()
+        if self._dtypes is not None:
+            self._dtypes.restore()
         if self._pipeline is not None:
             self._pipeline.close()
         if self._ring is not None:
@@ -220,6 +237,33 @@ class OverlayLoad(CheckedLoad):
         super().close()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _note_kept(self, layer: torch.nn.Module, missing: Mapping[str, Sequence[int]]) -> None:
+        """Tell of the weights of a layer that is left to stock, and forget them."""
+        for key, weight in self._kept.pop(layer, {}).items():
+            self.missing += [weight.name] if missing[key] else []
+            self._findings.note(weight.name.rpartition(".")[0], weight, missing[key])
+            weight.let_go()
+
+    def _forget_deleted(self, model: torch.nn.Module) -> None:
+        """Layers that the model has deleted once it had read them, as minicpm3.py does: their memory must be free."""
+        left = set(model.modules())
+        for layer in self._kept.keys() - left:
+            self._note_kept(layer, {key: weight.missing() for key, weight in self._kept[layer].items()})
+        self.updatable = {name: known for name, known in self.updatable.items() if known.module in left}
+
+    def _tell_quantized(self) -> None:
+        """No weight loader got them as they are, or it would have refused: the model has cast or dropped them.
+
+        Raises:
+            UnsupportedDtypeError: streaming is required.
+        """
+        told = (
+            f"the checkpoint holds {len(self._quantized_already)} tensors of fp8: {shortened(self._quantized_already)}"
+        )
+        if self.settings.mode is Mode.REQUIRE:
+            raise UnsupportedDtypeError(f"{told}. {NOT_SAID}")
+        self._findings.warn(f"{told}. {NOT_SAID.removesuffix('.')}")
 
     def _looked_after(self) -> Iterator[str]:
         """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""

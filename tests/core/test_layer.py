@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from core.streams import per_expert, per_tensor
-from sglang_overlay.core.errors import LayerNotStreamableError
 from sglang_overlay.core.layer import LayerStream
 
 
@@ -20,6 +19,7 @@ def layer_of(streamed):
         "model.layers.0.mlp",
         {"weight": (streamed.placeholder, streamed.stream)},
         lambda stream, reason: notes.append((stream.name, reason)),
+        lambda stream, reason: notes.append((stream.name, f"lost: {reason}")),
     )
     return layer, notes
 
@@ -89,12 +89,18 @@ def test_parameter_class_and_attributes_survive():
     assert not streamed.placeholder.is_meta
 
 
-def test_too_late_is_an_error_not_a_wrong_weight():
+def test_too_late_is_told_and_loading_goes_on():
     streamed = per_expert((2, 4, 8))
-    layer, _ = layer_of(streamed)
+    layer, notes = layer_of(streamed)
     layer.wrap(lambda param, loaded: param.data[0].copy_(loaded))(streamed.placeholder, torch.ones(4, 8))
-    with pytest.raises(LayerNotStreamableError, match=r"layer\.weight"):
-        layer.wrap(adding_loader)(streamed.placeholder, torch.ones(2, 4, 8))
+    layer.wrap(adding_loader)(streamed.placeholder, torch.ones(2, 4, 8))
+    layer.wrap(adding_loader)(streamed.placeholder, torch.ones(2, 4, 8))
+    assert not layer.streaming
+    ((name, reason),) = notes
+    assert name == "model.layers.0.mlp"
+    assert reason.startswith("lost: ")
+    assert "1 of 2 units are quantized already" in reason
+    assert streamed.account.held == 0
 
 
 def test_threads_that_fail_together_fall_back_once():

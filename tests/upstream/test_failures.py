@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from workbench.checkpoints import CheckpointSpec, model_config
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.mutations import altered
 
@@ -215,6 +219,122 @@ class TestTensorsThatDoNotFit:
         assert compare(stock, result) == []
         assert report.layers.fallback == ()
         assert report.units.streamed > 0
+
+
+class TestTensorsThatDoNotFillTheirPart:
+    """Stock pads them with zeros, repeats them or cuts them off without a word."""
+
+    GATE = "model.layers.1.mlp.gate_proj.weight"
+    DOWN = "model.layers.1.mlp.down_proj.weight"
+    EXPERT_DOWN = UP.replace("up", "down")
+
+    @pytest.fixture
+    def cut(self, damaged):
+        """A checkpoint of which one tensor is replaced by a part of it, or by more."""
+        return lambda family, name, change: damaged(
+            lambda tensors: tensors.update({name: change(tensors[name])}), family
+        )
+
+    @pytest.mark.parametrize(
+        ("family", "name", "change", "outcome", "tp_size"),
+        [
+            pytest.param("qwen3", GATE, lambda w: w[:-100], "padded with zeros", 1, id="gate too few rows"),
+            pytest.param("qwen3", GATE, lambda w: w[:192], "padded with zeros", 2, id="gate half the rows over two"),
+            pytest.param("qwen3", DOWN, lambda w: w[:, :-8], "padded with zeros", 2, id="down too few columns"),
+            pytest.param("qwen3", O_PROJ, lambda w: w[:, :128], "padded with zeros", 1, id="o too few columns"),
+            pytest.param("qwen3", O_PROJ, lambda w: w.repeat(1, 2), "cut off", 1, id="o too many columns"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:-8], "padded with zeros", 1, id="expert too few rows"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:64], "padded with zeros", 2, id="expert half the rows over two"),
+            pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:, :64], "padded with zeros", 1, id="expert columns"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:1], "padded with zeros", 1, id="expert one row"),
+            pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:1], "repeated", 1, id="expert down one row"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:, :1], "repeated", 1, id="expert one column"),
+        ],
+    )
+    def test_load_is_stocks_with_a_warning_that_names_it(
+        self, family, name, change, outcome, tp_size, workers, cut, tmp_path
+    ):
+        path = cut(family, name, change)
+        job = LoadJob(path, tp_size=tp_size)
+        stock, result = workers.load(replace(job, streaming="0")), workers.load(job)
+        assert compare(stock, result) == []
+        told = [line for line in warnings_of(result) if "do not have the shape that the model needs" in line]
+        assert told
+        assert all("1 tensors of the checkpoint do not" in line and f": {name} " in line for line in told)
+        assert all(f", {outcome} to " in line for line in told)
+        assert warnings_of(result) == told
+
+    @pytest.mark.parametrize(("family", "name"), [("qwen3", GATE), ("qwen3_moe", UP)])
+    def test_it_is_an_error_where_streaming_is_required(self, family, name, workers, cut):
+        with pytest.raises(LoadFailed, match=rf"MisfitError: 1 tensors .*: {name} "):
+            workers.load(LoadJob(cut(family, name, lambda weight: weight[:-8]), streaming="require"))
+
+
+class TestConfigThatIsNotTrue:
+    """fp8 and high precision are cast to each other without a word, and the scales are lost."""
+
+    @staticmethod
+    def said(path, **config):
+        file = path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+        return path
+
+    @pytest.mark.parametrize(
+        ("family", "name", "parameter", "streaming"),
+        [
+            pytest.param("qwen3_moe", O_PROJ, O_PROJ, "1", id="linear"),
+            pytest.param("qwen3_moe", UP, f"{LAYER}.w13_weight", "require", id="expert"),
+            pytest.param("qwen3_moe", "lm_head.weight", "lm_head.weight", "require", id="head"),
+            pytest.param("deepseek_v3", KV_B, KV_B, "1", id="absorbed"),
+        ],
+    )
+    def test_fp8_that_no_config_tells_of_is_an_error(self, family, name, parameter, streaming, workers, damaged):
+        path = damaged(lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}), family)
+        told = rf"UnsupportedDtypeError: {parameter}, torch.bfloat16, .* from {name} of dtype torch.float8_e4m3fn\. Its"
+        with pytest.raises(LoadFailed, match=told):
+            workers.load(LoadJob(path, streaming=streaming))
+
+    @pytest.mark.parametrize("stored", ["fp8", "fp8_block"])
+    def test_fp8_checkpoint_without_its_config_is_an_error(self, stored, workers, checkpoint, damaged):
+        path = self.said(damaged(lambda _: None, stored=stored), quantization_config=None)
+        with pytest.raises(LoadFailed, match=r"UnsupportedDtypeError: .* Its scales would be lost"):
+            workers.load(LoadJob(path))
+
+    def test_fp8_that_a_model_drops_is_told(self, both, workers, damaged):
+        extra = {"model.unknown.weight": torch.ones(2, 2).to(torch.float8_e5m2)}
+        path = damaged(lambda tensors: tensors.update(extra))
+        stock, result, report = both(path)
+        assert compare(stock, result) == []
+        assert "1 tensors of fp8: model.unknown.weight." in report.warnings[0]
+        with pytest.raises(LoadFailed, match=r"UnsupportedDtypeError: .* model\.unknown\.weight"):
+            workers.load(LoadJob(path, streaming="require"))
+
+    @staticmethod
+    def quantization_config(stored):
+        return {"quantization_config": model_config(CheckpointSpec("qwen3_moe", stored=stored))["quantization_config"]}
+
+    @pytest.mark.parametrize("stored", ["fp8", "fp8_block"])
+    @pytest.mark.parametrize(("given", "streaming"), [("file", "1"), ("override", "require")])
+    def test_high_precision_under_an_fp8_config_is_an_error(self, given, streaming, stored, workers, damaged):
+        config = self.quantization_config(stored)
+        path, options = damaged(lambda _: None), {}
+        if given == "file":
+            self.said(path, **config)
+        else:
+            options = {"json_model_override_args": json.dumps(config)}
+        told = r"UnsupportedDtypeError: .*, torch.float8_e4m3fn, .* of dtype torch.bfloat16\. It would be cast to fp8"
+        with pytest.raises(LoadFailed, match=told):
+            workers.load(LoadJob(path, streaming=streaming, quantization=None, server_args=options))
+
+    def test_high_precision_in_place_of_a_single_fp8_weight_is_an_error(self, workers, checkpoint, damaged):
+        path = damaged(lambda tensors: tensors.update({O_PROJ: tensors[O_PROJ].bfloat16()}), stored="fp8_block")
+        with pytest.raises(LoadFailed, match=rf"UnsupportedDtypeError: {O_PROJ}, torch.float8_e4m3fn, .*{O_PROJ}"):
+            workers.load(LoadJob(path))
+
+    def test_switched_off_it_is_stocks(self, workers, damaged):
+        path = self.said(damaged(lambda _: None), **self.quantization_config("fp8_block"))
+        told = workers.load(LoadJob(path, streaming="0", quantization=None)).log
+        assert not [line for line in told if "StreamFP8" in line]
 
 
 class TestTensorsThatComeTwice:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
+from workbench import families
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.mutations import altered
 from workbench.updates import Update
@@ -86,15 +89,55 @@ def test_layer_that_is_quantized_when_its_loader_does_something_unforeseen_is_lo
     assert "loaded anew" in warnings_of(result)[0]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "warnings"), [("ReadingAfterLoadingForCausalLM", 1), ("ManyLateAddingLoadersForCausalLM", 2)]
-)
-def test_model_of_which_more_than_a_layer_cannot_be_streamed_is_loaded_anew_as_stock(architecture, warnings, both_of):
-    stock, result, report = both_of(architecture)
+LATE = {
+    "ManyLateAddingLoadersForCausalLM": ("qwen3", [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]),
+    "LateAddingExpertsForCausalLM": ("qwen3_moe", [f"model.layers.{layer}.mlp.experts" for layer in (1, 2)]),
+}
+"""Architectures of which several layers turn out late, and these."""
+
+
+@pytest.mark.parametrize("architecture", LATE)
+def test_any_number_of_layers_that_turn_out_late_are_loaded_anew_and_the_others_stream(
+    architecture, odd_workers, both, checkpoint
+):
+    family, late = LATE[architecture]
+    path = checkpoint(family, overrides=(("architectures", (architecture,)),))
+    stock, result, (report,) = both(path, streaming="1", workers=odd_workers, prompts=PROMPTS)
+    assert compare(stock, result) == []
+    assert report.mode == "streaming"
+    assert [note.layer for note in report.layers.fallback] == late
+    assert report.layers.streamed == (12 if family == "qwen3" else 9) - len(late)
+    told = "is loaded as in stock SGLang: .*; the model was loaded anew"
+    assert all(re.search(rf"{layer} {told}", line) for layer, line in zip(late, warnings_of(result), strict=True))
+
+
+def test_model_that_derives_tensors_from_weights_is_loaded_anew_as_stock(both_of):
+    stock, result, report = both_of("ReadingAfterLoadingForCausalLM")
     assert compare(stock, result) == []
     assert report.mode == "stock"
-    assert len(warnings_of(result)) == warnings
-    assert "The model is loaded as in stock SGLang" in warnings_of(result)[-1]
+    (warning,) = warnings_of(result)
+    assert "The model is loaded as in stock SGLang" in warning
+
+
+@pytest.mark.parametrize(("quantization", "mode"), [("fp8", "streaming"), (None, "stock")])
+def test_tensors_that_a_model_leaves_without_memory_are_no_matter(quantization, mode, both, odd_workers, checkpoint):
+    path = checkpoint("qwen3", overrides=(("architectures", ("LeavingTensorsWithoutMemoryForCausalLM",)),))
+    stock, result, (report,) = both(path, workers=odd_workers, quantization=quantization)
+    assert compare(stock, result) == []
+    assert result.ranks[0].tensors["described"].sha256 == "meta"
+    assert report.mode == mode
+    assert warnings_of(result) == []
+
+
+def test_layer_that_a_model_deletes_after_reading_it_is_gone(both, odd_workers, checkpoint_folder, tmp_path):
+    shutil.copytree(families.build("MiniCPM3ForCausalLM", checkpoint_folder), tmp_path / "watched")
+    config = tmp_path / "watched/config.json"
+    config.write_text(config.read_text().replace('"MiniCPM3ForCausalLM"', '"WatchedMiniCPM3ForCausalLM"'))
+    stock, result, (report,) = both(tmp_path / "watched", workers=odd_workers)
+    # The number of deleted layers that are in memory is among what is compared.
+    assert compare(stock, result) == []
+    assert "deleted[0]" in result.ranks[0].tensors
+    assert report.layers.fallback == ()
 
 
 def test_experts_that_a_model_notes_down_too_early_are_noted_again(odd_workers, checkpoint):

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from workbench import families
+from workbench.fingerprints import hash_of
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadWorkers, compare
 from workbench.updates import Update
 
+from sglang_overlay.core.cpu_quantizers import quantize_rows
 from upstream.streamed import assert_streamed, load_reported, warnings_of
 
 HERE = Path(__file__).parent
@@ -208,6 +212,21 @@ def test_layer_that_cannot_be_streamed_is_quantized_whole_by_the_same_scheme(odd
     assert "as in stock" not in warning
 
 
+@pytest.mark.parametrize("scheme", ["block", "channel"])
+@pytest.mark.parametrize(
+    ("architecture", "family", "late"),
+    [("ManyLateAddingLoadersForCausalLM", "qwen3", 3), ("LateAddingExpertsForCausalLM", "qwen3_moe", 2)],
+)
+def test_any_number_of_layers_that_turn_out_late_are_quantized_whole(
+    architecture, family, late, scheme, odd_workers, load, checkpoint
+):
+    path = checkpoint(family, overrides=(*BLOCKS, ("architectures", (architecture,))))
+    result = odd_workers.load(LoadJob(path, environ={"SGLANG_STREAMFP8_SCHEME": scheme}, prompts=PROMPTS))
+    streamed, _ = load(checkpoint(family, overrides=BLOCKS), scheme)
+    assert compare(streamed, result) == []
+    assert ["the model was loaded anew" in line for line in warnings_of(result)] == [True] * late
+
+
 @pytest.mark.parametrize("scheme", ["block", '{"linear": "channel", "moe": "int8"}'])
 def test_update_ends_as_a_fresh_load(scheme, workers, load, checkpoint):
     old, new = (checkpoint("qwen3_moe", overrides=BLOCKS, seed=seed) for seed in (0, 1))
@@ -217,10 +236,54 @@ def test_update_ends_as_a_fresh_load(scheme, workers, load, checkpoint):
     assert compare(fresh, updated) == []
 
 
-def test_layer_that_does_not_divide_into_blocks_is_named(load, checkpoint):
-    path = checkpoint("qwen3_moe", overrides=(*BLOCKS, ("moe_intermediate_size", 192)))
-    with pytest.raises(LoadFailed, match=r"model.layers.0.mlp.experts as 'block'.*192 is not divisible by .*128"):
-        load(path, "block")
+@pytest.mark.parametrize(
+    ("sizes", "tp_size", "layer", "advice"),
+    [
+        ({"moe_intermediate_size": 192}, 1, "mlp.experts", "No tensor parallel size helps. Give"),
+        ({"moe_intermediate_size": 192, "head_dim": 128}, 2, "mlp.experts", "No tensor parallel size helps. Give"),
+        ({"head_dim": 128}, 2, "mlp.experts", "Use --tp-size 1. Or: Give"),
+        ({"head_dim": 96}, 1, "self_attn.qkv_proj", "No tensor parallel size helps. Give"),
+        ({"head_dim": 64}, 2, "self_attn.qkv_proj", "Use --tp-size 1. Or: Give"),
+    ],
+)
+def test_layer_that_does_not_divide_into_blocks_is_named_with_what_helps(
+    sizes, tp_size, layer, advice, load, checkpoint
+):
+    path = checkpoint("qwen3_moe", overrides=tuple({**dict(BLOCKS), **sizes}.items()))
+    with pytest.raises(LoadFailed) as failure:
+        load(path, "block", tp_size=tp_size)
+    last = layer.rpartition(".")[2]
+    told = re.search(rf"model.layers.0.{layer} as 'block': (.*) is not divisible by .* = 128. (.*)", str(failure.value))
+    assert told
+    assert told[2].startswith(advice)
+    assert told[2].endswith(f'or leave them in bf16 with "ignore": ["{last}"].')
+    choice = json.loads(re.search(r"SGLANG_STREAMFP8_SCHEME='(.*)'", told[2])[1])
+    assert choice == {"linear": "block", "moe": "block", "overrides": {last: "channel"}}
+
+
+def test_what_is_offered_in_place_of_blocks_loads(load, checkpoint):
+    path = checkpoint("qwen3_moe", overrides=tuple({**dict(BLOCKS), "moe_intermediate_size": 192}.items()))
+    _, reports = load(path, '{"linear": "block", "moe": "block", "overrides": {"experts": "channel"}}')
+    assert_streamed(reports)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "int8", "tensor"])
+def test_experts_without_a_gate_are_as_large_as_they_are(scheme, workers, checkpoint_folder, tmp_path):
+    """The CPU reference cannot run them."""
+    path = families.build("NemotronHForCausalLM", checkpoint_folder)
+    job = LoadJob(path, environ={"SGLANG_STREAMFP8_SCHEME": json.dumps({"moe": scheme})})
+    result, reports = load_reported(workers.load, job, tmp_path / "reports")
+    assert_streamed(reports)
+    weights = {name: t for name, t in result.ranks[0].tensors.items() if "layers.1.mixer.experts.w13" in name}
+    (weight,) = (t for name, t in weights.items() if name.endswith("w13_weight"))
+    assert weight.shape == (4, 96, 128)
+    if scheme == "channel":
+        tensors = load_file(path / "model.safetensors")
+        rows = [tensors[f"backbone.layers.1.mixer.experts.{expert}.up_proj.weight"] for expert in range(4)]
+        values, scales = quantize_rows(torch.cat(rows), torch.float8_e4m3fn)
+        assert weight.sha256 == hash_of(values)
+        (scale,) = (t for name, t in weights.items() if name.endswith("w13_weight_scale"))
+        assert (scale.shape, scale.sha256) == ((4, 96, 1), hash_of(scales))
 
 
 def test_loader_that_knows_no_schemes_is_an_error(load, checkpoint):

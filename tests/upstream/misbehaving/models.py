@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from sglang.srt.models.minicpm3 import MiniCPM3ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 
@@ -99,6 +102,49 @@ class ManyLateAddingLoadersForCausalLM(Qwen3ForCausalLM):
             _load_by_adding(layer.mlp.down_proj.weight)
 
 
+class LateAddingExpertsForCausalLM(Qwen3MoeForCausalLM):
+    """Expert layers, but for the first, do that with an expert's down projection."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for layer in self.model.layers[1:]:
+            self._add(layer.mlp.experts.w2_weight)
+
+    @staticmethod
+    def _add(weight):
+        original = weight.weight_loader
+
+        def add(param, loaded_weight, *args, **kwargs):
+            original(param, loaded_weight, *args, **kwargs)
+            param.data[:1].add_(0)
+
+        weight.weight_loader = add
+
+
+class LeavingTensorsWithoutMemoryForCausalLM(Qwen3ForCausalLM):
+    """Has a tensor that only describes something."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("described", torch.empty(3, 4, device="meta"), persistent=False)
+
+
+class InMemory(list):
+    """Weak references; whoever looks for tensors in here finds how many of them are alive."""
+
+    def __iter__(self):
+        gc.collect()
+        yield torch.tensor(float(sum(reference() is not None for reference in super().__iter__())))
+
+
+class WatchedMiniCPM3ForCausalLM(MiniCPM3ForCausalLM):
+    """Deletes layers once it has read them, as MiniCPM3 itself does."""
+
+    def load_weights(self, weights):
+        self.deleted = InMemory(weakref.ref(layer.self_attn.kv_b_proj) for layer in self.model.layers)
+        super().load_weights(weights)
+
+
 class CustomLoaderForCausalLM(Qwen3ForCausalLM):
     """One layer has a loader of the model's own, as qwen3_5.py and qwen3_next.py give theirs."""
 
@@ -177,6 +223,9 @@ EntryClass = [
     FusedAddingLoaderForCausalLM,
     LateAddingLoaderForCausalLM,
     ManyLateAddingLoadersForCausalLM,
+    LateAddingExpertsForCausalLM,
+    LeavingTensorsWithoutMemoryForCausalLM,
+    WatchedMiniCPM3ForCausalLM,
     CustomLoaderForCausalLM,
     ReadingAfterLoadingForCausalLM,
     ReusedBufferForCausalLM,
