@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.errors import annotate
+from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.upstream.checkpoint_files import file_problems
 from sglang_overlay.upstream.findings import Findings, Tolerance
@@ -35,11 +36,19 @@ class CheckedLoad(ModelLoad):
         self._tolerance = tolerance
         self._findings = Findings()
         self._seen: set[str] = set()
+        self._odd_one: str | None = None
 
-    def see(self, name: str, tensor: torch.Tensor) -> None:
-        """Note a tensor of the checkpoint, before the model gets it."""
+    def see(self, name: str, tensor: object) -> None:
+        """Note an entry of the checkpoint, before the model gets it."""
         self._seen.add(name)
+        found = oddity(tensor)
+        self._odd_one = None if found is None else f"{name} is {found} in the checkpoint"
         self.sources.offer(tensor, name)
+
+    def explain(self, error: Exception) -> Iterator[str]:
+        yield from super().explain(error)
+        if self._odd_one is not None:
+            yield f"raised when this was read last: {self._odd_one}"
 
     @property
     def warnings(self) -> list[str]:

@@ -24,7 +24,7 @@ from sglang_overlay.core.errors import (
 )
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.placeholders import materialize, set_loader
-from sglang_overlay.core.shortage import shortage_explained
+from sglang_overlay.core.shortage import is_shortage, shortage_explained, told
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
@@ -176,6 +176,11 @@ class ModelLoad:
             raise PlaceholderLeakError(
                 f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
             )
+
+    def explain(self, error: Exception) -> Iterator[str]:
+        """What an error that ended upstream's load does not say itself."""
+        if is_shortage(error):
+            yield told(self.account)
 
     def close(self) -> None:
         """Give all staging memory back. To be called once, also when loading failed."""
