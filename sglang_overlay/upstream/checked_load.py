@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from sglang_overlay.core.errors import annotate
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.upstream.checkpoint_files import file_problems
+from sglang_overlay.upstream.checkpoint_files import CheckpointFiles
 from sglang_overlay.upstream.findings import Findings, Tolerance
 from sglang_overlay.upstream.load import ModelLoad, current
 
@@ -24,6 +23,9 @@ class CheckedLoad(ModelLoad):
 
     Args:
         tolerance: what the user allows.
+
+    Attributes:
+        files: that upstream reads.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class CheckedLoad(ModelLoad):
     ) -> None:
         super().__init__(obstacle, excluded)
         self._tolerance = tolerance
+        self.files = CheckpointFiles()
         self._findings = Findings()
         self._seen: set[str] = set()
         self._odd_one: str | None = None
@@ -44,6 +47,9 @@ class CheckedLoad(ModelLoad):
         found = oddity(tensor)
         self._odd_one = None if found is None else f"{name} is {found} in the checkpoint"
         self.sources.offer(tensor, name)
+
+    def reading(self) -> AbstractContextManager[None]:
+        return self.files.noted()
 
     def explain(self, error: Exception) -> Iterator[str]:
         yield from super().explain(error)
@@ -62,7 +68,7 @@ class CheckedLoad(ModelLoad):
             IncompleteLoadError: units were never completely written.
             NonFiniteWeightError: a weight is not finite, where that is an error.
         """
-        self._findings.conclude(self._tolerance, self._seen, Path(model_config.model_path))
+        self._findings.conclude(self._tolerance, self._seen, self.files.in_folder(model_config.model_path))
         super().check(model, model_config)
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
@@ -75,13 +81,9 @@ def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     if not isinstance(load, CheckedLoad):
         yield from original(*args, **kwargs)
         return
-    try:
+    model_config = inspect.signature(original).bind(*args, **kwargs).arguments["model_config"]
+    # Not to what the model raises: that ends this generator with GeneratorExit.
+    with load.files.problems_added(model_config.model_path):
         for name, tensor in original(*args, **kwargs):
             load.see(name, tensor)
             yield name, tensor
-    except Exception as error:
-        # Not what the model raises: that ends this generator with GeneratorExit.
-        folder = Path(inspect.signature(original).bind(*args, **kwargs).arguments["model_config"].model_path)
-        for problem in file_problems(folder):
-            annotate(error, f"StreamFP8: {folder}: {problem}")
-        raise

@@ -105,33 +105,33 @@ class Findings:
             self._not_finite.append(_NotFinite(told, weight.origins(damaged)))
         self._rewritten += weight.rewritten
 
-    def conclude(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
+    def conclude(self, tolerance: Tolerance, seen: Collection[str], files: Collection[Path]) -> None:
         """Say all of it.
 
         Args:
             tolerance: what is an error and what a warning.
             seen: names of all tensors that the checkpoint held.
-            folder: of the checkpoint.
+            files: of the checkpoint.
 
         Raises:
             IncompleteLoadError: weights are missing, and that is not allowed.
             NonFiniteWeightError: there are NaN or Inf, and that is not allowed.
         """
         if self._incomplete:
-            self._conclude_missing(tolerance, seen, folder)
+            self._conclude_missing(tolerance, seen, files)
         if self._not_finite:
-            self._conclude_not_finite(tolerance, folder)
+            self._conclude_not_finite(tolerance, files)
         if self._rewritten:
             self.warn(
                 f"the checkpoint holds these tensors more than once, with different values: "
                 f"{shortened(sorted(set(self._rewritten)))}. The last one read is served, as in stock SGLang"
             )
 
-    def _conclude_missing(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
+    def _conclude_missing(self, tolerance: Tolerance, seen: Collection[str], files: Collection[Path]) -> None:
         lines = [self._describe(found, seen) for found in self._incomplete[:MAX_LISTED]]
         more = len(self._incomplete) - MAX_LISTED
         lines += [f"and {more} more parameters"] if more > 0 else []
-        lines += file_problems(folder)
+        lines += file_problems(files)
         text = "\n  ".join(
             [f"{len(self._incomplete)} parameters were never completely written from the checkpoint:", *lines]
         )
@@ -155,10 +155,10 @@ class Findings:
             f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing tells its name'}"
         )
 
-    def _conclude_not_finite(self, tolerance: Tolerance, folder: Path) -> None:
+    def _conclude_not_finite(self, tolerance: Tolerance, files: Collection[Path]) -> None:
         listed = self._not_finite[:MAX_LISTED]
         names = [name for found in listed for name in found.origins[:MAX_LISTED]]
-        counts = values_not_finite(folder, names)
+        counts = values_not_finite(files, names)
         lines = [f"{found.told}, loaded from {found.tell_origins(counts)}" for found in self._not_finite]
         text = f"NaN or Inf in {len(self._not_finite)} parameters: {shortened(lines)}"
         if not tolerance.not_finite:

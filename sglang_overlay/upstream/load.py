@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -176,6 +176,10 @@ class ModelLoad:
             raise PlaceholderLeakError(
                 f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
             )
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Around all of upstream's load."""
+        return nullcontext()
 
     def explain(self, error: Exception) -> Iterator[str]:
         """What an error that ended upstream's load does not say itself."""

@@ -56,7 +56,8 @@ def load_streamed(
 
 def _read(read: Callable[[], torch.nn.Module], load: ModelLoad) -> torch.nn.Module:
     try:
-        return read()
+        with load.reading():
+            return read()
     except Exception as error:
         for note in load.explain(error):
             annotate(error, f"StreamFP8: {note}")

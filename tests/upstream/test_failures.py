@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
+
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
-from workbench.mutations import altered
+from workbench.mutations import altered, pickled
+from workbench.updates import Update
 
 from upstream.streamed import load_reported, warnings_of
 
@@ -154,12 +160,19 @@ class TestMissingTensorsThatAreNotStreamed:
         assert "hold: model.enorm.weight." in warning
 
 
+def _without_weights_only():
+    """A file of ``torch.save`` that it would take any code to read."""
+    saved = io.BytesIO()
+    torch.save({"array": numpy.ones(2)}, saved)
+    return saved.getvalue()
+
+
 class TestFiles:
     def test_cut_off_file_is_named(self, workers, checkpoint, damaged):
         path = damaged(lambda _: None)
         (weights,) = path.glob("*.safetensors")
         weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(LoadFailed, match=rf"SafetensorError(.|\n)*StreamFP8: {path}: {weights.name} is damaged"):
+        with pytest.raises(LoadFailed, match=rf"SafetensorError(.|\n)*StreamFP8: {weights} is damaged"):
             workers.load(LoadJob(path))
 
     def test_empty_file_is_named(self, workers, damaged):
@@ -177,6 +190,69 @@ class TestFiles:
         (path / "model-00002-of-00003.safetensors").unlink()
         with pytest.raises(LoadFailed, match=r"model-00002-of-00003\.safetensors"):
             workers.load(LoadJob(path))
+
+    def test_file_of_a_model_that_is_named_as_on_the_hub_is_named(self, odd_workers, checkpoint, hub):
+        name, folder = hub(checkpoint("qwen3", files=2), "cut-off")
+        weights = folder / "model-00002-of-00002.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(LoadFailed, match=rf"SafetensorError(.|\n)*StreamFP8: {weights} is damaged"):
+            odd_workers.load(LoadJob(name))
+
+    def test_values_of_a_model_that_is_named_as_on_the_hub_are_counted(self, odd_workers, damaged, hub):
+        name, _ = hub(damaged(lambda tensors: tensors[O_PROJ][0, :2].fill_(torch.nan), "qwen3"), "not-finite")
+        (warning,) = warnings_of(odd_workers.load(LoadJob(name)))
+        assert f"loaded from {O_PROJ} (2 of 65536 values)." in warning
+
+    @pytest.mark.parametrize(
+        ("damage", "told"),
+        [
+            (lambda content: b"", "is empty"),
+            (lambda content: content[:-100], "is cut off"),
+            (lambda content: b"<html>Not found</html>", "cannot be read: "),
+            (lambda content: _without_weights_only(), "cannot be read: Weights only load failed"),
+        ],
+        ids=["empty", "cut off", "a web page", "arrays of numpy"],
+    )
+    @pytest.mark.parametrize("suffix", ["bin", "pt"])
+    def test_pickled_file_that_cannot_be_read_is_named(self, suffix, damage, told, workers, checkpoint, tmp_path):
+        path = pickled(checkpoint("qwen3"), tmp_path / "damaged", lambda entries: None, suffix)
+        file = path / f"pytorch_model.{suffix}"
+        file.write_bytes(damage(file.read_bytes()))
+        torch.save({}, path / f"a.{suffix}")
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(path, server_args={"load_format": "pt" if suffix == "pt" else "auto"}))
+        assert f"StreamFP8: {file} {told}" in str(failure.value)
+        assert str(failure.value).count("StreamFP8: ") == 1
+
+    def test_file_that_nobody_reads_is_not_named(self, workers, damaged):
+        path = damaged(without(UP))
+        for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt"):
+            (path / name).write_bytes(b"")
+        places = {"weight_map": {"a": "consolidated-00001-of-00002.safetensors"}}
+        (path / "consolidated.safetensors.index.json").write_text(json.dumps(places))
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(path))
+        assert f"missing {UP}\n" in str(failure.value)
+        assert ".bin" not in str(failure.value)
+        assert "consolidated" not in str(failure.value)
+
+    def test_file_that_an_update_cannot_read_is_named(self, workers, checkpoint, tmp_path):
+        path = shutil.copytree(checkpoint("qwen3", files=2, seed=1), tmp_path / "cut-off")
+        weights = path / "model-00002-of-00002.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        result = workers.load(LoadJob(checkpoint("qwen3"), updates=(Update("disk", path),)))
+        (failed,) = result.ranks[0].updates
+        assert not failed.success
+        assert f"{weights} is damaged, or its download is incomplete" in failed.message
+        assert compare(workers.load(LoadJob(checkpoint("qwen3"))), result) == []
+
+    def test_file_of_an_update_that_is_named_as_on_the_hub_is_named(self, odd_workers, checkpoint, hub):
+        name, folder = hub(checkpoint("qwen3", files=2, seed=1), "incomplete")
+        (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+        result = odd_workers.load(LoadJob(checkpoint("qwen3"), updates=(Update("disk", name),)))
+        (failed,) = result.ranks[0].updates
+        assert not failed.success
+        assert f"{folder}/model-00002-of-00002.safetensors is empty or cut off" in failed.message
 
 
 class TestTensorsThatDoNotFit:
