@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sglang_overlay.core.errors import MAX_LISTED, IncompleteLoadError, NonFiniteWeightError, shortened
+from sglang_overlay.core.errors import MAX_LISTED, IncompleteLoadError, NonFiniteWeightError, sentence, shortened
 from sglang_overlay.core.tensor_names import missing_names
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
@@ -171,7 +171,7 @@ class Findings:
     def warn(self, text: str) -> None:
         """Say it in the log, and keep it."""
         self.warnings.append(text)
-        logger.warning("StreamFP8: %s.", text)
+        logger.warning("StreamFP8: %s", sentence(text))
 
 
 def _counted(units: Sequence[int], total: int) -> str:

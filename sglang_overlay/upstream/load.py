@@ -20,6 +20,7 @@ from sglang_overlay.core.errors import (
     PlaceholderLeakError,
     StagingMemoryError,
     UnexpectedParametersError,
+    sentence,
     shortened,
 )
 from sglang_overlay.core.layer import LayerStream
@@ -140,7 +141,7 @@ class ModelLoad:
 
     def refuse(self, reason: str) -> None:
         """Say that the model is loaded as stock does."""
-        logger.warning("StreamFP8: %s. The model is loaded without streaming.", reason)
+        logger.warning("StreamFP8: %s The model is loaded without streaming.", sentence(reason))
 
     @property
     def building(self) -> bool:
@@ -241,7 +242,7 @@ class ModelLoad:
 
     def _fall_back(self, name: str, reason: str) -> None:
         self.fallback[name] = reason
-        logger.warning("StreamFP8: %s is %s: %s.", name, self._manner(name), reason)
+        logger.warning("StreamFP8: %s is %s: %s", name, self._manner(name), sentence(reason))
 
     def _manner(self, name: str) -> str:
         """How a layer that is not streamed is loaded."""

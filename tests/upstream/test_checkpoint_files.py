@@ -47,7 +47,8 @@ def test_index_of_another_set_of_weights_does_not_matter(folder):
 def test_values_that_are_not_finite_are_counted_in_the_tensors_asked_for(folder):
     spoiled = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf])
     save_file({"weight2": spoiled, "unasked": spoiled.clone()}, folder / "model-00002-of-00002.safetensors")
-    assert values_not_finite(files_in(folder), ["weight1", "weight2", "absent"]) == {
+    found = values_not_finite(files_in(folder), ["weight1", "weight2", "absent"])
+    assert found == {
         "weight1": (0, 4),
         "weight2": (3, 4),
     }

@@ -244,6 +244,7 @@ class TestFiles:
         (failed,) = result.ranks[0].updates
         assert not failed.success
         assert f"{weights} is damaged, or its download is incomplete" in failed.message
+        assert ".." not in failed.message
         assert compare(workers.load(LoadJob(checkpoint("qwen3"))), result) == []
 
     def test_file_of_an_update_that_is_named_as_on_the_hub_is_named(self, odd_workers, checkpoint, hub):
