@@ -13,8 +13,9 @@ import torch
 
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.upstream.checkpoint_files import CheckpointFiles
-from sglang_overlay.upstream.findings import Findings, Tolerance
+from sglang_overlay.upstream.findings import Findings, Read, Tolerance
 from sglang_overlay.upstream.load import ModelLoad, current
 
 
@@ -38,14 +39,13 @@ class CheckedLoad(ModelLoad):
         self._tolerance = tolerance
         self.files = CheckpointFiles()
         self._findings = Findings()
-        self._seen: set[str] = set()
-        self._odd_one: str | None = None
+        self._seen: dict[str, str | None] = {}
 
     def see(self, name: str, tensor: object) -> None:
         """Note an entry of the checkpoint, before the model gets it."""
-        self._seen.add(name)
-        found = oddity(tensor)
-        self._odd_one = None if found is None else f"{name} is {found} in the checkpoint"
+        # What was read last comes last.
+        self._seen.pop(name, None)
+        self._seen[name] = oddity(tensor)
         self.sources.offer(tensor, name)
 
     def reading(self) -> AbstractContextManager[None]:
@@ -53,8 +53,14 @@ class CheckedLoad(ModelLoad):
 
     def explain(self, error: Exception) -> Iterator[str]:
         yield from super().explain(error)
-        if self._odd_one is not None:
-            yield f"raised when this was read last: {self._odd_one}"
+        last = next(reversed(self._seen), "")
+        if self._seen.get(last):
+            yield f"the checkpoint's entry that was read last, {last}, is {self._seen[last]}"
+        streams = [stream for stream, _ in self._streams.values()]
+        if not any(part.origins() for stream in streams for part in stream.streams.values()):
+            advice = Misplaced.among(self._seen, [stream.name for stream in streams]).advice
+            if advice:
+                yield f"the model did not load any weight so far. {advice}"
 
     @property
     def warnings(self) -> list[str]:
@@ -68,7 +74,9 @@ class CheckedLoad(ModelLoad):
             IncompleteLoadError: units were never completely written.
             NonFiniteWeightError: a weight is not finite, where that is an error.
         """
-        self._findings.conclude(self._tolerance, self._seen, self.files.in_folder(model_config.model_path))
+        files = self.files.in_folder(model_config.model_path)
+        held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
+        self._findings.conclude(self._tolerance, Read(self._seen, held), files)
         super().check(model, model_config)
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:

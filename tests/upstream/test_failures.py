@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 
 import numpy
@@ -254,6 +255,93 @@ class TestFiles:
         (failed,) = result.ranks[0].updates
         assert not failed.success
         assert f"{folder}/model-00002-of-00002.safetensors is empty or cut off" in failed.message
+
+
+def renamed(change):
+    """Change the tensors' names."""
+
+    def rename(tensors):
+        given = {change(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(given)
+
+    return rename
+
+
+class TestNames:
+    """Tensors that the model does not look for are named beside what is missing, with the change that would fit."""
+
+    @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda name: f"_orig_mod.{name}", "leave out '_orig_mod.'"),
+            (lambda name: f"module.{name}", "strip 'module.' from their beginning"),
+            (lambda name: name.removeprefix("model."), "put 'model.' before them"),
+            (
+                lambda name: name.replace("model.", "model.language_model."),
+                "begin them with 'model.' in place of 'model.language_model.'",
+            ),
+            (lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."), "'_checkpoint_wrapped_module.'"),
+            (
+                lambda name: f"base_model.{name}".replace(".layers.", ".layers._fsdp_wrapped_module."),
+                "leave out '_fsdp_wrapped_module.' and strip 'base_model.' from their beginning",
+            ),
+        ],
+        ids=["_orig_mod", "module", "without model", "language_model", "wrapped mlp", "two"],
+    )
+    def test_prefix_that_does_not_fit_is_told(self, change, told, family, workers, damaged):
+        if family == "qwen3" and told == "put 'model.' before them":
+            pytest.skip("Qwen3 does so itself")
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(renamed(change), family)))
+        assert told in str(failure.value)
+        assert "download it anew" not in str(failure.value)
+        assert "nothing tells" not in str(failure.value)
+
+    def test_renamed_tensors_are_listed_beside_what_is_missing(self, workers, damaged):
+        change = renamed(lambda name: name.replace("layers.1.self_attn.o_proj", "layers.1.self_attn.out_proj"))
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(change)))
+        text = str(failure.value)
+        assert f"{O_PROJ} (1 of 1 units): missing {O_PROJ}\n" in text
+        assert "read, but loaded into nothing: model.layers.1.self_attn.out_proj.weight\n" in text
+        assert "give its tensors the names that the model looks for" in text
+
+    def test_names_of_another_model_are_listed(self, workers, damaged):
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(renamed(lambda name: re.sub(r"model.layers.(\d+).\w+", r"h.\1", name)))))
+        assert re.search(r"read, but loaded into nothing: h\.0\.[^\n]* and \d+ more\n", str(failure.value))
+
+    @pytest.mark.parametrize("suffix", ["qweight", "weight_packed"])
+    def test_packed_tensors_are_told_to_be_quantized_already(self, suffix, workers, damaged):
+        def pack(tensors):
+            for name in [name for name in tensors if name.endswith("_proj.weight")]:
+                stem = name.removesuffix("weight")
+                tensors[f"{stem}{suffix}"] = tensors.pop(name).view(torch.int32)
+                tensors[f"{stem}scales"] = torch.ones(2)
+
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(pack, "qwen3")))
+        assert "The checkpoint is quantized already" in str(failure.value)
+
+    def test_tensors_in_a_dict_within_the_file_are_told(self, workers, checkpoint, tmp_path):
+        path = pickled(checkpoint("qwen3"), tmp_path / "nested", lambda entries: {"epoch": 1, "state_dict": entries})
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(path))
+        told = r"loaded into nothing: epoch \(of type int\), state_dict \(a dict of \d+ entries\)\n"
+        assert re.search(told, str(failure.value))
+        assert "Save the tensors themselves" in str(failure.value)
+
+    def test_tensors_that_no_layer_needs_are_not_listed(self, workers, damaged):
+        def change(tensors):
+            tensors.update({f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(3)})
+            del tensors[O_PROJ]
+
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(change)))
+        assert "loaded into nothing" not in str(failure.value)
+        assert "Complete the checkpoint (download it anew, check its index). SGLANG" in str(failure.value)
 
 
 class TestTensorsThatDoNotFit:
