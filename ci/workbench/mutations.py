@@ -41,6 +41,22 @@ def altered(checkpoint: Path, into: Path, change: Callable[[dict[str, torch.Tens
     return into
 
 
+def pickled(checkpoint: Path, into: Path, change: Callable[[dict[str, Any]], Any], suffix: str = "bin") -> Path:
+    """A copy of a single-file checkpoint as `torch.save` writes it, with `change` made to its entries.
+
+    Args:
+        change: alters them in place, or returns what is saved in their place.
+        suffix: of the file.
+    """
+    from safetensors.torch import load_file
+
+    shutil.copytree(checkpoint, into, ignore=shutil.ignore_patterns("*.safetensors"))
+    (weights,) = checkpoint.glob("*.safetensors")
+    entries: dict[str, Any] = dict(load_file(weights))
+    torch.save(change(entries) or entries, into / f"pytorch_model.{suffix}")
+    return into
+
+
 def mutate(checkpoint: Path, seed: int, into: Path) -> str:
     """Write a damaged copy of `checkpoint` and return what was done to it, in words.
 

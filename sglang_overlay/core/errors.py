@@ -15,6 +15,11 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
+def sentence(text: object) -> str:
+    """Text, an error's say, with the full stop that it may have already."""
+    return f"{str(text).rstrip('.')}."
+
+
 class StreamFP8Error(Exception):
     """Base of all errors that streaming raises."""
 

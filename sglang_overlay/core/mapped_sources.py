@@ -67,11 +67,11 @@ class MappedSources(CheckpointSources):
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of memory that was offered."""
-        return tensor.untyped_storage()._cdata in self._sources
+        return self._source_of(tensor) is not None
 
     def is_mapped(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of offered memory that is a mapped file: keeping it costs no memory."""
-        source = self._sources.get(tensor.untyped_storage()._cdata)
+        source = self._source_of(tensor)
         if source is None or not tensor.is_cpu or not tensor.numel():
             return False
         address = tensor.data_ptr()

@@ -2,13 +2,15 @@
 """Which checkpoint tensor a piece of memory belongs to.
 
 Weight loaders pass on views of it, some from thread pools of their own (``maybe_executor_submit``), so names are kept
-as long as the memory lives, not for an iteration.
+as long as the memory lives, not for an iteration. What ``torch.save`` wrote may be anything: numbers, dicts, tensors
+without memory of their own (sparse ones), several tensors in one storage.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -17,9 +19,32 @@ _SWEEP_AT_LEAST = 256
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where in its storage a checkpoint tensor lies: ``steps`` are stride and size of each dimension, largest first."""
+
+    name: str
+    start: int
+    steps: Sequence[tuple[int, int]]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, name: str) -> _Place:
+        size = tensor.element_size()
+        strides = ((stride * size, length) for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
+        steps = sorted((step for step in strides if step[0]), reverse=True)
+        return cls(name, _start(tensor), steps)
+
+    def holds(self, start: int) -> bool:
+        """Whether an element of the tensor begins at this byte of the storage."""
+        rest = start - self.start
+        for stride, length in self.steps:
+            rest -= min(rest // stride, length - 1) * stride if rest > 0 else 0
+        return rest == 0
+
+
+@dataclass(frozen=True)
 class _Source:
     reference: StorageWeakRef
-    name: str
+    places: list[_Place] = field(default_factory=list)
 
 
 class CheckpointSources:
@@ -33,24 +58,56 @@ class CheckpointSources:
         self._sources: dict[int, _Source] = {}
         self._sweep_at = _SWEEP_AT_LEAST
 
-    def offer(self, tensor: torch.Tensor, name: str = "") -> None:
-        """Note that ``tensor`` comes from the checkpoint, under ``name`` there."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._sources:
+    def offer(self, tensor: object, name: str = "") -> None:
+        """Note that ``tensor`` comes from the checkpoint, under ``name`` there; what has no storage is passed over."""
+        if not isinstance(tensor, torch.Tensor) or oddity(tensor) is not None:
             return
-        # The weak reference also keeps the number from being given to other memory.
-        reference = StorageWeakRef(storage)
+        storage = tensor.untyped_storage()
         with self._lock:
-            self._sources[storage._cdata] = _Source(reference, name)
+            source = self._sources.get(storage._cdata)
+            if source is None:
+                # The weak reference also keeps the number from being given to other memory.
+                source = self._sources[storage._cdata] = _Source(StorageWeakRef(storage))
+            if name:
+                source.places.append(_Place.of(tensor, name))
             if len(self._sources) >= self._sweep_at:
                 self._sweep()
 
     def name_of(self, tensor: torch.Tensor) -> str:
         """The name in the checkpoint of the tensor that ``tensor`` is a view of; empty for other memory."""
-        source = self._sources.get(tensor.untyped_storage()._cdata)
-        return "" if source is None else source.name
+        source = self._source_of(tensor)
+        if source is None or not source.places:
+            return ""
+        if len(source.places) == 1:
+            return source.places[0].name
+        start = _start(tensor)
+        # The newest is the one that is being loaded.
+        return next((place.name for place in reversed(source.places) if place.holds(start)), "")
+
+    def _source_of(self, tensor: torch.Tensor) -> _Source | None:
+        try:
+            return self._sources.get(tensor.untyped_storage()._cdata)
+        except RuntimeError:
+            return None  # It has no storage.
 
     def _sweep(self) -> None:
         living = {key: source for key, source in self._sources.items() if not source.reference.expired()}
         self._sources = living
         self._sweep_at = max(_SWEEP_AT_LEAST, 2 * len(living))
+
+
+def _start(tensor: torch.Tensor) -> int:
+    return int(tensor.storage_offset()) * tensor.element_size()
+
+
+def oddity(value: object) -> str | None:
+    """What an entry of a checkpoint is where it is no tensor of numbers in memory; None where it is one."""
+    if isinstance(value, dict):
+        return f"a dict of {len(value)} entries"
+    if not isinstance(value, torch.Tensor):
+        return "None" if value is None else f"of type {type(value).__name__}"
+    if value.is_meta:
+        return "a tensor without data"
+    if value.layout is not torch.strided or value.is_nested:
+        return f"a tensor of layout {'nested' if value.is_nested else str(value.layout).removeprefix('torch.')}"
+    return None

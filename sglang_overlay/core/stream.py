@@ -94,10 +94,12 @@ class ParameterStream:
         """
         if not destination.numel():
             return
-        self._refuse_integers(source)
+        origin = self._sources.name_of(source)
+        self._refuse_integers(source, origin)
+        # Quantizers read memory, where the lazy sign of a negative view is not.
+        source = source.resolve_neg()
         first, landing = self._landings.of(destination)
         values = landing.lay_out(source)
-        origin = self._sources.name_of(source)
         if origin:
             self._origins[first, landing] = origin
         if landing.is_whole and any(values.stride()):
@@ -309,12 +311,12 @@ class ParameterStream:
         parts = (self.storage.weight, self.storage.scale)
         return [part[units.start : units.stop].cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in parts]
 
-    def _refuse_integers(self, source: torch.Tensor) -> None:
+    def _refuse_integers(self, source: torch.Tensor, origin: str) -> None:
         # A fill's single element is no checkpoint tensor, and exact in any dtype.
-        if source.is_floating_point() or not any(source.stride()):
+        if source.is_floating_point() or not (origin or any(source.stride())):
             return
         raise UnsupportedDtypeError(
-            f"{self.name} was to be filled from {self._sources.name_of(source) or 'a tensor'} of dtype {source.dtype}. "
+            f"{self.name} was to be filled from {origin or 'a tensor'} of dtype {source.dtype}. "
             "A checkpoint whose weights are integers is quantized already: stock SGLang would take the integers for "
             "weights. Use the unquantized checkpoint, or the --quantization that belongs to this one."
         )

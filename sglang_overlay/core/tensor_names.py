@@ -2,13 +2,16 @@
 """Which checkpoint tensors a layer lacks, told from the names that it and layers like it were loaded from.
 
 Nothing says which tensors a checkpoint should hold. But layers are alike, and so are experts: what ``layers.3`` was
-loaded from, ``layers.2`` needs as well, and an expert whose ``gate_proj`` came needs its ``up_proj``.
+loaded from, ``layers.2`` needs as well, and an expert whose ``gate_proj`` came needs its ``up_proj``. And a name that
+the model does not know may have a layer's in it: ``_orig_mod.model.layers.2.mlp.up_proj.weight``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -69,3 +72,94 @@ def _joined(pattern: tuple[str, ...], numbers: tuple[str, ...]) -> str:
 
 def _in_number_order(name: str) -> tuple[tuple[int, ...], str]:
     return tuple(int(number) for number in _numbers(name)), name
+
+
+PACKED = frozenset(
+    {"qweight", "qzeros", "scales", "g_idx", "SCB", "absmax"}
+    | {f"weight_{part}" for part in ("packed", "shape", "scale", "scale_2", "scale_inv")}
+)
+"""Last parts of names of tensors in checkpoints that GPTQ, AWQ, compressed-tensors, fp8 or bitsandbytes quantized."""
+
+
+@dataclass(frozen=True)
+class Misplaced:
+    """Checkpoint tensors that were loaded into nothing, and may be meant for layers that lack something.
+
+    Attributes:
+        names: of the tensors, in the checkpoint's order.
+        change: what to do with the names so that the layers are found, for a message; empty where they are, or where
+            nothing tells.
+    """
+
+    names: Sequence[str]
+    change: str
+
+    @classmethod
+    def among(cls, unused: Iterable[str], layers: Collection[str]) -> Misplaced:
+        """Find them.
+
+        Args:
+            unused: names of tensors that were loaded into nothing.
+            layers: qualified names of the layers that lack something.
+        """
+        places = _Places(layers)
+        plain = {name: _unwrapped(name) for name in unused}
+        prefixes = {name: found for name, inner in plain.items() if (found := places.prefixes_of(inner)) is not None}
+        if not prefixes:
+            return cls([], "")
+        ((theirs, ours), _), *_ = Counter(prefixes.values()).most_common()
+        names = [name for name, found in prefixes.items() if found == (theirs, ours)]
+        wrappers = dict.fromkeys(part for name in names for part in name.split(".") if part.startswith("_"))
+        return cls(names, " and ".join(filter(None, (_leave_out(wrappers), _change_of(theirs, ours)))))
+
+    @property
+    def advice(self) -> str:
+        """What to do about them, in a sentence; empty where nothing tells."""
+        if any(name.rpartition(".")[2] in PACKED for name in self.names):
+            return (
+                "The checkpoint is quantized already: use the unquantized one, or the --quantization that belongs to "
+                "it, with its quantization_config."
+            )
+        return f"Rename the checkpoint's tensors: {self.change}." if self.change else ""
+
+
+class _Places:
+    """Where tensors of some layers lie: beside the layer or in it, so under its parent's name."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._ends: dict[tuple[str, ...], tuple[str, ...]] = {}
+        for parent in dict.fromkeys(tuple(layer.split(".")[:-1]) for layer in layers):
+            for start in range(len(parent)):
+                end = parent[start:]
+                # Without a layer's number it could be any layer's.
+                if not start or any(part.isdigit() for part in end):
+                    self._ends.setdefault(end, parent[:start])
+
+    def prefixes_of(self, name: str) -> tuple[str, str] | None:
+        """What stands before the longest end of a place that the name has in it, there and in the model."""
+        parts = tuple(name.split("."))
+        lengths = range(len(parts) - 1, 0, -1)
+        windows = ((start, start + length) for length in lengths for start in range(len(parts) - length))
+        found = next(((start, parts[start:stop]) for start, stop in windows if parts[start:stop] in self._ends), None)
+        return None if found is None else (_dotted(parts[: found[0]]), _dotted(self._ends[found[1]]))
+
+
+def _unwrapped(name: str) -> str:
+    """Without the parts that ``torch.compile``, FSDP and the like put in: ``_orig_mod``, ``_fsdp_wrapped_module``."""
+    return ".".join(part for part in name.split(".") if not part.startswith("_"))
+
+
+def _dotted(parts: Iterable[str]) -> str:
+    return "".join(f"{part}." for part in parts)
+
+
+def _leave_out(wrappers: Collection[str]) -> str:
+    return f"leave out {', '.join(map(repr, map(_dotted, ([part] for part in wrappers))))}" if wrappers else ""
+
+
+def _change_of(theirs: str, ours: str) -> str:
+    if theirs == ours:
+        return ""
+    if not theirs:
+        return f"put {ours!r} before them"
+    return f"begin them with {ours!r} in place of {theirs!r}" if ours else f"strip {theirs!r} from their beginning"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from sglang_overlay.core.errors import sentence
 from sglang_overlay.errors import ExportError
 from sglang_overlay.observe.formats import bytes_text, count_text
 from sglang_overlay.schemes import registry
@@ -53,7 +54,7 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
         )
     except OSError as error:
         raise ExportError(
-            f"{error}. Once that is mended, start the export again: it goes on with what is in {target}."
+            f"{sentence(error)} Once that is mended, start the export again: it goes on with what is in {target}."
         ) from error
 
 

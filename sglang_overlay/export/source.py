@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
+from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.sources import oddity
 from sglang_overlay.errors import ExportError
 
 CONFIG = "config.json"
@@ -153,11 +155,16 @@ class Files:
 
 
 class _TorchFile:
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
+    """What ``torch.save`` wrote: entries that are no tensors (an epoch, a config) belong to no model."""
+
+    def __init__(self, entries: dict[str, object]) -> None:
+        self._tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+        odd = [f"{name} is {found}" for name, value in self._tensors.items() if (found := oddity(value))]
+        if odd:
+            raise ValueError(f"safetensors files cannot hold all of it: {shortened(odd)}")
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+        return self._tensors[name].detach().resolve_neg()
 
     def keys(self) -> list[str]:
         return list(self._tensors)

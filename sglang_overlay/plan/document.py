@@ -68,5 +68,6 @@ def _load(load: PlannedLoad) -> dict[str, Any]:
             "fallback": load.fallback,
             "why_none": load.why_none,
         },
+        "host": {f"{name}_bytes": size for name, size in asdict(load.host).items()},
         "samples": [list(sample) for sample in thin(load.samples, MAX_SAMPLES)],
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_overlay.core.errors import sentence
 from sglang_overlay.plan.checkpoint import Checkpoint, CheckpointError, TensorHeader, split_into_files
 
 FILE_BYTES = 5 * 10**9
@@ -36,7 +37,7 @@ def from_config(folder: Path) -> Checkpoint:
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot build the model of {folder / 'config.json'}, so its "
-            f"weights' names and shapes are unknown: {error}. Use a folder that has the checkpoint's headers."
+            f"weights' names and shapes are unknown: {sentence(error)} Use a folder that has the checkpoint's headers."
         ) from error
     saved = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sglang_overlay.plan.host import HostMemory
 from sglang_overlay.schemes.choice import SchemeChoice
 
 Mode = Literal["stock", "layers", "streaming"]
@@ -91,6 +92,7 @@ class PlannedLoad:
         checkpoint_bytes, checkpoint_parameters, checkpoint_files: of what every rank reads.
         checkpoint_source: where names and shapes come from.
         samples: memory over the bytes read; what follows the last tensor is at the last position.
+        host: what is read needs of host memory, beside the above.
     """
 
     mode: Mode
@@ -110,3 +112,4 @@ class PlannedLoad:
     checkpoint_source: str
     architecture: str
     samples: tuple[Sample, ...]
+    host: HostMemory

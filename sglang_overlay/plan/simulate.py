@@ -17,8 +17,9 @@ import torch
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedLate, AllocatedMemory, TouchedMemory
-from sglang_overlay.plan.checkpoint import Checkpoint, arranged, read_headers, read_index
+from sglang_overlay.plan.checkpoint import Checkpoint, WeightFile, arranged, read_headers, read_index
 from sglang_overlay.plan.from_config import from_config
+from sglang_overlay.plan.host import HeldTensors, HostMemory
 from sglang_overlay.plan.job import Job, PlannedLoad
 from sglang_overlay.plan.layers import whole_layers
 from sglang_overlay.plan.replacing import replaced
@@ -49,7 +50,7 @@ def simulate(job: Job) -> PlannedLoad:
     """
     checkpoint = checkpoint_of(job.model, job.from_config)
     _check_hooked()
-    account = _account(job)
+    account, held = _account(job), HeldTensors()
     device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
     load = _load(job, device)
     with _config_folder(job.model) as folder, ExitStack() as stack:
@@ -58,10 +59,11 @@ def simulate(job: Job) -> PlannedLoad:
         stack.enter_context(weightless(account))
         stack.enter_context(under_way(load))
         with closing(load):
-            model = rank.load(device, lambda: _weights(job, checkpoint, account, load))
+            model = rank.load(device, lambda: _weights(job, checkpoint, account, load, held))
             load.check(model, rank.model_config)
         account.finish()
-        return _summary(job, checkpoint, account, load, model, rank.architecture)
+        host = HostMemory.of(_read_by(job, checkpoint), held.peak)
+        return _summary(job, checkpoint, account, load, model, rank.architecture, host)
 
 
 def _check_hooked() -> None:
@@ -128,20 +130,26 @@ def _load(job: Job, device: torch.device) -> OverlayLoad:
     return (OverlayLoad if job.device == "cuda" else _UncomputedLoad)(settings, device)
 
 
+def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
+    return checkpoint.read_by(job.order, job.rank % job.layout.tp, job.layout.tp)
+
+
 def _weights(
-    job: Job, checkpoint: Checkpoint, account: Account, load: OverlayLoad
+    job: Job, checkpoint: Checkpoint, account: Account, load: OverlayLoad, held: HeldTensors
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What SGLang's own iterator gives, tensor by tensor."""
     contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
     # As long as one tensor of a mapped file lives, those that follow are known to be mapped as well.
     latest: deque[torch.Tensor] = deque(maxlen=_KEPT_TENSORS)
-    for file in checkpoint.read_by(job.order, job.rank % job.layout.tp, job.layout.tp):
+    for file in _read_by(job, checkpoint):
         for header in file.tensors:
             tensor = contents.tensor(header.shape, header.dtype)
             account.read(header.size)
             load.see(header.name, tensor)
+            held.give(tensor, latest)
             yield header.name, tensor
             latest.append(tensor)
+    held.finish()
 
 
 class _UncomputedLoad(OverlayLoad):
@@ -169,7 +177,13 @@ class _NoQuantizer:
 
 
 def _summary(
-    job: Job, checkpoint: Checkpoint, account: Account, load: OverlayLoad, model: torch.nn.Module, architecture: str
+    job: Job,
+    checkpoint: Checkpoint,
+    account: Account,
+    load: OverlayLoad,
+    model: torch.nn.Module,
+    architecture: str,
+    host: HostMemory,
 ) -> PlannedLoad:
     return PlannedLoad(
         mode=job.mode,
@@ -189,4 +203,5 @@ def _summary(
         checkpoint_source=checkpoint.source,
         architecture=architecture,
         samples=tuple(account.samples),
+        host=host,
     )

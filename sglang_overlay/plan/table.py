@@ -90,7 +90,25 @@ def _print_notes(out: Console, plan: Plan) -> None:
         why = plan.highest(mode).why_none
         if why is not None and mode != "stock":
             out.print(f"{LABELS[mode]}: the whole model is loaded as in stock SGLang: {escape(why)}.", soft_wrap=True)
+    _print_host(out, plan)
     out.print(NOT_COUNTED)
+
+
+def _print_host(out: Console, plan: Plan) -> None:
+    """What reading takes of the host, which depends on neither the mode nor, but for the files' order, on the rank."""
+    load = max((load for rank in plan.ranks for load in rank.loads), key=lambda load: load.host.unmapped)
+    out.print(
+        f"Host memory of each rank for what it reads, beside the page cache: none where safetensors files are mapped; "
+        f"up to {bytes_text(load.host.unmapped)} with --weight-loader-disable-mmap; {bytes_text(load.host.pickled)} "
+        "from .bin files, all of which SGLang keeps.",
+        soft_wrap=True,
+    )
+    if load.host.held >= load.checkpoint_bytes:
+        out.print(
+            "This model's loader collects the whole checkpoint before it loads a weight: formats that read to the GPU "
+            f"(fastsafetensors, instanttensor) need {bytes_text(load.checkpoint_bytes)} more there.",
+            soft_wrap=True,
+        )
 
 
 def _print_verdict(out: Console, plan: Plan, gpu: GPU) -> None:

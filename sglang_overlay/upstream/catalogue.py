@@ -124,6 +124,16 @@ STREAMING: tuple[TouchPoint, ...] = (
         built_in=(BuiltIn(4, "checked_load:get_all_weights"),),
     ),
     TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader._prepare_weights",
+        hook="sglang_overlay.upstream.checkpoint_files:prepare_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_name_or_path", "revision", "fall_back_to_pt"),
+        why="Notes which files are read, for errors of loads and of updates from disk: those of torch and safetensors "
+        "name none, and a name on the hub is no folder.",
+        related=("sgl-project/sglang#17945",),
+        remove_when="SGLang names the file that cannot be read",
+    ),
+    TouchPoint(
         target=f"{_LOADER}.device_loading_context",
         hook="sglang_overlay.upstream.model_loading:device_loading_context",
         kind=HookKind.AROUND,

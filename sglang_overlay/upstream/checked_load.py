@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from sglang_overlay.core.errors import annotate
 from sglang_overlay.core.layer import LayerStream
+from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.upstream.checkpoint_files import file_problems
-from sglang_overlay.upstream.findings import Findings, Tolerance
+from sglang_overlay.core.tensor_names import Misplaced
+from sglang_overlay.upstream.checkpoint_files import CheckpointFiles
+from sglang_overlay.upstream.findings import Findings, Read, Tolerance
 from sglang_overlay.upstream.load import ModelLoad, current, shared_by
 
 
@@ -24,6 +25,9 @@ class CheckedLoad(ModelLoad):
 
     Args:
         tolerance: what the user allows.
+
+    Attributes:
+        files: that upstream reads.
     """
 
     def __init__(
@@ -34,13 +38,30 @@ class CheckedLoad(ModelLoad):
     ) -> None:
         super().__init__(obstacle, excluded)
         self._tolerance = tolerance
+        self.files = CheckpointFiles()
         self._findings = Findings()
-        self._seen: set[str] = set()
+        self._seen: dict[str, str | None] = {}
 
-    def see(self, name: str, tensor: torch.Tensor) -> None:
-        """Note a tensor of the checkpoint, before the model gets it."""
-        self._seen.add(name)
+    def see(self, name: str, tensor: object) -> None:
+        """Note an entry of the checkpoint, before the model gets it."""
+        # What was read last comes last.
+        self._seen.pop(name, None)
+        self._seen[name] = oddity(tensor)
         self.sources.offer(tensor, name)
+
+    def reading(self) -> AbstractContextManager[None]:
+        return self.files.noted()
+
+    def explain(self, error: Exception) -> Iterator[str]:
+        yield from super().explain(error)
+        last = next(reversed(self._seen), "")
+        if self._seen.get(last):
+            yield f"the checkpoint's entry that was read last, {last}, is {self._seen[last]}"
+        streams = [stream for stream, _ in self._streams.values()]
+        if not any(part.origins() for stream in streams for part in stream.streams.values()):
+            advice = Misplaced.among(self._seen, [stream.name for stream in streams]).advice
+            if advice:
+                yield f"the model did not load any weight so far. {advice}"
 
     @property
     def warnings(self) -> list[str]:
@@ -55,8 +76,10 @@ class CheckedLoad(ModelLoad):
             NonFiniteWeightError: a weight is not finite, where that is an error.
             MisfitError: a tensor does not fill its part of a weight, where that is an error.
         """
+        files = self.files.in_folder(model_config.model_path)
+        held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
         self._findings.conclude_misfits(self._tolerance, model_config.hf_config, shared_by())
-        self._findings.conclude(self._tolerance, self._seen, Path(model_config.model_path))
+        self._findings.conclude(self._tolerance, Read(self._seen, held), files)
         super().check(model, model_config)
 
     def _settle(self, stream: LayerStream) -> None:
@@ -73,13 +96,9 @@ def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     if not isinstance(load, CheckedLoad):
         yield from original(*args, **kwargs)
         return
-    try:
+    model_config = inspect.signature(original).bind(*args, **kwargs).arguments["model_config"]
+    # Not to what the model raises: that ends this generator with GeneratorExit.
+    with load.files.problems_added(model_config.model_path):
         for name, tensor in original(*args, **kwargs):
             load.see(name, tensor)
             yield name, tensor
-    except Exception as error:
-        # Not what the model raises: that ends this generator with GeneratorExit.
-        folder = Path(inspect.signature(original).bind(*args, **kwargs).arguments["model_config"].model_path)
-        for problem in file_problems(folder):
-            annotate(error, f"StreamFP8: {folder}: {problem}")
-        raise

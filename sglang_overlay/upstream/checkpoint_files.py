@@ -1,32 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is wrong with a checkpoint's files, told from their names and headers, and from single tensors where asked for.
 
-SGLang loads what files there are, whatever the index says, and errors of the safetensors library name no file.
+SGLang loads what files there are, whatever the index says, and errors of safetensors and torch name no file. Which
+files it reads is its own choice (a name on the hub, ``.bin`` beside ``.safetensors``, two sets of the same weights), so
+they are noted where it makes that choice.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Collection, Iterator
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
+
+from sglang_overlay.core.errors import annotate
+from sglang_overlay.core.shortage import is_shortage
 
 _INDEX = "*.index.json"
 _LENGTH = 8
 """Bytes in front of a safetensors header that say how long it is."""
+_ZIP = b"PK"
+"""What a file of ``torch.save`` begins with; before PyTorch 1.6 it was a pickle."""
 
 
-def file_problems(folder: Path) -> list[str]:
-    """Missing, empty, truncated and unreadable files of a local checkpoint; none for a path that is no folder."""
-    return [*_missing(folder), *_damaged(folder)]
+class CheckpointFiles:
+    """The files of one or more checkpoints that SGLang has chosen to read.
+
+    Attributes:
+        read: in SGLang's order; a loader of its own, as the Run:ai streamer's, leaves it empty.
+    """
+
+    def __init__(self) -> None:
+        self.read: list[Path] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what SGLang chooses in the block, in this thread."""
+        token = _noted.set(self)
+        try:
+            yield
+        finally:
+            _noted.reset(token)
+
+    def in_folder(self, model_path: str) -> list[Path]:
+        """The files; those of a local folder where none were noted."""
+        return self.read or [*Path(model_path).glob("*.safetensors"), *Path(model_path).glob("*.bin")]
+
+    @contextmanager
+    def problems_added(self, model_path: str) -> Iterator[None]:
+        """Add to an error of the block what is wrong with the files."""
+        try:
+            yield
+        except Exception as error:
+            # Looking into the files needs memory as well.
+            for problem in [] if is_shortage(error) else file_problems(self.in_folder(model_path)):
+                annotate(error, f"StreamFP8: {problem}")
+            raise
 
 
-def values_not_finite(folder: Path, names: Collection[str]) -> dict[str, tuple[int, int]]:
+_noted: ContextVar[CheckpointFiles | None] = ContextVar("streamfp8_files", default=None)
+
+
+def prepare_weights(original: Callable[..., Any], loader: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``DefaultModelLoader._prepare_weights``, which finds or downloads a checkpoint's files."""
+    folder, files, use_safetensors = original(loader, *args, **kwargs)
+    noted = _noted.get()
+    if noted is not None:
+        noted.read += [Path(file) for file in files]
+    return folder, files, use_safetensors
+
+
+def noted_problems() -> list[str]:
+    """``file_problems`` of the files that are noted now."""
+    noted = _noted.get()
+    return [] if noted is None else file_problems(noted.read)
+
+
+def file_problems(files: Collection[Path]) -> list[str]:
+    """Missing, empty, truncated and unreadable files of local checkpoints, with their folders.
+
+    Args:
+        files: that are read. Others in the same folders are looked at where an index names them beside these.
+    """
+    return [*_missing(files), *_damaged(files)]
+
+
+def values_not_finite(files: Collection[Path], names: Collection[str]) -> dict[str, tuple[int, int]]:
     """How many values of these tensors are NaN or Inf, and of how many; only of those in safetensors files."""
     found: dict[str, tuple[int, int]] = {}
-    for file in sorted(folder.glob("*.safetensors")) if names else ():
+    for file in sorted(file for file in files if file.suffix == ".safetensors") if names else ():
         with safe_open(file, framework="pt") as tensors:
             for name in set(names).intersection(tensors.keys()):
                 values = tensors.get_tensor(name)
@@ -34,30 +103,42 @@ def values_not_finite(folder: Path, names: Collection[str]) -> dict[str, tuple[i
     return found
 
 
-def _missing(folder: Path) -> Iterator[str]:
-    for index in sorted(folder.glob(_INDEX)):
+def _missing(files: Collection[Path]) -> Iterator[str]:
+    for index in sorted(index for folder in {file.parent for file in files} for index in folder.glob(_INDEX)):
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            yield f"{index.name} is no index of weights ({type(error).__name__}: {error})"
+            yield f"{index} is no index of weights ({type(error).__name__}: {error})"
             continue
-        for name in sorted(str(name) for name in named):
-            if not (folder / name).exists():
-                yield f"{index.name} names {name}, which is not there"
+        # Another set of the same weights may have an index of its own here.
+        absent = [] if named.isdisjoint(file.name for file in files) else sorted(named)
+        yield from (
+            f"{index} names {name}, which is not there" for name in absent if not (index.parent / name).exists()
+        )
 
 
-def _damaged(folder: Path) -> Iterator[str]:
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+def _damaged(files: Collection[Path]) -> Iterator[str]:
+    for file in sorted(files):
         try:
-            problem = _header_problem(file) if file.suffix == ".safetensors" else _size_problem(file)
+            problem = _header_problem(file) if file.suffix == ".safetensors" else _pickle_problem(file)
         except OSError as error:
             problem = f"cannot be read ({error})"
         if problem is not None:
-            yield f"{file.name} {problem}"
+            yield f"{file} {problem}"
 
 
-def _size_problem(file: Path) -> str | None:
-    return None if file.stat().st_size else "is empty"
+def _pickle_problem(file: Path) -> str | None:
+    if not file.stat().st_size:
+        return "is empty"
+    with file.open("rb") as opened:
+        is_zip = opened.read(len(_ZIP)) == _ZIP
+    if is_zip and not zipfile.is_zipfile(file):
+        return "is cut off"
+    try:
+        torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    except Exception as error:
+        return f"cannot be read: {str(error).partition(chr(10))[0]}"
+    return None
 
 
 def _header_problem(file: Path) -> str | None:

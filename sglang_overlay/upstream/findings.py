@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sglang_overlay.core.errors import MAX_LISTED, IncompleteLoadError, MisfitError, NonFiniteWeightError, shortened
+from sglang_overlay.core.errors import (
+    MAX_LISTED,
+    IncompleteLoadError,
+    MisfitError,
+    NonFiniteWeightError,
+    sentence,
+    shortened,
+)
 from sglang_overlay.core.loader_calls import Misfit
-from sglang_overlay.core.tensor_names import missing_names
+from sglang_overlay.core.tensor_names import Misplaced, missing_names, pattern_of
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
 
@@ -33,6 +40,36 @@ class Tolerance:
     missing_switch: str
     not_finite: bool = True
     not_finite_switch: str = ""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of a checkpoint.
+
+    Attributes:
+        entries: by name; what each is where it is no tensor with data, else None.
+        held: names of the model's own parameters and buffers.
+    """
+
+    entries: Mapping[str, str | None]
+    held: Collection[str]
+
+    def unused(self, written: Collection[str]) -> list[str]:
+        """Entries that were loaded into nothing, as far as names tell; a bias goes where its weight went.
+
+        Args:
+            written: names of tensors that are known to have been loaded into something.
+        """
+        places = {name.rpartition(".")[0] for name in written}
+        return [
+            name
+            for name in self.entries
+            if name not in written and name not in self.held and name.rpartition(".")[0] not in places
+        ]
+
+    def told(self, names: Iterable[str]) -> str:
+        """Entries, for a message."""
+        return shortened([f"{name} ({odd})" if (odd := self.entries[name]) else name for name in names])
 
 
 class Weight(Protocol):
@@ -130,33 +167,35 @@ class Findings:
             )
         self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
 
-    def conclude(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
+    def conclude(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
         """Say all of it.
 
         Args:
             tolerance: what is an error and what a warning.
-            seen: names of all tensors that the checkpoint held.
-            folder: of the checkpoint.
+            read: what the checkpoint held.
+            files: of the checkpoint.
 
         Raises:
             IncompleteLoadError: weights are missing, and that is not allowed.
             NonFiniteWeightError: there are NaN or Inf, and that is not allowed.
         """
         if self._incomplete:
-            self._conclude_missing(tolerance, seen, folder)
+            self._conclude_missing(tolerance, read, files)
         if self._not_finite:
-            self._conclude_not_finite(tolerance, folder)
+            self._conclude_not_finite(tolerance, files)
         if self._rewritten:
             self.warn(
                 f"the checkpoint holds these tensors more than once, with different values: "
                 f"{shortened(sorted(set(self._rewritten)))}. The last one read is served, as in stock SGLang"
             )
 
-    def _conclude_missing(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
-        lines = [self._describe(found, seen) for found in self._incomplete[:MAX_LISTED]]
+    def _conclude_missing(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
+        lines = [self._describe(found, read.entries) for found in self._incomplete[:MAX_LISTED]]
         more = len(self._incomplete) - MAX_LISTED
         lines += [f"and {more} more parameters"] if more > 0 else []
-        lines += file_problems(folder)
+        misplaced = self._misplaced(read)
+        lines += [f"read, but loaded into nothing: {read.told(misplaced.names)}"] if misplaced.names else []
+        lines += file_problems(files)
         text = "\n  ".join(
             [f"{len(self._incomplete)} parameters were never completely written from the checkpoint:", *lines]
         )
@@ -166,9 +205,21 @@ class Findings:
             return
         zeros = f"{tolerance.missing_switch} serves zeros in these places"
         raise IncompleteLoadError(
-            f"{text}\nStock SGLang would serve uninitialized memory here. Complete the checkpoint (download it anew, "
-            f"check its index). {f'SGLang cannot serve at all without {shortened(needed)}' if needed else zeros}."
+            f"{text}\nStock SGLang would serve uninitialized memory here. {_next_step(misplaced, read)} "
+            f"{f'SGLang cannot serve at all without {shortened(needed)}' if needed else zeros}."
         )
+
+    def _misplaced(self, read: Read) -> Misplaced:
+        """What was loaded into nothing, and belongs to layers that lack something; everything where nothing tells."""
+        unused = read.unused({name for names in self._written.values() for name in names})
+        lacking = {found.layer: found.layer.rpartition(".")[0] for found in self._incomplete}
+        complete = [layer for layer in self._written if layer.rpartition(".")[0] not in lacking.values()]
+        # What complete layers have in vain as well, no layer needs: rotary frequencies.
+        needless = {pattern_of(name) for name in Misplaced.among(unused, complete).names}
+        found = Misplaced.among((name for name in unused if pattern_of(name) not in needless), lacking)
+        if not found.names and not any(self._written.values()):
+            return Misplaced(unused, "")
+        return found
 
     def _describe(self, found: _Incomplete, seen: Collection[str]) -> str:
         names = missing_names(found.layer, self._written)
@@ -176,14 +227,12 @@ class Findings:
         unused = [name for name in names if name in seen]
         told = [f"missing {shortened(absent)}"] if absent else []
         told += [f"in the checkpoint but not loaded by the model {shortened(unused)}"] if unused else []
-        return (
-            f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing tells its name'}"
-        )
+        return f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing came for it'}"
 
-    def _conclude_not_finite(self, tolerance: Tolerance, folder: Path) -> None:
+    def _conclude_not_finite(self, tolerance: Tolerance, files: Collection[Path]) -> None:
         listed = self._not_finite[:MAX_LISTED]
         names = [name for found in listed for name in found.origins[:MAX_LISTED]]
-        counts = values_not_finite(folder, names)
+        counts = values_not_finite(files, names)
         lines = [f"{found.told}, loaded from {found.tell_origins(counts)}" for found in self._not_finite]
         text = f"NaN or Inf in {len(self._not_finite)} parameters: {shortened(lines)}"
         if not tolerance.not_finite:
@@ -196,7 +245,16 @@ class Findings:
     def warn(self, text: str) -> None:
         """Say it in the log, and keep it."""
         self.warnings.append(text)
-        logger.warning("StreamFP8: %s.", text)
+        logger.warning("StreamFP8: %s", sentence(text))
+
+
+def _next_step(misplaced: Misplaced, read: Read) -> str:
+    if misplaced.advice:
+        return misplaced.advice
+    if any(read.entries[name] for name in misplaced.names):
+        return "Save the tensors themselves, each under the name that the model looks for."
+    complete = "Complete the checkpoint (download it anew, check its index)"
+    return f"{complete}, or give its tensors the names that the model looks for." if misplaced.names else f"{complete}."
 
 
 def _numbers_in(value: Any) -> Iterator[int]:

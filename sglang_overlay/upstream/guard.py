@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang_overlay.core.errors import sentence
 from sglang_overlay.errors import StreamingUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,10 @@ def refuse(required_by: str | None, reason: str) -> None:
         StreamingUnavailableError: streaming is required.
     """
     if required_by is not None:
-        raise StreamingUnavailableError(f"{required_by}, but this fp8 load cannot be streamed: {reason}.")
+        raise StreamingUnavailableError(f"{required_by}, but this fp8 load cannot be streamed: {sentence(reason)}")
     if reason not in _warned:
         _warned.add(reason)
-        logger.warning("StreamFP8: %s. The model is loaded as in stock SGLang.", reason)
+        logger.warning("StreamFP8: %s The model is loaded as in stock SGLang.", sentence(reason))
 
 
 class ConfigGuard:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,11 +21,12 @@ from sglang_overlay.core.errors import (
     PlaceholderLeakError,
     StagingMemoryError,
     UnexpectedParametersError,
+    sentence,
     shortened,
 )
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.placeholders import materialize, set_loader
-from sglang_overlay.core.shortage import shortage_explained
+from sglang_overlay.core.shortage import is_shortage, shortage_explained, told
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
@@ -149,7 +150,7 @@ class ModelLoad:
 
     def refuse(self, reason: str) -> None:
         """Say that the model is loaded as stock does."""
-        logger.warning("StreamFP8: %s. The model is loaded without streaming.", reason)
+        logger.warning("StreamFP8: %s The model is loaded without streaming.", sentence(reason))
 
     @property
     def building(self) -> bool:
@@ -188,6 +189,15 @@ class ModelLoad:
             raise PlaceholderLeakError(
                 f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
             )
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Around all of upstream's load."""
+        return nullcontext()
+
+    def explain(self, error: Exception) -> Iterator[str]:
+        """What an error that ended upstream's load does not say itself."""
+        if is_shortage(error):
+            yield told(self.account)
 
     def close(self) -> None:
         """Give all staging memory back. To be called once, also when loading failed."""
@@ -248,7 +258,7 @@ class ModelLoad:
 
     def _fall_back(self, name: str, reason: str) -> None:
         self.fallback[name] = reason
-        logger.warning("StreamFP8: %s is %s: %s.", name, self._manner(name), reason)
+        logger.warning("StreamFP8: %s is %s: %s", name, self._manner(name), sentence(reason))
 
     def _manner(self, name: str) -> str:
         """How a layer that is not streamed is loaded."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.core.errors import sentence
 from sglang_overlay.errors import SchemeError
 from sglang_overlay.observe.memory import MemorySampler, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
@@ -187,7 +188,7 @@ def _write_report(report: LoadReport, folder: Path) -> None:
         write(report, folder)
     except ReportError as error:
         # The model is loaded and right; a report is not worth losing it.
-        logger.warning("StreamFP8: %s.", error)
+        logger.warning("StreamFP8: %s", sentence(error))
 
 
 def _refuse_other_loader(call: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from sglang_overlay.core.errors import LayerNotStreamableError, PlaceholderLeakError, annotate
-from sglang_overlay.core.shortage import is_shortage, told
+from sglang_overlay.core.shortage import is_shortage
 from sglang_overlay.upstream.load import ModelLoad, current, under_way
 
 Load = TypeVar("Load", bound=ModelLoad)
@@ -65,10 +65,11 @@ def _anew(lost: Mapping[str, str]) -> dict[str, str]:
 
 def _read(read: Callable[[], torch.nn.Module], load: ModelLoad) -> torch.nn.Module:
     try:
-        return read()
+        with load.reading():
+            return read()
     except Exception as error:
-        if is_shortage(error):
-            annotate(error, f"StreamFP8: {told(load.account)}")
+        for note in load.explain(error):
+            annotate(error, f"StreamFP8: {note}")
         raise
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang_overlay.core.errors import sentence
 from sglang_overlay.observe.load_metrics import LoadGauges, state_of
 from sglang_overlay.observe.report import LoadReport
 
@@ -64,4 +65,4 @@ def _gauge_class(collector: Any) -> Any:
 
 
 def _warn_of_metrics(error: Exception) -> None:
-    logger.warning("StreamFP8: loads are not in /metrics: %s: %s.", type(error).__name__, error)
+    logger.warning("StreamFP8: loads are not in /metrics: %s: %s", type(error).__name__, sentence(error))

@@ -20,6 +20,7 @@ import torch
 from sglang_overlay.core.pipeline import workers_for
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.upstream import load
+from sglang_overlay.upstream.checkpoint_files import CheckpointFiles, noted_problems
 from sglang_overlay.upstream.update import ALL_OLD, UpdatableModel, WeightUpdate, updatable
 from sglang_overlay.upstream.updaters import has_sessions, model_of
 
@@ -48,9 +49,10 @@ def load_weights_and_postprocess(
     try:
         with _one_update(known, workers_for(target_device)) as update, update.loading(model):
             original(model, _offered(update, weights), target_device)
-    except WeightUpdateError:
+    except WeightUpdateError as error:
         _on_failure.get()()
-        raise
+        # Upstream ends the sentence.
+        raise type(error)(str(error).rstrip(".")) from error.__cause__
     return None
 
 
@@ -71,7 +73,8 @@ def update_weights_from_disk(
     token = _on_failure.set(put_back)
     success, message = False, ""
     try:
-        success, message = original(updater, model_path, *args, **kwargs)
+        with CheckpointFiles().noted():
+            success, message = original(updater, model_path, *args, **kwargs)
     except Exception as error:
         logger.exception("StreamFP8: the weights could not be updated from %s.", model_path)
         message = f"Failed to update weights, and to go back to those of {served}: {error}"
@@ -218,7 +221,8 @@ def _failure(error: Exception, progress: str) -> WeightUpdateError:
     kind, told = WeightUpdateError, f"{type(error).__name__}: {error}"
     if isinstance(error, WeightUpdateError):
         kind, told = type(error), str(error)
-    return kind("\n".join((f"{told.rstrip('.')}. {progress}", *getattr(error, "__notes__", ()))))
+    notes = (*getattr(error, "__notes__", ()), *noted_problems())
+    return kind("\n".join((f"{told.rstrip('.')}. {progress}", *notes)))
 
 
 def _refuse_cast(model: torch.nn.Module, tensors: NamedTensors) -> None:

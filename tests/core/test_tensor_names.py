@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_overlay.core.tensor_names import missing_names
+from sglang_overlay.core.tensor_names import Misplaced, missing_names
 
 
 def experts(layer, ids=range(4), prefix="model.layers"):
@@ -63,3 +63,45 @@ def test_names_come_in_the_order_of_their_numbers():
     written = {"layers.2.mlp.experts": experts(2, range(12), "layers"), "layers.3.mlp.experts": ()}
     found = missing_names("layers.3.mlp.experts", written)
     assert [int(name.split(".")[4]) for name in found] == sorted(int(name.split(".")[4]) for name in found)
+
+
+LAYERS = [f"model.layers.{layer}.{part}" for layer in range(3) for part in ("self_attn.qkv_proj", "mlp.experts")]
+
+
+@pytest.mark.parametrize(
+    ("names", "change"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", ""),
+        ("_orig_mod.model.layers.0.self_attn.q_proj.weight", "leave out '_orig_mod.'"),
+        ("module.model.layers.0.mlp.experts.1.up_proj.weight", "strip 'module.' from their beginning"),
+        ("layers.2.self_attn.q_proj.weight", "put 'model.' before them"),
+        (
+            "language_model.layers.1.self_attn.q_proj.weight",
+            "begin them with 'model.' in place of 'language_model.'",
+        ),
+        (
+            "a.model.layers.1._fsdp_wrapped_module.mlp._orig_mod.experts.w1 a.model.layers.0.self_attn.q_proj",
+            "leave out '_fsdp_wrapped_module.', '_orig_mod.' and strip 'a.' from their beginning",
+        ),
+    ],
+)
+def test_change_that_makes_names_fit_is_told(names, change):
+    found = Misplaced.among(names.split(), LAYERS)
+    assert found.names == names.split()
+    assert found.change == change
+
+
+def test_change_that_fits_the_most_names_is_told():
+    names = [f"x.{layer}.q_proj.weight" for layer in LAYERS]
+    assert Misplaced.among(["y.layers.0.self_attn.bias", *names], LAYERS).names == names
+
+
+@pytest.mark.parametrize("name", ["epoch", "self_attn.q_proj.weight", "model.layers.7.self_attn.q", "visual.0.mlp"])
+def test_names_that_have_no_layer_in_them_are_none_of_its_own(name):
+    assert Misplaced.among([name], LAYERS) == Misplaced([], "")
+
+
+@pytest.mark.parametrize("last", ["qweight", "weight_packed", "weight_scale_inv"])
+def test_packed_tensors_are_told_to_be_quantized(last):
+    found = Misplaced.among([f"model.layers.0.self_attn.q_proj.{last}"], LAYERS)
+    assert "quantized already" in found.advice

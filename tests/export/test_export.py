@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from workbench.exports import ExportJob, ExportKilled, run_export
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
-from workbench.mutations import altered
+from workbench.mutations import altered, pickled
 
 from sglang_overlay.errors import ExportError, SchemeError
 
@@ -129,6 +129,23 @@ def test_export_of_bin_files_is_the_same(checkpoint, tmp_path):
         path = checkpoint("qwen3", overrides=BLOCKS, container=container)
         run_export(ExportJob(path, tmp_path / container, shard_bytes=1 << 30))
     assert contents(tmp_path / "safetensors") == contents(tmp_path / "bin")
+
+
+def test_entries_of_a_bin_file_that_are_no_tensors_are_left_out_and_signs_are_kept(checkpoint, tmp_path):
+    def strange(entries):
+        entries.update({"epoch": 3, "config": {"a": 1}, "nothing": None})
+        entries.update({name: torch._neg_view(-entries[name]) for name in entries if "o_proj" in name})
+
+    for name, change in {"plain": lambda _: None, "strange": strange}.items():
+        path = pickled(checkpoint("qwen3", overrides=BLOCKS), tmp_path / "from" / name, change)
+        run_export(ExportJob(path, tmp_path / name))
+    assert contents(tmp_path / "plain") == contents(tmp_path / "strange")
+
+
+def test_sparse_tensor_in_a_bin_file_is_refused_by_name(checkpoint, tmp_path):
+    path = pickled(checkpoint("qwen3"), tmp_path / "in", lambda entries: entries.update(mask=torch.eye(2).to_sparse()))
+    with pytest.raises(ExportError, match="mask is a tensor of layout sparse_coo"):
+        run_export(ExportJob(path, tmp_path / "out"))
 
 
 def test_export_of_float32_is_what_an_online_load_computes_in_bf16(workers, checkpoint, tmp_path):

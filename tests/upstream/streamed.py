@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,9 @@ def load_reported(
 
 def warnings_of(result: LoadResult | RankResult) -> list[str]:
     """What streaming warned of."""
-    return [line for line in result.log if line.startswith("WARNING") and "StreamFP8" in line]
+    found = [line for line in result.log if line.startswith("WARNING") and "StreamFP8" in line]
+    assert not [line for line in found if re.search(r"\.\.(\s|$)", line)]
+    return found
 
 
 def assert_streamed_by_sglang(result: LoadResult) -> None:

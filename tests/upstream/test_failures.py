@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from workbench.checkpoints import CheckpointSpec, model_config
 from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
-from workbench.mutations import altered
+from workbench.mutations import altered, pickled
+from workbench.updates import Update
 
 from upstream.streamed import load_reported, warnings_of
 
@@ -158,12 +163,19 @@ class TestMissingTensorsThatAreNotStreamed:
         assert "hold: model.enorm.weight." in warning
 
 
+def _without_weights_only():
+    """A file of ``torch.save`` that it would take any code to read."""
+    saved = io.BytesIO()
+    torch.save({"array": numpy.ones(2)}, saved)
+    return saved.getvalue()
+
+
 class TestFiles:
     def test_cut_off_file_is_named(self, workers, checkpoint, damaged):
         path = damaged(lambda _: None)
         (weights,) = path.glob("*.safetensors")
         weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(LoadFailed, match=rf"SafetensorError(.|\n)*StreamFP8: {path}: {weights.name} is damaged"):
+        with pytest.raises(LoadFailed, match=rf"SafetensorError(.|\n)*StreamFP8: {weights} is damaged"):
             workers.load(LoadJob(path))
 
     def test_empty_file_is_named(self, workers, damaged):
@@ -181,6 +193,157 @@ class TestFiles:
         (path / "model-00002-of-00003.safetensors").unlink()
         with pytest.raises(LoadFailed, match=r"model-00002-of-00003\.safetensors"):
             workers.load(LoadJob(path))
+
+    def test_file_of_a_model_that_is_named_as_on_the_hub_is_named(self, odd_workers, checkpoint, hub):
+        name, folder = hub(checkpoint("qwen3", files=2), "cut-off")
+        weights = folder / "model-00002-of-00002.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(LoadFailed, match=rf"SafetensorError(.|\n)*StreamFP8: {weights} is damaged"):
+            odd_workers.load(LoadJob(name))
+
+    def test_values_of_a_model_that_is_named_as_on_the_hub_are_counted(self, odd_workers, damaged, hub):
+        name, _ = hub(damaged(lambda tensors: tensors[O_PROJ][0, :2].fill_(torch.nan), "qwen3"), "not-finite")
+        (warning,) = warnings_of(odd_workers.load(LoadJob(name)))
+        assert f"loaded from {O_PROJ} (2 of 65536 values)." in warning
+
+    @pytest.mark.parametrize(
+        ("damage", "told"),
+        [
+            (lambda content: b"", "is empty"),
+            (lambda content: content[:-100], "is cut off"),
+            (lambda content: b"<html>Not found</html>", "cannot be read: "),
+            (lambda content: _without_weights_only(), "cannot be read: Weights only load failed"),
+        ],
+        ids=["empty", "cut off", "a web page", "arrays of numpy"],
+    )
+    @pytest.mark.parametrize("suffix", ["bin", "pt"])
+    def test_pickled_file_that_cannot_be_read_is_named(self, suffix, damage, told, workers, checkpoint, tmp_path):
+        path = pickled(checkpoint("qwen3"), tmp_path / "damaged", lambda entries: None, suffix)
+        file = path / f"pytorch_model.{suffix}"
+        file.write_bytes(damage(file.read_bytes()))
+        torch.save({}, path / f"a.{suffix}")
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(path, server_args={"load_format": "pt" if suffix == "pt" else "auto"}))
+        assert f"StreamFP8: {file} {told}" in str(failure.value)
+        assert str(failure.value).count("StreamFP8: ") == 1
+
+    def test_file_that_nobody_reads_is_not_named(self, workers, damaged):
+        path = damaged(without(UP))
+        for name in ("training_args.bin", "pytorch_model.bin", "optimizer.pt"):
+            (path / name).write_bytes(b"")
+        places = {"weight_map": {"a": "consolidated-00001-of-00002.safetensors"}}
+        (path / "consolidated.safetensors.index.json").write_text(json.dumps(places))
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(path))
+        assert f"missing {UP}\n" in str(failure.value)
+        assert ".bin" not in str(failure.value)
+        assert "consolidated" not in str(failure.value)
+
+    def test_file_that_an_update_cannot_read_is_named(self, workers, checkpoint, tmp_path):
+        path = shutil.copytree(checkpoint("qwen3", files=2, seed=1), tmp_path / "cut-off")
+        weights = path / "model-00002-of-00002.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        result = workers.load(LoadJob(checkpoint("qwen3"), updates=(Update("disk", path),)))
+        (failed,) = result.ranks[0].updates
+        assert not failed.success
+        assert f"{weights} is damaged, or its download is incomplete" in failed.message
+        assert ".." not in failed.message
+        assert compare(workers.load(LoadJob(checkpoint("qwen3"))), result) == []
+
+    def test_file_of_an_update_that_is_named_as_on_the_hub_is_named(self, odd_workers, checkpoint, hub):
+        name, folder = hub(checkpoint("qwen3", files=2, seed=1), "incomplete")
+        (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+        result = odd_workers.load(LoadJob(checkpoint("qwen3"), updates=(Update("disk", name),)))
+        (failed,) = result.ranks[0].updates
+        assert not failed.success
+        assert f"{folder}/model-00002-of-00002.safetensors is empty or cut off" in failed.message
+
+
+def renamed(change):
+    """Change the tensors' names."""
+
+    def rename(tensors):
+        given = {change(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(given)
+
+    return rename
+
+
+class TestNames:
+    """Tensors that the model does not look for are named beside what is missing, with the change that would fit."""
+
+    @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda name: f"_orig_mod.{name}", "leave out '_orig_mod.'"),
+            (lambda name: f"module.{name}", "strip 'module.' from their beginning"),
+            (lambda name: name.removeprefix("model."), "put 'model.' before them"),
+            (
+                lambda name: name.replace("model.", "model.language_model."),
+                "begin them with 'model.' in place of 'model.language_model.'",
+            ),
+            (lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."), "'_checkpoint_wrapped_module.'"),
+            (
+                lambda name: f"base_model.{name}".replace(".layers.", ".layers._fsdp_wrapped_module."),
+                "leave out '_fsdp_wrapped_module.' and strip 'base_model.' from their beginning",
+            ),
+        ],
+        ids=["_orig_mod", "module", "without model", "language_model", "wrapped mlp", "two"],
+    )
+    def test_prefix_that_does_not_fit_is_told(self, change, told, family, workers, damaged):
+        if family == "qwen3" and told == "put 'model.' before them":
+            pytest.skip("Qwen3 does so itself")
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(renamed(change), family)))
+        assert told in str(failure.value)
+        assert "download it anew" not in str(failure.value)
+        assert "nothing tells" not in str(failure.value)
+
+    def test_renamed_tensors_are_listed_beside_what_is_missing(self, workers, damaged):
+        change = renamed(lambda name: name.replace("layers.1.self_attn.o_proj", "layers.1.self_attn.out_proj"))
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(change)))
+        text = str(failure.value)
+        assert f"{O_PROJ} (1 of 1 units): missing {O_PROJ}\n" in text
+        assert "read, but loaded into nothing: model.layers.1.self_attn.out_proj.weight\n" in text
+        assert "give its tensors the names that the model looks for" in text
+
+    def test_names_of_another_model_are_listed(self, workers, damaged):
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(renamed(lambda name: re.sub(r"model.layers.(\d+).\w+", r"h.\1", name)))))
+        assert re.search(r"read, but loaded into nothing: h\.0\.[^\n]* and \d+ more\n", str(failure.value))
+
+    @pytest.mark.parametrize("suffix", ["qweight", "weight_packed"])
+    def test_packed_tensors_are_told_to_be_quantized_already(self, suffix, workers, damaged):
+        def pack(tensors):
+            for name in [name for name in tensors if name.endswith("_proj.weight")]:
+                stem = name.removesuffix("weight")
+                tensors[f"{stem}{suffix}"] = tensors.pop(name).view(torch.int32)
+                tensors[f"{stem}scales"] = torch.ones(2)
+
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(pack, "qwen3")))
+        assert "The checkpoint is quantized already" in str(failure.value)
+
+    def test_tensors_in_a_dict_within_the_file_are_told(self, workers, checkpoint, tmp_path):
+        path = pickled(checkpoint("qwen3"), tmp_path / "nested", lambda entries: {"epoch": 1, "state_dict": entries})
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(path))
+        told = r"loaded into nothing: epoch \(of type int\), state_dict \(a dict of \d+ entries\)\n"
+        assert re.search(told, str(failure.value))
+        assert "Save the tensors themselves" in str(failure.value)
+
+    def test_tensors_that_no_layer_needs_are_not_listed(self, workers, damaged):
+        def change(tensors):
+            tensors.update({f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(3)})
+            del tensors[O_PROJ]
+
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(change)))
+        assert "loaded into nothing" not in str(failure.value)
+        assert "Complete the checkpoint (download it anew, check its index). SGLANG" in str(failure.value)
 
 
 class TestTensorsThatDoNotFit:
