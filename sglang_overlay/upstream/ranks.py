@@ -27,7 +27,8 @@ def gathered(mine: Any) -> list[Any]:
 
     try:
         group = parallel_state.get_tp_group()
-    except AssertionError:
+    except (AttributeError, AssertionError, RuntimeError):
+        # Not set up: there is one rank.
         return [mine]
     if group.world_size == 1:
         return [mine]

@@ -141,6 +141,7 @@ class UpdateCapture(PartialCapture):
             self._refuse_conversion(args[1], args[0].dtype, storage_key(args[0]))
             if not args[1].is_meta:
                 self._served.before_write(args[0])
+                self._refuse_integers(args[1], args[0])
         elif func is aten._to_copy.default:
             self._refuse_conversion(args[0], (kwargs or {}).get("dtype") or args[0].dtype)
         else:
@@ -153,6 +154,14 @@ class UpdateCapture(PartialCapture):
             raise WeightUpdateError(
                 f"{self._given.name_of(source) or 'a tensor'} holds {_told(source.dtype)} values, and goes where "
                 f"{_told(dtype)} is served: without its scale it means nothing. Send it in high precision"
+            )
+
+    def _refuse_integers(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        name = self._given.name_of(source)
+        if name is not None and destination.is_floating_point() and not source.is_floating_point():
+            raise WeightUpdateError(
+                f"{name} holds {_told(source.dtype)} values, and goes where {_told(destination.dtype)} is served: "
+                "quantized weights mean nothing without their scales"
             )
 
 
