@@ -30,7 +30,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_up_proj|down_proj)$")
 _STACKED = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
 SPOILT = ("shape", "fp8", "integer", "half", "reader")
-"""Ways in which a tensor of an update may be wrong: shaped otherwise, fp8 without scale, integers, left out, unreadable."""
+"""How a tensor of an update may be wrong: shaped otherwise, fp8 without scale, integers, left out, unreadable."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ class _Unreadable(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.copy_, torch.Tensor.narrow, torch.Tensor.__getitem__, torch.Tensor.view):
             raise torch.OutOfMemoryError("this tensor cannot be read")
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def _right(case: _Case) -> _Case:

@@ -55,8 +55,8 @@ class GivenTensors:
         with self._lock:
             if key not in self._alive:
                 self._alive[key] = StorageWeakRef(tensor.untyped_storage())
-            spans = self._spans.setdefault(key, [])
-            bisect.insort(spans, (start, start + tensor.nbytes, name))
+            self._spans.setdefault(key, []).append((int(start), int(start + tensor.nbytes), name))
+            self._spans[key].sort()
 
     def note(self, values: Iterable[Any]) -> None:
         """Upstream does something with these arguments."""
