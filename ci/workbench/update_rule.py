@@ -166,8 +166,9 @@ class Rule:
         source = chance.choice(("tensor", "tensor", "bucket", "disk"))
         # Reading a checkpoint in a random order is another test's.
         size = len(names) if source == "disk" or not self._has_sessions else -(-len(names) // chance.randrange(1, 5))
-        # Files are what they are: one of their tensors can be left out, or fail to be read.
-        spoilt = chance.choice(SPOILT[-2:] if source == "disk" else SPOILT) if chance.random() < 0.4 else ""
+        # Of files one tensor can be left out, or fail to be read; a bucket is read as a whole.
+        ways = {"disk": SPOILT[-2:], "bucket": SPOILT[:-1]}.get(source, SPOILT)
+        spoilt = chance.choice(ways) if chance.random() < 0.4 else ""
         runs_out = not spoilt and chance.random() < 0.4
         return _Case(
             source,
