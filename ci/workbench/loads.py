@@ -202,8 +202,8 @@ class LoadResult:
 def compare(first: LoadResult, second: LoadResult) -> list[str]:
     """Everything in which two loads differ: a line each, empty when the models are bit-identical.
 
-    Names, ``named_parameters`` order, kind, class, dtype, shape, stride, device and bytes of every tensor; plain attributes
-    of modules and parameters; tokens and logits where both generated.
+    Names, ``named_parameters`` order, kind, class, dtype, shape, stride, device and bytes of every tensor; plain
+    attributes of modules and parameters; tokens and logits where both generated.
     """
     if len(first.ranks) != len(second.ranks):
         return [f"ranks: {len(first.ranks)} != {len(second.ranks)}"]

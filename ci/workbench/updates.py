@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from sglang_overlay.observe.memory import MemoryUsage
+    from workbench.update_rule import RandomUpdates, RuleResult
 
 _MEMORY_INTERVAL_MS = 3.0
 
@@ -58,9 +59,13 @@ class UpdateResult:
     seconds: float
 
 
-def run(runner: Any, update: Update) -> UpdateResult:
+def run(runner: Any, update: Update | RandomUpdates) -> UpdateResult | RuleResult:
     """Update the model of ``runner``, a ``ModelRunner``."""
     from sglang_overlay.observe.memory import MemorySampler, meter_for
+    from workbench import update_rule
+
+    if isinstance(update, update_rule.RandomUpdates):
+        return update_rule.run(runner, update)
 
     calls = [] if update.source == "disk" else list(_dealt(update, runner.device))
     before = _addresses(runner.model)

@@ -61,6 +61,16 @@ class WholeParameter:
         """Whether a part has come and the rest has not."""
         return self._values is not None and bool(self._missing)
 
+    def saved(self) -> tuple[torch.Tensor, list[Box]] | None:
+        """What ``restore`` goes back to; None where nothing has come, or all."""
+        return (self._values.clone(), list(self._missing)) if self._values is not None and self.is_partial else None
+
+    def restore(self, saved: tuple[torch.Tensor, list[Box]] | None) -> None:
+        """Hold again what was held when ``saved`` was made."""
+        self.reset()
+        if saved is not None:
+            self._values, self._missing = saved[0], list(saved[1])
+
     def reset(self) -> None:
         """Forget the values; the placeholder has no memory again."""
         if self._swapped is not None:

@@ -236,6 +236,16 @@ STREAMING: tuple[TouchPoint, ...] = (
         without=_NO_SESSIONS,
     ),
     TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.receive_weights_from_distributed",
+        hook="sglang_overlay.upstream.update_hooks:receive_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "names", "dtypes", "shapes", "group_name"),
+        why="A rank that has received nothing does not load: the others must hear of it, and keep their weights.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        without="Nothing: update_weights_from_distributed receives and loads.",
+    ),
+    TouchPoint(
         target=f"{_UPDATER}.WeightUpdater.load_weights_from_distributed",
         hook="sglang_overlay.upstream.update_hooks:load_weights_from_distributed",
         kind=HookKind.AROUND,

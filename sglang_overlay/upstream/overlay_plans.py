@@ -48,6 +48,19 @@ class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
             return None
         return {"weight": self._storage(weight, scale.view(-1))} if scale.numel() == self._scales(placeholder) else None
 
+    def scale_placeholders(
+        self, layer: Module, placeholders: Mapping[str, Parameter]
+    ) -> dict[str, tuple[str, Parameter]]:
+        """Per channel, as checkpoints in compressed-tensors' format have them: ``weight_scale``, ``[N, 1]``."""
+        from sglang.srt.layers.parameter import ChannelQuantScaleParameter
+
+        weight: Any = placeholders["weight"]
+        if not self._per_channel or getattr(weight, "output_dim", None) != 0:
+            return {}
+        made = torch.empty(len(weight), 1, dtype=torch.float32, device="meta")
+        loader = weight.weight_loader
+        return {"weight": ("weight_scale", ChannelQuantScaleParameter(data=made, output_dim=0, weight_loader=loader))}
+
 
 class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
     """``ExpertsPlan`` of a layer that may be updated."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sglang_overlay.observe.report import ParallelRank, Ranks
 
 
@@ -17,6 +19,22 @@ def parallel_ranks() -> Ranks:
         pp=_rank(parallel_state, "get_pp_group"),
         ep=_rank(parallel_state, "get_moe_ep_group"),
     )
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What each rank of the tensor parallel group brings, in rank order. Each has to call this."""
+    from sglang.srt.distributed import parallel_state
+
+    try:
+        group = parallel_state.get_tp_group()
+    except (AttributeError, AssertionError, RuntimeError):
+        # Not set up: there is one rank.
+        return [mine]
+    if group.world_size == 1:
+        return [mine]
+    found: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
+    return found
 
 
 def _rank(parallel_state: Any, getter: str) -> ParallelRank:

@@ -131,13 +131,7 @@ class UnstreamedParameters:
 
     def missing(self, model_config: Any) -> list[str]:
         """Names of parameters that were never written and belong to the checkpoint."""
-        written = {pattern_of(name) for name in self._parameters.keys() - set(self._unwritten)}
-        unwritten = {name: layer for name, layer in self._layers().items() if name in self._unwritten}
-        return [
-            name
-            for name, layer in unwritten.items()
-            if not _is_provided(layer, model_config) and (pattern_of(name) in written or _is_certain(name, layer))
-        ]
+        return missed(self._model, self._unwritten, self._parameters.keys() - set(self._unwritten), model_config)
 
     def problems(self, missing: Sequence[str]) -> list[str]:
         """What to say of parameters that were not loaded, ``missing``, or that hold NaN or Inf."""
@@ -160,7 +154,7 @@ class UnstreamedParameters:
         """Names of parameters that hold NaN or Inf, embeddings aside: they are too large to be read once more."""
         from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        layers, written = self._layers(), self._parameters.keys() - set(self._unwritten)
+        layers, written = _layers(self._model), self._parameters.keys() - set(self._unwritten)
         return [
             name
             for name, parameter in self._model.named_parameters()
@@ -170,13 +164,27 @@ class UnstreamedParameters:
             and not _is_finite(magnitude(parameter.detach()))
         ]
 
-    def _layers(self) -> dict[str, torch.nn.Module]:
-        """The layer of each parameter, by the parameter's name."""
-        return {
-            f"{prefix}.{name}" if prefix else name: layer
-            for prefix, layer in self._model.named_modules()
-            for name in layer._parameters
-        }
+
+def missed(
+    model: torch.nn.Module, unwritten: Collection[str], written: Collection[str], model_config: Any
+) -> list[str]:
+    """Those of the ``unwritten`` parameters of a model that are certain to belong to its checkpoint."""
+    patterns = {pattern_of(name) for name in written}
+    layers = {name: layer for name, layer in _layers(model).items() if name in unwritten}
+    return [
+        name
+        for name, layer in layers.items()
+        if not _is_provided(layer, model_config) and (pattern_of(name) in patterns or _is_certain(name, layer))
+    ]
+
+
+def _layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layer of each parameter, by the parameter's name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: layer
+        for prefix, layer in model.named_modules()
+        for name in layer._parameters
+    }
 
 
 def _is_finite(largest: torch.Tensor) -> bool:

@@ -40,6 +40,20 @@ class UpdatablePlan(LayerPlan):
     ) -> dict[str, Storage] | None:
         """The memory of a finished layer's weights, by name; None where they have been repacked since."""
 
+    def scale_placeholders(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, tuple[str, torch.nn.Parameter]]:
+        """Where updates may bring weights that are quantized already, in the layout in which the layer is served.
+
+        To be called when upstream has just created the layer.
+
+        Returns:
+            For each such weight the name under which upstream's models look for the parameter of its scales, and a
+            placeholder for that, without memory, with upstream's loader; its elements are in the order of the
+            storage's.
+        """
+        return {}
+
 
 class SerializedPlan(UpdatablePlan):
     """A layer as upstream creates it for a checkpoint that is quantized already: values and scales, in real memory.
@@ -100,6 +114,16 @@ class SerializedPlan(UpdatablePlan):
         if any(self._form(*pair) != self._forms[name] for name, pair in pairs.items()):
             return None
         return {name: self._storage(name, *pair) for name, pair in pairs.items()}
+
+    def scale_placeholders(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, tuple[str, torch.nn.Parameter]]:
+        scales = {name: layer.get_parameter(scale) for name, scale in self._scales.items()}
+        return {
+            name: (self._scales[name], twin(scale, torch.empty_like(scale, device="meta")))
+            for name, scale in scales.items()
+            if hasattr(scale, "weight_loader")
+        }
 
     def _pair(self, layer: torch.nn.Module, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
         return layer.get_parameter(name), layer.get_parameter(self._scales[name])

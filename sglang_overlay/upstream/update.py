@@ -11,8 +11,11 @@ session (tensors, a process group). Requests may be answered between two calls, 
    under the parameters' names, no scales (``WeightUpdate.loading``).
 4. Afterwards the very same fp8 parameters are back, so whatever refers to their memory (CUDA graphs) stays valid.
 
-A unit is replaced when all of it has come. Of a unit that came in part the old values stay, and the update ends with an
-error that names it: its new scale needs the missing part in high precision, and only fp8 of that is left.
+A unit is replaced when all of it has come: in high precision, or quantized already in the layout that is served, with
+its scales. Before anything is overwritten it is kept in host memory (``undo.py``). So a call that fails leaves what
+calls before it have left, and an update that fails, or ends with units of which only a part came, leaves the weights of
+before. No high-precision value is ever written into quantized memory, whatever way leads there
+(``update_capture.py``).
 """
 
 from __future__ import annotations
@@ -24,31 +27,31 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_overlay.core.capture import WriteCapture, WriteSink, storage_key
+from sglang_overlay.core.capture import WriteSink, storage_key
 from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.mapped_sources import MappedSources
-from sglang_overlay.core.partial_capture import PartialCapture
 from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import set_loader, twin
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.whole import WholeParameter
-from sglang_overlay.errors import (
-    LayerNotStreamableError,
-    PartialUpdateError,
-    UnsupportedWriteError,
-    WeightUpdateError,
-)
+from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.upstream.load import MOST_NESTED, TORCH_ATTRIBUTES, tensors_of
+from sglang_overlay.upstream.ready_values import ReadyValues
 from sglang_overlay.upstream.snapshots import NOTED
+from sglang_overlay.upstream.undo import Bindings, UndoableQuantizer, UndoLog
+from sglang_overlay.upstream.unstreamed import missed
 from sglang_overlay.upstream.updatable_plan import quantize_whole
+from sglang_overlay.upstream.update_capture import VALUES, GivenTensors, ServedMemory, UpdateCapture
+from sglang_overlay.upstream.update_stream import UpdateStream
 
 if TYPE_CHECKING:
     from sglang_overlay.core.layer import WeightLoader
+    from sglang_overlay.core.stream import Storage
     from sglang_overlay.upstream.plan import ParameterPlan
     from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
@@ -65,10 +68,6 @@ longcat_flash, dots3) waits for all of them, but only within one call: one that 
 """
 
 
-ALL_OLD = "All fp8 layers hold their old values."
-"""What an update that has replaced nothing says of its progress."""
-
-
 class UpdatableLayer:
     """What is kept of a layer's first load.
 
@@ -76,9 +75,11 @@ class UpdatableLayer:
         name: the layer's qualified name.
         module: the layer.
         plan: how it is quantized.
-        placeholders: what upstream's loaders write to, by parameter name; without memory.
-        loaders: upstream's own loaders of these.
+        placeholders: what upstream's loaders write weights to, by parameter name; without memory.
+        scales: for each weight that may come quantized already, the name of its scales and a placeholder for them.
         reads_whole: upstream needs the weights in high precision, or they could not be streamed.
+        is_deleted: upstream has read the weights and deleted the layer (MiniCPM3's ``kv_b_proj``).
+        device: where a deleted layer's weights go.
     """
 
     def __init__(
@@ -88,12 +89,13 @@ class UpdatableLayer:
         self.module = module
         self.plan = plan
         self.placeholders = dict(placeholders)
-        self.loaders: dict[str, WeightLoader] = {
-            key: placeholder.weight_loader  # type: ignore[attr-defined]
-            for key, placeholder in placeholders.items()
-        }
+        self.scales = plan.scale_placeholders(module, placeholders)
         self.reads_whole = False
+        self.is_deleted = False
+        self.device = torch.device("cpu")
+        self._parent: torch.nn.Module | None = None
         self._before_quantization = tuple(module._parameters)
+        self._loaders = {key: _loader_of(placeholder) for key, placeholder in self._stand_ins.items()}
 
     def let_go(self) -> None:
         """Keep look-alikes in place of the placeholders, which are about to get memory, or have it already."""
@@ -101,28 +103,52 @@ class UpdatableLayer:
             key: twin(placeholder, torch.empty_like(placeholder, device="meta"))
             for key, placeholder in self.placeholders.items()
         }
+        # Upstream reads the weights, and may look for scales to tell whether they are quantized.
+        self.scales = {}
         self.reads_whole = True
+
+    def note_deletion(self, model: torch.nn.Module) -> None:
+        """Upstream has deleted the layer from ``model``: let its memory go, and show it in updates only."""
+        self.is_deleted = True
+        self._parent = model.get_submodule(self.name.rpartition(".")[0])
+        weights = [weight for weight in self.module._parameters.values() if weight is not None and not weight.is_meta]
+        self.device = weights[0].device if weights else self.device
+        self.module._parameters = dict(self.placeholders)
 
     def seal(self) -> None:
         """Take off the placeholders what the first load has put around their loaders."""
-        for key, placeholder in self.placeholders.items():
-            set_loader(placeholder, self.loaders[key])
+        for key, placeholder in self._stand_ins.items():
+            set_loader(placeholder, self._loaders[key])
 
     @contextmanager
     def shown(self, wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
         """Make the layer what it was before its first quantization, with wrapped loaders."""
-        served = self.module._parameters
-        shown = {key: self.placeholders.get(key, served.get(key)) for key in self._before_quantization}
-        for key, placeholder in self.placeholders.items():
-            set_loader(placeholder, wrap(f"{self.name}.{key}", self.loaders[key]))
+        served, stand_ins = self.module._parameters, self._stand_ins
+        shown = {key: served.get(key) for key in self._before_quantization} | stand_ins
+        for key, placeholder in stand_ins.items():
+            set_loader(placeholder, wrap(f"{self.name}.{key}", self._loaders[key]))
         self.module._parameters = dict(shown)
+        key = self.name.rpartition(".")[2]
+        if self._parent is not None:
+            self._parent._modules[key] = self.module
         try:
             yield
         finally:
+            if self._parent is not None:
+                self._parent._modules.pop(key, None)
             changed = {key: new for key, new in self.module._parameters.items() if new is not shown.get(key)}
             self.module._parameters = served
-            served.update({key: new for key, new in changed.items() if key not in self.placeholders})
+            served.update({key: new for key, new in changed.items() if key not in stand_ins})
             self.seal()
+
+    @property
+    def _stand_ins(self) -> dict[str, torch.nn.Parameter]:
+        return {**self.placeholders, **dict(self.scales.values())}
+
+
+def _loader_of(parameter: torch.nn.Parameter) -> WeightLoader:
+    loader: WeightLoader = parameter.weight_loader  # type: ignore[attr-defined]
+    return loader
 
 
 class TensorGroups:
@@ -164,6 +190,20 @@ class TensorGroups:
         """Names of fused weights of which a part has not come."""
         return list(self._held)
 
+    def saved(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What ``restore`` goes back to."""
+        return {whole: dict(others) for whole, others in self._held.items()}
+
+    def restore(self, saved: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Hold again what was held when ``saved`` was made."""
+        self._account.add(-self._size)
+        self._held = {whole: dict(others) for whole, others in saved.items()}
+        self._account.add(self._size)
+
+    @property
+    def _size(self) -> int:
+        return sum(_bytes_of(tensor) for others in self._held.values() for tensor in others.values())
+
 
 def _bytes_of(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.nbytes
@@ -178,7 +218,7 @@ class UpdatableModel:
 
     Attributes:
         open: the update that is open.
-        unopened: why the session that is under way has none, where that went wrong; told at its end.
+        unopened: why the session that is under way has none, where that went wrong; told by its calls and at its end.
     """
 
     def __init__(self, layers: Iterable[UpdatableLayer], stock: Mapping[str, str]) -> None:
@@ -201,23 +241,17 @@ class UpdatableModel:
         self.open = WeightUpdate(self.layers, workers)
         return self.open
 
-    def end(self) -> None:
-        """Close the open update.
-
-        Raises:
-            WeightUpdateError: some units came only in part.
-        """
+    def commit(self) -> None:
+        """Close the open update, if any. What it has written stays."""
         update, self.open = self.open, None
         if update is not None:
-            try:
-                update.finish()
-            finally:
-                update.close()
+            update.close()
 
     def abort(self) -> None:
-        """Close the open update, if any, and forget what has not been completed."""
+        """Close the open update, if any, and put back what it has overwritten."""
         update, self.open = self.open, None
         if update is not None:
+            update.undo()
             update.close()
 
 
@@ -227,20 +261,30 @@ class WeightUpdate:
     Args:
         layers: of the model.
         workers: threads that quantize beside the loader, where the source allows it.
+
+    Attributes:
+        given: what upstream was given in the call that is under way.
     """
 
     def __init__(self, layers: Iterable[UpdatableLayer], workers: int = 0) -> None:
         self.sources = MappedSources()
         self.account = StagingAccount()
+        self.given = GivenTensors()
+        self._undo = UndoLog()
         self._pipeline = Pipeline(workers)
         self._layers = {layer.module: layer for layer in layers}
-        self._streams: dict[str, PipelinedStream] = {}
-        self._whole: dict[str, tuple[WholeParameter, ParameterPlan]] = {}
+        self._streams: dict[str, UpdateStream] = {}
+        self._whole: dict[str, tuple[WholeParameter, ParameterPlan | None]] = {}
         self._sinks: dict[int, WriteSink] = {}
+        self._quantized: dict[int, str] = {}
         self._replaced: dict[str, None] = {}
         self._damaged: list[str] = []
+        self._unrepeated: dict[str, None] = {}
+        self._direct: dict[str, None] = {}
         self._groups = TensorGroups((layer.name for layer in self._layers.values()), self.account)
         self._thread = threading.local()
+        self._bindings: list[Bindings | None] = [None]
+        self._saved: dict[str, Any] | None = None
         try:
             with torch.inference_mode(mode=False):
                 for layer in self._layers.values():
@@ -257,6 +301,62 @@ class WeightUpdate:
         """Whether a parameter of this name is quantized by this update, or refused."""
         return name in self._names
 
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def begin_call(self) -> None:
+        """One of several calls begins: ``undo_call`` goes back to here."""
+        self.given = GivenTensors()
+        self._undo.begin_call()
+        self._bindings.append(None)
+        self._saved = {
+            "streams": {name: stream.saved() for name, stream in self._streams.items()},
+            "whole": {name: parameter.saved() for name, (parameter, _) in self._whole.items()},
+            "groups": self._groups.saved(),
+            "replaced": dict(self._replaced),
+            "damaged": list(self._damaged),
+            "direct": dict(self._direct),
+        }
+
+    def keep_call(self) -> None:
+        """The call that is under way was right."""
+        self._saved = None
+        self._undo.keep_call()
+        last = self._bindings.pop()
+        self._bindings[-1] = self._bindings[-1] or last
+        for name in self.given.names:
+            self._unrepeated.pop(name, None)
+
+    def undo_call(self, names: Iterable[str] = ()) -> None:
+        """Go back to before the call that is under way. It has to be repeated before the update ends.
+
+        Args:
+            names: of the tensors it was to bring, beside those that upstream was given.
+        """
+        saved, self._saved = self._saved, None
+        self._undo.undo_call()
+        _put_back(self._bindings.pop())
+        if saved is None:
+            return
+        for name, stream in self._streams.items():
+            stream.restore_call(saved["streams"][name])
+        for name, (parameter, _) in self._whole.items():
+            parameter.restore(saved["whole"][name])
+        self._groups.restore(saved["groups"])
+        self._replaced, self._damaged, self._direct = saved["replaced"], saved["damaged"], saved["direct"]
+        self.expect_again([*self.given.names, *names])
+
+    def expect_again(self, names: Iterable[str]) -> None:
+        """A call has failed that was to bring tensors of these names: without them, the update is not complete."""
+        self._unrepeated.update(dict.fromkeys(names))
+
+    def undo(self) -> None:
+        """Put back everything that was overwritten since the update began."""
+        # First: workers may still be writing.
+        self._pipeline.close()
+        self._undo.undo()
+        for bindings in reversed(self._bindings):
+            _put_back(bindings)
+
     @contextmanager
     def loading(self, model: torch.nn.Module) -> Iterator[None]:
         """Around a call of ``load_weights``, with whatever upstream does before and after it.
@@ -265,16 +365,21 @@ class WeightUpdate:
             WeightUpdateError: a layer cannot take what upstream's loader does, or upstream has left the model tensors
                 that cannot be served.
         """
+        self._bindings[-1] = self._bindings[-1] or Bindings(model)
         derived = _TensorAttributes(model)
+        served = self._served(model)
         token = _current.set(self)
         self._thread.inside = True
+        self._capture = functools.partial(UpdateCapture, self._sinks, self._takes_values, served, self.given)
         try:
             with (
+                _aliases_shown(model, self._layers.values()),
                 _all_shown(self._layers.values(), self._wrap),
-                _given(model, self._groups.complete),
+                _loaders_wrapped(model, self._wrap),
+                _given(model, self._offered),
                 _notes_kept(model),
                 self._whole_quantized(),
-                PartialCapture(self._sinks),
+                self._capture(),
             ):
                 yield
         except UnsupportedWriteError as error:
@@ -282,7 +387,7 @@ class WeightUpdate:
         finally:
             self._thread.inside = False
             _current.reset(token)
-            changed = derived.keep_memory()
+            changed = derived.keep_memory(self._undo)
         if changed:
             raise WeightUpdateError(
                 "upstream made these tensors anew in another form, so they keep their old memory and values: "
@@ -295,29 +400,59 @@ class WeightUpdate:
                 f"{shortened(leaks)}. Load the new weights by starting the server with them"
             )
 
-    def finish(self) -> None:
+    def write_direct(
+        self, model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], load: Callable[[Any], None]
+    ) -> None:
+        """Have upstream load tensors into the parameters of these names, as they are served.
+
+        Args:
+            model: that is updated.
+            tensors: names of parameters, and values in the form that is served.
+            load: upstream's own loading.
+
+        Raises:
+            WeightUpdateError: values would be converted from or to a quantized form.
+        """
+        self._bindings[-1] = self._bindings[-1] or Bindings(model)
+        known = dict(model.named_parameters())
+        for name, tensor in tensors:
+            self.given.offer(name, tensor)
+            weight = known.get(name)
+            if weight is None:
+                continue
+            _refuse_cast(name, weight.dtype, tensor.dtype)
+            self._undo.keep(weight)
+            self.given.note([tensor])
+            self._direct[name] = None
+        load(tensors)
+
+    def finish(self, model: torch.nn.Module) -> None:
         """Quantize what was only waiting for the end.
 
         Raises:
             PartialUpdateError: some units came only in part.
-            WeightUpdateError: weights came that do not go together.
+            WeightUpdateError: weights came that do not go together, or that have failed and not been sent again.
         """
         self._pipeline.close()
         self._pipeline.check()
-        partial = {name: len(units) for name, stream in self._streams.items() if (units := stream.partial_units)}
-        conflicts = [error for stream in self._streams.values() if (error := _settled(stream))]
-        problems = [f"{name} ({units} of {self._streams[name].units} units)" for name, units in partial.items()]
+        problems = [problem for stream in self._streams.values() if (problem := stream.problem)]
         problems += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
-        problems += self._groups.waiting
+        problems += [*self._groups.waiting, *self._unpaired(model)]
         if problems:
             raise PartialUpdateError(
-                f"the update ended with weights of which only a part came: {shortened(problems)}. They keep their old "
-                "values. One scale covers a whole unit, so send what belongs together in one update: gate_proj with "
-                "up_proj, q_proj with k_proj and v_proj, q_a_proj with kv_a_proj_with_mqa"
+                f"the update ended with weights of which only a part came: {shortened(problems)}. One scale covers a "
+                "whole unit, so send what belongs together in one update: gate_proj with up_proj, q_proj with k_proj "
+                "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
             )
+        if self._unrepeated:
+            raise WeightUpdateError(
+                f"a call of this update failed, and what it was to bring has not come since: "
+                f"{shortened(list(self._unrepeated))}"
+            )
+        conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
             raise WeightUpdateError(str(conflicts[0])) from conflicts[0]
-        self._damaged += [name for name, stream in self._streams.items() if stream.done_units and stream.not_finite()]
+        self._damaged += [name for name, stream in self._streams.items() if stream.is_damaged]
         if self._damaged:
             logger.warning(
                 "StreamFP8: the weight update put NaN or Inf into %d parameters: %s. Expect garbage.",
@@ -325,8 +460,8 @@ class WeightUpdate:
                 shortened(self._damaged),
             )
         logger.info(
-            "StreamFP8: weight update: %d units of %d layers quantized in place, at most %.1f MB staged.",
-            sum(stream.done_units for stream in self._streams.values()),
+            "StreamFP8: weight update: %d units of %d layers replaced in place, at most %.1f MB staged.",
+            sum(stream.replaced_units for stream in self._streams.values()),
             len(self.replaced),
             self.account.peak / 1e6,
         )
@@ -334,6 +469,7 @@ class WeightUpdate:
     def close(self) -> None:
         """End what runs beside the update and give all staging memory back. May be called again."""
         self._pipeline.close()
+        self._undo.forget()
         for stream in self._streams.values():
             stream.release()
         for parameter, _ in self._whole.values():
@@ -342,40 +478,68 @@ class WeightUpdate:
     @property
     def replaced(self) -> list[str]:
         """Names of the fp8 layers that hold new values, at least in part."""
-        names = dict.fromkeys(name.rpartition(".")[0] for name, stream in self._streams.items() if stream.done_units)
+        names = dict.fromkeys(
+            name.rpartition(".")[0] for name, stream in self._streams.items() if stream.replaced_units
+        )
         return [*names, *self._replaced]
 
+    def untouched(self, model: torch.nn.Module, model_config: Any) -> list[str]:
+        """What a whole checkpoint should have replaced and this update has not: names, with units where only some."""
+        left = {name: stream.units - stream.replaced_units for name, stream in self._streams.items()}
+        told = [f"{name} ({count} of {self._streams[name].units} units)" for name, count in left.items() if count]
+        told += [name for name in self._whole if name.rpartition(".")[0] not in self._replaced]
+        written, mine = self._undo.storages, self._names | set(self._quantized.values())
+        plain = {name: storage_key(weight) for name, weight in model.named_parameters() if name not in mine}
+        return told + missed(
+            model, [name for name, key in plain.items() if key not in written and key not in self._quantized],
+            [name for name, key in plain.items() if key in written], model_config,
+        )  # fmt: skip
+
     @property
-    def progress(self) -> str:
-        """A sentence for error messages: which layers hold new values."""
-        names = self.replaced
-        if not names:
-            return ALL_OLD
-        return f"These fp8 layers hold new values, all others their old ones: {shortened(names)}."
+    def is_empty(self) -> bool:
+        """Whether nothing of the model was written to."""
+        return not self._undo.storages and not self.replaced
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _open(self, layer: UpdatableLayer) -> None:
-        storages = layer.plan.registered(layer.module, layer.placeholders)
+        storages = None if layer.is_deleted else layer.plan.registered(layer.module, layer.placeholders)
         for key, placeholder in layer.placeholders.items():
             name = f"{layer.name}.{key}"
-            if storages is None:
-                self._sinks[storage_key(placeholder)] = _Refusal(name)
-                continue
-            plan = layer.plan.parameter(key, placeholder, storages[key])
-            self._sinks[storage_key(placeholder)] = (
-                self._whole_sink(name, placeholder, plan)
-                if layer.reads_whole
-                else self._stream(name, placeholder, plan)
-            )
+            if layer.is_deleted:
+                sink: WriteSink = self._whole_sink(name, placeholder, layer.device, None)
+            elif storages is None:
+                sink = _Refusal(name)
+            else:
+                sink = self._sink(layer, key, storages[key])
+            self._sinks[storage_key(placeholder)] = sink
 
-    def _whole_sink(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> WriteSink:
-        sink = WholeParameter(name, placeholder, plan.storage.weight.device)
+    def _sink(self, layer: UpdatableLayer, key: str, storage: Storage) -> WriteSink:
+        name, placeholder = f"{layer.name}.{key}", layer.placeholders[key]
+        self._quantized[storage_key(storage.weight)] = name
+        self._quantized[storage_key(storage.scale)] = f"the scale of {name}"
+        plan = layer.plan.parameter(key, placeholder, storage)
+        plan = replace(plan, quantizer=UndoableQuantizer(plan.quantizer, self._undo))
+        if layer.reads_whole:
+            return self._whole_sink(name, placeholder, storage.weight.device, plan)
+        ready = None
+        if key in layer.scales:
+            scale_name, scale = layer.scales[key]
+            ready = ReadyValues(name, plan.grid, plan.storage, f"{layer.name}.{scale_name}", self._undo, self.account)
+            self._sinks[storage_key(scale)] = ready
+        return self._stream(name, placeholder, plan, ready)
+
+    def _whole_sink(
+        self, name: str, placeholder: torch.nn.Parameter, device: torch.device, plan: ParameterPlan | None
+    ) -> WriteSink:
+        sink = WholeParameter(name, placeholder, device)
         self._whole[name] = (sink, plan)
         return sink
 
-    def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> WriteSink:
-        self._streams[name] = PipelinedStream(
+    def _stream(
+        self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan, ready: ReadyValues | None
+    ) -> WriteSink:
+        self._streams[name] = UpdateStream(
             name,
             placeholder,
             plan.grid,
@@ -383,23 +547,62 @@ class WeightUpdate:
             plan.storage,
             self.account,
             self.sources,
+            ready=ready,
             quantized=_ignore,
             pipeline=self._pipeline,
         )
         return self._streams[name]
+
+    @property
+    def _takes_values(self) -> frozenset[int]:
+        """Placeholders whose sinks say themselves which quantized values they take."""
+        return frozenset(key for key, sink in self._sinks.items() if isinstance(sink, UpdateStream))
+
+    def _served(self, model: torch.nn.Module) -> ServedMemory:
+        """All memory of the model, as it is served. To be called while no placeholder is shown."""
+        quantized: dict[int, str] = dict(self._quantized)
+        others: dict[int, str] = {}
+        for name, tensor in tensors_of(model):
+            if not tensor.is_meta:
+                (quantized if tensor.dtype in VALUES else others).setdefault(storage_key(tensor), name)
+        return ServedMemory(quantized, others, self._undo)
+
+    def _offered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """``weights``, noted one by one, in groups where they only load together."""
+        return self._groups.complete(self._noted(weights))
+
+    def _noted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self.given.offer(name, tensor)
+            yield name, tensor
+
+    def _unpaired(self, model: torch.nn.Module) -> list[str]:
+        """Of what came by the parameters' own names: values without their scales, and the reverse."""
+        known = dict(model.named_parameters()) if self._direct else {}
+        pairs = [
+            (name, f"{name}{suffix}") for name in known for suffix in ("_scale", "_scale_inv")
+            if f"{name}{suffix}" in known and known[name].dtype in VALUES
+        ]  # fmt: skip
+        return [
+            f"{weight} ({'values without their scales' if weight in self._direct else 'scales without their values'})"
+            for weight, scale in pairs
+            if (weight in self._direct) != (scale in self._direct)
+        ]
 
     def _wrap(self, name: str, loader: WeightLoader) -> WeightLoader:
         """Upstream's loader of a weight, captured where it runs in a thread of its own; its errors name the weight."""
 
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
+            self.given.note([*args, *kwargs.values()])
             try:
                 with self._captured():
                     return loader(*args, **kwargs)
             except Exception as error:
                 shapes = [str(tuple(value.shape)) for value in args if isinstance(value, torch.Tensor)]
+                kind = "" if isinstance(error, StreamFP8Error) else f"{type(error).__name__}: "
                 raise WeightUpdateError(
-                    f"{name} cannot take this tensor ({' <- '.join(shapes)}): {type(error).__name__}: {error}"
+                    f"{name} cannot take this tensor ({' <- '.join(shapes)}): {kind}{error}"
                 ) from error
 
         return load
@@ -411,7 +614,7 @@ class WeightUpdate:
             return
         self._thread.inside = True
         try:
-            with WriteCapture(self._sinks):
+            with self._capture():
                 yield
         finally:
             self._thread.inside = False
@@ -430,10 +633,13 @@ class WeightUpdate:
                 if not parameter.is_partial:
                     parameter.reset()
 
-    def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan) -> None:
+    def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan | None) -> None:
+        self._replaced[name.rpartition(".")[0]] = None
+        if plan is None:
+            # Upstream has made of it what it serves, and forgotten the layer.
+            return
         found = quantize_whole(plan, values)
         self._damaged += [] if found.isfinite().all() else [name]
-        self._replaced[name.rpartition(".")[0]] = None
 
 
 class _Refusal:
@@ -456,8 +662,11 @@ class _TensorAttributes:
         self._model = model
         self._found = {name: tensor for name, _, _, tensor in _slots(model) if not tensor.is_meta}
 
-    def keep_memory(self) -> list[str]:
+    def keep_memory(self, undo: UndoLog) -> list[str]:
         """Where upstream has put a new tensor in place of one, move its values into the old one's memory.
+
+        Args:
+            undo: keeps what is overwritten.
 
         Returns:
             Names of those that have got another form; they keep their old values too.
@@ -474,6 +683,7 @@ class _TensorAttributes:
             if (new.shape, new.dtype) != (old.shape, old.dtype):
                 changed.append(name)
                 continue
+            undo.keep(old)
             with torch.no_grad():
                 old.copy_(new)
         return changed
@@ -508,6 +718,10 @@ def is_updating(layer: torch.nn.Module) -> bool:
 
 def remember(model: torch.nn.Module, updatable: UpdatableModel) -> None:
     """Keep what ``model``'s updates need for as long as the model lives."""
+    present = set(model.modules())
+    for layer in updatable.layers:
+        if layer.module not in present:
+            layer.note_deletion(model)
     _models[model] = updatable
 
 
@@ -522,6 +736,56 @@ def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLoad
         for layer in layers:
             stack.enter_context(layer.shown(wrap))
         yield
+
+
+@contextmanager
+def _aliases_shown(model: torch.nn.Module, layers: Iterable[UpdatableLayer]) -> Iterator[None]:
+    """Show a layer's placeholders wherever else its weights are registered, as LoRA's wrappers register them again."""
+    shown: dict[int, dict[str, torch.nn.Parameter]] = {}
+    own = {layer.module for layer in layers}
+    for layer in layers:
+        for key, placeholder in layer.placeholders.items():
+            served = layer.module._parameters.get(key)
+            if served is not None:
+                scales = dict([layer.scales[key]] if key in layer.scales else [])
+                shown[id(served)] = {"": placeholder, **scales}
+    changed = []
+    for module in model.modules():
+        aliases = [key for key, weight in module._parameters.items() if id(weight) in shown and module not in own]
+        if aliases:
+            before = module._parameters
+            module._parameters = dict(before)
+            for key in aliases:
+                (placeholder, *_), scales = shown[id(before[key])].values(), dict(shown[id(before[key])])
+                module._parameters[key] = placeholder
+                module._parameters.update({name: scale for name, scale in scales.items() if name})
+            changed.append((module, before))
+    try:
+        yield
+    finally:
+        for module, before in changed:
+            module._parameters = before
+
+
+@contextmanager
+def _loaders_wrapped(model: torch.nn.Module, wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
+    """Wrap the loaders of all parameters that have memory: models call loaders from threads, which no mode follows."""
+    from sglang.srt.model_loader.weight_utils import default_weight_loader
+
+    before = []
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            loader = getattr(parameter, "weight_loader", None)
+            set_loader(parameter, wrap(name, loader or default_weight_loader))
+            before.append((parameter, loader))
+    try:
+        yield
+    finally:
+        for parameter, loader in before:
+            if loader is None:
+                del parameter.weight_loader  # type: ignore[attr-defined]
+            else:
+                set_loader(parameter, loader)
 
 
 @contextmanager
@@ -558,12 +822,20 @@ def _given(model: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[Non
             attributes["load_weights"] = own
 
 
-def _settled(stream: PipelinedStream) -> LayerNotStreamableError | None:
-    try:
-        stream.settle()
-    except LayerNotStreamableError as error:
-        return error
-    return None
+def _refuse_cast(name: str, served: torch.dtype, sent: torch.dtype) -> None:
+    if served is sent or not {served, sent} & set(VALUES):
+        return
+    if served in VALUES and sent.itemsize > 1:
+        raise WeightUpdateError(
+            f"{name} was quantized by stock SGLang, which cannot quantize it again: these {sent} values would be cast "
+            "under the old scale. Send fp8 values with their scale"
+        )
+    raise WeightUpdateError(f"{name} is served as {served}: {sent} values mean nothing there")
+
+
+def _put_back(bindings: Bindings | None) -> None:
+    if bindings is not None:
+        bindings.put_back()
 
 
 def _ignore(_size: int) -> None:

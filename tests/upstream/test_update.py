@@ -13,6 +13,7 @@ import torch
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.errors import WeightUpdateError
 from sglang_overlay.upstream import update
+from sglang_overlay.upstream.undo import UndoLog
 from sglang_overlay.upstream.update import TensorGroups, UpdatableLayer, UpdatableModel, WeightUpdate
 
 MLA = ["model.layers.0.self_attn.fused_qkv_a_proj_with_mqa", "model.layers.0.self_attn.o_proj"]
@@ -65,7 +66,7 @@ def attention():
 def test_derived_tensor_that_upstream_makes_anew_moves_into_the_old_memory(attention):
     old, attributes = attention.w_kc, update._TensorAttributes(attention)
     attention.w_kc = torch.full((2, 3), 2.0)
-    attributes.keep_memory()
+    attributes.keep_memory(UndoLog())
     assert attention.w_kc is old
     assert torch.equal(old, torch.full((2, 3), 2.0))
 
@@ -73,7 +74,7 @@ def test_derived_tensor_that_upstream_makes_anew_moves_into_the_old_memory(atten
 def test_derived_tensor_of_a_weight_that_did_not_come_stays(attention):
     old, attributes = attention.w_kc, update._TensorAttributes(attention)
     attention.w_kc = torch.empty(2, 3, device="meta")
-    attributes.keep_memory()
+    attributes.keep_memory(UndoLog())
     assert attention.w_kc is old
     assert torch.equal(old, torch.ones(2, 3))
 
@@ -81,7 +82,7 @@ def test_derived_tensor_of_a_weight_that_did_not_come_stays(attention):
 def test_derived_tensor_of_a_weight_that_did_not_come_stays_whatever_its_dtype(attention):
     old, attributes = attention.w_kc, update._TensorAttributes(attention)
     attention.w_kc = torch.empty(2, 3, device="meta", dtype=torch.bfloat16)
-    assert attributes.keep_memory() == []
+    assert attributes.keep_memory(UndoLog()) == []
     assert attention.w_kc is old
 
 
@@ -89,7 +90,7 @@ def test_derived_tensor_of_a_weight_that_did_not_come_stays_whatever_its_dtype(a
 def test_derived_tensor_of_another_form_is_told_and_keeps_its_old_memory(attention, new):
     old, attributes = attention.w_kc, update._TensorAttributes(attention)
     attention.w_kc = new
-    assert attributes.keep_memory() == ["w_kc"]
+    assert attributes.keep_memory(UndoLog()) == ["w_kc"]
     assert attention.w_kc is old
 
 
@@ -97,7 +98,7 @@ def test_derived_tensors_in_lists_and_dicts_that_are_made_anew_move_as_well(atte
     attention.scales = {"k": [torch.ones(2), torch.ones(3)]}
     old, attributes = attention.scales["k"], update._TensorAttributes(attention)
     attention.scales = {"k": [torch.full((2,), 2.0), torch.empty(3, device="meta")]}
-    attributes.keep_memory()
+    attributes.keep_memory(UndoLog())
     assert [now is before for now, before in zip(attention.scales["k"], old, strict=True)] == [True, True]
     assert torch.equal(old[0], torch.full((2,), 2.0))
     assert torch.equal(old[1], torch.ones(3))
@@ -111,7 +112,7 @@ def repacked():
     model.load_weights = list
     model.proj = torch.nn.Module()
     model.proj.weight = torch.nn.Parameter(torch.zeros(2, 3).to(torch.float8_e4m3fn), requires_grad=False)
-    plan = SimpleNamespace(registered=lambda _layer, _placeholders: None)
+    plan = SimpleNamespace(registered=lambda _layer, _placeholders: None, scale_placeholders=lambda *_: {})
     return model, UpdatableLayer("proj", model.proj, plan, {"weight": placeholder})
 
 

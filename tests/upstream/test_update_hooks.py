@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
 from sglang_overlay.upstream import update, update_hooks
 from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate
+from sglang_overlay.upstream.update_hooks import BEFORE_CALL, BEFORE_UPDATE
 
 
 class Model(torch.nn.Module):
@@ -34,14 +36,8 @@ def fail(_updater, *, run_post_load):
 
 def test_session_that_fails_at_its_end_is_closed_and_answered(known):
     updater, found = known
-    failures = []
-    token = update_hooks._failures.set(failures)
-    try:
-        update_hooks.end_weight_update(fail, updater, run_post_load=True)
-    finally:
-        update_hooks._failures.reset(token)
+    assert end(updater, fail) == [f"OSError: no room, run_post_load=False. {BEFORE_UPDATE}"]
     assert found.open is None
-    assert failures == ["OSError: no room, run_post_load=True. All fp8 layers hold their old values."]
 
 
 def test_session_that_nobody_waits_for_raises_and_is_closed(known):
@@ -51,15 +47,25 @@ def test_session_that_nobody_waits_for_raises_and_is_closed(known):
     assert found.open is None
 
 
-def end(updater):
-    """End a session as ``end_session`` has it ended; what went wrong."""
-    failures = []
-    token = update_hooks._failures.set(failures)
-    try:
-        update_hooks.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=False)
-    finally:
-        update_hooks._failures.reset(token)
-    return failures
+@dataclass
+class Ended:
+    """SGLang's answer to the end of a session."""
+
+    success: bool
+    message: str = "Success"
+
+
+def end(updater, original=lambda _updater, *, run_post_load: None):
+    """End a session as SGLang's scheduler does; what went wrong."""
+    runner = SimpleNamespace(model=updater.model)
+    manager = SimpleNamespace(_select_runners=lambda: [("target", runner)])
+
+    def end_all(_manager, _request):
+        update_hooks.end_weight_update(original, updater, run_post_load=False)
+        return Ended(success=True)
+
+    answer = update_hooks.end_session(end_all, manager, None)
+    return [] if answer.success else [answer.message]
 
 
 def run_out(*_args, **_kwargs):
@@ -69,7 +75,7 @@ def run_out(*_args, **_kwargs):
 def test_session_whose_workers_failed_is_closed_and_answered(known):
     updater, found = known
     found.begin(workers=1)._pipeline.submit(run_out)
-    assert end(updater) == ["StagingMemoryError: memory ran out. All fp8 layers hold their old values."]
+    assert end(updater) == [f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}"]
     assert found.open is None
 
 
@@ -79,7 +85,7 @@ def test_session_that_cannot_be_opened_is_answered_at_its_end_and_the_next_one_s
         patch.setattr(update, "WeightUpdate", run_out)
         update_hooks.begin_weight_update(lambda _updater: None, updater)
     assert found.open is None
-    assert end(updater) == ["StagingMemoryError: memory ran out. All fp8 layers hold their old values."]
+    assert end(updater) == [f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}"]
     update_hooks.begin_weight_update(lambda _updater: None, updater)
     assert end(updater) == []
 
@@ -108,7 +114,7 @@ def test_call_whose_update_fails_at_either_end_is_answered(call, moment, known, 
     updater, found = known
     found.abort()
     monkeypatch.setattr(WeightUpdate, moment, run_out)
-    answer = (False, "StagingMemoryError: memory ran out. All fp8 layers hold their old values.")
+    answer = (False, f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}")
     assert CALLS[call](updater) == answer
     assert found.open is None
 
@@ -123,7 +129,7 @@ def test_answer_has_the_notes_of_what_went_wrong(known):
 
     success, message = update_hooks.update_weights_from_ipc(fail, updater, None)
     assert not success
-    assert message == "OSError: cannot be read. All fp8 layers hold their old values.\nOf tensor x."
+    assert message == f"OSError: cannot be read. {BEFORE_CALL}\nOf tensor x."
 
 
 def test_interrupt_is_not_made_an_answer(known):
@@ -135,12 +141,12 @@ def test_interrupt_is_not_made_an_answer(known):
 
 
 def test_partial_update_stays_one(known, monkeypatch):
-    def finish(_update):
+    def finish(_update, _model):
         raise PartialUpdateError("half of it came")
 
     updater, found = known
     monkeypatch.setattr(WeightUpdate, "finish", finish)
-    with pytest.raises(PartialUpdateError, match=r"^half of it came\. All fp8 layers hold their old values\.$"):
+    with pytest.raises(PartialUpdateError, match=f"^half of it came. {BEFORE_UPDATE}$"):
         update_hooks.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=True)
     assert found.open is None
 
@@ -169,19 +175,23 @@ def test_update_from_disk_that_fails_at_either_end_goes_back_to_the_path_before(
     seen = []
 
     def load():
-        try:
+        with pytest.raises(WeightUpdateError):
             update_hooks.load_weights_and_postprocess(lambda *_: None, updater.model, [], torch.device("cpu"))
-        except WeightUpdateError:
-            seen.append(updater.model_config.model_path)
+        # As upstream does, to read the original weights again.
+        update_hooks.load_weights_and_postprocess(
+            lambda *_: seen.append("read"), updater.model, [], torch.device("cpu")
+        )
         return False, ""
 
-    assert run(load) == (False, "")
-    assert seen == ["served"]
+    told = f"Failed to update weights: StagingMemoryError: memory ran out. {BEFORE_UPDATE}"
+    assert run(load) == (False, told)
+    assert seen == []
+    assert updater.model_config.model_path == "served"
 
 
 def test_update_from_disk_that_finds_no_weights_leaves_the_path_before(disk):
     updater, run = disk
-    assert run(lambda: (False, "no such folder")) == (False, "no such folder")
+    assert run(lambda: (False, "no such folder")) == (False, f"no such folder. {BEFORE_UPDATE}")
     assert updater.model_config.model_path == "served"
 
 
@@ -189,7 +199,7 @@ def test_update_from_disk_that_raises_leaves_the_path_before(disk):
     updater, run = disk
     success, message = run(run_out)
     assert not success
-    assert "go back to those of served: memory ran out" in message
+    assert message == f"Failed to update weights: StagingMemoryError: memory ran out. {BEFORE_UPDATE}"
     assert updater.model_config.model_path == "served"
 
 

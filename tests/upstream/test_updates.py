@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from workbench.loads import PROMPTS, LoadJob, compare
 from workbench.mutations import altered
+from workbench.update_rule import RandomUpdates
 from workbench.updates import Update
 
 from sglang_overlay.upstream import releases
+from sglang_overlay.upstream.update_hooks import BEFORE_CALL, BEFORE_UPDATE
 from upstream.streamed import warnings_of
 
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
@@ -133,7 +135,7 @@ def test_half_a_unit_is_an_error_that_names_it_and_keeps_the_old_values(family, 
     (done,) = result.ranks[0].updates
     assert not done.success
     assert named in done.message
-    assert "All fp8 layers hold their old values" in done.message
+    assert BEFORE_UPDATE in done.message
     by_itself = source == "tensors" and BEGIN in releases.absent()
     assert ("each call is an update of its own" in done.message) is by_itself
     assert done.moved == ()
@@ -208,7 +210,9 @@ def test_failed_tensor_is_an_error_that_names_it_and_the_next_update_succeeds(
     failed, succeeded = result.ranks[0].updates
     assert not failed.success
     assert f"{BAD_PARAMETER[family]} cannot take this tensor" in failed.message
-    assert "These fp8 layers hold new values, all others their old ones: model.layers.0" in failed.message
+    assert BEFORE_CALL in failed.message
+    assert "a call of this update failed, and what it was to bring has not come since" in failed.message
+    assert BEFORE_UPDATE in failed.message
     assert failed.moved == ()
     assert succeeded.success
     assert compare(fresh(family, 1), result) == []
@@ -221,7 +225,8 @@ def test_failed_update_from_disk_goes_back_to_the_weights_before(family, workers
     (failed,) = result.ranks[0].updates
     assert not failed.success
     assert f"{BAD_PARAMETER[family]} cannot take this tensor" in failed.message
-    assert "Rolling back to original weights" in failed.message
+    assert BEFORE_UPDATE in failed.message
+    assert ".." not in failed.message
     assert failed.moved == ()
     assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", prompts=PROMPTS)), result) == []
 
@@ -235,7 +240,7 @@ def test_mistyped_path_is_forgotten_by_the_next_update_from_disk(workers, checkp
     assert not first.success
     assert "Failed to get weights iterator" in first.message
     assert not second.success
-    assert "Rolling back to original weights" in second.message
+    assert [BEFORE_UPDATE in answer.message for answer in (first, second)] == [True, True]
     assert compare(workers.load(LoadJob(checkpoint("qwen3_moe"), streaming="require", prompts=PROMPTS)), result) == []
 
 
@@ -257,7 +262,7 @@ def test_nan_is_served_as_sent_with_a_warning_that_names_the_parameter(family, s
 @pytest.mark.parametrize(
     "how", [{"source": "disk"}, pytest.param({"source": "tensor", "calls": 7}, marks=SESSIONS)], ids=["disk", "tensors"]
 )
-def test_update_needs_memory_for_units_not_for_the_model(how, workers, checkpoint):
+def test_update_needs_memory_for_what_it_replaces_and_for_units(how, workers, checkpoint):
     shape = (("num_experts", 64), ("moe_intermediate_size", 384), ("hidden_size", 512), ("num_hidden_layers", 6))
     paths = [checkpoint("qwen3_moe", overrides=shape, seed=seed) for seed in (0, SEED)]
     update = Update(checkpoint=paths[1], **how)
@@ -266,4 +271,75 @@ def test_update_needs_memory_for_units_not_for_the_model(how, workers, checkpoin
     assert rank.model_bytes > 200 * unit
     for done in rank.updates:
         assert done.success, done.message
-        assert done.memory.peak_above_start < 20 * unit
+        assert done.memory.peak_above_start < rank.model_bytes + 20 * unit
+
+
+@pytest.mark.parametrize("family", BAD)
+def test_failed_update_from_disk_leaves_the_weights_that_an_update_had_brought(
+    family, workers, checkpoint, misshapen, fresh
+):
+    good = Update("tensor", checkpoint(family, seed=SEED))
+    broken = Update("disk", misshapen(family, BAD[family]))
+    job = LoadJob(checkpoint(family), streaming="require", updates=(good, broken), prompts=PROMPTS)
+    result = workers.load(job)
+    assert [done.success for done in result.ranks[0].updates] == [True, False]
+    assert compare(fresh(family, 1), result) == []
+
+
+def renamed(checkpoint, folder, change):
+    """A copy of a checkpoint whose tensors have the names that ``change`` makes of theirs; None leaves one out."""
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if (new := change(name)) is not None:
+                tensors[new] = tensor
+
+    return altered(checkpoint, folder, rename)
+
+
+def test_what_a_whole_checkpoint_lacks_is_named_and_one_that_has_nothing_is_an_error(
+    workers, checkpoint, tmp_path, fresh
+):
+    new = checkpoint("qwen3_moe", seed=SEED)
+    prefixed = renamed(new, tmp_path / "prefixed", lambda name: f"_orig_mod.{name}")
+    lacking = renamed(new, tmp_path / "lacking", lambda name: None if "experts.2.down_proj" in name else name)
+    without_norm = renamed(new, tmp_path / "norm", lambda name: None if name == "model.norm.weight" else name)
+    updates = tuple(Update("disk", folder) for folder in (prefixed, lacking, without_norm, checkpoint("qwen3"), new))
+    result = workers.load(LoadJob(checkpoint("qwen3_moe"), streaming="require", updates=updates, prompts=PROMPTS))
+    nothing, part, norm, _, whole = result.ranks[0].updates
+    assert not nothing.success
+    assert "nothing of this checkpoint belongs to the model that is served" in nothing.message
+    assert "_orig_mod.model.layers.0" in nothing.message
+    assert part.success
+    assert "model.layers.0.mlp.experts.w2_weight (1 of 8 units)" in part.message
+    assert norm.success
+    assert "keeps its values: model.norm.weight (1 in all)" in norm.message
+    assert (whole.success, whole.message) == (True, "Succeeded to update model weights.")
+    assert compare(fresh("qwen3_moe", 1), result) == []
+
+
+def test_dense_checkpoint_for_a_model_of_experts_names_what_it_leaves(workers, checkpoint):
+    update = Update("disk", checkpoint("qwen3", seed=SEED))
+    (done,) = workers.load(LoadJob(checkpoint("qwen3_moe"), streaming="require", updates=(update,))).ranks[0].updates
+    assert "experts" in done.message
+    if done.success:
+        assert "keeps its values" in done.message
+
+
+def test_names_that_nothing_takes_are_told(workers, checkpoint, tmp_path):
+    new = checkpoint("qwen3_moe", seed=SEED)
+    strange = renamed(new, tmp_path / "strange", lambda name: f"_orig_mod.{name}" if "lm_head" in name else name)
+    updates = tuple(Update(source, strange) for source in ("tensor", "bucket"))
+    for done in workers.load(LoadJob(checkpoint("qwen3_moe"), updates=updates)).ranks[0].updates:
+        assert done.success
+        assert "Nothing took 1 of the tensors: _orig_mod.lm_head.weight." in done.message
+
+
+@SESSIONS
+def test_one_rank_that_fails_fails_all_and_none_has_changed(workers, checkpoint):
+    paths = tuple(checkpoint("deepseek_v3", seed=seed) for seed in (0, SEED))
+    job = LoadJob(paths[0], streaming="require", tp_size=2, updates=(RandomUpdates(paths, (), 0, 30),))
+    found = [rank.updates[0] for rank in workers.load(job).ranks]
+    assert [result.broken for result in found] == [[], []]
+    assert found[0].answers == found[1].answers

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a weight update has overwritten, in host memory, so that an update that fails leaves the weights of before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.staging import Piece
+
+Region = tuple[Any, ...]
+"""Storage, offset, shape, strides and dtype of a view."""
+
+
+class UndoLog:
+    """Values that writes have replaced, newest call last.
+
+    Each region is kept once a call, before its first write; putting back starts with the newest, so overlapping
+    regions end with what was there first. Any thread may ``keep``. All else is for when no loader runs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: list[dict[Region, tuple[torch.Tensor, torch.Tensor]]] = [{}]
+
+    def keep(self, *views: torch.Tensor) -> None:
+        """Keep what ``views`` hold, which are about to be written to."""
+        kept = self._calls[-1]
+        for view in views:
+            region = (storage_key(view), view.storage_offset(), view.shape, view.stride(), view.dtype)
+            if region not in kept:
+                with torch.no_grad():
+                    pair = view.detach(), view.detach().to("cpu", copy=True)
+                with self._lock:
+                    kept.setdefault(region, pair)
+
+    def begin_call(self) -> None:
+        """From now on, ``undo_call`` goes back to here."""
+        self._calls.append({})
+
+    def keep_call(self) -> None:
+        """The last call was right: what it replaced is only needed to undo all calls."""
+        last = self._calls.pop()
+        for region, pair in last.items():
+            self._calls[-1].setdefault(region, pair)
+
+    def undo_call(self) -> None:
+        """Put back what the last call replaced."""
+        _put_back(self._calls.pop())
+
+    def undo(self) -> None:
+        """Put back everything."""
+        for call in reversed(self._calls):
+            _put_back(call)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was written stays."""
+        self._calls = [{}]
+
+    @property
+    def storages(self) -> Collection[int]:
+        """``storage_key`` of everything that was written to."""
+        return {region[0] for call in self._calls for region in call}
+
+
+def _put_back(kept: dict[Region, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    # Tensors that were made in inference mode can be written to in that mode only, and all others as well.
+    with torch.inference_mode():
+        for view, old in reversed(kept.values()):
+            view.copy_(old)
+
+
+class UndoableQuantizer:
+    """A ``UnitQuantizer`` that keeps what it replaces."""
+
+    def __init__(self, quantizer: UnitQuantizer, undo: UndoLog) -> None:
+        self._quantizer = quantizer
+        self._undo = undo
+
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | float:
+        """As the quantizer's own."""
+        self._undo.keep(weight, scale)
+        return self._quantizer.quantize(pieces, weight, scale)
+
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """As the quantizer's own."""
+        self._undo.keep(weight, scale)
+        return self._quantizer.quantize_run(values, weight, scale)
+
+    def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        """As the quantizer's own."""
+        return self._quantizer.could_be(piece, weight, scale)
+
+
+class Bindings:
+    """Which parameters and buffers each module of a model holds, to put back where upstream has replaced them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._held = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+
+    def put_back(self) -> None:
+        """Have each module hold what it held."""
+        for module, parameters, buffers in self._held:
+            module._parameters = parameters
+            module._buffers = buffers
