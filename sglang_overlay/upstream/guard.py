@@ -52,8 +52,10 @@ def refuse(required_by: str | None, reason: str) -> None:
         logger.warning("StreamFP8: %s. The model is loaded as in stock SGLang.", reason)
 
 
-def mind_untested(settings: Settings) -> None:
-    """An SGLang whose hooked functions are not those that were tested is streamed with one warning, on one rank.
+def look_at_hooks(settings: Settings) -> None:
+    """Say at the beginning of an fp8 load what is wrong with the hooks, or untested about what is hooked.
+
+    Functions that are not those which were tested are hooked all the same, with one warning, on one rank.
 
     Raises:
         StreamingUnavailableError: streaming is required: that is for what was tested.
@@ -61,7 +63,13 @@ def mind_untested(settings: Settings) -> None:
     from sglang_overlay.upstream import releases
     from sglang_overlay.upstream.ranks import parallel_ranks
 
-    note = None if settings.mode is Mode.OFF else releases.untested_note()
+    if settings.mode is Mode.OFF:
+        return
+    reason = mismatch()
+    if reason is not None:
+        refuse(settings.required_by, reason)
+        return
+    note = releases.untested_note()
     if note is None:
         return
     required = f"{MODE_VARIABLE}={Mode.REQUIRE.value}"

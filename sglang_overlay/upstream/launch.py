@@ -2,8 +2,8 @@
 """Start an SGLang program with plugins loaded in this process and in all that it starts with ``multiprocessing``.
 
 SGLang itself does not load them in ``sglang.benchmark.one_batch``, in the weight-cache daemon
-(``weight_cache/daemon.py``), and in those processes of an encoder server (``disaggregation/encoder/runtime.py``) that are
-not its first.
+(``weight_cache/daemon.py``), and in those processes of an encoder server (``disaggregation/encoder/runtime.py``) that
+are not its first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def load_plugins_everywhere() -> None:
     load_plugins()
     # SGLang asks for processes by these names; a spawned one finds the class where it is defined, here.
     multiprocessing.Process = PluginProcess  # type: ignore[misc]
-    SpawnContext.Process = PluginSpawnProcess  # type: ignore[misc]
+    SpawnContext.Process = PluginSpawnProcess
 
 
 def check_module(module: str) -> None:

@@ -20,7 +20,7 @@ from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
 from sglang_overlay.upstream import eligibility, model_loading, streamed_loaders, telling, update
-from sglang_overlay.upstream.guard import mind_untested, mismatch, refuse
+from sglang_overlay.upstream.guard import look_at_hooks, mismatch, refuse
 from sglang_overlay.upstream.load import under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad, current
 from sglang_overlay.upstream.ranks import parallel_ranks
@@ -105,7 +105,7 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     if load is None:
         _refuse_other_loader(call)
     elif OverlayLoad.covers(call.get("quant_config")):
-        mind_untested(load.settings)
+        look_at_hooks(load.settings)
     return model_loading.initialize_model(original, *args, **kwargs)
 
 

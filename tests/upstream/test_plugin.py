@@ -287,24 +287,27 @@ for target in sorted({place.target for point in (*STREAMING, *TELLING) for place
 """
 
 
+def functions(**variables):
+    """Where each function that is hooked, or would be, stands in a file."""
+    result = run(then=SEEN, **variables)
+    assert result.returncode == 0, result.stderr
+    return {line for line in result.stdout.splitlines() if line.startswith("SEEN ")}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return functions(SGLANG_PLUGINS="of_nobody")
+
+
 class TestSwitchedOff:
     """``SGLANG_STREAMFP8=0``: every function that is hooked otherwise is the one that stands in SGLang's file."""
 
-    def functions(self, **variables):
-        result = run(then=SEEN, **variables)
-        assert result.returncode == 0, result.stderr
-        return {line for line in result.stdout.splitlines() if line.startswith("SEEN ")}
-
-    @pytest.fixture(scope="class")
-    def stock(self):
-        return self.functions(SGLANG_PLUGINS="of_nobody")
-
     def test_nothing_is_hooked(self, stock):
-        assert self.functions(SGLANG_STREAMFP8="0") == stock
+        assert functions(SGLANG_STREAMFP8="0") == stock
         assert len(stock) >= PRESENT
 
     def test_report_that_is_asked_for_hooks_what_measures_a_load_and_nothing_else(self, stock, tmp_path):
-        found = self.functions(SGLANG_STREAMFP8="0", SGLANG_STREAMFP8_REPORT=str(tmp_path))
+        found = functions(SGLANG_STREAMFP8="0", SGLANG_STREAMFP8_REPORT=str(tmp_path))
         changed = {line.split()[1] for line in stock - found}
         measuring = {point.target for point in (*MEASURING, *TELLING)}
         assert f"{LOADER}.DefaultModelLoader.load_model" in changed
@@ -327,32 +330,31 @@ class TestReleaseThatIsNotSupported:
         assert warnings_of(result) == []
 
 
+@pytest.fixture(scope="module")
+def changed_sglang(tmp_path_factory):
+    """The folder of an SGLang in which a function that is hooked has a statement more than in any release."""
+    installed, folder = Path(sglang.__file__).parent, tmp_path_factory.mktemp("changed")
+    shutil.copytree(installed, folder / "sglang", copy_function=os.symlink)
+    first = source_tree.find(installed.parent, FP8_LINEAR).node.body[0]
+    file = folder / "sglang" / "srt" / "layers" / "quantization" / "fp8.py"
+    lines = file.read_text().splitlines(keepends=True)
+    lines.insert(first.lineno - 1, f"{' ' * first.col_offset}something_else = None\n")
+    file.unlink()
+    file.write_text("".join(lines))
+    return folder
+
+
 class TestFunctionThatDoesSomethingElse:
-    """One that is hooked, with a statement more than in any release."""
-
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        """What goes before the other folders that packages are found in."""
-        installed, folder = Path(sglang.__file__).parent, tmp_path_factory.mktemp("changed")
-        shutil.copytree(installed, folder / "sglang", copy_function=os.symlink)
-        first = source_tree.find(installed.parent, FP8_LINEAR).node.body[0]
-        file = folder / "sglang" / "srt" / "layers" / "quantization" / "fp8.py"
-        lines = file.read_text().splitlines(keepends=True)
-        lines.insert(first.lineno - 1, f"{' ' * first.col_offset}something_else = None\n")
-        file.unlink()
-        file.write_text("".join(lines))
-        return folder
-
-    def test_is_streamed_with_a_warning_that_names_it(self, folder, checkpoint):
-        result = load("", checkpoint, folder)
+    def test_is_streamed_with_a_warning_that_names_it(self, changed_sglang, checkpoint):
+        result = load("", checkpoint, changed_sglang)
         assert result.returncode == 0, result.stderr
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         (warning,) = warnings_of(result)
         assert f"SGLang {releases.installed()} is untested" in warning
         assert re.findall(r"sglang\.srt\S+\w", warning) == [FP8_LINEAR]
 
-    def test_is_an_error_where_streaming_is_required(self, folder, checkpoint):
-        result = load("", checkpoint, folder, SGLANG_STREAMFP8="require")
+    def test_is_an_error_where_streaming_is_required(self, changed_sglang, checkpoint):
+        result = load("", checkpoint, changed_sglang, SGLANG_STREAMFP8="require")
         assert result.returncode == 1
         assert "FP8" not in result.stdout
         assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
