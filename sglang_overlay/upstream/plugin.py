@@ -38,9 +38,8 @@ def activate() -> None:
             would stop the server.
     """
     # Their values are for ``settings`` to read; where there are any, what is wrong with them has to be said at once.
-    is_configured = any(
-        each[0].startswith(SETTINGS_PREFIX) and each != REFERENCE_PLATFORM for each in os.environ.items()
-    )
+    settings = {each for each in os.environ.items() if each[0].startswith(SETTINGS_PREFIX)}
+    is_configured = bool(settings - {REFERENCE_PLATFORM})
     if is_configured or any(name in sys.modules for name in PATCHED_MODULES):
         _patch()
     else:
