@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8MoE
 
 from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.stream import Storage
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.overlay_plans import UpdatableExpertsPlan, UpdatableLinearPlan
-from sglang_overlay.upstream.plan import LayerPlan
+from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 
 
 class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
@@ -71,7 +73,7 @@ class ChannelScheme:
             "ignore",
             "_scale",
             lambda shape: (shape[0], 1),
-            UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu")),
+            _by_rows(torch.device("cpu"), 1),
             1,
         )
 
@@ -79,8 +81,18 @@ class ChannelScheme:
 class ChannelExpertsPlan(ExpertRowsPlan):
     """Experts as of a checkpoint in compressed-tensors' format with channel-wise scales."""
 
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        plan = super().parameter(name, placeholder, storage)
+        # All experts' rows, so that it does not matter how many of them come at once.
+        rows = placeholder.numel() // placeholder.shape[-1]
+        return replace(plan, quantizer=_by_rows(storage.weight.device, rows))
+
     def quantizer(self, device: torch.device) -> UnitQuantizer:
-        return UpdatableLinearPlan(per_channel=True).quantizer(device)
+        return _by_rows(device, 1)
+
+
+def _by_rows(device: torch.device, rows: int) -> UnitQuantizer:
+    return UpdatableLinearPlan(per_channel=True).quantizer(device, rows)
 
 
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
