@@ -17,6 +17,9 @@ import torch
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 
+Reorder = Callable[[torch.Tensor], torch.Tensor]
+"""Puts a tensor's elements into another order; its shape stays."""
+
 
 class UnitQuantizer(Protocol):
     """Quantizes units of one parameter. Must be safe to call from several threads for different units."""
@@ -259,3 +262,29 @@ class RowKernelQuantizer(RowQuantizer):
         """
         quantized, _ = self._function(like.new_zeros(self._rows, 16 + like.shape[-1] % 16))
         return quantized.view(torch.uint8)[0, 0] == 0
+
+
+class ShuffledUnits(AssembledUnits):
+    """Stores what another quantizer makes of units in the order in which a kernel reads them.
+
+    Args:
+        quantizer: of these units, rows one after the other.
+        shuffle: from that order into the kernel's, each unit within itself: ``[n, rows, columns]``.
+        unshuffle: back.
+    """
+
+    def __init__(self, quantizer: UnitQuantizer, shuffle: Reorder, unshuffle: Reorder) -> None:
+        self._quantizer = quantizer
+        self._shuffle = shuffle
+        self._unshuffle = unshuffle
+
+    def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        # Not in place: a kernel may be reading the weight.
+        in_rows = torch.empty_like(weight)
+        found = self._quantizer.quantize_run(values, in_rows, scale)
+        weight.copy_(self._shuffle(in_rows))
+        return found
+
+    def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        """As of ``UnitQuantizer``."""
+        return self._quantizer.could_be(piece, self._unshuffle(weight.unsqueeze(0))[0], scale)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
 
 def has_row_kernel() -> bool:
     """Whether SGLang has a kernel of its own for whole rows on CUDA, and does not take each for a group of values."""
@@ -26,3 +28,47 @@ def takes_activation_params(method: Any, backend: Any) -> bool:
     """Whether experts are run by FlashInfer's TRT-LLM kernels, and these are given parameters of the activation."""
     trtllm = backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()
     return bool(trtllm and hasattr(method, "_prepare_flashinfer_trtllm_activation_params") and method._owns_moe_runner)
+
+
+def uses_aiter() -> bool:
+    """Whether layers are run by AMD's aiter, which wants weights in an order of its own."""
+    from sglang.srt.layers.quantization import fp8
+
+    return bool(fp8._use_aiter)
+
+
+def packs_experts_to_int4() -> bool:
+    """Whether experts are int4, which SGLang does on ROCm."""
+    from sglang.srt.layers.quantization import fp8
+
+    return bool(fp8._use_hip_int4)
+
+
+def runs_shuffled_rows(rows: int) -> bool:
+    """Whether a weight of as many output channels, each with a scale, is run by a kernel that wants it shuffled."""
+    from sglang.srt.layers.quantization import fp8
+
+    if not uses_aiter():
+        return False
+    # Earlier releases, until 0.5.19, have one kernel for all sizes.
+    asked = getattr(fp8, "use_aiter_bpreshuffle_gemm", None)
+    return asked is None or bool(asked(rows))
+
+
+SHUFFLED_ROWS = 16
+"""Rows that are shuffled among each other, by ``shuffle_weight`` of ``aiter/ops/shuffle.py`` with layout (16, 16)."""
+
+
+def shuffle(weight: torch.Tensor) -> torch.Tensor:
+    """fp8 ``[..., rows, columns]`` in the order of aiter's kernels: aiter's own function, as SGLang calls it."""
+    from sglang.srt.layers.quantization import fp8
+
+    shuffled: torch.Tensor = fp8.shuffle_weight(weight, (SHUFFLED_ROWS, 16))
+    return shuffled
+
+
+def unshuffle(weight: torch.Tensor) -> torch.Tensor:
+    """What ``shuffle`` has been given. aiter has no such function, nor has SGLang before 0.5.23."""
+    *_, rows, columns = weight.shape
+    tiles = weight.reshape(-1, rows // SHUFFLED_ROWS, columns // 32, 2, SHUFFLED_ROWS, 16)
+    return tiles.permute(0, 1, 4, 2, 3, 5).reshape(weight.shape)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.upstream import capabilities
+
 ABSORBED = {
     "kv_b_proj": "MLA's post_load_weights builds w_kc and w_vc from its high-precision weight before quantization",
 }
@@ -39,11 +41,13 @@ def why_not_platform() -> str | None:
     """Platforms whose post-processing this package has never run stay on stock's path."""
     from sglang.srt import utils
 
-    for name in ("is_hip", "is_xpu", "is_npu", "is_musa", "is_cpu"):
+    for name in ("is_xpu", "is_npu", "is_musa", "is_cpu"):
         if not hasattr(utils, name):
             return f"this SGLang does not tell which platform it runs on (sglang.srt.utils.{name} is not there)"
         if getattr(utils, name)():
             return f"fp8 post-processing of this platform ({name.removeprefix('is_')}) is not covered yet"
+    if capabilities.packs_experts_to_int4():
+        return "SGLANG_INT4_WEIGHT has experts in int4"
     return None
 
 

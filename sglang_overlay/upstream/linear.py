@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers: ``Fp8LinearMethod`` of SGLang's ``fp8.py``.
 
-Stock quantizes a bf16 weight ``[N, K]`` per channel where the kernels want that (cutlass fp8, marlin:
-``per_token_group_quant_fp8(weight, K)``) and per tensor otherwise (``input_to_float8``), and keeps the transposed view.
+Stock quantizes a bf16 weight ``[N, K]`` per channel where the kernels want that (cutlass fp8, marlin,
+aiter per token: ``per_token_group_quant_fp8(weight, K)``) and per tensor otherwise (``input_to_float8``), and keeps the
+transposed view. aiter's kernel per token wants the rows shuffled, 16 among each other.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.quantizers import RowKernelQuantizer, ShuffledUnits, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.upstream import capabilities
 from sglang_overlay.upstream.load import create_streamed, process_streamed
 from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan
 
@@ -36,8 +38,11 @@ class LinearPlan(OnlinePlan):
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
         rows, columns = placeholder.shape
+        quantizer = self.quantizer(storage.weight.device, rows)
+        if self._per_channel and capabilities.runs_shuffled_rows(rows):
+            return _shuffled(quantizer, placeholder, storage)
         grid = UnitGrid.per_slice((rows, columns)) if self._per_channel else UnitGrid.one((rows, columns))
-        return ParameterPlan(grid, self.quantizer(storage.weight.device, rows), storage)
+        return ParameterPlan(grid, quantizer, storage)
 
     def quantizer(self, device: torch.device, rows: int) -> UnitQuantizer:
         """What turns rows of a weight that has ``rows``, or all of it, into fp8: upstream's own functions."""
@@ -49,10 +54,9 @@ class LinearPlan(OnlinePlan):
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         storage = storages["weight"]
-        rows, columns = storage.weight.shape[-2:]
         # Per channel with the strides (1, 1) of stock's ``x_s.t().contiguous()``, which leaves one row as it is.
-        scale = storage.scale.view(rows, 1).t() if self._per_channel else storage.scale.view(())
-        layer.weight = Parameter(storage.weight.view(rows, columns).t(), requires_grad=False)
+        scale = storage.scale.view(-1, 1).t() if self._per_channel else storage.scale.view(())
+        layer.weight = Parameter(storage.weight.view(-1, storage.weight.shape[-1]).t(), requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.input_scale = None  # type: ignore[assignment]
 
@@ -62,6 +66,8 @@ class LinearPlan(OnlinePlan):
 
             prepare_fp8_layer_for_marlin(layer, not method.block_quant)
             del layer.input_scale
+        if is_per_token(method):
+            method.use_per_token_if_dynamic = True
 
     def _scales(self, placeholder: torch.Tensor) -> int:
         return placeholder.shape[0] if self._per_channel else 1
@@ -72,7 +78,21 @@ class LinearPlan(OnlinePlan):
 
 def is_per_channel(method: Any) -> bool:
     """Whether stock would quantize the weight of an ``Fp8LinearMethod`` per channel."""
-    return bool(method.cutlass_fp8_supported or method.use_marlin)
+    return bool(method.cutlass_fp8_supported or method.use_marlin or is_per_token(method))
+
+
+def is_per_token(method: Any) -> bool:
+    """Whether aiter runs layers of an ``Fp8LinearMethod`` with one scale a token and one an output channel."""
+    return bool(method.use_aiter_fp8_per_token and capabilities.uses_aiter())
+
+
+def _shuffled(quantizer: UnitQuantizer, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+    """Units are the rows that are shuffled among each other. A height that is no multiple of them aiter refuses."""
+    rows, columns = placeholder.shape
+    height = rows if rows % capabilities.SHUFFLED_ROWS else capabilities.SHUFFLED_ROWS
+    grid = UnitGrid(rows // height, (height, columns), sliced=True)
+    storage = Storage(storage.weight.view(grid.parameter_shape), storage.scale.view(grid.count, height))
+    return ParameterPlan(grid, ShuffledUnits(quantizer, capabilities.shuffle, capabilities.unshuffle), storage)
 
 
 def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 """Expert layers: ``Fp8MoEMethod`` of SGLang's ``fp8.py``.
 
 Stock quantizes each expert's w13 ``[2 * intermediate, hidden]`` and w2 ``[hidden, intermediate]`` per tensor
-(``scaled_fp8_quant``); scales are ``[E]``.
+(``scaled_fp8_quant``); scales are ``[E]``. On ROCm upstream then shuffles or pads the weights.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class ExpertsPlan(OnlinePlan):
         layer.w2_weight = Parameter(w2.weight, requires_grad=False)
 
     def process(self, original: Callable[[], None], method: Any, layer: Module) -> None:
+        from sglang.srt.utils import is_hip
+
+        if is_hip():
+            method.process_weights_hip_scale_padding(layer)
         _prepare_backend(method, layer)
         dispatcher: Any = getattr(layer, "dispatcher", None)
         if dispatcher is not None:

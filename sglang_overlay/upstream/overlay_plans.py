@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from sglang_overlay.core.cpu_quantizers import (
     quantize_rows,
     quantize_rows_as_groups,
 )
-from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer
+from sglang_overlay.core.quantizers import RowQuantizer, ShuffledUnits, UnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.schemes.mxfp8 import Mxfp8ExpertsPlan, Mxfp8LinearPlan
 from sglang_overlay.upstream import capabilities, update
 from sglang_overlay.upstream.linear import LinearPlan, is_per_channel
 from sglang_overlay.upstream.load import create_streamed, process_streamed
 from sglang_overlay.upstream.moe import ExpertsPlan
+from sglang_overlay.upstream.plan import ParameterPlan
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
 
@@ -65,6 +67,15 @@ class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
 class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
     """``ExpertsPlan`` of a layer that may be updated."""
 
+    def __init__(self) -> None:
+        self._row_scales: dict[str, torch.Tensor] = {}
+
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        plan = super().parameter(name, placeholder, storage)
+        if name not in self._row_scales:
+            return plan
+        return replace(plan, quantizer=AiterExperts(plan.quantizer, self._row_scales[name]))
+
     def quantizer(self, device: torch.device) -> UnitQuantizer:
         from sglang.srt.layers.quantization import fp8
 
@@ -75,14 +86,41 @@ class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         from sglang.srt.layers.quantization import fp8
 
-        storages = {
-            name: Storage(getattr(layer, name).data, getattr(layer, f"{name}_scale").data) for name in placeholders
-        }
+        storages = {name: _served(layer, name, tuple(placeholders[name].shape)) for name in placeholders}
         for name, storage in storages.items():
             shape = placeholders[name].shape
             if (storage.weight.dtype, storage.weight.shape, storage.scale.shape) != (fp8.fp8_dtype, shape, shape[:1]):
                 return None
+        if capabilities.uses_aiter():
+            # Only in a finished layer: upstream shuffles experts when all have been loaded.
+            self._row_scales = {name: layer.get_parameter(f"{name}_scale1").data for name in placeholders}
         return storages
+
+
+class AiterExperts(ShuffledUnits):
+    """Experts that are being served by aiter: shuffled, and the scale of each repeated for each of its rows.
+
+    Args:
+        quantizer: of experts' matrices.
+        row_scales: float32 ``[experts, rows]``.
+    """
+
+    def __init__(self, quantizer: UnitQuantizer, row_scales: torch.Tensor) -> None:
+        super().__init__(quantizer, capabilities.shuffle, capabilities.unshuffle)
+        self._row_scales = row_scales
+
+    def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        found = super().quantize_units(values, weight, scale)
+        # Which experts these are: a layer's scales are one tensor, of one element an expert.
+        first = scale.storage_offset()
+        self._row_scales[first : first + len(scale)] = scale.view(-1, 1)
+        return found
+
+
+def _served(layer: Module, name: str, shape: tuple[int, ...]) -> Storage:
+    """A finished layer's weight and its scales, without the columns that upstream adds with SGLANG_MOE_PADDING."""
+    weight = layer.get_parameter(name).data
+    return Storage(weight[..., : shape[-1]], layer.get_parameter(f"{name}_scale").data)
 
 
 def create_linear_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:

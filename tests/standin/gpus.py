@@ -59,9 +59,11 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB) -> dict[str, s
     return {
         "LD_PRELOAD": str(runtime()),
         "PYTHONPATH": os.pathsep.join(paths),
+        "PATH": os.pathsep.join([str(HERE / "site" / "bin"), os.environ.get("PATH", os.defpath)]),
         "STANDIN_GPU": gpu,
         "STANDIN_NAME": kind.name,
         "STANDIN_CAPABILITY": str(10 * major + minor),
+        "STANDIN_ARCHITECTURE": kind.architecture,
         "STANDIN_MULTIPROCESSORS": str(kind.multiprocessors),
         "STANDIN_DEVICES": str(devices),
         "STANDIN_MEMORY": str(memory),

@@ -26,8 +26,13 @@ JIT = ("sglang.jit_kernel.utils", "sglang.kernels.jit.utils.compile.loader", "sg
 
 def install() -> None:
     """From now on, imports of these packages succeed, and ``load_jit`` compiles nothing."""
-    sys.meta_path.append(_Absent())
+    answer_for(*ABSENT)
     sys.meta_path.insert(0, _Changed(dict.fromkeys(JIT, _without_compiler)))
+
+
+def answer_for(*names: str) -> None:
+    """From now on, imports of these top-level packages succeed where they are not installed."""
+    sys.meta_path.append(_Absent(names))
 
 
 class Missing:
@@ -62,8 +67,11 @@ class _AbsentModule(types.ModuleType):
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Last on the path, so that what is installed wins."""
 
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        known = fullname.partition(".")[0] in ABSENT
+        known = fullname.partition(".")[0] in self._names
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if known else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
