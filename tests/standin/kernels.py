@@ -22,6 +22,9 @@ FP8_MAX = 448.0
 WARPS_A_BLOCK = 8
 """Rows that a block of the warp kernel quantizes: ``kPerTokenQuantTokensPerCTA``, once ``kTokensPerCTA``."""
 
+MARLIN_K, MARLIN_N = 16, 64
+"""Rows and columns of a tile of Marlin's: ``tile_k_size`` and ``tile_n_size``."""
+
 BY_NAME: dict[str, Callable[..., Any]] = {}
 """Emulations by the name under which SGLang knows the kernel."""
 
@@ -122,3 +125,30 @@ def per_tensor_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: 
     values, scale = on_host(input).float(), on_host(output_s)
     torch.maximum(scale, largest(values) / FP8_MAX, out=scale)
     on_host(output_q).copy_(saturated(values * (1.0 / scale)))
+
+
+@emulates("gptq_marlin_repack", "kernels/jit/csrc/gemm/marlin/gptq_marlin_repack.cuh", "0.5.23")
+def gptq_marlin_repack(
+    b_q_weight: torch.Tensor, perm: torch.Tensor, out: torch.Tensor, size_k: int, size_n: int, num_bits: int
+) -> None:
+    """int32 ``[K / 4, N]``, four fp8 values down a column each, to ``[K / 16, 4 * N]`` as tensor cores take them.
+
+    A tile of 16 x 64 values becomes 256 words: lane ``t`` of warp ``w`` packs the values of two columns,
+    ``16 * w + t / 4`` and 8 further on, in the rows ``2 * (t % 4) + (0, 8, 1, 9)``.
+    """
+    assert num_bits == 8, "of weights in 4 bits none is loaded as fp8"
+    assert size_k % MARLIN_K == 0, f"size_k = {size_k} is not divisible by tile_k_size = {MARLIN_K}"
+    assert size_n % MARLIN_N == 0, f"size_n = {size_n} is not divisible by tile_n_size = {MARLIN_N}"
+    assert b_q_weight.shape == (size_k // 4, size_n) and b_q_weight.dtype == torch.int32
+    assert out.shape == (size_k // MARLIN_K, size_n * MARLIN_K // 4) and out.dtype == torch.int32
+    assert b_q_weight.is_contiguous() and out.is_contiguous() and len(perm) == 0
+    on_current_device(b_q_weight, out)
+    aligned(b_q_weight)
+    # [K, N], then [K tiles, 16, N tiles, 4 warps, 2 columns, 8 lanes / 4].
+    values = on_host(b_q_weight).view(torch.uint8).view(size_k // 4, size_n, 4).transpose(1, 2).reshape(size_k, size_n)
+    tiles = values.view(size_k // MARLIN_K, MARLIN_K, size_n // MARLIN_N, 4, 2, 8)
+    # The rows of a lane, in the order in which they are packed: [4 lanes % 4, 4].
+    rows = 2 * torch.arange(4).unsqueeze(1) + torch.tensor([0, 8, 1, 9])
+    # [K tiles, 4 lanes % 4, 4 packed, N tiles, 4 warps, 2 columns, 8 lanes / 4]
+    packed = tiles[:, rows].permute(0, 3, 6, 1, 4, 5, 2)
+    on_host(out).copy_(packed.contiguous().view(torch.int32).view(out.shape))

@@ -10,15 +10,17 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from standin import kernels
+from standin import kernels, libraries  # noqa: F401 - libraries enters its own into kernels
+from standin.gpus import PACKAGES_VARIABLE as VARIABLE
 
-ABSENT = ("sgl_kernel", "cutlass", "cuda")
-"""Top-level packages to answer for, where they are not installed."""
+ABSENT = ("sgl_kernel", "cutlass", "cuda", "triton_kernels", *filter(None, os.environ.get(VARIABLE, "").split(",")))
+"""Top-level packages to answer for, where they are not installed: those of every GPU machine, and what is asked for."""
 
 JIT = ("sglang.jit_kernel.utils", "sglang.kernels.jit.utils.compile.loader", "sglang.kernels.jit.utils")
 """Modules that define or hand on ``load_jit``, in the releases that have them."""
