@@ -76,6 +76,8 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iter
         "STANDIN_MEMORY": str(memory),
         # Triton's kernels run as they are, in its interpreter.
         "TRITON_INTERPRET": "1",
+        # There is no NCCL without a driver: SGLang goes on with torch.distributed.
+        "SGLANG_NCCL_SO_PATH": str(HERE / "no-nccl"),
         PACKAGES_VARIABLE: ",".join(sorted(there)),
         "SGLANG_IS_FLASHINFER_AVAILABLE": str("flashinfer" in there).lower(),
         "SGLANG_ENABLE_JIT_DEEPGEMM": str(int("deep_gemm" in there)),
