@@ -127,6 +127,93 @@ def per_tensor_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: 
     on_host(output_q).copy_(saturated(values * (1.0 / scale)))
 
 
+@emulates("per_tensor_quant_fp8<true", "kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh", "0.5.13.post1 to 0.5.23")
+def per_tensor_quant_fp8_by_given_scale(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
+    """All of ``[elements]`` by the scale that is there: the template with ``kIsStatic``."""
+    on_current_device(input, output_q, output_s)
+    assert input.dim() == 1 and output_q.shape == input.shape and output_s.shape == (1,)
+    assert output_q.dtype == torch.float8_e4m3fn and output_s.dtype == torch.float32
+    aligned(input)
+    aligned(output_q, 16 // input.element_size())
+    on_host(output_q).copy_(saturated(on_host(input).float() * (1.0 / on_host(output_s))))
+
+
+@emulates("sgl_per_token_quant_fp8", "sgl-kernel/csrc/gemm/per_token_quant_fp8.cu", "0.5.13.post1, 0.5.15.post1")
+def sgl_per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
+    """Each row by its largest magnitude, as ``per_token_quant_fp8``, which was made of it."""
+    rows, columns = input.shape
+    assert columns % 4 == 0, f"Hidden dimension must be divisible by 4, but got {columns}"
+    assert output_s.is_contiguous() and output_s.numel() >= rows
+    _quantize_rows(input, output_q[:rows], output_s.view(-1)[:rows])
+
+
+@emulates(
+    "per_token_group_quant_8bit", "jit_kernel/csrc/gemm/per_token_group_quant_8bit.cuh", "0.5.13.post1, 0.5.15.post1"
+)
+def per_token_group_quant_8bit(
+    input: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s: torch.Tensor,
+    group_size: int,
+    eps: float,
+    min_8bit: float,
+    max_8bit: float,
+    scale_ue8m0: bool,
+) -> None:
+    """Each group of ``group_size`` columns by its largest magnitude, or ``eps``: ``[M, K]``, scales ``[M, groups]``.
+
+    Divides by the scale. NaN becomes -448: ``max(NaN, -448)`` comes before ``min``. Columns beyond the last full 16
+    bytes of a group are never written, which no weight may want.
+    """
+    assert not scale_ue8m0, "no weight is quantized with packed scales here"
+    assert input.dim() == 2 and output_q.shape == input.shape and output_s.dtype == torch.float32
+    _check_groups(input, output_q, group_size, 16)
+    values, scale = on_host(input).float().view(-1, group_size), on_host(output_s)
+    absmax = largest(values, dim=1).clamp(min=eps)
+    factors = absmax / max_8bit
+    quantized = torch.nan_to_num(values / factors, nan=min_8bit).clamp(min_8bit, max_8bit)
+    on_host(output_q).copy_(quantized.view(input.shape))
+    scale.copy_(factors.view(scale.shape))
+
+
+@emulates(
+    "sgl_per_token_group_quant_8bit",
+    "sgl-kernel/csrc/gemm/per_token_group_quant_8bit_v2.cu",
+    "0.5.13.post1, 0.5.15.post1",
+)
+def sgl_per_token_group_quant_8bit(
+    input: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s: torch.Tensor,
+    group_size: int,
+    eps: float,
+    fp8_min: float,
+    fp8_max: float,
+    scale_ue8m0: bool,
+    fuse_silu_and_mul: bool = False,
+    masked_m: torch.Tensor | None = None,
+    enable_v2: bool | None = None,
+) -> None:
+    """As ``per_token_group_quant_8bit``, for weights as narrow as a group: multiplies by reciprocals."""
+    assert enable_v2 and not scale_ue8m0 and not fuse_silu_and_mul and masked_m is None, "not what weights ask for"
+    assert group_size in (16, 32, 64, 128) and eps == 1e-10
+    assert input.dtype in (torch.float16, torch.bfloat16)
+    _check_groups(input, output_q, group_size, 32)
+    values, scale = on_host(input).float().view(-1, group_size), on_host(output_s)
+    absmax = largest(values, dim=1).clamp(min=eps)
+    products = torch.nan_to_num(values * (fp8_max / absmax), nan=fp8_min).clamp(fp8_min, fp8_max)
+    on_host(output_q).copy_(products.view(input.shape))
+    scale.copy_((absmax * (1.0 / torch.tensor(fp8_max))).view(scale.shape))
+
+
+def _check_groups(input: torch.Tensor, output_q: torch.Tensor, group_size: int, vector: int) -> None:
+    on_current_device(input, output_q)
+    assert input.is_contiguous() and output_q.is_contiguous() and output_q.dtype == torch.float8_e4m3fn
+    assert input.shape[-1] % group_size == 0
+    assert group_size * input.element_size() % vector == 0, f"a group of {group_size} is no multiple of {vector} bytes"
+    aligned(input)
+
+
 @emulates("gptq_marlin_repack", "kernels/jit/csrc/gemm/marlin/gptq_marlin_repack.cuh", "0.5.23")
 def gptq_marlin_repack(
     b_q_weight: torch.Tensor, perm: torch.Tensor, out: torch.Tensor, size_k: int, size_n: int, num_bits: int

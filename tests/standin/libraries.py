@@ -241,7 +241,12 @@ def align(x: int, y: int) -> int:
     return -(-x // y) * y
 
 
-BY_NAME.update(get_tma_aligned_size=get_tma_aligned_size, align=align)
+def ceil_div(a: int, b: int) -> int:
+    """CuTe's, where SGLang plans a launch."""
+    return -(-a // b)
+
+
+BY_NAME.update(get_tma_aligned_size=get_tma_aligned_size, align=align, ceil_div=ceil_div)
 
 
 def _to_device(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -112,6 +112,8 @@ def load_jit(*args: str, cuda_wrappers: Sequence[tuple[str, str]] = (), **_how: 
     """
     found = {}
     for exported, instantiated in cuda_wrappers:
-        emulated = kernels.BY_NAME.get(exported)
+        # A template's variant, where it is one that does something else.
+        variant = instantiated.partition(",")[0]
+        emulated = kernels.BY_NAME.get(variant) or kernels.BY_NAME.get(exported)
         found[exported] = emulated or Missing(f"{exported} ({instantiated})")
     return types.SimpleNamespace(**found)
