@@ -28,7 +28,7 @@ class Gpu:
         multiprocessors: or compute units.
         architecture: ``gcnArchName`` of an AMD GPU; empty for NVIDIA's.
         environ: further variables of its processes.
-        packages: without which SGLang does not start on it.
+        packages: that SGLang finds on it, whatever a test asks for.
     """
 
     name: str
@@ -78,7 +78,8 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iter
         "TRITON_INTERPRET": "1",
         # There is no NCCL without a driver: SGLang goes on with torch.distributed.
         "SGLANG_NCCL_SO_PATH": str(HERE / "no-nccl"),
-        PACKAGES_VARIABLE: ",".join(sorted(there)),
+        # NVIDIA's builds import FlashInfer, available or not.
+        PACKAGES_VARIABLE: ",".join(sorted(there if kind.architecture else there | {"flashinfer"})),
         "SGLANG_IS_FLASHINFER_AVAILABLE": str("flashinfer" in there).lower(),
         "SGLANG_ENABLE_JIT_DEEPGEMM": str(int("deep_gemm" in there)),
         **kind.environ,

@@ -246,7 +246,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-BY_NAME.update(get_tma_aligned_size=get_tma_aligned_size, align=align, ceil_div=ceil_div)
+def set_pdl(enabled: bool) -> None:
+    """DeepGEMM's switch for launches that overlap: there are none here."""
+
+
+BY_NAME.update(get_tma_aligned_size=get_tma_aligned_size, align=align, ceil_div=ceil_div, set_pdl=set_pdl)
 
 
 def _to_device(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

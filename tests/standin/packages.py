@@ -7,6 +7,7 @@ Kernels come from the package ``sgl_kernel``, or, more of them in each release, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -15,6 +16,8 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
+
+import torch
 
 from standin import kernels, libraries  # noqa: F401 - libraries enters its own into kernels
 from standin.gpus import PACKAGES_VARIABLE as VARIABLE
@@ -29,7 +32,20 @@ JIT = ("sglang.jit_kernel.utils", "sglang.kernels.jit.utils.compile.loader", "sg
 def install() -> None:
     """From now on, imports of these packages succeed, and ``load_jit`` compiles nothing."""
     sys.meta_path.append(_Absent())
+    # Old releases describe operators of sgl_kernel to torch.compile, which are not there.
+    torch.library.register_fake = _without_those_absent(torch.library.register_fake)
     sys.meta_path.insert(0, _Changed(dict.fromkeys(JIT, _without_compiler)))
+
+
+def _without_those_absent(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def register_fake(op: Any, *args: Any, **how: Any) -> Any:
+        namespace, _, name = str(op).partition("::")
+        if namespace in ABSENT and not hasattr(getattr(torch.ops, namespace), name):
+            return (lambda function: function) if not args else args[0]
+        return original(op, *args, **how)
+
+    return register_fake
 
 
 class Missing:
