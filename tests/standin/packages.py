@@ -34,7 +34,8 @@ def install() -> None:
     sys.meta_path.append(_Absent())
     # Old releases describe operators of sgl_kernel to torch.compile, which are not there.
     torch.library.register_fake = _without_those_absent(torch.library.register_fake)
-    sys.meta_path.insert(0, _Changed(dict.fromkeys(JIT, _without_compiler)))
+    changes = {**dict.fromkeys(JIT, _without_compiler), "sglang.srt.utils.common": _without_kernel_cache}
+    sys.meta_path.insert(0, _Changed(changes))
 
 
 def _without_those_absent(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,6 +120,12 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def _without_compiler(module: types.ModuleType) -> None:
     if hasattr(module, "load_jit"):
         module.load_jit = load_jit  # type: ignore[attr-defined]
+
+
+def _without_kernel_cache(module: types.ModuleType) -> None:
+    # Its cache of compiled Triton kernels takes no interpreted ones.
+    if hasattr(module, "cached_triton_kernel"):
+        module.cached_triton_kernel = lambda _key: lambda function: function  # type: ignore[attr-defined]
 
 
 def load_jit(*args: str, cuda_wrappers: Sequence[tuple[str, str]] = (), **_how: Any) -> Any:
