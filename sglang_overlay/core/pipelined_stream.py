@@ -106,9 +106,9 @@ class PipelinedStream(ParameterStream):
         else:
             super()._stage(unit, staged, piece, source)
 
-    def _ready(self, piece: Piece) -> Piece:
+    def _for_quantizer(self, piece: Piece) -> Piece:
         if self._upload is None or piece.is_fill:
-            return super()._ready(piece)
+            return super()._for_quantizer(piece)
         return Piece(piece.box, self._on_device(piece.values))
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:

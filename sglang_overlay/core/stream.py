@@ -233,7 +233,7 @@ class ParameterStream:
                 self._stage(unit, staged, piece, source)
                 self._release(units)
                 return
-            pieces = [self._ready(each) for each in (*staged.pieces, piece)]
+            pieces = [self._for_quantizer(each) for each in (*staged.pieces, piece)]
         self._run(units, source, partial(self._quantize, unit, pieces, source))
 
     def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
@@ -250,7 +250,7 @@ class ParameterStream:
     def _copied(self, piece: Piece) -> Piece:
         return piece.copied(self._dtype, piece.values.device)
 
-    def _ready(self, piece: Piece) -> Piece:
+    def _for_quantizer(self, piece: Piece) -> Piece:
         """``piece`` as quantizers take it: they bring pieces to the device themselves, into the unit."""
         return piece if piece.values.dtype == self._dtype else Piece(piece.box, self._on_device(piece.values))
 

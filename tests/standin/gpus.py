@@ -7,7 +7,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 GIB = 1 << 30
+PACKAGES_VARIABLE = "STANDIN_PACKAGES"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Gpu:
         multiprocessors: or compute units.
         architecture: ``gcnArchName`` of an AMD GPU; empty for NVIDIA's.
         environ: further variables of its processes.
+        packages: that SGLang finds on it, whatever a test asks for.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Gpu:
     multiprocessors: int
     architecture: str = ""
     environ: Mapping[str, str] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
 
 
 GPUS: Mapping[str, Gpu] = {
@@ -42,7 +45,7 @@ GPUS: Mapping[str, Gpu] = {
     "h200": Gpu("NVIDIA H200", (9, 0), 132),
     # A seventh of one: whether a row is a warp's is decided at 256 rows, among those of a small layer.
     "h200-1g": Gpu("NVIDIA H200 MIG 1g.18gb", (9, 0), 16),
-    "b200": Gpu("NVIDIA B200", (10, 0), 148),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, packages=("flashinfer",)),
     "rtx5090": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170),
     "mi300x": Gpu("AMD Instinct MI300X", (9, 4), 304, "gfx942:sramecc+:xnack-"),
     "mi300x-aiter": Gpu("AMD Instinct MI300X", (9, 4), 304, "gfx942:sramecc+:xnack-", {"SGLANG_USE_AITER": "1"}),
@@ -51,9 +54,17 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 
-def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB) -> dict[str, str]:
-    """Variables for processes that are to have ``devices`` GPUs of this kind, of ``memory`` bytes each."""
+def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iterable[str] = ()) -> dict[str, str]:
+    """Variables for processes that are to have GPUs.
+
+    Args:
+        gpu: which, a key of ``GPUS``.
+        devices: how many.
+        memory: bytes of each.
+        packages: ``flashinfer`` and ``deep_gemm``, where SGLang is to find them.
+    """
     kind = GPUS[gpu]
+    there = {*kind.packages, *packages}
     major, minor = kind.capability
     paths = [str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
@@ -71,9 +82,10 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB) -> dict[str, s
         "TRITON_INTERPRET": "1",
         # There is no NCCL without a driver: SGLang goes on with torch.distributed.
         "SGLANG_NCCL_SO_PATH": str(HERE / "no-nccl"),
-        # A GPU machine without FlashInfer and DeepGEMM, unless a test asks for them.
-        "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
-        "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
+        # NVIDIA's builds import FlashInfer, available or not.
+        PACKAGES_VARIABLE: ",".join(sorted(there if kind.architecture else there | {"flashinfer"})),
+        "SGLANG_IS_FLASHINFER_AVAILABLE": str("flashinfer" in there).lower(),
+        "SGLANG_ENABLE_JIT_DEEPGEMM": str(int("deep_gemm" in there)),
         **kind.environ,
     }
 

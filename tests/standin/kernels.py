@@ -22,6 +22,9 @@ FP8_MAX = 448.0
 WARPS_A_BLOCK = 8
 """Rows that a block of the warp kernel quantizes: ``kPerTokenQuantTokensPerCTA``, once ``kTokensPerCTA``."""
 
+MARLIN_K, MARLIN_N = 16, 64
+"""Rows and columns of a tile of Marlin's: ``tile_k_size`` and ``tile_n_size``."""
+
 BY_NAME: dict[str, Callable[..., Any]] = {}
 """Emulations by the name under which SGLang knows the kernel."""
 
@@ -122,3 +125,117 @@ def per_tensor_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: 
     values, scale = on_host(input).float(), on_host(output_s)
     torch.maximum(scale, largest(values) / FP8_MAX, out=scale)
     on_host(output_q).copy_(saturated(values * (1.0 / scale)))
+
+
+@emulates("per_tensor_quant_fp8<true", "kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh", "0.5.13.post1 to 0.5.23")
+def per_tensor_quant_fp8_by_given_scale(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
+    """All of ``[elements]`` by the scale that is there: the template with ``kIsStatic``."""
+    on_current_device(input, output_q, output_s)
+    assert input.dim() == 1 and output_q.shape == input.shape and output_s.shape == (1,)
+    assert output_q.dtype == torch.float8_e4m3fn and output_s.dtype == torch.float32
+    aligned(input)
+    aligned(output_q, 16 // input.element_size())
+    on_host(output_q).copy_(saturated(on_host(input).float() * (1.0 / on_host(output_s))))
+
+
+@emulates("sgl_per_token_quant_fp8", "sgl-kernel/csrc/gemm/per_token_quant_fp8.cu", "0.5.13.post1, 0.5.15.post1")
+def sgl_per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
+    """Each row by its largest magnitude, as ``per_token_quant_fp8``, which was made of it."""
+    rows, columns = input.shape
+    assert columns % 4 == 0, f"Hidden dimension must be divisible by 4, but got {columns}"
+    assert output_s.is_contiguous() and output_s.numel() >= rows
+    _quantize_rows(input, output_q[:rows], output_s.view(-1)[:rows])
+
+
+@emulates(
+    "per_token_group_quant_8bit", "jit_kernel/csrc/gemm/per_token_group_quant_8bit.cuh", "0.5.13.post1, 0.5.15.post1"
+)
+def per_token_group_quant_8bit(
+    input: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s: torch.Tensor,
+    group_size: int,
+    eps: float,
+    min_8bit: float,
+    max_8bit: float,
+    scale_ue8m0: bool,
+) -> None:
+    """Each group of ``group_size`` columns by its largest magnitude, or ``eps``: ``[M, K]``, scales ``[M, groups]``.
+
+    Divides by the scale. NaN becomes -448: ``max(NaN, -448)`` comes before ``min``. Columns beyond the last full 16
+    bytes of a group are never written, which no weight may want.
+    """
+    assert not scale_ue8m0, "no weight is quantized with packed scales here"
+    assert input.dim() == 2 and output_q.shape == input.shape and output_s.dtype == torch.float32
+    _check_groups(input, output_q, group_size, 16)
+    values, scale = on_host(input).float().view(-1, group_size), on_host(output_s)
+    absmax = largest(values, dim=1).clamp(min=eps)
+    factors = absmax / max_8bit
+    quantized = torch.nan_to_num(values / factors, nan=min_8bit).clamp(min_8bit, max_8bit)
+    on_host(output_q).copy_(quantized.view(input.shape))
+    scale.copy_(factors.view(scale.shape))
+
+
+@emulates(
+    "sgl_per_token_group_quant_8bit",
+    "sgl-kernel/csrc/gemm/per_token_group_quant_8bit_v2.cu",
+    "0.5.13.post1, 0.5.15.post1",
+)
+def sgl_per_token_group_quant_8bit(
+    input: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s: torch.Tensor,
+    group_size: int,
+    eps: float,
+    fp8_min: float,
+    fp8_max: float,
+    scale_ue8m0: bool,
+    fuse_silu_and_mul: bool = False,
+    masked_m: torch.Tensor | None = None,
+    enable_v2: bool | None = None,
+) -> None:
+    """As ``per_token_group_quant_8bit``, for weights as narrow as a group: multiplies by reciprocals."""
+    assert enable_v2 and not scale_ue8m0 and not fuse_silu_and_mul and masked_m is None, "not what weights ask for"
+    assert group_size in (16, 32, 64, 128) and eps == 1e-10
+    assert input.dtype in (torch.float16, torch.bfloat16)
+    _check_groups(input, output_q, group_size, 32)
+    values, scale = on_host(input).float().view(-1, group_size), on_host(output_s)
+    absmax = largest(values, dim=1).clamp(min=eps)
+    products = torch.nan_to_num(values * (fp8_max / absmax), nan=fp8_min).clamp(fp8_min, fp8_max)
+    on_host(output_q).copy_(products.view(input.shape))
+    scale.copy_((absmax * (1.0 / torch.tensor(fp8_max))).view(scale.shape))
+
+
+def _check_groups(input: torch.Tensor, output_q: torch.Tensor, group_size: int, vector: int) -> None:
+    on_current_device(input, output_q)
+    assert input.is_contiguous() and output_q.is_contiguous() and output_q.dtype == torch.float8_e4m3fn
+    assert input.shape[-1] % group_size == 0
+    assert group_size * input.element_size() % vector == 0, f"a group of {group_size} is no multiple of {vector} bytes"
+    aligned(input)
+
+
+@emulates("gptq_marlin_repack", "kernels/jit/csrc/gemm/marlin/gptq_marlin_repack.cuh", "0.5.23")
+def gptq_marlin_repack(
+    b_q_weight: torch.Tensor, perm: torch.Tensor, out: torch.Tensor, size_k: int, size_n: int, num_bits: int
+) -> None:
+    """int32 ``[K / 4, N]``, four fp8 values down a column each, to ``[K / 16, 4 * N]`` as tensor cores take them.
+
+    A tile of 16 x 64 values becomes 256 words: lane ``t`` of warp ``w`` packs the values of two columns,
+    ``16 * w + t / 4`` and 8 further on, in the rows ``2 * (t % 4) + (0, 8, 1, 9)``.
+    """
+    assert num_bits == 8, "of weights in 4 bits none is loaded as fp8"
+    assert size_k % MARLIN_K == 0, f"size_k = {size_k} is not divisible by tile_k_size = {MARLIN_K}"
+    assert size_n % MARLIN_N == 0, f"size_n = {size_n} is not divisible by tile_n_size = {MARLIN_N}"
+    assert b_q_weight.shape == (size_k // 4, size_n) and b_q_weight.dtype == torch.int32
+    assert out.shape == (size_k // MARLIN_K, size_n * MARLIN_K // 4) and out.dtype == torch.int32
+    assert b_q_weight.is_contiguous() and out.is_contiguous() and len(perm) == 0
+    on_current_device(b_q_weight, out)
+    aligned(b_q_weight)
+    # [K, N], then [K tiles, 16, N tiles, 4 warps, 2 columns, 8 lanes / 4].
+    values = on_host(b_q_weight).view(torch.uint8).view(size_k // 4, size_n, 4).transpose(1, 2).reshape(size_k, size_n)
+    tiles = values.view(size_k // MARLIN_K, MARLIN_K, size_n // MARLIN_N, 4, 2, 8)
+    # The rows of a lane, in the order in which they are packed: [4 lanes % 4, 4].
+    rows = 2 * torch.arange(4).unsqueeze(1) + torch.tensor([0, 8, 1, 9])
+    # [K tiles, 4 lanes % 4, 4 packed, N tiles, 4 warps, 2 columns, 8 lanes / 4]
+    packed = tiles[:, rows].permute(0, 3, 6, 1, 4, 5, 2)
+    on_host(out).copy_(packed.contiguous().view(torch.int32).view(out.shape))

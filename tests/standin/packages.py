@@ -7,18 +7,23 @@ Kernels come from the package ``sgl_kernel``, or, more of them in each release, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from standin import kernels
+import torch
 
-ABSENT = ("sgl_kernel", "cutlass", "cuda")
-"""Top-level packages to answer for, where they are not installed."""
+from standin import kernels, libraries  # noqa: F401 - libraries enters its own into kernels
+from standin.gpus import PACKAGES_VARIABLE as VARIABLE
+
+ABSENT = ("sgl_kernel", "cutlass", "cuda", "triton_kernels", *filter(None, os.environ.get(VARIABLE, "").split(",")))
+"""Top-level packages to answer for, where they are not installed: those of every GPU machine, and what is asked for."""
 
 JIT = ("sglang.jit_kernel.utils", "sglang.kernels.jit.utils.compile.loader", "sglang.kernels.jit.utils")
 """Modules that define or hand on ``load_jit``, in the releases that have them."""
@@ -27,7 +32,21 @@ JIT = ("sglang.jit_kernel.utils", "sglang.kernels.jit.utils.compile.loader", "sg
 def install() -> None:
     """From now on, imports of these packages succeed, and ``load_jit`` compiles nothing."""
     answer_for(*ABSENT)
-    sys.meta_path.insert(0, _Changed(dict.fromkeys(JIT, _without_compiler)))
+    # Old releases describe operators of sgl_kernel to torch.compile, which are not there.
+    torch.library.register_fake = _without_those_absent(torch.library.register_fake)
+    changes = {**dict.fromkeys(JIT, _without_compiler), "sglang.srt.utils.common": _without_kernel_cache}
+    sys.meta_path.insert(0, _Changed(changes))
+
+
+def _without_those_absent(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def register_fake(op: Any, *args: Any, **how: Any) -> Any:
+        namespace, _, name = str(op).partition("::")
+        if namespace in ABSENT and not hasattr(getattr(torch.ops, namespace), name):
+            return (lambda function: function) if not args else args[0]
+        return original(op, *args, **how)
+
+    return register_fake
 
 
 def answer_for(*names: str) -> None:
@@ -111,6 +130,12 @@ def _without_compiler(module: types.ModuleType) -> None:
         module.load_jit = load_jit  # type: ignore[attr-defined]
 
 
+def _without_kernel_cache(module: types.ModuleType) -> None:
+    # Its cache of compiled Triton kernels takes no interpreted ones.
+    if hasattr(module, "cached_triton_kernel"):
+        module.cached_triton_kernel = lambda _key: lambda function: function  # type: ignore[attr-defined]
+
+
 def load_jit(*args: str, cuda_wrappers: Sequence[tuple[str, str]] = (), **_how: Any) -> Any:
     """A module with the emulations of the functions that SGLang would compile.
 
@@ -118,6 +143,8 @@ def load_jit(*args: str, cuda_wrappers: Sequence[tuple[str, str]] = (), **_how: 
     """
     found = {}
     for exported, instantiated in cuda_wrappers:
-        emulated = kernels.BY_NAME.get(exported)
+        # A template's variant, where it is one that does something else.
+        variant = instantiated.partition(",")[0]
+        emulated = kernels.BY_NAME.get(variant) or kernels.BY_NAME.get(exported)
         found[exported] = emulated or Missing(f"{exported} ({instantiated})")
     return types.SimpleNamespace(**found)
