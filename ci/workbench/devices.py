@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +41,26 @@ def start_method(device: str) -> StartMethod:
     return _START_METHODS.get(device, "forkserver")
 
 
+def prepare(device: str) -> None:
+    """What a process has to do before it imports SGLang.
+
+    Where ``flashinfer.norm`` can be imported, sgl-kernel uses its norms, which are compiled on first use from headers
+    that are not carried; else it uses its own. SGLang imports ``flashinfer`` itself whatever is chosen.
+    """
+    if device == "cuda":
+        with contextlib.suppress(ImportError):
+            importlib.import_module("flashinfer")
+            sys.modules["flashinfer.norm"] = None  # type: ignore[assignment]
+
+
+@dataclass
+class Launches:
+    """What a device has run: kernels and copies, and the seconds that they took."""
+
+    launches: int = 0
+    seconds: float = 0.0
+
+
 class Accelerator:
     """The memory and the queue of a device; of the CPU, which has neither, nothing happens and all figures are 0."""
 
@@ -59,3 +84,27 @@ class Accelerator:
     def reserved_peak(self) -> int:
         """The most bytes that the allocator has held since its peaks were reset."""
         return 0 if self._module is None else int(self._module.max_memory_reserved())
+
+    def answers(self) -> bool:
+        """Whether the device still works: after some errors CUDA refuses everything else."""
+        try:
+            self.wait()
+        except Exception:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Launches]:
+        """What runs on the device meanwhile, by torch's profiler; complete when the block ends."""
+        found = Launches()
+        if self._module is None:
+            yield found
+            return
+        from torch import profiler
+
+        with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as seen:
+            yield found
+            self.wait()
+        events = [event for event in seen.events() or () if "CUDA" in str(event.device_type)]
+        found.launches = len(events)
+        found.seconds = sum(event.time_range.elapsed_us() for event in events) / 1e6
