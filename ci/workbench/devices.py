@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.machinery
+import importlib.util
 import sys
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,12 @@ _ENVIRON: dict[str, dict[str, str]] = {
     # Nor kernels that are compiled when first used, by FlashInfer where SGLang finds it, or by DeepGEMM.
     "cuda": {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_IS_FLASHINFER_AVAILABLE": "false"},
 }
+_FLASHINFER = {
+    "flashinfer": ("bmm_fp8",),
+    "flashinfer.prefill": ("cudnn_batch_prefill_with_kv_cache",),
+    "flashinfer.sampling": ("min_p_sampling_from_probs", "top_k_top_p_sampling_from_probs"),
+}
+"""What SGLang 0.5.17 imports of FlashInfer with CUDA without asking whether it is there."""
 _START_METHODS: dict[str, StartMethod] = {"cuda": "spawn"}
 
 
@@ -42,15 +50,33 @@ def start_method(device: str) -> StartMethod:
 
 
 def prepare(device: str) -> None:
-    """What a process has to do before it imports SGLang.
+    """What a process has to do before it imports SGLang, where FlashInfer is not installed.
 
-    Where ``flashinfer.norm`` can be imported, sgl-kernel uses its norms, which are compiled on first use from headers
-    that are not carried; else it uses its own. SGLang imports ``flashinfer`` itself whatever is chosen.
+    SGLang 0.5.17 imports some names of it with CUDA whatever backends are chosen, and decodes DeepSeek with one. SGLang
+    and sgl-kernel have kernels of their own for all else that the check needs.
     """
-    if device == "cuda":
-        with contextlib.suppress(ImportError):
-            importlib.import_module("flashinfer")
-            sys.modules["flashinfer.norm"] = None  # type: ignore[assignment]
+    if device == "cuda" and importlib.util.find_spec("flashinfer") is None:
+        for module, names in _FLASHINFER.items():
+            made: Any = types.ModuleType(module)
+            made.__spec__ = importlib.machinery.ModuleSpec(module, None)
+            made.__dict__.update(dict.fromkeys(names))
+            sys.modules[module] = made
+        sys.modules["flashinfer"].__dict__["bmm_fp8"] = bmm_fp8
+
+
+def bmm_fp8(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    dtype: torch.dtype,
+    out: torch.Tensor,
+) -> None:
+    """``a @ b`` of fp8 matrices ``[n, rows, k]`` and ``[n, k, columns]`` with one scale each, written to ``out``."""
+    import torch
+
+    torch.bmm(a.to(dtype), b.to(dtype), out=out)
+    out.mul_(a_scale * b_scale)
 
 
 @dataclass

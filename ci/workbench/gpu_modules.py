@@ -10,6 +10,7 @@ version, and is taken from there whoever compiled it.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import os
 import sys
@@ -117,7 +118,9 @@ def row_kernels(sources: Path) -> Any:
     import tvm_ffi
     from tvm_ffi import cpp
 
-    build = Path(os.environ[CACHE_VARIABLE]) / ROW_KERNELS
+    # As the others, under a name that depends on the sources.
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources.rglob("*.*h"))))
+    build = Path(os.environ[CACHE_VARIABLE]) / f"{ROW_KERNELS}_{digest.hexdigest()[:16]}"
     built = build / f"{ROW_KERNELS}.so"
     if built.is_file():
         return tvm_ffi.load_module(str(built))

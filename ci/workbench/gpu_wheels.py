@@ -40,8 +40,6 @@ DROPPED = (
     "bin/*",
     "*.a",
     "sgl_kernel/*.so",
-    # CUTLASS, with its examples. FlashInfer is to be imported, and not to be used: workbench.devices.
-    "flashinfer/data/*",
     # SGLang's diffusion models, its tests, and its servers in Rust and for gRPC.
     "sglang/multimodal_gen/*",
     "sglang/test/*",
@@ -162,21 +160,26 @@ def extract_row_sources(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def _compile(plan: Plan, folder: Path) -> int:
-    """Compile kernels with this machine's nvcc, in an environment of the release; how many there are then."""
-    cache = folder / "jit"
-    cache.mkdir()
+    """Compile kernels with this machine's nvcc, in an environment of the release; how many there are then.
+
+    They are kept between calls: names stand for sources.
+    """
+    cache = plan.cache / f"kernels-{plan.release}"
+    (folder / "jit").mkdir()
     if shutil.which("nvcc") is None:
         environment.say("no nvcc here: kernels will be compiled on the machine with the GPU")
         return 0
+    cache.mkdir(parents=True, exist_ok=True)
     python = environment.ensure(environment.planned(plan.release, "cpu", plan.clone))
     variables = {**os.environ, "PYTHONPATH": str(CLONE / "ci"), gpu_modules.CACHE_VARIABLE: str(cache)}
     headers = str(folder / gpu_modules.ROW_KERNELS)
     command = [str(python), "-P", "-m", "workbench.gpu_modules", "--headers", headers]
     subprocess.run(command, env=variables, stdout=sys.stderr, check=True)
-    made = gpu_modules.compiled(cache)
-    for path in [path for path in cache.rglob("*") if not path.is_dir() and path not in made]:
-        path.unlink()
-    return len(made)
+    for path in gpu_modules.compiled(cache):
+        target = folder / "jit" / path.relative_to(cache)
+        target.parent.mkdir()
+        shutil.copy(path, target)
+    return len(list((folder / "jit").iterdir()))
 
 
 def release_for(torch: str, clone: Path = CLONE) -> str:
