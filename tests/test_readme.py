@@ -37,7 +37,7 @@ ELSEWHERE = {
     "ci/baseline": ".github/workflows/nightly.yml",
     "ci/bench": "tests/workbench/test_bench.py::test_command_measures_writes_and_leaves_no_checkpoint_behind",
     "ci/demo": "tests/workbench/test_demo.py::test_command_serves_a_checkpoint_both_ways",
-    "ci/gpu_check": "tests/workbench/test_gpu_check.py::test_rehearsal_runs_all_steps_in_processes_of_their_own",
+    "ci/gpu_check": "tests/workbench/test_gpu_check.py::test_rehearsal_runs_steps_one_after_another",
     "ci/gpu_wheels": "tests/workbench/test_gpu_wheels.py::test_what_is_collected_is_packed_with_what_it_is_for",
     "ci/peaks": "tests/workbench/test_peaks.py::test_readme_shows_what_is_kept_and_nothing_else",
     "ci/plans": "tests/plan/test_baselines.py::test_the_pages_show_the_newest_releases_baselines",

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the steps of :mod:`workbench.gpu_steps` on a machine with an NVIDIA GPU, each in a process with a time limit.
+"""Runs :mod:`workbench.gpu_steps` on a machine with an NVIDIA GPU: all steps in one process, which imports SGLang once.
 
-With ``--wheels`` it makes the environment itself, out of those and what the machine has. Standard library only: nothing
-is installed yet where this runs.
+Should that process die, what it was at has failed, and another goes on with the steps after. With ``--wheels`` SGLang
+comes out of those and the rest from what the machine has. Standard library only: nothing is installed where this runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,36 +26,17 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from workbench import environment, pieces
-from workbench.environment import CLONE, EnvironmentSetupError, interpreter, site_packages
+from workbench import environment, gpu_modules, pieces
+from workbench.environment import CLONE, EnvironmentSetupError
 from workbench.pieces import DamagedPiecesError
 
-SECONDS = {
-    "environment": 180,
-    "identity": 420,
-    "graphs": 300,
-    "update": 420,
-    "checkpoint": 300,
-    "memory": 240,
-    "time": 420,
-    "ring": 560,
-}
-"""The steps in order, and how long each may take: one fits in a call of 10 minutes."""
-_TAIL_LINES = 15
-_DETAIL_WIDTH = 110
-
-
-@dataclass(frozen=True)
-class Step:
-    """What became of a step: its findings as :mod:`workbench.gpu_steps` wrote them, a line of which may be its end."""
-
-    name: str
-    seconds: float
-    findings: tuple[dict[str, Any], ...]
-
-    def count(self, verdict: str) -> int:
-        """Findings of that verdict."""
-        return sum(finding["verdict"] == verdict for finding in self.findings)
+STEPS = ("environment", "kernels", "identity", "graphs", "memory", "time", "update", "ring")
+"""In order: what later steps build on, then what matters most."""
+FINDINGS = "findings.jsonl"
+LOG = "log"
+_GRACE_SECONDS = 20
+"""A load that was begun in time may end this much later."""
+_TAIL_LINES = 25
 
 
 @dataclass(frozen=True)
@@ -64,49 +47,58 @@ class Options:
     checkpoint_gb: float
     rounds: int
     steps: tuple[str, ...]
+    seconds: float
     work: Path
+    results: Path
     device: str
 
+    @property
+    def findings(self) -> Path:
+        """A line of JSON for each thing found, and for each step begun."""
+        return self.results / FINDINGS
 
-def prepared(options: Options) -> Path:
-    """The Python that the steps run in: of an environment made from the wheels, or of the whole lock's.
+    @property
+    def log(self) -> Path:
+        """What SGLang says."""
+        return self.results / LOG
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """What runs the steps: a Python, and variables that let it find SGLang."""
+
+    python: Path
+    variables: Mapping[str, str]
+
+
+def prepared(options: Options) -> Interpreter:
+    """SGLang out of the wheels beside what this Python has, or an environment of the whole lock.
 
     Raises:
         DamagedPiecesError: the wheels are not what the manifest says.
         EnvironmentSetupError: it cannot be made.
     """
     if options.wheels is None:
-        return environment.ensure(environment.planned())
-    target = options.work / "environment"
-    if not environment.is_complete(target):
-        _install(options.wheels, options.work / "wheels", target)
-    return interpreter(target)
-
-
-def _install(wheels: Path, unpacked: Path, target: Path) -> None:
-    files = sorted(wheels.glob("*.whl"))
-    if not files:
-        check_machine(pieces.read_manifest(wheels).facts)
-        files = pieces.unpack(wheels, unpacked)
-    if target.exists():
-        shutil.rmtree(target)
-    _run(sys.executable, "-m", "venv", "--without-pip", str(target))
-    pip = [sys.executable, "-m", "pip", "--python", str(interpreter(target)), "install", "--quiet", "--no-index"]
-    _run(*pip, "--no-deps", "--no-compile", *map(str, files))
-    _run(*pip, "--no-deps", "--no-build-isolation", "--editable", str(CLONE))
-    # Not --system-site-packages: where the machine has its torch in an environment, that shows the packages of the
-    # Python below it. And not before: pip must not find the machine's packages, and take them for installed.
-    links = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in _packages_here())
-    (site_packages(target) / "_machine.pth").write_text(links, encoding="utf-8")
-    # Each step starts several processes, and each would compile 6,000 files.
-    _run(str(interpreter(target)), "-m", "compileall", "-q", "-j", "0", str(site_packages(target)), allowed=(0, 1))
-    environment.complete(target, wheels=len(files))
-    shutil.rmtree(unpacked, ignore_errors=True)
-
-
-def _packages_here() -> list[str]:
-    """Folders of packages that this interpreter imports from."""
-    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages")) and Path(path).is_dir()]
+        python = environment.ensure(environment.planned())
+        return Interpreter(python, {"PYTHONPATH": os.pathsep.join([str(CLONE / "ci"), str(CLONE / "tests")])})
+    folder = options.work / "unpacked"
+    if not (folder / environment.MARKER).exists():
+        check_machine(pieces.read_manifest(options.wheels).facts)
+        shutil.rmtree(folder, ignore_errors=True)
+        pieces.unpack(options.wheels, folder)
+        # By these entry points SGLang finds this package, which is imported from the clone.
+        _run(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder / "site"))
+        environment.complete(folder)
+    # Before the machine's packages, of which some are too new.
+    places = [folder / "site", CLONE / "ci", CLONE / "tests", CLONE]
+    return Interpreter(
+        Path(sys.executable),
+        {
+            "PYTHONPATH": os.pathsep.join(map(str, places)),
+            gpu_modules.CACHE_VARIABLE: str(folder / "jit"),
+            gpu_modules.SOURCES_VARIABLE: str(folder / gpu_modules.ROW_KERNELS),
+        },
+    )
 
 
 def check_machine(facts: dict[str, Any]) -> None:
@@ -130,98 +122,111 @@ def check_machine(facts: dict[str, Any]) -> None:
         )
 
 
-def _run(*command: str, allowed: Sequence[int] = (0,)) -> None:
+def _run(*command: str) -> None:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(command, env=kept, check=False)
-    if done.returncode not in allowed:
-        raise EnvironmentSetupError(f"This step failed, see above: {' '.join(command[:8])} ...")
+    if subprocess.run(command, env=kept, cwd=CLONE, check=False).returncode:
+        raise EnvironmentSetupError(f"This step failed, see above: {' '.join(command)}")
 
 
-def run_step(name: str, python: Path, options: Options) -> Step:
-    """Run a step in a process of its own; that it failed or took too long is a finding."""
-    found, log = options.work / "results" / f"{name}.jsonl", options.work / "results" / f"{name}.log"
-    found.parent.mkdir(parents=True, exist_ok=True)
-    found.unlink(missing_ok=True)
+def run_steps(interpreter: Interpreter, options: Options) -> list[dict[str, Any]]:
+    """Run the steps until all are done or the time is up; what was found, in order."""
+    options.findings.parent.mkdir(parents=True, exist_ok=True)
+    options.findings.unlink(missing_ok=True)
+    options.log.unlink(missing_ok=True)
+    deadline = time.monotonic() + options.seconds
+    left = options.steps
+    while left:
+        ended = _watched(interpreter, options, left, deadline)
+        begun = [one["step"] for one in _lines(options.findings) if one["verdict"] == "begun"]
+        if ended is None:
+            break
+        failed = begun[-1] if begun and begun[-1] in left else left[0]
+        _write(options, failed, "failed", f"{ended}\n{_tail(options.log)}")
+        left = left[left.index(failed) + 1 :]
+        if time.monotonic() >= deadline:
+            for name in left:
+                _write(options, name, "skipped", "the time was up")
+            break
+    return [one for one in _lines(options.findings) if one["verdict"] != "begun"]
+
+
+def _watched(interpreter: Interpreter, options: Options, steps: Sequence[str], deadline: float) -> str | None:
+    """Run steps in one process, and end it and all it started; how it ended, if not well."""
+    left = max(0.0, deadline - time.monotonic())
     setting = {
         "--device": options.device,
         "--work": options.work,
         "--checkpoint-gb": options.checkpoint_gb,
         "--rounds": options.rounds,
-        "--out": found,
+        "--seconds": left,
+        "--out": options.findings,
+        "--log": options.log,
     }
     arguments = [str(part) for pair in setting.items() for part in pair]
-    begin = time.monotonic()
-    ended = _watched([str(python), "-P", "-m", "workbench.gpu_steps", name, *arguments], log, SECONDS[name])
-    findings = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
-    if ended is not None:
-        findings.append({"what": name, "verdict": "failed", "detail": f"{ended}\n{_tail(log)}", "figures": {}})
-    return Step(name, round(time.monotonic() - begin, 1), tuple(findings))
+    process = subprocess.Popen(
+        [str(interpreter.python), "-P", "-m", "workbench.gpu_steps", *steps, *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **interpreter.variables},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        code = process.wait(left + _GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"not done {_GRACE_SECONDS} s after the time was up"
+    finally:
+        # All that it started; its number stays taken for as long as one of them lives.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return None if code == 0 else f"its process ended with exit code {code}"
 
 
-def _watched(command: list[str], log: Path, seconds: float) -> str | None:
-    """Run a command and everything that it starts, for so long at most; how it ended, if not well."""
-    from workbench.serving import stop
+def _write(options: Options, step: str, verdict: str, detail: str) -> None:
+    finding = {"step": step, "what": step, "verdict": verdict, "detail": detail, "figures": {}}
+    with options.findings.open("a", encoding="utf-8") as out:
+        print(json.dumps(finding), file=out)
+    print(f"{verdict.upper():8} {step:12} {detail}", flush=True)
 
-    variables = {**os.environ, "PYTHONPATH": str(CLONE / "ci"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return f"not done after {seconds} s"
-        finally:
-            stop(process)
-    return None if code == 0 else f"ended with exit code {code}"
+
+def _lines(findings: Path) -> Iterator[dict[str, Any]]:
+    if findings.exists():
+        yield from (json.loads(line) for line in findings.read_text(encoding="utf-8").splitlines())
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(line[:300] for line in log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-
-
-def write_results(options: Options, step: Step) -> None:
-    """One file a step, so that calls with different steps add to each other."""
-    path = options.work / "results" / f"{step.name}.json"
-    path.write_text(json.dumps({"device": options.device, **asdict(step)}, indent=2) + "\n", encoding="utf-8")
-
-
-def table(steps: Sequence[Step]) -> Iterator[str]:
-    """A line for each finding, and one that counts them."""
-    for step in steps:
-        for number, finding in enumerate(step.findings):
-            seconds = f"{step.seconds:.0f} s" if number == 0 else ""
-            detail = finding["detail"] if finding["verdict"] == "failed" else finding["detail"][:_DETAIL_WIDTH]
-            name = "" if number else step.name
-            yield f"{name:12} {seconds:>6}  {finding['verdict'].upper():8} {finding['what']:34} {detail}"
-    counts = {verdict: sum(step.count(verdict) for step in steps) for verdict in ("passed", "failed", "skipped")}
-    yield ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    lines = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if log.exists() else []
+    return "\n".join(line[:300] for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check on a GPU that streaming gives stock's model, within its memory and time."""
     parser = argparse.ArgumentParser(prog="ci/gpu_check", description=main.__doc__)
-    parser.add_argument("--wheels", type=Path, help="what ci/gpu_wheels wrote, pieces or wheels; else the whole lock")
-    parser.add_argument("--checkpoint-gb", type=float, help="of the large checkpoint; 16, or 0.01 in a rehearsal")
-    parser.add_argument("--rounds", type=int, help="counted runs of each contender; 5, or 1 in a rehearsal")
-    parser.add_argument("--steps", default=",".join(SECONDS), help="which, in this order: %(default)s")
-    parser.add_argument("--work", type=Path, help="folder for environment, checkpoints and results, kept between calls")
+    parser.add_argument("--wheels", type=Path, help="the pieces that ci/gpu_wheels wrote; else the whole lock")
+    parser.add_argument("--checkpoint-gb", type=float, help="of the large checkpoint; 8, or 0.01 in a rehearsal")
+    parser.add_argument("--rounds", type=int, help="counted runs of each contender; 2, or 1 in a rehearsal")
+    parser.add_argument("--steps", default=",".join(STEPS), help="which, in this order: %(default)s")
+    parser.add_argument("--seconds", type=float, default=480, help="for all steps; what is left then is skipped")
+    parser.add_argument("--work", type=Path, help="folder for SGLang, checkpoints and results, kept between calls")
+    parser.add_argument("--results", type=Path, help="folder for findings and SGLang's log; results/ below --work")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU reference platform, with tiny checkpoints")
     given = parser.parse_args(arguments)
-    steps = tuple(name for name in SECONDS if name in given.steps.split(","))
-    if unknown := set(given.steps.split(",")) - SECONDS.keys():
-        parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(SECONDS)}")
+    steps = tuple(name for name in STEPS if name in given.steps.split(","))
+    if unknown := set(given.steps.split(",")) - set(STEPS):
+        parser.error(f"no such step: {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     if not given.rehearse and not environment.has_nvidia_gpu():
         print(f"SKIPPED: there is no NVIDIA GPU here, and none of {len(steps)} steps was run ({', '.join(steps)})")
         return 0
-    sizes = (0.01, 1) if given.rehearse else (16.0, 5)
+    work = (given.work or environment.cache_root() / "gpu-check").resolve()
+    sizes = (0.01, 1) if given.rehearse else (8.0, 2)
     return _check(
         Options(
             wheels=given.wheels,
             checkpoint_gb=sizes[0] if given.checkpoint_gb is None else given.checkpoint_gb,
             rounds=int(sizes[1]) if given.rounds is None else given.rounds,
             steps=steps,
-            work=(given.work or environment.cache_root() / "gpu-check").resolve(),
+            seconds=given.seconds,
+            work=work,
+            results=(given.results or work / "results").resolve(),
             device="cpu" if given.rehearse else "cuda",
         )
     )
@@ -229,19 +234,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check(options: Options) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
     try:
-        python = prepared(options)
+        interpreter = prepared(options)
     except (DamagedPiecesError, EnvironmentSetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    steps = []
-    for name in options.steps:
-        print(f"{name} ...", flush=True)
-        steps.append(run_step(name, python, options))
-        write_results(options, steps[-1])
-    print("\n".join(table(steps)))
-    print(f"results: {options.work / 'results'}")
-    return int(any(step.count("failed") for step in steps))
+    print(f"prepared in {time.monotonic() - begin:.0f} s", flush=True)
+    found = [one["verdict"] for one in run_steps(interpreter, options)]
+    counts = ", ".join(f"{found.count(verdict)} {verdict}" for verdict in ("passed", "failed", "skipped"))
+    print(f"{counts}, in {time.monotonic() - begin:.0f} s; {options.findings}")
+    return int("failed" in found or not found)
 
 
 if __name__ == "__main__":

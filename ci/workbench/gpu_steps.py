@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of ``ci/gpu_check``, each of them a process: ``python -m workbench.gpu_steps STEP --work ... --out ...``.
+"""The steps of ``ci/gpu_check``, all in one process: ``python -m workbench.gpu_steps STEP ... --work ... --out ...``.
 
-They are the loads of :mod:`workbench.loads` with another device. ``--device cpu`` rehearses them on the CPU reference
-platform: what that cannot do, and limits that hold for a GPU, are then reported as skipped.
+They are the loads of :mod:`workbench.loads` on another device, and :mod:`workbench.gpu_kernels`. ``--device cpu``
+rehearses them on the CPU reference platform: what that cannot do, and limits of a GPU, are reported as skipped.
 """
 
 from __future__ import annotations
@@ -10,31 +10,54 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
+import os
+import shutil
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from sglang_overlay.settings import PINNED_RING_VARIABLE
-from workbench import bench
-from workbench.bench import BF16, STOCK, STREAMING, Case, CaseResult, Contender
+from sglang_overlay.settings import PINNED_RING_VARIABLE, SCHEME_VARIABLE
+from workbench import bench, devices, gpu_modules
+from workbench.bench import BF16, STOCK, STREAMING, Case, Contender, Run
 from workbench.checkpoints import CheckpointSpec, Family, build
-from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
+from workbench.devices import Accelerator
+from workbench.loads import (
+    PROMPTS,
+    LoadFailed,
+    LoadJob,
+    LoadResult,
+    LoadWorkers,
+    Order,
+    RankError,
+    compare,
+    core_binding,
+    free_port,
+)
 from workbench.updates import Update
 
 Verdict = Literal["passed", "failed", "skipped"]
 
 PEAK_LIMIT = 1.02
-"""Highest allowed peak on a GPU, of the loaded model's bytes (issue 4)."""
+"""Highest allowed peak on a GPU, of the loaded model's bytes."""
 TIME_LIMIT = 1.0
-"""Longest allowed load on a GPU, of plain bf16's."""
+"""Longest allowed load on a GPU, of stock fp8's."""
 RING = {PINNED_RING_VARIABLE: "1"}
 """Variables that switch the pinned ring on."""
 RING_STREAMING = Contender("streaming, ring", "fp8", "require", environ=RING)
+SCHEMES = ("stock", "tensor", "channel", "block", "int8")
+EXPERTS = 32
+"""Of the layer whose units are timed."""
+BROKEN = 3
+"""Exit code: the device answers no more, and what is left needs another process."""
 
 _NEW_SEED = 1
+_ZERO_ROWS = slice(3, 40)
 
 
 @dataclass(frozen=True)
@@ -47,14 +70,38 @@ class Finding:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+class TimeIsUp(Exception):  # noqa: N818 - reads as what happened
+    """What would come next is skipped."""
+
+
+class ThisProcess(LoadWorkers):
+    """Loads models in this very process, of one rank, until the time is up."""
+
+    def __init__(self, folder: Path, deadline: float) -> None:
+        super().__init__(folder)
+        self._deadline = deadline
+
+    def load(self, job: LoadJob) -> LoadResult:
+        """As of ``LoadWorkers``; raises ``TimeIsUp`` instead of beginning too late."""
+        if time.monotonic() > self._deadline:
+            raise TimeIsUp
+        from workbench import load_worker
+
+        answer = load_worker.obey(Order(job, free_port()), 0)
+        if isinstance(answer, RankError):
+            raise LoadFailed(answer.traceback)
+        return LoadResult((answer,))
+
+
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: device, folder for checkpoints and logs, GB of the large checkpoint, counted rounds."""
+    """Where and how large: device, folder for checkpoints, GB of the large one, counted rounds, and what loads."""
 
     device: str
     work: Path
     gigabytes: float
     rounds: int
+    loads: LoadWorkers
 
     @property
     def is_rehearsal(self) -> bool:
@@ -62,45 +109,58 @@ class Setting:
         return self.device == "cpu"
 
     @property
-    def large(self) -> Case:
-        """The checkpoint whose peak and time are measured."""
-        return Case("large", self.gigabytes, bench.sized_spec("qwen3_moe", self.gigabytes), device=self.device)
-
-    @property
     def checkpoints(self) -> Path:
         """Where checkpoints are."""
         return self.work / "checkpoints"
 
-    def tiny(self, family: Family, seed: int = 0) -> Path:
-        """A checkpoint of a few MB, its experts' shards in different files."""
-        return build(CheckpointSpec(family, files=4, assignment="round_robin", seed=seed), self.checkpoints)
+    def large(self, family: Family, share: float = 1.0) -> Case:
+        """A checkpoint whose peak and time are measured."""
+        size = self.gigabytes * share
+        return Case(family, size, bench.sized_spec(family, size), device=self.device)
 
-    def workers(self) -> LoadWorkers:
-        """Processes for loads to the device."""
-        return LoadWorkers.on(self.device, self.work / "logs")
+    def tiny(self, family: Family, seed: int = 0, **overrides: int) -> Path:
+        """A checkpoint of a few MB, its experts' shards in different files."""
+        spec = CheckpointSpec(
+            family, files=4, assignment="round_robin", seed=seed, overrides=tuple(sorted(overrides.items()))
+        )
+        return build(spec, self.checkpoints)
+
+    def variant(self, variant: Variant) -> Path:
+        """The checkpoint of a variant."""
+        plain = self.tiny(variant.family, **variant.overrides)
+        return with_zero_rows(plain, variant.zero_rows) if variant.zero_rows else plain
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to compare with stock, and how it is quantized: ``job`` are fields of its :class:`LoadJob`."""
+    """A model to compare with stock, and how it is quantized: ``job`` are fields of its :class:`LoadJob`.
+
+    ``zero_rows`` says in which matrices some rows are all zeros.
+    """
 
     name: str
     family: Family
     job: dict[str, Any] = field(default_factory=dict)
     scales: Literal["channel", "tensor"] | None = None
+    overrides: dict[str, int] = field(default_factory=dict)
+    zero_rows: tuple[str, ...] = ()
 
 
+_WIDE: dict[str, Any] = {"overrides": {"intermediate_size": 1280}, "zero_rows": ("gate_proj", "q_proj", "o_proj")}
+"""gate and up have 2560 rows together and 1280 each: on an H200 SGLang's row quantizer has one kernel for those of
+2112 rows and more and another for fewer, which differ for rows of zeros.
+"""
 IDENTITY = (
-    Variant("qwen3, scales per channel", "qwen3", scales="channel"),
-    Variant("qwen3, one scale a matrix", "qwen3", {"linear": "tensor"}, "tensor"),
+    Variant("qwen3, scales per channel", "qwen3", scales="channel", **_WIDE),
+    Variant("qwen3, one scale a matrix", "qwen3", {"linear": "tensor"}, "tensor", **_WIDE),
     Variant("qwen3_moe", "qwen3_moe"),
-    Variant("qwen3_moe, one scale a matrix", "qwen3_moe", {"linear": "tensor"}, "tensor"),
-    Variant("qwen2_moe", "qwen2_moe"),
-    Variant("deepseek_v2", "deepseek_v2"),
     Variant("deepseek_v3", "deepseek_v3"),
 )
 GRAPHS = tuple(Variant(family, family, {"graphs": "captured"}) for family in ("qwen3", "qwen3_moe", "deepseek_v3"))
-WITH_RING = tuple(Variant(f"{one.name}, ring", one.family, {**one.job, "environ": RING}) for one in IDENTITY)
+WITH_RING = tuple(
+    replace(one, name=f"{one.name}, ring", job={**one.job, "environ": RING})
+    for one in (*IDENTITY, Variant("deepseek_v3, threads", "deepseek_v3", {"loader_config": {"num_threads": 8}}))
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,31 +169,48 @@ WITH_RING = tuple(Variant(f"{one.name}, ring", one.family, {**one.job, "environ"
 
 
 def environment(setting: Setting) -> Iterator[Finding]:
-    """What is installed, and whether SGLang's kernels can be loaded beside the machine's torch."""
+    """What is installed; whether SGLang's kernels can be loaded beside the machine's torch, or compiled there."""
     import torch
 
     versions = {name: version(name) for name in ("torch", "triton", "sglang", "sglang-streamfp8", "transformers")}
+    said = ", ".join(f"{name} {found}" for name, found in versions.items())
     if setting.is_rehearsal:
-        yield Finding("versions", "passed", figures=versions)
+        yield Finding("versions", "passed", said, versions)
         yield Finding("kernels of sglang-kernel", "skipped", "no GPU")
         return
     free, total = torch.cuda.mem_get_info()
     device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "free": free, "total": total}
-    yield Finding("versions", "passed", figures={**versions, **device})
+    yield Finding("versions", "passed", f"{said}, {device['device']}", {**versions, **device})
     try:
         importlib.import_module("sgl_kernel")
     except Exception as error:
         about = "made for another torch? ci/gpu_wheels --torch takes the release that is made for this machine's"
         yield Finding("kernels of sglang-kernel", "failed", f"{error} ({about})")
+        return
+    yield Finding("kernels of sglang-kernel", "passed", version("sglang-kernel"))
+    headers = os.environ.get(gpu_modules.SOURCES_VARIABLE)
+    for built in gpu_modules.build_all(Path(headers) if headers else None):
+        seconds = f"{built.seconds:.1f} s"
+        yield Finding(built.name, "failed" if built.error else "passed", built.error or seconds, asdict(built))
+
+
+def kernels(setting: Setting) -> Iterator[Finding]:
+    """Kernels against their emulations, byte for byte; copies to the device; what a unit of each scheme costs."""
+    if setting.is_rehearsal:
+        yield Finding("kernels against their emulations", "skipped", "no GPU")
+        yield Finding("copies to the device", "skipped", "no GPU")
     else:
-        yield Finding("kernels of sglang-kernel", "passed", version("sglang-kernel"))
+        gpu_kernels: Any = importlib.import_module("workbench.gpu_kernels")
+        for what, passed, detail, figures in gpu_kernels.checked(setting.work):
+            yield Finding(what, "passed" if passed else "failed", detail, figures)
+    for scheme in SCHEMES:
+        yield _unit_cost(setting, scheme)
 
 
 def identity(setting: Setting) -> Iterator[Finding]:
     """Every tensor of a streamed model is stock's to the bit, and it generates the same tokens."""
-    with setting.workers() as workers:
-        for variant in IDENTITY:
-            yield _as_stock(workers, setting, variant)
+    for variant in IDENTITY:
+        yield _as_stock(setting, variant)
 
 
 def graphs(setting: Setting) -> Iterator[Finding]:
@@ -141,63 +218,59 @@ def graphs(setting: Setting) -> Iterator[Finding]:
     if setting.is_rehearsal:
         yield Finding("decoding with CUDA graphs", "skipped", "no GPU")
         return
-    with setting.workers() as workers:
-        for variant in GRAPHS:
-            yield _as_stock(workers, setting, variant)
+    for variant in GRAPHS:
+        yield _as_stock(setting, variant)
+
+
+def memory(setting: Setting) -> Iterator[Finding]:
+    """Peak of a load against the loaded model's bytes."""
+    for case in (setting.large("qwen3_moe"), setting.large("deepseek_v3", 0.25)):
+        begin = time.perf_counter()
+        folder = build(case.spec, setting.checkpoints)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        yield Finding(f"{case.name} written", "passed", f"{size / 1e9:.2f} GB in {time.perf_counter() - begin:.0f} s")
+        for contender in (STOCK, STREAMING):
+            (run,) = bench.measure(setting.loads, case, setting.checkpoints, 1, [contender], warm_ups=0).runs
+            peak = run.peak / run.final
+            detail = f"peak {peak:.3f} x the model's {run.final / 1e9:.2f} GB, {run.reserved / 1e9:.2f} GB reserved"
+            limit = PEAK_LIMIT if contender is STREAMING else None
+            yield _measured(setting, f"{case.name}, peak of {contender.name}", detail, peak, limit, asdict(run))
+
+
+def load_time(setting: Setting) -> Iterator[Finding]:
+    """Load time against stock fp8, in alternating runs, with plain bf16 beside it."""
+    case = setting.large("qwen3_moe")
+    contenders = [BF16, STOCK, STREAMING, *([] if setting.is_rehearsal else [RING_STREAMING])]
+    runs = bench.measure(setting.loads, case, setting.checkpoints, setting.rounds, contenders).runs
+    for contender in contenders:
+        limit = TIME_LIMIT if contender is STREAMING else None
+        yield _timed(setting, contender, case, runs, limit)
 
 
 def update(setting: Setting) -> Iterator[Finding]:
     """Weights are replaced where they are, so that captured graphs compute with the new ones."""
     families: tuple[Family, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
-    with setting.workers() as workers:
-        for family in families:
-            yield from _updated(workers, setting, family)
-
-
-def checkpoint(setting: Setting) -> Iterator[Finding]:
-    """Write the large checkpoint, for the steps after this one."""
-    begin = time.perf_counter()
-    folder = build(setting.large.spec, setting.checkpoints)
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    yield Finding("random qwen3_moe", "passed", f"{size / 1e9:.2f} GB in {time.perf_counter() - begin:.0f} s")
-
-
-def memory(setting: Setting) -> Iterator[Finding]:
-    """Peak of a load in a process of its own, against the loaded model's bytes."""
-    build(setting.large.spec, setting.checkpoints)
-    for contender in (STOCK, STREAMING):
-        with setting.workers() as workers:
-            (run,) = bench.measure(workers, setting.large, setting.checkpoints, 1, [contender], warm_ups=0).runs
-        peak = run.peak / run.final
-        detail = f"peak {peak:.3f} x the model's {run.final / 1e9:.2f} GB, {run.reserved / 1e9:.2f} GB reserved"
-        limit = PEAK_LIMIT if contender is STREAMING else None
-        yield _measured(setting, f"peak of {contender.name}", detail, peak, limit, asdict(run))
-
-
-def load_time(setting: Setting) -> Iterator[Finding]:
-    """Load time against stock fp8 and plain bf16, in alternating runs."""
-    yield from _times(setting, (BF16, STOCK, STREAMING), STREAMING)
+    for family in families:
+        yield from _updated(setting, family)
 
 
 def ring(setting: Setting) -> Iterator[Finding]:
-    """Identity and load time with the pinned ring on."""
+    """Identity with the pinned ring on, loader threads included."""
     if setting.is_rehearsal:
         yield Finding("the pinned ring", "skipped", "no GPU, and it is for CUDA alone")
         return
-    with setting.workers() as workers:
-        for variant in WITH_RING:
-            yield _as_stock(workers, setting, variant)
-    yield from _times(setting, (BF16, STREAMING, RING_STREAMING), RING_STREAMING)
+    for variant in WITH_RING:
+        yield _as_stock(setting, variant)
 
 
 STEPS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "environment": environment,
+    "kernels": kernels,
     "identity": identity,
     "graphs": graphs,
-    "update": update,
-    "checkpoint": checkpoint,
     "memory": memory,
     "time": load_time,
+    "update": update,
     "ring": ring,
 }
 
@@ -207,13 +280,32 @@ STEPS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _as_stock(workers: LoadWorkers, setting: Setting, variant: Variant) -> Finding:
+def with_zero_rows(checkpoint: Path, matrices: Sequence[str]) -> Path:
+    """A copy of a checkpoint, beside it, in which some rows of these matrices are all zeros."""
+    from safetensors.torch import load_file, save_file
+
+    target = checkpoint.with_name(f"{checkpoint.name}-zero-rows")
+    if target.exists():
+        return target
+    draft = target.with_suffix(".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(checkpoint, draft)
+    for file in draft.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if any(matrix in name for matrix in matrices):
+                tensor[_ZERO_ROWS] = 0
+        save_file(tensors, file, {"format": "pt"})
+    return draft.rename(target)
+
+
+def _as_stock(setting: Setting, variant: Variant) -> Finding:
     if variant.scales == "channel" and setting.is_rehearsal:
         return Finding(variant.name, "skipped", "SGLang's path for a CPU has one scale a matrix")
-    job = LoadJob(setting.tiny(variant.family), device=setting.device, prompts=PROMPTS, **variant.job)
+    job = LoadJob(setting.variant(variant), device=setting.device, prompts=PROMPTS, **variant.job)
     try:
-        stock = workers.load(replace(job, streaming="0"))
-        streamed = workers.load(replace(job, streaming="require"))
+        stock = setting.loads.load(replace(job, streaming="0"))
+        streamed = setting.loads.load(replace(job, streaming="require"))
     except LoadFailed as error:
         return Finding(variant.name, "failed", str(error))
     # Kernels that add in no fixed order give other last digits each time; weights and tokens must agree.
@@ -241,14 +333,37 @@ def _unexpected(streamed: LoadResult, variant: Variant) -> Iterator[str]:
         yield f"only {rank.graph_steps} steps ran as a CUDA graph"
 
 
-def _updated(workers: LoadWorkers, setting: Setting, family: Family) -> Iterator[Finding]:
+def _unit_cost(setting: Setting, scheme: str) -> Finding:
+    """Time and launches for each expert of a layer: of Qwen3-30B-A3B's size, or tiny in a rehearsal."""
+    size: dict[str, Any] = {} if setting.is_rehearsal else {"size": "bench"}
+    spec = CheckpointSpec("qwen3_moe", overrides=(("num_experts", EXPERTS), ("num_hidden_layers", 1)), **size)
+    environ = {} if scheme == "stock" else {SCHEME_VARIABLE: json.dumps({"moe": scheme})}
+    job = LoadJob(
+        build(spec, setting.checkpoints), "require", device=setting.device, environ=environ, described="sizes"
+    )
+    what = f"an expert, scheme {scheme}"
+    try:
+        # The first compiles what the scheme needs; the second is timed; the third is watched, which takes time itself.
+        if not setting.is_rehearsal:
+            setting.loads.load(job)
+        seconds = setting.loads.load(job).ranks[0].load_seconds / EXPERTS
+        with Accelerator(setting.device).watched() as seen:
+            setting.loads.load(job)
+    except LoadFailed as error:
+        return Finding(what, "failed", str(error))
+    figures = {"seconds": seconds, "launches": seen.launches / EXPERTS, "busy_seconds": seen.seconds / EXPERTS}
+    busy = f", {figures['launches']:.1f} launches and {figures['busy_seconds'] * 1e6:.0f} us of the GPU"
+    return Finding(what, "passed", f"{seconds * 1e6:.0f} us{'' if setting.is_rehearsal else busy}", figures)
+
+
+def _updated(setting: Setting, family: Family) -> Iterator[Finding]:
     old, new = setting.tiny(family), setting.tiny(family, _NEW_SEED)
     graphs: dict[str, Any] = {} if setting.is_rehearsal else {"graphs": "captured"}
     job = LoadJob(old, "require", device=setting.device, prompts=PROMPTS, tokens_of="each", **graphs)
     try:
-        before, after = workers.load(job), workers.load(replace(job, checkpoint=new))
+        before, after = setting.loads.load(job), setting.loads.load(replace(job, checkpoint=new))
         for source in ("disk", "tensor", "bucket"):
-            updated = workers.load(replace(job, updates=(Update(source, new),)))
+            updated = setting.loads.load(replace(job, updates=(Update(source, new),)))
             yield _judged(f"{family}, from {source}", before, updated, after)
     except LoadFailed as error:
         yield Finding(family, "failed", str(error))
@@ -267,20 +382,13 @@ def _judged(what: str, before: LoadResult, updated: LoadResult, after: LoadResul
     return Finding(what, "passed", f"{len(rank.tensors)} tensors and the tokens are a fresh load's", figures)
 
 
-def _times(setting: Setting, contenders: Sequence[Contender], judged: Contender) -> Iterator[Finding]:
-    with setting.workers() as workers:
-        result = bench.measure(workers, setting.large, setting.checkpoints, setting.rounds, contenders)
-    for contender in contenders:
-        found = bench.figures(result.runs)[contender.name]
-        of_bf16 = bench.ratio(result.runs, contender.name, BF16.name, "seconds")
-        low, high = found.seconds_range
-        detail = f"{found.seconds:.2f} s ({low:.2f} to {high:.2f}), {of_bf16:.2f} x bf16, {_rate(found, result)}"
-        limit = TIME_LIMIT if contender is judged else None
-        yield _measured(setting, f"time of {contender.name}", detail, of_bf16, limit, asdict(found))
-
-
-def _rate(found: bench.Figures, result: CaseResult) -> str:
-    return f"{result.checkpoint_bytes / found.seconds / 1e9:.2f} GB/s of checkpoint"
+def _timed(setting: Setting, contender: Contender, case: Case, runs: Sequence[Run], limit: float | None) -> Finding:
+    found = bench.figures(runs)[contender.name]
+    of_stock = bench.ratio(runs, contender.name, STOCK.name, "seconds")
+    of_bf16 = bench.ratio(runs, contender.name, BF16.name, "seconds")
+    low, high = found.seconds_range
+    detail = f"{found.seconds:.2f} s ({low:.2f} to {high:.2f}), {of_stock:.2f} x stock fp8, {of_bf16:.2f} x bf16"
+    return _measured(setting, f"{case.name}, time of {contender.name}", detail, of_stock, limit, asdict(found))
 
 
 def _measured(
@@ -294,23 +402,81 @@ def _measured(
     return Finding(what, "passed" if value <= limit else "failed", f"{detail}; limit {limit}", figures)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Findings:
+    """Writes each finding as it is made: a line of JSON to a file, and one to read."""
+
+    def __init__(self, out: IO[str], shown: IO[str]) -> None:
+        self._out, self._shown = out, shown
+        self._begin = time.perf_counter()
+
+    def begun(self, step: str) -> None:
+        """A step begins, for who wants to know at which one this process has died."""
+        print(json.dumps({"step": step, "verdict": "begun"}), file=self._out, flush=True)
+
+    def write(self, step: str, finding: Finding) -> None:
+        """One finding of a step."""
+        seconds = round(time.perf_counter() - self._begin, 1)
+        print(json.dumps({"step": step, "at": seconds, **asdict(finding)}), file=self._out, flush=True)
+        line = f"{seconds:6.1f} s  {finding.verdict.upper():8} {step:12} {finding.what:36} {finding.detail}"
+        print(line, file=self._shown, flush=True)
+
+
+def run(steps: Sequence[str], setting: Setting, findings: Findings) -> int:
+    """Run steps one after another, whatever becomes of each."""
+    for step in steps:
+        findings.begun(step)
+        failed = False
+        try:
+            for finding in STEPS[step](setting):
+                findings.write(step, finding)
+                failed |= finding.verdict == "failed"
+        except TimeIsUp:
+            findings.write(step, Finding("the rest of it", "skipped", "the time was up"))
+        except Exception:
+            findings.write(step, Finding("it raised", "failed", traceback.format_exc()))
+            failed = True
+        if failed and not Accelerator(setting.device).answers():
+            return BROKEN
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one step and write what it found, as it finds it."""
+    """Run steps and write what they find, as they find it."""
     parser = argparse.ArgumentParser(prog="workbench.gpu_steps", description=main.__doc__)
-    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("steps", nargs="+", choices=STEPS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--checkpoint-gb", type=float, required=True)
     parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each finding")
+    parser.add_argument("--seconds", type=float, required=True, help="after these no load is begun")
+    parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each finding is added")
+    parser.add_argument("--log", type=Path, required=True, help="what SGLang says is added")
     options = parser.parse_args(arguments)
-    setting = Setting(options.device, options.work, options.checkpoint_gb, options.rounds)
-    with options.out.open("w", encoding="utf-8") as out:
-        for finding in STEPS[options.step](setting):
-            print(json.dumps(asdict(finding)), file=out, flush=True)
-            print(f"{finding.verdict}: {finding.what}: {finding.detail}", flush=True)
-    return 0
+    deadline = time.monotonic() + options.seconds
+    shown = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    _log_to(options.log)
+    os.environ.update({"SGLANG_CPU_OMP_THREADS_BIND": core_binding(1), **devices.environ(options.device)})
+    devices.prepare(options.device)
+    loads = ThisProcess(options.work, deadline)
+    setting = Setting(options.device, options.work, options.checkpoint_gb, options.rounds, loads)
+    with options.out.open("a", encoding="utf-8") as out:
+        return run(options.steps, setting, Findings(out, shown))
+
+
+def _log_to(path: Path) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stdout.flush()
+    # Not sys.exit: threads and process groups that SGLang leaves behind would be waited for.
+    os._exit(code)

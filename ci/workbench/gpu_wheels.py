@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheels that SGLang needs on a machine that has a GPU, CUDA and PyTorch but no package index.
+"""What SGLang needs on a machine that has a GPU, CUDA and PyTorch but no package index: a folder to import from.
 
-Everything in a release's lock but what ``ci/locks/gpu_machine.txt`` names. Of sglang-kernel, whose wheel is 370 MB, the
-Python files and the kernels for one generation of GPUs; of flashinfer-python the Python files.
+    site/          a release's lock installed, but for what ``ci/locks/gpu_machine.txt`` names and for :data:`DROPPED`
+    jit/           SGLang's kernels that are compiled on first use, compiled for Hopper where nvcc is at hand
+    row_kernels/   sources of the newest release's row quantizer, which is checked there too
 
 Standard library only: nothing is installed where this runs.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,28 +28,39 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from workbench import environment, pieces
+from workbench import environment, gpu_modules, pieces
 from workbench.environment import CLONE, EnvironmentSetupError, Plan, normalized
 from workbench.pieces import Manifest
-from workbench.wheel_files import trimmed
 
 LEFT_OUT = Path("ci", "locks", "gpu_machine.txt")
 """Names of packages that are not collected, in a clone."""
-ARCHITECTURE = "sm90"
-"""GPUs whose kernels are collected: Hopper. sglang-kernel has a folder for each."""
+KEPT = ("sgl_kernel/sm90/*",)
+"""Kernels that are kept of what is dropped below: for Hopper. sglang-kernel has a folder for each generation."""
+DROPPED = (
+    "bin/*",
+    "*.a",
+    "sgl_kernel/*.so",
+    # SGLang's diffusion models, its tests, and its servers in Rust and for gRPC.
+    "sglang/multimodal_gen/*",
+    "sglang/test/*",
+    "sglang/srt/*/_core.*.so",
+    "torch_memory_saver_hook_mode_*_cu12.*",
+    "zstandard/_cffi.*",
+)
+"""Files that are not carried, as patterns over their paths in ``site``."""
+ROW_SOURCES = ("kernels/jit/csrc/gemm/per_token_quant_fp8.cuh", "kernels/jit/include/*")
+"""Of the newest release's wheel, below ``sglang/``."""
+_JIT = "sglang/kernels/jit/"
 _MEGABYTE = 10**6
 _ROW = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^ ;\\]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to collect: for which release of SGLang, for which Python, such as ``3.12``, and ``without`` which packages
-    beside those that are never collected.
-    """
+    """What to collect: for which release of SGLang, and for which Python, such as ``3.12``."""
 
     plan: Plan
     python: str
-    without: tuple[str, ...] = ()
 
     @property
     def requirements(self) -> str:
@@ -56,7 +70,7 @@ class Wanted:
     @property
     def left_out(self) -> frozenset[str]:
         """Names in the lock that are not collected."""
-        patterns = {*environment.names_in(self.plan.clone / LEFT_OUT), *map(normalized, self.without)}
+        patterns = environment.names_in(self.plan.clone / LEFT_OUT)
         return frozenset(name for name in self.versions if any(fnmatch.fnmatch(name, one) for one in patterns))
 
     @property
@@ -67,60 +81,105 @@ class Wanted:
 
 
 def collect(wanted: Wanted, out: Path, piece_bytes: int) -> Manifest:
-    """Download, trim and pack; ``out`` must not exist.
+    """Install, drop, compile and pack; ``out`` must not exist.
 
     Raises:
-        EnvironmentSetupError: the download failed.
+        EnvironmentSetupError: a download failed.
     """
     out.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(prefix=".wheels-", dir=out) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".folder-", dir=out) as scratch:
         folder = Path(scratch)
-        _download(wanted, folder)
-        for wheel in sorted(folder.glob("*.whl")):
-            keep = TRIMMED.get(normalized(wheel.name.partition("-")[0]))
-            if keep is not None:
-                trimmed(wheel, keep, f"1{ARCHITECTURE}")
+        _install(wanted, folder / "site")
+        drop(folder / "site")
+        _row_sources(wanted.plan, folder / gpu_modules.ROW_KERNELS)
         facts = {
             "release": wanted.plan.release,
             "python": wanted.python,
             "torch": wanted.versions["torch"],
-            "architecture": ARCHITECTURE,
+            "compiled": _compile(wanted.plan, folder),
             "left_out": sorted(wanted.left_out),
         }
-        return pieces.pack(sorted(folder.glob("*.whl")), out, piece_bytes, **facts)
+        return pieces.pack(folder, out, piece_bytes, **facts)
 
 
-def _is_python(name: str) -> bool:
-    # Under data/ FlashInfer has CUTLASS, with its examples.
-    return name.endswith(".py") and "/data/" not in name
+def drop(site: Path) -> None:
+    """Remove the files that are not carried."""
+    for path in [path for path in site.rglob("*") if path.is_file()]:
+        name = path.relative_to(site).as_posix()
+        if _is_any(name, DROPPED) and not _is_any(name, KEPT):
+            path.unlink()
 
 
-def _is_wanted_kernel(name: str) -> bool:
-    return _is_python(name) or f"/{ARCHITECTURE}/" in name
+def _is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-# FlashInfer is to be imported and not to be used: SGLANG_IS_FLASHINFER_AVAILABLE=false in workbench.devices.
-TRIMMED = {"sglang-kernel": _is_wanted_kernel, "flashinfer-python": _is_python}
-"""Packages of which only part is collected, and which files that is."""
+def _install(wanted: Wanted, site: Path) -> None:
+    _pip(wanted, "install", "--target", str(site), "--no-compile", listed=wanted.requirements)
 
 
-def _download(wanted: Wanted, folder: Path) -> None:
+def _pip(wanted: Wanted, *command: str, listed: str) -> None:
     pip = environment.ensure_uv(wanted.plan).with_name("python")
-    listing = folder / "requirements.txt"
-    listing.write_text(wanted.requirements, encoding="utf-8")
     wheels = [
         *("--no-deps", "--require-hashes", "--only-binary", ":all:"),
         *("--python-version", wanted.python, "--implementation", "cp"),
         *(part for platform in _platforms() for part in ("--platform", platform)),
     ]
-    command = [str(pip), "-m", "pip", "download", "-qq", "--disable-pip-version-check", *wheels]
-    environment.step(wanted.plan, [*command, "--dest", str(folder), "-r", str(listing)])
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as listing:
+        listing.write(listed)
+        listing.flush()
+        arguments = ["-qq", "--disable-pip-version-check", *command[1:], *wheels, "-r", listing.name]
+        environment.step(wanted.plan, [str(pip), "-m", "pip", command[0], *arguments])
 
 
 def _platforms() -> list[str]:
     """pip takes a wheel whose tag is one of these, and knows no "or older"."""
     numbered = [f"manylinux_2_{number}_x86_64" for number in range(34, 4, -1)]
     return [*numbered, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+
+
+def _row_sources(plan: Plan, target: Path) -> None:
+    """The newest release's row quantizer and its headers, out of that release's wheel."""
+    newest = Wanted(environment.planned(environment.supported()[-1], "gpu", plan.clone), "3.12")
+    others = frozenset(newest.versions) - {"sglang"}
+    only = environment.without(newest.plan.lock.read_text(encoding="utf-8"), others)
+    with tempfile.TemporaryDirectory() as scratch:
+        _pip(newest, "download", "--dest", scratch, listed=only)
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            extract_row_sources(archive, target)
+
+
+def extract_row_sources(archive: zipfile.ZipFile, target: Path) -> None:
+    """``csrc/`` and ``include/`` below ``target``, out of a wheel of SGLang."""
+    for name in archive.namelist():
+        if not name.endswith("/") and _is_any(name, [f"sglang/{pattern}" for pattern in ROW_SOURCES]):
+            path = target / name.removeprefix(_JIT)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.read(name))
+
+
+def _compile(plan: Plan, folder: Path) -> int:
+    """Compile kernels with this machine's nvcc, in an environment of the release; how many there are then.
+
+    They are kept between calls: names stand for sources.
+    """
+    cache = plan.cache / f"kernels-{plan.release}"
+    (folder / "jit").mkdir()
+    if shutil.which("nvcc") is None:
+        environment.say("no nvcc here: kernels will be compiled on the machine with the GPU")
+        return 0
+    cache.mkdir(parents=True, exist_ok=True)
+    python = environment.ensure(environment.planned(plan.release, "cpu", plan.clone))
+    variables = {**os.environ, "PYTHONPATH": str(CLONE / "ci"), gpu_modules.CACHE_VARIABLE: str(cache)}
+    headers = str(folder / gpu_modules.ROW_KERNELS)
+    command = [str(python), "-P", "-m", "workbench.gpu_modules", "--headers", headers]
+    subprocess.run(command, env=variables, stdout=sys.stderr, check=True)
+    for path in gpu_modules.compiled(cache):
+        target = folder / "jit" / path.relative_to(cache)
+        target.parent.mkdir()
+        shutil.copy(path, target)
+    return len(list((folder / "jit").iterdir()))
 
 
 def release_for(torch: str, clone: Path = CLONE) -> str:
@@ -137,37 +196,32 @@ def release_for(torch: str, clone: Path = CLONE) -> str:
     return found[-1]
 
 
-def described(manifest: Manifest) -> Iterable[str]:
+def described(manifest: Manifest) -> Iterator[str]:
     """What was packed, a line each."""
     facts = manifest.facts
-    total = sum(file.size for file in manifest.files) / _MEGABYTE
     yield (
-        f"{len(manifest.files)} wheels, {total:.1f} MB, of SGLang {facts['release']} for Python {facts['python']} on "
-        f"Linux x86_64, beside torch {facts['torch']} and a GPU of {facts['architecture']}"
+        f"SGLang {facts['release']} for Python {facts['python']} on Linux x86_64, beside torch {facts['torch']} and a "
+        f"Hopper GPU, {facts['compiled']} kernels compiled: {manifest.unpacked / _MEGABYTE:.0f} MB unpacked"
     )
     yield from (f"  {piece.name}  {piece.size / _MEGABYTE:5.1f} MB  {piece.sha256}" for piece in manifest.pieces)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Collect the wheels that ci/gpu_check needs on a machine without a package index, in pieces."""
+    """Collect what ci/gpu_check needs on a machine without a package index, in pieces."""
     parser = argparse.ArgumentParser(prog="ci/gpu_wheels", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-wheels"), help="folder to write, which must not exist")
-    parser.add_argument("--piece-mb", type=float, default=60, help="at most so many MB (10**6 bytes) a piece")
+    parser.add_argument("--piece-mb", type=float, default=52, help="at most so many MB (10**6 bytes) a piece")
     parser.add_argument("--python", default="3.12", help="of the machine with the GPU: 3.11, 3.12 or 3.13")
-    parser.add_argument("--without", action="append", default=[], help="a package that the machine has; repeatable")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--release", default=environment.supported()[-1], help="of SGLang; the newest unless said")
-    which.add_argument("--torch", help="that the machine has, such as 2.11.0: takes the newest release made for it")
+    which.add_argument("--release", help="of SGLang")
+    which.add_argument("--torch", default="2.11.0", help="that the machine has: takes the newest release made for it")
     options = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"{options.out} is there already; remove it, or name another folder")
     try:
-        release = release_for(options.torch) if options.torch else options.release
-        plan = environment.planned(release, "gpu")
+        plan = environment.planned(options.release or release_for(options.torch), "gpu")
         environment.check_machine(plan)
-        manifest = collect(
-            Wanted(plan, options.python, tuple(options.without)), options.out, int(options.piece_mb * _MEGABYTE)
-        )
+        manifest = collect(Wanted(plan, options.python), options.out, int(options.piece_mb * _MEGABYTE))
     except (EnvironmentSetupError, OSError, subprocess.SubprocessError) as error:
         shutil.rmtree(options.out, ignore_errors=True)
         print(f"error: {error}", file=sys.stderr)

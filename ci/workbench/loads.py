@@ -273,7 +273,7 @@ def free_port() -> int:
             return port
 
 
-def _core_binding(ranks: int) -> str:
+def core_binding(ranks: int) -> str:
     """``SGLANG_CPU_OMP_THREADS_BIND``: this process's cores dealt out to `ranks`, e.g. ``0|1``."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
@@ -438,7 +438,7 @@ class LoadWorkers:
         if ranks not in self._groups:
             self._started += 1
             folder = self._folder / f"tp{ranks}-{self._started}"
-            environ = {"SGLANG_CPU_OMP_THREADS_BIND": _core_binding(ranks), **os.environ, **self._environ}
+            environ = {"SGLANG_CPU_OMP_THREADS_BIND": core_binding(ranks), **os.environ, **self._environ}
             self._groups[ranks] = [_RankProcess(rank, folder, environ, self._start_method) for rank in range(ranks)]
             _wait_until_ready(self._groups[ranks])
         return self._groups[ranks]

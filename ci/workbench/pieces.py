@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files cut into pieces small enough to be carried one by one, and put together again. Standard library only.
+"""A folder as one compressed archive, cut into pieces small enough to be carried one by one. Standard library only.
 
-OUT/manifest.json        what the files and the pieces are: sizes and SHA-256
-OUT/piece-00/piece-00    a part of one tar archive; a folder each, as folders are what is carried
+OUT/piece-00/piece-00       a part of one .tar.xz; a folder each, as folders are what is carried
+OUT/piece-00/manifest.json  what the pieces are: sizes and SHA-256
 OUT/piece-01/piece-01
 """
 
@@ -12,61 +12,57 @@ import hashlib
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 MANIFEST = "manifest.json"
-_ARCHIVE = "files.tar"
+_ARCHIVE = "folder.tar.xz"
 _BLOCK = 1 << 20
+_PRESET: Final = 9
+"""Of xz: as small as can be; the machine needs 65 MB and a few seconds to unpack it."""
 
 
 class DamagedPiecesError(RuntimeError):
-    """What is there is not what the manifest names; the message says which file."""
+    """What is there is not what the manifest names; the message says which piece."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """A file as the manifest names it; ``size`` in bytes."""
+class Piece:
+    """A piece as the manifest names it; ``size`` in bytes."""
 
     name: str
     size: int
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> Content:
+    def of(cls, path: Path) -> Piece:
         """What ``path`` holds, under its own name."""
-        return cls(path.name, path.stat().st_size, sha256_of(path))
+        with path.open("rb") as file:
+            return cls(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was packed: ``facts`` that the packer wants known, the files, and the pieces in order."""
+    """What was packed: ``facts`` that the packer wants known, the bytes unpacked, and the pieces in order."""
 
     facts: dict[str, Any]
-    files: tuple[Content, ...]
-    pieces: tuple[Content, ...]
+    unpacked: int
+    pieces: tuple[Piece, ...]
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def pack(files: Sequence[Path], out: Path, piece_bytes: int, **facts: Any) -> Manifest:
-    """Write ``files`` into pieces of at most ``piece_bytes`` under ``out``, and the manifest beside them."""
+def pack(folder: Path, out: Path, piece_bytes: int, **facts: Any) -> Manifest:
+    """Write what is in ``folder`` into pieces of at most ``piece_bytes`` under ``out``, the manifest with the first."""
     archive = out / _ARCHIVE
-    with tarfile.open(archive, "w") as tar:
-        for file in sorted(files):
-            tar.add(file, arcname=file.name)
+    with tarfile.open(archive, "w:xz", preset=_PRESET) as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, arcname=path.name)
     pieces = list(_cut(archive, out, piece_bytes))
     archive.unlink()
-    manifest = Manifest(facts, tuple(map(Content.of, sorted(files))), tuple(map(Content.of, pieces)))
-    (out / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    # With the first piece, so that whoever carries the pieces carries it too.
-    shutil.copy(out / MANIFEST, pieces[0].parent)
+    unpacked = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    manifest = Manifest(facts, unpacked, tuple(map(Piece.of, pieces)))
+    (pieces[0].parent / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -87,7 +83,7 @@ def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest that lies in ``folder``, or with the first piece under it.
+    """The manifest that lies with the first piece under ``folder``, or in it where pieces were copied together.
 
     Raises:
         DamagedPiecesError: there is none.
@@ -95,16 +91,15 @@ def read_manifest(folder: Path) -> Manifest:
     for found in (folder / MANIFEST, folder / "piece-00" / MANIFEST):
         if found.is_file():
             read = json.loads(found.read_text(encoding="utf-8"))
-            contents = {key: tuple(Content(**entry) for entry in read[key]) for key in ("files", "pieces")}
-            return Manifest(read["facts"], **contents)
+            return Manifest(read["facts"], read["unpacked"], tuple(Piece(**entry) for entry in read["pieces"]))
     raise DamagedPiecesError(f"{folder} has no {MANIFEST}: it comes with the first piece, from ci/gpu_wheels")
 
 
-def unpack(folder: Path, out: Path) -> list[Path]:
-    """Put the pieces in ``folder`` (in folders of their own or not) together, and the files into ``out``.
+def unpack(folder: Path, out: Path) -> None:
+    """Put the pieces in ``folder`` (in folders of their own or not) together, and what was packed into ``out``.
 
     Raises:
-        DamagedPiecesError: a piece or a file is missing, or is not what the manifest says.
+        DamagedPiecesError: a piece is missing, or is not what the manifest says.
     """
     manifest = read_manifest(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -114,35 +109,18 @@ def unpack(folder: Path, out: Path) -> list[Path]:
             with _found(folder, piece).open("rb") as part:
                 shutil.copyfileobj(part, whole, _BLOCK)
     with tarfile.open(archive) as tar:
-        # Not extractall: what the manifest does not name stays there, and Python 3.11.2 has no filter for the rest.
-        unpacked = [_extracted(tar, file, out) for file in manifest.files]
+        # Python 3.11.2, Debian's, has no filters yet.
+        if hasattr(tarfile, "data_filter"):
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(out)
     archive.unlink()
-    return unpacked
 
 
-def _extracted(tar: tarfile.TarFile, file: Content, out: Path) -> Path:
-    target = out / file.name
-    if target.parent != out:
-        raise DamagedPiecesError(f"the manifest names {file.name}, which is no plain file name")
-    try:
-        packed = tar.extractfile(file.name)
-    except KeyError:
-        packed = None
-    if packed is None:
-        raise DamagedPiecesError(f"{target} is missing")
-    with packed, target.open("wb") as written:
-        shutil.copyfileobj(packed, written, _BLOCK)
-    return _checked(target, file)
-
-
-def _found(folder: Path, piece: Content) -> Path:
-    places = (folder / piece.name, folder / piece.name / piece.name)
-    return _checked(next((place for place in places if place.is_file()), places[0]), piece)
-
-
-def _checked(path: Path, wanted: Content) -> Path:
-    if not path.is_file():
-        raise DamagedPiecesError(f"{path} is missing")
-    if Content.of(path) != wanted:
+def _found(folder: Path, wanted: Piece) -> Path:
+    places = (folder / wanted.name, folder / wanted.name / wanted.name)
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise DamagedPiecesError(f"{places[0]} is missing")
+    if Piece.of(path) != wanted:
         raise DamagedPiecesError(f"{path} is not what the manifest says ({wanted.size} bytes, {wanted.sha256})")
     return path

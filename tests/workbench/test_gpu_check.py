@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,11 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from workbench import devices, environment, gpu_check, gpu_steps, load_worker, pieces
 from workbench.bench import STREAMING
+from workbench.checkpoints import CheckpointSpec, build
 from workbench.environment import EnvironmentSetupError
-from workbench.gpu_check import Options, Step
-from workbench.gpu_steps import PROMPTS, RING, Finding, Setting, Variant
+from workbench.gpu_check import Interpreter, Options
+from workbench.gpu_steps import PROMPTS, RING, Finding, Findings, Setting, ThisProcess, TimeIsUp, Variant
 from workbench.loads import LoadJob
 
 from sglang_overlay.settings import PINNED_RING_VARIABLE
@@ -28,12 +33,22 @@ def no_gpu(monkeypatch):
 
 @pytest.fixture
 def options(tmp_path):
-    return Options(wheels=None, checkpoint_gb=0.01, rounds=1, steps=(), work=tmp_path, device="cpu")
+    return Options(
+        wheels=None,
+        checkpoint_gb=0.01,
+        rounds=1,
+        steps=("identity", "graphs", "memory"),
+        seconds=60,
+        work=tmp_path,
+        results=tmp_path / "results",
+        device="cpu",
+    )
 
 
 @pytest.fixture
-def setting(tmp_path):
-    return Setting("cpu", tmp_path, 0.01, 1)
+def setting(tmp_path, workers):
+    """A rehearsal with small steps, whose loads are made where other tests' are."""
+    return Setting("cpu", tmp_path, 0.01, 1, workers)
 
 
 def test_without_a_gpu_everything_counts_as_skipped_and_nothing_runs(no_gpu, tmp_path, capsys):
@@ -51,61 +66,83 @@ def test_unknown_step_is_an_error_without_a_gpu_too(no_gpu, capsys):
     assert "no such step: speed" in capsys.readouterr().err
 
 
-def test_every_step_has_a_time_limit_that_fits_a_call_of_ten_minutes():
-    assert list(gpu_check.SECONDS) == list(gpu_steps.STEPS)
-    assert max(gpu_check.SECONDS.values()) < 600
+def test_steps_are_known_before_anything_is_installed():
+    assert list(gpu_check.STEPS) == list(gpu_steps.STEPS)
 
 
-def test_each_step_that_fails_is_a_failure_and_those_after_it_run(monkeypatch, options, capsys):
-    def run_step(name, python, options):
-        verdict = "failed" if name == "identity" else "passed"
-        return Step(name, 1.0, ({"what": "a thing", "verdict": verdict, "detail": "", "figures": {}},))
-
-    monkeypatch.setattr(gpu_check, "prepared", lambda _: Path(sys.executable))
-    monkeypatch.setattr(gpu_check, "run_step", run_step)
-    monkeypatch.setattr(gpu_check, "write_results", lambda *_: None)
-    assert gpu_check._check(replace(options, steps=("identity", "graphs"))) == 1
-    assert gpu_check._check(replace(options, steps=("graphs",))) == 0
-    assert "1 passed, 1 failed, 0 skipped" in capsys.readouterr().out
+# -- the processes -----------------------------------------------------------------------------------------------------
 
 
-def stand_in(folder: Path, code: str) -> Path:
+def stand_in(folder: Path, code: str) -> Interpreter:
     """A program that runs `code`, whatever it is asked, in place of a Python that has the steps."""
     program = folder / "python"
-    program.write_text(f"#!{sys.executable}\nimport sys\nout = sys.argv[sys.argv.index('--out') + 1]\n{code}\n")
+    begin = (
+        "import json, os, sys, time\n"
+        "arguments = sys.argv[sys.argv.index('workbench.gpu_steps') + 1:]\n"
+        "steps = arguments[:arguments.index('--device')]\n"
+        "out = open(arguments[arguments.index('--out') + 1], 'a')\n"
+        "def write(step, verdict):\n"
+        "    line = dict(step=step, what=step, verdict=verdict, detail='', figures={})\n"
+        "    print(json.dumps(line), file=out, flush=True)\n"
+    )
+    program.write_text(f"#!{sys.executable}\n{begin}{code}\n")
     program.chmod(0o755)
-    return program
+    return Interpreter(program, {})
 
 
-FOUND = {"what": "a thing", "verdict": "passed", "detail": "", "figures": {}}
+def found(lines):
+    return [(line["step"], line["verdict"]) for line in lines]
 
 
-def test_step_that_dies_has_failed_with_what_it_found_before(options, tmp_path):
-    code = f"open(out, 'w').write({json.dumps(FOUND)!r} + chr(10)); print('the reason'); sys.exit(3)"
-    step = gpu_check.run_step("graphs", stand_in(tmp_path, code), options)
-    assert step.findings[0] == FOUND
-    assert step.findings[1]["verdict"] == "failed"
-    assert "exit code 3" in step.findings[1]["detail"]
-    assert "the reason" in step.findings[1]["detail"]
+def test_step_at_which_the_process_dies_has_failed_and_another_runs_those_after_it(options, tmp_path):
+    code = (
+        "for step in steps:\n"
+        "    write(step, 'begun')\n"
+        "    write(step, 'passed')\n"
+        "    if step == 'identity':\n"
+        "        os._exit(3)"
+    )
+    lines = gpu_check.run_steps(stand_in(tmp_path, code), options)
+    expected = [("identity", "passed"), ("identity", "failed"), ("graphs", "passed"), ("memory", "passed")]
+    assert found(lines) == expected
+    assert "exit code 3" in lines[1]["detail"]
 
 
-def test_step_that_hangs_is_ended_with_all_it_started(options, tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu_check.SECONDS, "graphs", 2)
+def test_a_process_that_cannot_even_begin_fails_each_step_with_its_log(options, tmp_path):
+    code = "open(arguments[arguments.index('--log') + 1], 'a').write('the reason\\n'); sys.exit(1)"
+    lines = gpu_check.run_steps(stand_in(tmp_path, code), options)
+    assert found(lines) == [(step, "failed") for step in options.steps]
+    assert "the reason" in lines[0]["detail"]
+
+
+def test_what_hangs_is_ended_with_all_it_started_and_the_rest_is_skipped_by_name(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_GRACE_SECONDS", 1)
     marker = tmp_path / "alive"
     child = f"import time\nfor _ in range(600):\n    open({str(marker)!r}, 'a').write('.')\n    time.sleep(0.05)"
-    code = f"import subprocess, time; subprocess.Popen([{sys.executable!r}, '-c', {child!r}]); time.sleep(60)"
-    step = gpu_check.run_step("graphs", stand_in(tmp_path, code), options)
-    assert "not done after 2 s" in step.findings[0]["detail"]
+    code = (
+        "write('graphs', 'begun')\n"
+        f"import subprocess; subprocess.Popen([{sys.executable!r}, '-c', {child!r}])\n"
+        "time.sleep(60)"
+    )
+    lines = gpu_check.run_steps(stand_in(tmp_path, code), replace(options, seconds=1))
+    assert found(lines) == [("graphs", "failed"), ("memory", "skipped")]
     written = marker.stat().st_size
     time.sleep(0.3)
     assert marker.stat().st_size == written > 0
 
 
-def test_table_counts_and_shows_all_of_a_failure():
-    failure = {**FOUND, "verdict": "failed", "detail": "long " * 50}
-    lines = list(gpu_check.table([Step("identity", 2.0, (FOUND, failure)), Step("graphs", 1.0, ())]))
-    assert "long " * 50 in lines[1]
-    assert lines[-1] == "1 passed, 1 failed, 0 skipped"
+def test_findings_of_an_earlier_call_do_not_count(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "prepared", lambda _: stand_in(tmp_path, "write(steps[0], 'passed')"))
+    options.findings.parent.mkdir()
+    options.findings.write_text(json.dumps({"step": "identity", "verdict": "failed"}) + "\n")
+    assert gpu_check._check(options) == 0
+    assert "1 passed, 0 failed, 0 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", ["write(steps[0], 'failed')", ""])
+def test_a_failure_and_nothing_at_all_are_told_by_the_exit_code(options, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(gpu_check, "prepared", lambda _: stand_in(tmp_path, code))
+    assert gpu_check._check(options) == 1
 
 
 def test_wheels_for_another_python_are_refused():
@@ -123,21 +160,96 @@ def test_damaged_wheels_are_an_error_before_anything_runs(tmp_path, capsys):
     assert pieces.MANIFEST in capsys.readouterr().err
 
 
-# -- the steps ---------------------------------------------------------------------------------------------------------
+def test_out_of_wheels_sglang_comes_first_and_finds_this_package_in_the_clone(options, tmp_path):
+    folder, wheels = tmp_path / "folder", tmp_path / "wheels"
+    (folder / "site").mkdir(parents=True)
+    (folder / "site" / "carried.py").write_text("")
+    wheels.mkdir()
+    facts = {"python": environment.python_tag(), "torch": torch.__version__.partition("+")[0], "release": "0.5.17"}
+    pieces.pack(folder, wheels, 10_000, **facts)
+    interpreter = gpu_check.prepared(replace(options, wheels=wheels))
+    question = (
+        "import carried, importlib.metadata as m, sglang_overlay, workbench;"
+        "print(carried.__file__, sglang_overlay.__file__,"
+        " *(p.name for p in m.entry_points(group='sglang.srt.plugins')))"
+    )
+    command = [interpreter.python, "-P", "-c", question]
+    printed = subprocess.run(
+        command, env={**os.environ, **interpreter.variables}, capture_output=True, text=True, check=True
+    ).stdout
+    assert str(options.work / "unpacked" / "site" / "carried.py") in printed
+    assert str(environment.CLONE / "sglang_overlay") in printed
+    assert "streamfp8" in printed
+    assert gpu_check.prepared(replace(options, wheels=wheels)) == interpreter
+
+
+# -- the steps in one process ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def load(monkeypatch, workers):
-    """The steps' loads, in the workers that other tests use too."""
+def run_steps(monkeypatch, setting):
+    """Runs steps of the test's own; exit code, findings and what was printed."""
 
-    class Shared:
-        def __enter__(self):
-            return workers
+    def run(**steps):
+        monkeypatch.setattr(gpu_steps, "STEPS", steps)
+        out, shown = io.StringIO(), io.StringIO()
+        code = gpu_steps.run(list(steps), setting, Findings(out, shown))
+        return code, [json.loads(line) for line in out.getvalue().splitlines()], shown.getvalue()
 
-        def __exit__(self, *_):
-            return None
+    return run
 
-    monkeypatch.setattr(Setting, "workers", lambda self: Shared())
+
+def passing(_):
+    yield Finding("a thing", "passed", "well")
+
+
+def raising(_):
+    yield Finding("a thing", "passed")
+    raise RuntimeError("the reason")
+
+
+def late(_):
+    yield Finding("a thing", "passed")
+    raise TimeIsUp
+
+
+def test_a_step_that_raises_has_failed_and_those_after_it_run(run_steps):
+    code, lines, shown = run_steps(first=raising, second=passing)
+    steps = [(line["step"], line["verdict"]) for line in lines]
+    assert steps == [
+        ("first", "begun"),
+        ("first", "passed"),
+        ("first", "failed"),
+        ("second", "begun"),
+        ("second", "passed"),
+    ]
+    assert "the reason" in lines[2]["detail"]
+    assert code == 0
+    assert "PASSED   second       a thing" in shown
+
+
+def test_what_there_is_no_time_for_is_skipped_by_name(run_steps):
+    code, lines, _ = run_steps(first=late, second=late)
+    assert [(line["step"], line["what"]) for line in lines if line["verdict"] == "skipped"] == [
+        ("first", "the rest of it"),
+        ("second", "the rest of it"),
+    ]
+    assert code == 0
+
+
+def test_no_load_begins_when_the_time_is_up(tmp_path):
+    with pytest.raises(TimeIsUp):
+        ThisProcess(tmp_path, time.monotonic() - 1).load(LoadJob(tmp_path))
+
+
+def test_a_device_that_answers_no_more_leaves_the_rest_to_another_process(run_steps, monkeypatch):
+    monkeypatch.setattr(devices.Accelerator, "answers", lambda self: False)
+    code, lines, _ = run_steps(first=raising, second=passing)
+    assert code == gpu_steps.BROKEN
+    assert {line["step"] for line in lines} == {"first"}
+
+
+# -- what the steps find -----------------------------------------------------------------------------------------------
 
 
 def verdicts(found: list[Finding]) -> dict[str, str]:
@@ -145,7 +257,7 @@ def verdicts(found: list[Finding]) -> dict[str, str]:
 
 
 @pytest.mark.server
-def test_identity_is_rehearsed_with_what_a_cpu_can_do(load, setting, monkeypatch):
+def test_identity_is_rehearsed_with_what_a_cpu_can_do(setting, monkeypatch):
     monkeypatch.setattr(gpu_steps, "IDENTITY", gpu_steps.IDENTITY[:3])
     assert verdicts(list(gpu_steps.identity(setting))) == {
         "qwen3, scales per channel": "skipped",
@@ -154,17 +266,31 @@ def test_identity_is_rehearsed_with_what_a_cpu_can_do(load, setting, monkeypatch
     }
 
 
-def test_model_that_differs_from_stock_fails(load, setting, monkeypatch):
+def test_some_rows_of_what_is_compared_per_channel_are_zeros(tmp_path):
+    plain = build(CheckpointSpec("qwen3", overrides=(("num_hidden_layers", 1),)), tmp_path)
+    for _ in range(2):
+        edited = gpu_steps.with_zero_rows(plain, ["gate_proj"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (plain, edited))
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.0.mlp.gate_proj.weight"]
+    assert int((after[changed[0]] == 0).all(dim=1).sum()) == 37
+
+
+def test_rows_are_on_both_sides_of_where_sglang_changes_its_kernel():
+    (channel,) = (variant for variant in gpu_steps.IDENTITY if variant.scales == "channel")
+    threshold = 16 * 132
+    assert channel.overrides["intermediate_size"] < threshold < 2 * channel.overrides["intermediate_size"]
+
+
+def test_model_that_differs_from_stock_fails(setting, monkeypatch):
     monkeypatch.setattr(gpu_steps, "compare", lambda *_: ["rank 0: a weight: bytes differ"])
-    with setting.workers() as workers:
-        found = gpu_steps._as_stock(workers, setting, Variant("qwen3", "qwen3"))
-    assert (found.verdict, found.detail) == ("failed", "rank 0: a weight: bytes differ")
+    finding = gpu_steps._as_stock(setting, Variant("qwen3", "qwen3"))
+    assert (finding.verdict, finding.detail) == ("failed", "rank 0: a weight: bytes differ")
 
 
-def test_comparison_of_something_else_than_was_meant_fails(load, setting):
-    with setting.workers() as workers:
-        per_channel = Variant("q", "qwen3", scales="channel")
-        rank = workers.load(LoadJob(setting.tiny("qwen3"), streaming="0", prompts=PROMPTS))
+def test_comparison_of_something_else_than_was_meant_fails(setting):
+    per_channel = Variant("q", "qwen3", scales="channel")
+    rank = setting.loads.load(LoadJob(setting.tiny("qwen3"), streaming="0", prompts=PROMPTS))
     assert [line[:36] for line in gpu_steps._unexpected(rank, per_channel)] == ["the scales are not one a channel: {'"]
     captured = Variant("q", "qwen3", {"graphs": "captured"})
     assert list(gpu_steps._unexpected(rank, captured)) == ["only 0 steps ran as a CUDA graph"]
@@ -172,43 +298,45 @@ def test_comparison_of_something_else_than_was_meant_fails(load, setting):
     assert list(gpu_steps._unexpected(rank, ring)) == ["the pinned ring was not used"]
 
 
-def test_loads_that_fail_are_findings(load, setting):
+def test_loads_that_fail_are_findings(setting):
     broken = Variant("broken", "qwen3", {"environ": {"SGLANG_STREAMFP8_ALLOW_MISSING": "maybe"}})
-    with setting.workers() as workers:
-        found = gpu_steps._as_stock(workers, setting, broken)
-    assert found.verdict == "failed"
-    assert "SGLANG_STREAMFP8_ALLOW_MISSING" in found.detail
+    finding = gpu_steps._as_stock(setting, broken)
+    assert finding.verdict == "failed"
+    assert "SGLANG_STREAMFP8_ALLOW_MISSING" in finding.detail
+
+
+@pytest.mark.parametrize("scheme", ["stock", "int8"])
+def test_cost_of_a_unit_is_measured_in_every_scheme(setting, scheme):
+    finding = gpu_steps._unit_cost(setting, scheme)
+    assert (finding.what, finding.verdict) == (f"an expert, scheme {scheme}", "passed")
+    assert finding.figures["seconds"] > 0
 
 
 @pytest.mark.server
-def test_updates_are_rehearsed(load, setting):
-    with setting.workers() as workers:
-        found = list(gpu_steps._updated(workers, setting, "qwen3_moe"))
-    assert verdicts(found) == dict.fromkeys(
+def test_updates_are_rehearsed(setting):
+    assert verdicts(list(gpu_steps._updated(setting, "qwen3_moe"))) == dict.fromkeys(
         [f"qwen3_moe, from {one}" for one in ("disk", "tensor", "bucket")], "passed"
     )
 
 
-def test_update_that_changes_nothing_or_moves_weights_fails(load, setting):
-    with setting.workers() as workers:
-        before = workers.load(LoadJob(setting.tiny("qwen3"), prompts=PROMPTS, tokens_of="each"))
-        other = setting.tiny("qwen3", seed=1)
-        job = LoadJob(
-            setting.tiny("qwen3"), prompts=PROMPTS, tokens_of="each", updates=(gpu_steps.Update("disk", other),)
-        )
-        updated = workers.load(job)
+def test_update_that_changes_nothing_or_moves_weights_fails(setting):
+    before = setting.loads.load(LoadJob(setting.tiny("qwen3"), prompts=PROMPTS, tokens_of="each"))
+    other = setting.tiny("qwen3", seed=1)
+    job = LoadJob(setting.tiny("qwen3"), prompts=PROMPTS, tokens_of="each", updates=(gpu_steps.Update("disk", other),))
+    updated = setting.loads.load(job)
     moved = replace(updated.ranks[0].updates[0], moved=("a.weight",))
     rank = replace(updated.ranks[0], updates=(moved,))
-    found = gpu_steps._judged("update", before, replace(updated, ranks=(rank,)), before)
-    assert found.verdict == "failed"
-    assert "moved: a.weight" in found.detail
-    assert "makes no difference" in found.detail
-    assert "bytes differ" in found.detail
+    finding = gpu_steps._judged("update", before, replace(updated, ranks=(rank,)), before)
+    assert finding.verdict == "failed"
+    assert "moved: a.weight" in finding.detail
+    assert "makes no difference" in finding.detail
+    assert "bytes differ" in finding.detail
 
 
-def test_times_are_of_alternating_runs_and_not_judged_without_a_gpu(load, setting):
+def test_times_are_of_alternating_runs_and_not_judged_without_a_gpu(setting):
     found = list(gpu_steps.load_time(setting))
     assert [finding.verdict for finding in found] == ["passed", "passed", "skipped"]
+    assert "x stock fp8" in found[-1].detail
     assert "the limit of 1.0 is a GPU's" in found[-1].detail
 
 
@@ -225,7 +353,8 @@ def test_graphs_and_the_ring_are_skipped_without_a_gpu(setting, step):
 
 def test_the_ring_is_compared_in_every_variant():
     assert {PINNED_RING_VARIABLE: "1"} == RING
-    assert [variant.family for variant in gpu_steps.WITH_RING] == [variant.family for variant in gpu_steps.IDENTITY]
+    families = [variant.family for variant in gpu_steps.WITH_RING]
+    assert families == [*(variant.family for variant in gpu_steps.IDENTITY), "deepseek_v3"]
     assert all(variant.job["environ"] == RING for variant in gpu_steps.WITH_RING)
 
 
@@ -240,10 +369,10 @@ def test_loads_to_a_gpu_ask_for_what_needs_no_other_kernels(monkeypatch):
 
 
 @pytest.mark.server
-def test_rehearsal_runs_all_steps_in_processes_of_their_own(tmp_path):
+def test_rehearsal_runs_steps_one_after_another(tmp_path):
     command = [sys.executable, environment.CLONE / "ci" / "workbench" / "gpu_check.py", "--rehearse"]
     ran = subprocess.run(
-        [*command, "--work", tmp_path, "--steps", "environment,graphs,checkpoint,memory"],
+        [*command, "--work", tmp_path, "--steps", "environment,graphs,memory"],
         capture_output=True,
         text=True,
         timeout=500,
@@ -251,10 +380,7 @@ def test_rehearsal_runs_all_steps_in_processes_of_their_own(tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "0 failed" in ran.stdout
-    assert {file.name for file in (tmp_path / "results").glob("*.json")} == {
-        f"{step}.json" for step in ("environment", "graphs", "checkpoint", "memory")
-    }
-    memory = json.loads((tmp_path / "results" / "memory.json").read_text())
-    streamed = memory["findings"][-1]
-    assert streamed["what"] == f"peak of {STREAMING.name}"
-    assert streamed["figures"]["peak"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "results" / gpu_check.FINDINGS).read_text().splitlines()]
+    assert [line["step"] for line in lines if line["verdict"] == "begun"] == ["environment", "graphs", "memory"]
+    assert lines[-1]["what"] == f"deepseek_v3, peak of {STREAMING.name}"
+    assert lines[-1]["figures"]["peak"] > 0
