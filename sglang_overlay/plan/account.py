@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_overlay.plan.device_work import DeviceWork
+
 CUDA_BLOCK = 512
 """PyTorch's caching allocator rounds each allocation on a GPU up to a multiple of this many bytes."""
 
@@ -35,13 +37,17 @@ class Account:
     Args:
         device: type of the device whose memory counts.
         block: allocations are rounded up to a multiple of this.
+
+    Attributes:
+        work: what else is asked of the device.
     """
 
     def __init__(self, device: str, block: int = 1) -> None:
         self.held = 0
         self.peak = 0
         self.samples: list[Sample] = [(0, 0)]
-        self._device = device
+        self.device = device
+        self.work = DeviceWork()
         self._block = block
         self._read = 0
         self._highest = 0
@@ -54,7 +60,7 @@ class Account:
 
     def made(self, tensor: torch.Tensor, *, filled: bool) -> None:
         """Note the result of an operation; ``filled`` says whether it has contents yet. Views count for nothing."""
-        if tensor.device.type != self._device:
+        if tensor.device.type != self.device:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

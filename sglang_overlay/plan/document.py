@@ -69,5 +69,6 @@ def _load(load: PlannedLoad) -> dict[str, Any]:
             "why_none": load.why_none,
         },
         "host": {f"{name}_bytes": size for name, size in asdict(load.host).items()},
+        "device_work": asdict(load.work),
         "samples": [list(sample) for sample in thin(load.samples, MAX_SAMPLES)],
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sglang_overlay.plan.device_work import DeviceWork
 from sglang_overlay.plan.host import HostMemory
 from sglang_overlay.schemes.choice import SchemeChoice
 
@@ -93,6 +94,7 @@ class PlannedLoad:
         checkpoint_source: where names and shapes come from.
         samples: memory over the bytes read; what follows the last tensor is at the last position.
         host: what is read needs of host memory, beside the above.
+        work: what else is asked of the device.
     """
 
     mode: Mode
@@ -113,3 +115,4 @@ class PlannedLoad:
     architecture: str
     samples: tuple[Sample, ...]
     host: HostMemory
+    work: DeviceWork

@@ -18,6 +18,7 @@ from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedLate, AllocatedMemory, TouchedMemory
 from sglang_overlay.plan.checkpoint import Checkpoint, WeightFile, arranged, read_headers, read_index
+from sglang_overlay.plan.device_work import DeviceWork
 from sglang_overlay.plan.from_config import from_config
 from sglang_overlay.plan.host import HeldTensors, HostMemory
 from sglang_overlay.plan.job import Job, PlannedLoad
@@ -55,7 +56,7 @@ def simulate(job: Job) -> PlannedLoad:
     load = _load(job, device)
     with _config_folder(job.model) as folder, ExitStack() as stack:
         rank = stack.enter_context(simulated_rank(folder, job.layout, job.rank, dict(job.server_args)))
-        stack.enter_context(_modelled(job))
+        stack.enter_context(_modelled(job, account.work))
         stack.enter_context(weightless(account))
         stack.enter_context(under_way(load))
         with closing(load):
@@ -104,7 +105,7 @@ def _config_folder(model: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _modelled(job: Job) -> Iterator[None]:
+def _modelled(job: Job, work: DeviceWork) -> Iterator[None]:
     threads = torch.get_num_threads()
     # One thread: no workers beside the loader, so the same plan every time.
     torch.set_num_threads(1)
@@ -117,7 +118,7 @@ def _modelled(job: Job) -> Iterator[None]:
             if job.mode == "layers":
                 stack.enter_context(whole_layers())
             if job.device == "cuda":
-                stack.enter_context(cuda_kernels())
+                stack.enter_context(cuda_kernels(work))
             yield
     finally:
         torch.set_num_threads(threads)
@@ -204,4 +205,5 @@ def _summary(
         architecture=architecture,
         samples=tuple(account.samples),
         host=host,
+        work=account.work,
     )

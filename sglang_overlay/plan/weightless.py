@@ -78,6 +78,8 @@ class _Weightless(TorchDispatchMode):
             # Where another mode's handler calls it, it comes here whole; what it is made of is what counts.
             with self:
                 return func.decompose(*args, **kwargs)
+        if not _is_view(func):
+            self._account.work.note(self._account.device, func, args, kwargs)
         has_fake = any(issubclass(kind, FakeTensor) for kind in types)
         if has_fake and func in _INSTEAD:
             return _INSTEAD[func](self._account, args)

@@ -19,6 +19,7 @@ import torch
 from packaging.version import Version
 
 from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.plan.device_work import DeviceWork
 from sglang_overlay.plan.job import Layout
 from sglang_overlay.plan.replacing import replaced
 from sglang_overlay.upstream import eligibility, releases
@@ -212,18 +213,28 @@ def loading_in_this_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cuda_kernels() -> Iterator[None]:
+def cuda_kernels(work: DeviceWork) -> Iterator[None]:
     """Choose schemes as on a Hopper or later GPU, with the kernels' results made and not computed.
 
     ``scaled_fp8_quant`` and ``per_token_group_quant_fp8`` of ``fp8_kernel.py`` allocate their results and nothing else.
+    The former launches two kernels (``per_tensor_quant_fp8.cuh``), the latter one (``per_token_quant_fp8.cuh``).
+
+    Args:
+        work: counts them.
     """
     from sglang.srt.layers.quantization import fp8
 
     def per_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = torch.zeros(1, dtype=torch.float32, device=values.device)
+        work.launches += 2
         return torch.empty(values.shape, dtype=fp8.fp8_dtype, device=values.device), scale
 
-    def per_group(values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def per_group(
+        values: torch.Tensor, size: int, *, output_q: torch.Tensor | None = None, output_s: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        work.launches += 1
+        if output_q is not None and output_s is not None:
+            return output_q, output_s
         shape = (*values.shape[:-1], values.shape[-1] // size)
         scale = torch.empty(shape, dtype=torch.float32, device=values.device)
         return torch.empty(values.shape, dtype=fp8.fp8_dtype, device=values.device), scale
