@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 _MOST_MARKED = 8
-"""Elements marked in a tensor, evenly spread from the first to the last."""
+"""Elements marked in a tensor, evenly spread from the first to the last or nearly so."""
 
 _MARKS = {
     torch.bfloat16: (torch.int16, 0x7FA5),
@@ -51,11 +51,10 @@ def clear(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Marked:
-    """Attributes: ``bits``, the tensor's memory as flat integers, and what ``positions`` held before."""
+    """Attributes: ``bits``, the marked elements as integers, a view of the tensor, and what they were before."""
 
     tensor: torch.Tensor
     bits: torch.Tensor
-    positions: torch.Tensor
     before: torch.Tensor
     mark: int
 
@@ -71,7 +70,7 @@ class Marks:
         self._marked = {name: _marked(tensor) for name, tensor in tensors.items() if is_watchable(tensor)}
 
     def lift(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Put back what the marks have replaced, and has not been written since. Waits for the device.
+        """Put back what the marks have replaced, and has not been written since. Waits for the device once.
 
         Args:
             tensors: those that are in use by now, by name; one in place of another has been written.
@@ -79,13 +78,13 @@ class Marks:
         Returns:
             Names of tensors of which no marked element has been written.
         """
-        untouched = {name: _lifted(found) for name, found in self._marked.items()}
+        untouched = _known({name: _lifted(found) for name, found in self._marked.items()})
         unwritten = [
             name
             for name, found in self._marked.items()
             if tensors.get(name) is found.tensor
             and found.tensor.data_ptr() == found.bits.data_ptr()
-            and bool(untouched[name])
+            and untouched[name]
         ]
         self._marked = {}
         return unwritten
@@ -93,18 +92,26 @@ class Marks:
 
 def _marked(tensor: torch.Tensor) -> _Marked:
     dtype, mark = _MARKS[tensor.dtype]
-    bits = tensor.detach().view(-1).view(dtype)
-    count = min(_MOST_MARKED, bits.numel())
-    positions = torch.tensor([(bits.numel() - 1) * step // max(1, count - 1) for step in range(count)])
-    positions = positions.to(bits.device)
-    marked = _Marked(tensor, bits, positions, bits[positions], mark)
-    bits[positions] = mark
+    flat = tensor.detach().view(-1).view(dtype)
+    steps = min(_MOST_MARKED, flat.numel()) - 1
+    apart = max(1, (flat.numel() - 1) // max(1, steps))
+    bits = flat[: steps * apart + 1 : apart]
+    marked = _Marked(tensor, bits, bits.clone(), mark)
+    bits.fill_(mark)
     return marked
 
 
 def _lifted(found: _Marked) -> torch.Tensor:
     """Whether all marks are still there, as a tensor that need not be awaited; puts back what they replaced."""
-    values = found.bits[found.positions]
-    is_marked = values == found.mark
-    found.bits[found.positions] = torch.where(is_marked, found.before, values)
+    is_marked = found.bits == found.mark
+    found.bits.copy_(torch.where(is_marked, found.before, found.bits))
     return is_marked.all()
+
+
+def _known(answers: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Answers on devices, brought to the host in one copy for each device."""
+    known: dict[str, bool] = {}
+    for device in {answer.device for answer in answers.values()}:
+        here = [name for name, answer in answers.items() if answer.device == device]
+        known.update(zip(here, torch.stack([answers[name] for name in here]).tolist(), strict=True))
+    return known

@@ -81,28 +81,38 @@ class Magnitudes:
     Args:
         units: how many.
         device: where quantizers leave what they do not await.
+
+    Attributes:
+        found: float32, ``[units]``.
     """
 
     def __init__(self, units: int, device: torch.device) -> None:
-        self._found = torch.zeros(units, dtype=torch.float32, device=device)
+        self.found = torch.zeros(units, dtype=torch.float32, device=device)
         # Setting one element through torch takes as long as quantizing a small unit.
-        self._numbers = self._found.numpy() if self._found.is_cpu else None
+        self._numbers = self.found.numpy() if self.found.is_cpu else None
 
     def note(self, unit: int, found: torch.Tensor | float) -> None:
         """Note a unit's, which may be on the device and not there yet."""
         if self._numbers is not None and isinstance(found, float):
             self._numbers[unit] = found
         else:
-            self._found[unit] = found
+            self.found[unit] = found
 
     def note_run(self, units: slice, found: torch.Tensor) -> None:
         """Note those of several units."""
-        self._found[units] = found
+        self.found[units] = found
 
-    def not_finite(self) -> list[int]:
-        """Units with NaN or Inf, in order. Waits for the device."""
-        found: list[int] = (~torch.isfinite(self._found)).nonzero().flatten().tolist()
-        return found
+
+def units_not_finite(magnitudes: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Of each of these magnitudes of units, which are NaN or Inf. Waits for each device once, for all of them."""
+    finite: list[list[bool]] = [[] for _ in magnitudes]
+    for device in {found.device for found in magnitudes}:
+        here = [number for number, found in enumerate(magnitudes) if found.device == device]
+        answers = torch.isfinite(torch.cat([magnitudes[number].detach().view(-1) for number in here])).tolist()
+        for number in here:
+            count = magnitudes[number].numel()
+            finite[number], answers = answers[:count], answers[count:]
+    return [[unit for unit, is_finite in enumerate(found) if not is_finite] for found in finite]
 
 
 def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:

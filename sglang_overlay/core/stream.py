@@ -33,12 +33,33 @@ class Storage:
     scale: torch.Tensor
 
 
+class Origins:
+    """Names of the checkpoint tensors that were written into a parameter. Outlives its stream, for messages."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, Landing], str] = {}
+
+    def __call__(self, units: Sequence[int] | None = None) -> list[str]:
+        """Those that were written into ``units``, or anywhere, where they are known."""
+        wanted = None if units is None else set(units)
+        touching = (
+            name
+            for (first, landing), name in self._found.items()
+            if wanted is None or not wanted.isdisjoint(range(first, first + landing.count))
+        )
+        return list(dict.fromkeys(touching))
+
+    def note(self, first: int, landing: Landing, name: str) -> None:
+        """``name`` was written, beginning in unit ``first``."""
+        self._found[first, landing] = name
+
+
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
     Any thread may write. ``_condition`` guards ``_busy`` and ``_waiting``, how many threads wait for that to shrink. A
     unit in there belongs to the thread that put it there, with its state and staging; copying and quantizing happen
-    without the lock, so different units of a parameter are quantized at the same time. ``_origins`` and ``_rewritten``
+    without the lock, so different units of a parameter are quantized at the same time. ``origins`` and ``_rewritten``
     take single entries from any thread, and are read when no loader runs, or for a message.
 
     Args:
@@ -49,6 +70,9 @@ class ParameterStream:
         storage: where the results go. What is staged stays where it came from: device memory is what is scarce.
         account: counts staging memory.
         sources: tells the names of checkpoint tensors.
+
+    Attributes:
+        origins: of what was written.
     """
 
     def __init__(
@@ -79,7 +103,7 @@ class ParameterStream:
         self._busy: set[int] = set()
         self._waiting = 0
         self._magnitudes = Magnitudes(grid.count, storage.weight.device)
-        self._origins: dict[tuple[int, Landing], str] = {}
+        self.origins = Origins()
         self._rewritten: set[str] = set()
         self._unit_explained = self._quantizing_explained(1)
         account.store(storage.weight.nbytes + storage.scale.nbytes)
@@ -101,7 +125,7 @@ class ParameterStream:
         first, landing = self._landings.of(destination)
         values = landing.lay_out(source)
         if origin:
-            self._origins[first, landing] = origin
+            self.origins.note(first, landing, origin)
         if landing.is_whole and any(values.stride()):
             self._write_whole(range(first, first + landing.count), values, source)
             return
@@ -143,21 +167,10 @@ class ParameterStream:
                 self._compare(unit, staged.pieces)
         return [unit for unit, done in enumerate(self._done) if not done]
 
-    def not_finite(self) -> list[int]:
-        """Units that were given NaN or Inf, in order. Waits for the device."""
-        return self._magnitudes.not_finite()
-
-    def origins(self, units: Sequence[int] | None = None) -> list[str]:
-        """Names of the checkpoint tensors that were written into ``units``, or anywhere, where they are known."""
-        if units is None:
-            return list(dict.fromkeys(self._origins.values()))
-        wanted = set(units)
-        touching = (
-            name
-            for (first, landing), name in self._origins.items()
-            if not wanted.isdisjoint(range(first, first + landing.count))
-        )
-        return list(dict.fromkeys(touching))
+    @property
+    def magnitudes(self) -> torch.Tensor:
+        """The largest magnitude of each unit, on the storage's device; see ``units_not_finite``."""
+        return self._magnitudes.found
 
     def origin_of(self, tensor: torch.Tensor) -> str:
         """The checkpoint's name for the tensor that ``tensor`` is a view of; empty where it is unknown."""

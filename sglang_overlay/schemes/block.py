@@ -133,7 +133,8 @@ class BlockQuantizer(AssembledUnits):
         # No quotient exceeds 448 by more than rounding to float32 adds, which rounding to fp8 takes off again.
         quotients = blocks / scale.view(units, down, 1, across, 1)
         out.copy_(quotients.view(padded.shape)[:, :rows, :columns])
-        return largest.flatten(1).amax(1)
+        found: torch.Tensor = largest.flatten(1).amax(1)
+        return found
 
 
 BLOCK = BlockScheme()

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from sglang_overlay.core.errors import (
     MAX_LISTED,
@@ -18,6 +20,7 @@ from sglang_overlay.core.errors import (
     shortened,
 )
 from sglang_overlay.core.loader_calls import Misfit
+from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.tensor_names import Misplaced, missing_names, pattern_of
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
@@ -72,6 +75,9 @@ class Read:
         return shortened([f"{name} ({odd})" if (odd := self.entries[name]) else name for name in names])
 
 
+Origins = Callable[[Sequence[int] | None], list[str]]
+
+
 class Weight(Protocol):
     """A weight that has been loaded, by units."""
 
@@ -87,11 +93,13 @@ class Weight(Protocol):
     def rewritten(self) -> Sequence[str]:
         """Checkpoint tensors that replaced other values."""
 
-    def not_finite(self) -> list[int]:
-        """Units with NaN or Inf."""
+    @property
+    def magnitudes(self) -> torch.Tensor:
+        """The largest magnitude of each unit."""
 
-    def origins(self, units: Sequence[int] | None = None) -> list[str]:
-        """Names of the checkpoint tensors that were written into ``units``, or anywhere."""
+    @property
+    def origins(self) -> Origins:
+        """Names of the checkpoint tensors that were written into some units, or anywhere."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,15 @@ class _Incomplete:
     parameter: str
     units: Sequence[int]
     total: int
+
+
+@dataclass(frozen=True)
+class _Magnitudes:
+    """What tells later whether a parameter is finite; none of its memory."""
+
+    name: str
+    magnitudes: torch.Tensor
+    origins: Origins
 
 
 @dataclass(frozen=True)
@@ -129,19 +146,16 @@ class Findings:
         self.warnings: list[str] = []
         self.misfits: list[Misfit] = []
         self._incomplete: list[_Incomplete] = []
-        self._not_finite: list[_NotFinite] = []
+        self._magnitudes: list[_Magnitudes] = []
         self._rewritten: list[str] = []
         self._written: dict[str, list[str]] = {}
 
     def note(self, layer: str, weight: Weight, missing: Sequence[int]) -> None:
         """Take over what a weight of ``layer`` knows; ``missing`` are units that were never completely written."""
-        self._written.setdefault(layer, []).extend(weight.origins())
+        self._written.setdefault(layer, []).extend(weight.origins(None))
         if missing:
             self._incomplete.append(_Incomplete(layer, weight.name, missing, weight.units))
-        damaged = weight.not_finite()
-        if damaged:
-            told = f"{weight.name} ({_counted(damaged, weight.units)})"
-            self._not_finite.append(_NotFinite(told, weight.origins(damaged)))
+        self._magnitudes.append(_Magnitudes(weight.name, weight.magnitudes, weight.origins))
         self._rewritten += weight.rewritten
 
     def conclude_misfits(self, tolerance: Tolerance, config: Any, ranks: int) -> None:
@@ -181,8 +195,9 @@ class Findings:
         """
         if self._incomplete:
             self._conclude_missing(tolerance, read, files)
-        if self._not_finite:
-            self._conclude_not_finite(tolerance, files)
+        not_finite = self._not_finite()
+        if not_finite:
+            self._conclude_not_finite(not_finite, tolerance, files)
         if self._rewritten:
             self.warn(
                 f"the checkpoint holds these tensors more than once, with different values: "
@@ -229,12 +244,21 @@ class Findings:
         told += [f"in the checkpoint but not loaded by the model {shortened(unused)}"] if unused else []
         return f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing came for it'}"
 
-    def _conclude_not_finite(self, tolerance: Tolerance, files: Collection[Path]) -> None:
-        listed = self._not_finite[:MAX_LISTED]
-        names = [name for found in listed for name in found.origins[:MAX_LISTED]]
+    def _not_finite(self) -> list[_NotFinite]:
+        """Asked of the device once, at the end."""
+        found = units_not_finite([weight.magnitudes for weight in self._magnitudes])
+        return [
+            _NotFinite(f"{weight.name} ({_counted(units, weight.magnitudes.numel())})", weight.origins(units))
+            for weight, units in zip(self._magnitudes, found, strict=True)
+            if units
+        ]
+
+    def _conclude_not_finite(self, found: Sequence[_NotFinite], tolerance: Tolerance, files: Collection[Path]) -> None:
+        listed = found[:MAX_LISTED]
+        names = [name for one in listed for name in one.origins[:MAX_LISTED]]
         counts = values_not_finite(files, names)
-        lines = [f"{found.told}, loaded from {found.tell_origins(counts)}" for found in self._not_finite]
-        text = f"NaN or Inf in {len(self._not_finite)} parameters: {shortened(lines)}"
+        lines = [f"{one.told}, loaded from {one.tell_origins(counts)}" for one in found]
+        text = f"NaN or Inf in {len(found)} parameters: {shortened(lines)}"
         if not tolerance.not_finite:
             raise NonFiniteWeightError(
                 f"{text}. The model would answer with garbage; {tolerance.not_finite_switch} serves it nonetheless, "

@@ -128,8 +128,8 @@ class OverlayLoad(CheckedLoad):
         self._is_online |= self.settings.mode is not Mode.OFF and self.covers(config)
         return super().admits(config)
 
-    def see(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.dtype in QUANTIZED:
+    def see(self, name: str, tensor: object) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.dtype in QUANTIZED:
             self._quantized_already.append(name)
         super().see(name, tensor)
 

@@ -25,7 +25,7 @@ import torch
 from sglang_overlay.core import marks
 from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.marks import Marks, is_watchable
-from sglang_overlay.core.quantizers import magnitude
+from sglang_overlay.core.quantizers import magnitude, units_not_finite
 from sglang_overlay.core.tensor_names import pattern_of
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ class KeptWeight:
             return [0]
         return [] if self._was_loaded or self.weight.any() else [0]
 
-    def not_finite(self) -> list[int]:
-        """The unit, where there is NaN or Inf in it."""
-        largest = magnitude(self.weight.detach()) if self.largest is None else self.largest
-        return [] if _is_finite(largest) else [0]
+    @property
+    def magnitudes(self) -> torch.Tensor:
+        """The unit's largest magnitude, on its device."""
+        return (magnitude(self.weight.detach()) if self.largest is None else self.largest.max()).view(1)
 
     def origins(self, units: Sequence[int] | None = None) -> list[str]:
         """Names of the checkpoint tensors that were written, where they are known."""
@@ -155,14 +155,15 @@ class UnstreamedParameters:
         from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         layers, written = _layers(self._model), self._parameters.keys() - set(self._unwritten)
-        return [
-            name
+        looked_at = {
+            name: magnitude(parameter.detach())
             for name, parameter in self._model.named_parameters()
             if name in written
             and self._parameters[name]() is parameter
             and not isinstance(layers[name], VocabParallelEmbedding)
-            and not _is_finite(magnitude(parameter.detach()))
-        ]
+        }
+        found = units_not_finite([*looked_at.values()])
+        return [name for name, damaged in zip(looked_at, found, strict=True) if damaged]
 
 
 def missed(
@@ -185,11 +186,6 @@ def _layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         for prefix, layer in model.named_modules()
         for name in layer._parameters
     }
-
-
-def _is_finite(largest: torch.Tensor) -> bool:
-    """Whether what ``magnitude`` found in a tensor, or in each of its parts, is finite."""
-    return bool(torch.isfinite(largest).all())
 
 
 def _is_provided(layer: torch.nn.Module, model_config: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.pipelined_stream import PipelinedStream
+from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.staging import StagedUnit
 from sglang_overlay.errors import LayerNotStreamableError, WeightUpdateError
 from sglang_overlay.upstream.ready_values import ReadyValues
@@ -83,7 +84,7 @@ class UpdateStream(PipelinedStream):
     @property
     def is_damaged(self) -> bool:
         """Whether NaN or Inf was put into a unit. Waits for the device."""
-        return any(self._done[unit] for unit in self.not_finite())
+        return any(self._done[unit] for unit in units_not_finite([self.magnitudes])[0])
 
     def saved(self) -> Mapping[str, Any]:
         """What ``restore_call`` goes back to. For when no loader runs, as all that follows."""
