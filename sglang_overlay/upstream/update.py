@@ -169,7 +169,8 @@ class TensorGroups:
         """``weights``, without those that wait for others of their group, and with those that do so no longer."""
         for name, tensor in weights:
             part = next((part for part in name.split(".") if part in self._parts), None)
-            if part is None:
+            # A pickled file may hold anything.
+            if part is None or not isinstance(tensor, torch.Tensor):
                 yield name, tensor
                 continue
             fused = self._parts[part]

@@ -51,6 +51,11 @@ def test_what_waits_is_counted_and_what_completes_is_not_copied():
     assert account.held == 0
 
 
+def test_what_is_no_tensor_waits_for_nothing():
+    entries = [("model.layers.0.self_attn.q_a_proj.note", None)]
+    assert list(TensorGroups(MLA, StagingAccount()).complete(entries)) == entries
+
+
 def test_model_that_does_not_fuse_them_gets_each_at_once():
     groups = TensorGroups(["model.layers.0.self_attn.q_a_proj"], StagingAccount())
     assert names(groups.complete([(Q, torch.ones(2))])) == [Q]
