@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start an SGLang program that does not load plugins by itself, in this process and all it starts with plugins loaded.
+"""Start an SGLang program with plugins loaded in this process and in all that it starts with ``multiprocessing``.
 
-``sglang.benchmark.one_batch`` builds a ``ModelRunner`` without ``load_plugins()``, so no plugin is active there.
+SGLang itself does not load them in ``sglang.benchmark.one_batch``, in the weight-cache daemon
+(``weight_cache/daemon.py``), and in those processes of an encoder server (``disaggregation/encoder/runtime.py``) that
+are not its first.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from importlib import util
+from multiprocessing.context import SpawnContext, SpawnProcess
 
 from sglang_overlay.errors import StreamFP8Error
 
@@ -19,10 +22,26 @@ class PluginProcess(multiprocessing.Process):
     """A process that loads SGLang's plugins before it does its work, as SGLang's own scheduler process does."""
 
     def run(self) -> None:
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()
+        load_plugins_everywhere()
         super().run()
+
+
+class PluginSpawnProcess(SpawnProcess):
+    """The same, for who asks for a process that is spawned."""
+
+    def run(self) -> None:
+        load_plugins_everywhere()
+        super().run()
+
+
+def load_plugins_everywhere() -> None:
+    """Load SGLang's plugins here, and in each process that is started from here."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    # SGLang asks for processes by these names; a spawned one finds the class where it is defined, here.
+    multiprocessing.Process = PluginProcess  # type: ignore[misc]
+    SpawnContext.Process = PluginSpawnProcess
 
 
 def check_module(module: str) -> None:
@@ -50,10 +69,6 @@ def run(module: str, arguments: Sequence[str]) -> None:
     Raises:
         ImportError: there is no such module.
     """
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    # The program asks for processes by this name; a spawned one finds the class where it is defined, here.
-    multiprocessing.Process = PluginProcess  # type: ignore[misc]
+    load_plugins_everywhere()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

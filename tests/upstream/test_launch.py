@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib import util
@@ -40,3 +41,36 @@ def test_one_batch_benchmark_streams(tp_size, checkpoint, tmp_path):
     reports = read_folder(tmp_path / "reports")
     assert [report.mode for report in reports] == ["streaming"] * tp_size
     assert "Prefill" in done.stdout
+
+
+SPAWNING = """
+import multiprocessing
+def tell(generation):
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+    print("generation", generation, "hooked:", hasattr(DefaultModelLoader.load_model, "__wrapped__"), flush=True)
+    if generation < 2:
+        start(generation + 1)
+def start(generation):
+    process = multiprocessing.get_context("spawn").Process(target=tell, args=(generation,))
+    process.start()
+    process.join()
+if __name__ == "__main__":
+    start(1)
+"""
+
+
+def test_processes_that_a_program_spawns_load_plugins(tmp_path):
+    (tmp_path / "spawning.py").write_text(SPAWNING)
+    command = [sys.executable, "-m", "sglang_overlay", "run", "spawning"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.findall(r"generation .*", done.stdout) == ["generation 1 hooked: True", "generation 2 hooked: True"]
+
+
+@pytest.mark.every_release
+@pytest.mark.parametrize("places", [("weight_cache",), ("disaggregation/encoder", "disaggregation/encode_server.py")])
+def test_what_check_says_of_processes_without_plugins_is_so(places):
+    """Where SGLang loads them, the note of ``check`` and the documentation can go."""
+    found = [path for place in places if (path := SGLANG / "srt" / place).exists()]
+    files = [file for path in found for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    assert not [file for file in files if "load_plugins" in file.read_text()]
