@@ -104,7 +104,7 @@ def check(verbose: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes 
       active     applied in this process
       ready      fits this SGLang, but is not applied
       absent     this SGLang has nothing of the kind; what is lost with it is listed
-      missing    SGLang has nothing of that name
+      missing    SGLang has nothing of that name, or the hook cannot be imported
       signature  SGLang's function takes other parameters than expected
 
     \b

@@ -14,6 +14,8 @@ variable                   values                       meaning
 ..                         a scheme's name, or JSON     quantize otherwise (``schemes/choice.py``)
 ``SGLANG_STREAMFP8_PINNED_RING`` ``0`` (default)        CUDA copies out of the checkpoint's own memory
 ..                         ``1``                        through pinned memory, beside the loader; not yet run on a GPU
+``SGLANG_STREAMFP8_CPU_REFERENCE`` ``0`` (default)      without an accelerator SGLang fails, as without this package
+..                         ``1``                        it serves on the CPU reference platform (``cpu_reference/``)
 ========================== ============================ ===========================================================
 """
 
@@ -32,7 +34,15 @@ REPORT_VARIABLE = "SGLANG_STREAMFP8_REPORT"
 ALLOW_MISSING_VARIABLE = "SGLANG_STREAMFP8_ALLOW_MISSING"
 SCHEME_VARIABLE = "SGLANG_STREAMFP8_SCHEME"
 PINNED_RING_VARIABLE = "SGLANG_STREAMFP8_PINNED_RING"
-VARIABLES = (MODE_VARIABLE, REPORT_VARIABLE, ALLOW_MISSING_VARIABLE, SCHEME_VARIABLE, PINNED_RING_VARIABLE)
+CPU_REFERENCE_VARIABLE = "SGLANG_STREAMFP8_CPU_REFERENCE"
+VARIABLES = (
+    MODE_VARIABLE,
+    REPORT_VARIABLE,
+    ALLOW_MISSING_VARIABLE,
+    SCHEME_VARIABLE,
+    PINNED_RING_VARIABLE,
+    CPU_REFERENCE_VARIABLE,
+)
 
 
 class Mode(enum.Enum):
@@ -52,6 +62,7 @@ class Settings:
     allow_missing: bool = False
     schemes: SchemeChoice = field(default_factory=SchemeChoice)
     pinned_ring: bool = False
+    cpu_reference: bool = False
 
     @property
     def required_by(self) -> str | None:
@@ -79,6 +90,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         allow_missing=_switch(ALLOW_MISSING_VARIABLE, environ.get(ALLOW_MISSING_VARIABLE, "")),
         schemes=parse(environ.get(SCHEME_VARIABLE, ""), SCHEME_VARIABLE),
         pinned_ring=_switch(PINNED_RING_VARIABLE, environ.get(PINNED_RING_VARIABLE, "")),
+        cpu_reference=_switch(CPU_REFERENCE_VARIABLE, environ.get(CPU_REFERENCE_VARIABLE, "")),
     )
     if found.mode is Mode.OFF and not found.schemes.is_stock:
         raise SettingsError(

@@ -29,6 +29,7 @@ from sglang_overlay.observe.report import (
     UnitCounts,
     write,
 )
+from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
 from sglang_overlay.upstream import launch
 
 ROOT = Path(sglang_overlay.__file__).parents[1]
@@ -215,6 +216,7 @@ def test_version():
 
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    clean[CPU_REFERENCE_VARIABLE] = "1"
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**clean, **environment}
     )
@@ -285,6 +287,10 @@ def checks():
             {"SGLANG_PLUGINS": "other,streamfp8_cpu_reference"},
         ),
         "other platform": (["-m", "sglang_overlay", "check", "--json"], {"SGLANG_USE_CPU_ENGINE": "1"}),
+        "no accelerator": (
+            ["-m", "sglang_overlay", "check", "--json"],
+            {CPU_REFERENCE_VARIABLE: "0", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+        ),
     }
     with ThreadPoolExecutor(2) as pool:
         started = {
@@ -368,6 +374,14 @@ def test_check_says_no_on_a_platform_that_is_not_covered(checks):
     found = json.loads(done.stdout)
     assert (done.returncode, found["active"]) == (1, False)
     assert "fp8 post-processing of this platform (cpu) is not covered yet" in found["problems"][0]
+
+
+def test_check_says_no_without_an_accelerator_and_how_to_try_it_all_the_same(checks):
+    done = checks["no accelerator"]
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.returncode == 1
+    assert problem.startswith("No accelerator (")
+    assert f"{CPU_REFERENCE_VARIABLE}=1 has SGLang serve on the CPU" in problem
 
 
 def test_check_without_sglang_says_what_to_install(tmp_path):

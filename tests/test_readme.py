@@ -17,6 +17,7 @@ from workbench import patched, series
 
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import StagingUsage, UnitCounts, summary_line, write
+from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
 from sglang_overlay.upstream.simulation import FIRST_RELEASE, can_simulate
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +141,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command as a user types it, with this Python."""
     _, *arguments = shlex.split(command)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    clean[CPU_REFERENCE_VARIABLE] = "1"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments],

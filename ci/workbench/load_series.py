@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_overlay.settings import MODE_VARIABLE
-from workbench.loads import LoadJob, changed_environ, free_port, process_context
+from workbench.loads import LoadJob, free_port, process_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,10 +63,10 @@ class LoadSeries:
     def attempt(self, checkpoint: Path, streaming: str, **environ: str) -> Attempt:
         """Load `checkpoint` with ``SGLANG_STREAMFP8=streaming``, and let go of it."""
         from workbench.fingerprints import model_prints
-        from workbench.load_worker import collected_log
+        from workbench.load_worker import job_environ
 
         prints, error = None, None
-        with changed_environ({MODE_VARIABLE: streaming, **environ}), collected_log() as log:
+        with job_environ({MODE_VARIABLE: streaming, **environ}) as log:
             try:
                 prints = model_prints(self.load(checkpoint))
             except KeyboardInterrupt:

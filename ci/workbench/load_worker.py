@@ -44,8 +44,10 @@ from sglang_overlay.core.host_memory import give_back  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.plan.replacing import replaced  # noqa: E402
-from sglang_overlay.settings import MODE_VARIABLE  # noqa: E402
+from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, Mode  # noqa: E402
 from sglang_overlay.upstream import built_in  # noqa: E402
+from sglang_overlay.upstream.catalogue import MEASURING, STREAMING  # noqa: E402
+from sglang_overlay.upstream.touch_point import lifted  # noqa: E402
 from workbench import devices, runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.devices import Accelerator  # noqa: E402
@@ -55,7 +57,7 @@ from workbench.layer_inputs import recorded_inputs  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from multiprocessing.connection import Connection
 
 # Imports every model, seconds which each forked worker would otherwise spend in its first job.
@@ -307,10 +309,24 @@ def collected_log() -> Iterator[list[str]]:
         logging.getLogger().removeHandler(collector)
 
 
+@contextlib.contextmanager
+def job_environ(changes: Mapping[str, str | None]) -> Iterator[list[str]]:
+    """`changes` laid over the environment, and what is logged meanwhile.
+
+    Hooks that a process started like this would not have are taken off: stock has none.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(changed_environ(changes))
+        if os.environ.get(MODE_VARIABLE) == Mode.OFF.value:
+            measuring = MEASURING if os.environ.get(REPORT_VARIABLE) else ()
+            stack.enter_context(lifted(point for point in STREAMING if point not in measuring))
+        yield stack.enter_context(collected_log())
+
+
 def obey(order: Order, rank: int) -> RankResult | RankError:
     """Run one order; a failure is an answer too."""
     begin = time.perf_counter()
-    with changed_environ({MODE_VARIABLE: order.job.streaming, **order.job.environ}), collected_log() as log:
+    with job_environ({MODE_VARIABLE: order.job.streaming, **order.job.environ}) as log:
         try:
             fields = run_job(order.job, rank, order.port)
         except Exception:

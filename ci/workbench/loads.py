@@ -59,6 +59,7 @@ class LoadJob:
     Args:
         checkpoint: folder of the checkpoint.
         streaming: value of ``SGLANG_STREAMFP8`` during the job: ``"0"``, ``"1"``, ``"require"``; None leaves it unset.
+            With ``"0"`` no hook is in place.
         quantization: ``"fp8"`` or None, as ``--quantization``.
         tp_size, ep_size, pp_size: as the options of the server; a process for each of ``tp_size * pp_size`` ranks.
         environ: further environment variables during the job, e.g. ``{"SGLANG_SORT_WEIGHT_FILES": "1"}``. Only those

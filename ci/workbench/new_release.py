@@ -2,7 +2,8 @@
 
 1. Fetches its package, and that of the newest supported release before it.
 2. Compares every function that is hooked: where it is, what it takes, what it does.
-3. Enters it into releases.json, with what its package says of Python, torch and transformers, and what it lacks.
+3. Enters it into releases.json, with what its package says of Python, torch and transformers, and what it lacks, and
+   what its hooked functions do into bodies.json (`ci/bodies`).
 4. Resolves its lock (`ci/lock`).
 5. Makes its patch series (`ci/make_patches`).
 6. Makes its environment, and has `python -m sglang_overlay check` look at the release itself.
@@ -144,12 +145,13 @@ def fetch(release: str) -> Path:
 
 
 def enter(release: str, package: Path, date: str) -> None:
-    """Write the release into releases.json, and its lock."""
+    """Write the release into releases.json and bodies.json, and its lock."""
     file = environment.CLONE / environment.RELEASES
     file.write_text(with_entry(file.read_text(encoding="utf-8"), entry_of(package, release, date)), encoding="utf-8")
     wanted = environment.CLONE / "ci" / "locks" / f"{release}.in"
     if not wanted.exists():
         wanted.write_text(_LOCK_INPUT.format(release=release), encoding="utf-8")
+    _run("ci/bodies")
     _run("ci/lock", release)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry points. They decide whether the reference platform is for this machine, at no cost where it is not."""
+"""Entry points. They decide whether the reference platform is wanted, at no cost where it is not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING
+
+from sglang_overlay.upstream.plugin import SETTINGS_PREFIX
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,15 +33,14 @@ def activate() -> None:
     """
     if not is_wanted() or not _is_current():
         return
-    import wrapt
-
     from sglang_overlay.cpu_reference.attention import MLA_HANDLERS, select_absorbed_mla
     from sglang_overlay.cpu_reference.catalogue import OWN_METHODS, TOUCH_POINTS
+    from sglang_overlay.upstream.patching import when_imported
     from sglang_overlay.upstream.touch_point import by_module
 
     for module, points in by_module((*TOUCH_POINTS, *OWN_METHODS)).items():
-        wrapt.register_post_import_hook(partial(_patch, points), module)
-    wrapt.register_post_import_hook(select_absorbed_mla, MLA_HANDLERS)
+        when_imported(module, partial(_patch, points), _warn)
+    when_imported(MLA_HANDLERS, select_absorbed_mla, _warn)
 
 
 def _patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
@@ -47,12 +48,31 @@ def _patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
 
     mismatch = apply(points)
     if mismatch is not None:
-        logger.warning("streamfp8: the CPU reference platform is incomplete, models may fail on it: %s", mismatch)
+        _warn(mismatch)
+
+
+def _warn(problem: str) -> None:
+    logger.warning("StreamFP8: the CPU reference platform is incomplete, models may fail on it: %s", problem)
 
 
 def is_wanted() -> bool:
-    """Whether this machine has no accelerator and SGLang's own CPU engine is not asked for."""
-    return os.environ.get("SGLANG_USE_CPU_ENGINE", "0") != "1" and not has_accelerator()
+    """Whether the platform is asked for, on a machine that has no accelerator, and SGLang's own CPU engine is not.
+
+    A server that has lost its GPU has to fail, as it does without this package.
+    """
+    return _is_asked_for() and os.environ.get("SGLANG_USE_CPU_ENGINE", "0") != "1" and not has_accelerator()
+
+
+def _is_asked_for() -> bool:
+    if not any(name.startswith(SETTINGS_PREFIX) for name in os.environ):
+        return False
+    from sglang_overlay.errors import SettingsError
+    from sglang_overlay.settings import load_settings
+
+    try:
+        return load_settings(os.environ).cpu_reference
+    except SettingsError:
+        return False  # The plugin that streams ends the process for it, and says what is wrong.
 
 
 def has_accelerator() -> bool:

@@ -30,8 +30,10 @@ VERSION = 1
 NOTES = (
     "Ray's scheduler actors (--use-ray) load no plugins: give the Ray job the runtime environment "
     '{"worker_process_setup_hook": "sglang.srt.plugins.load_plugins"}',
-    "sglang.benchmark.one_batch (sglang.bench_one_batch in 0.5.13) loads no plugins: start it as "
-    "python -m sglang_overlay run sglang.benchmark.one_batch",
+    "sglang.benchmark.one_batch (sglang.bench_one_batch in 0.5.13), the weight-cache daemon "
+    "(sglang.srt.weight_cache.daemon, or sglang.launch_server --weight-cache-mode daemon), and the ranks of an encoder "
+    "server (sglang.launch_server --encoder-only with --tp-size or --dp-size) load no plugins: start each as "
+    "python -m sglang_overlay run <module> <arguments>",
 )
 """Ways to start SGLang in which streaming is not active however this check ends."""
 
@@ -99,6 +101,9 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
             hooks = _hooks()
     if not problems:
         problems += _hook_problems(hooks.streaming, messages)
+    untested = releases.untested_note()
+    if untested is not None and mode == settings.Mode.REQUIRE.value:
+        problems.append(f"{untested} {settings.MODE_VARIABLE}={mode} refuses that; =1 streams all the same")
     return Activation(
         release=releases.installed(),
         supported=releases.supported(),
@@ -109,12 +114,14 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
         telling=hooks.telling,
         problems=tuple(problems),
         messages=tuple(messages),
-        notes=(releases.untested_note(), *NOTES) if releases.is_untested() and not problems else NOTES,
+        notes=NOTES if untested is None or problems else (untested, *NOTES),
     )
 
 
 def _stands_aside(mode: str | None, folder: str | None, problems: Sequence[str]) -> Activation:
     """With an SGLang that streams by itself there is nothing of this package's to look at."""
+    if mode == settings.Mode.REQUIRE.value:
+        problems = [*problems, f"{settings.MODE_VARIABLE}={mode} is set, and {built_in.NOTE}. {built_in.NEXT_STEP}"]
     return Activation(
         release=releases.installed(),
         supported=releases.supported(),
@@ -176,10 +183,18 @@ def _load_plugins() -> list[str]:
 
 
 def _platform_problems() -> list[str]:
+    from sglang.srt.utils import get_device
+
     from sglang_overlay.upstream import eligibility
 
     reason = eligibility.why_not_platform()
-    return [] if reason is None else [f"{reason}: fp8 loads are stock's here. CUDA is covered, and the CPU reference"]
+    if reason is not None:
+        return [f"{reason}: fp8 loads are stock's here. CUDA is covered, and the CPU reference"]
+    try:
+        get_device()
+    except RuntimeError as error:
+        return [f"{error} {settings.CPU_REFERENCE_VARIABLE}=1 has SGLang serve on the CPU, for a trial"]
+    return []
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ PACKAGE = "sglang.srt.layers.quantization.streaming_fp8"
 """What the series adds."""
 
 NOTE = (
-    "this SGLang streams fp8 loads itself (it has the patch series), so the overlay stands aside. Reports, schemes and "
-    "weight updates are the overlay's alone"
+    "this SGLang streams fp8 loads itself (it has the patch series), so the overlay stands aside. Reports, schemes, "
+    "weight updates and SGLANG_STREAMFP8=require are the overlay's alone"
 )
+
+NEXT_STEP = "Unset it, or use SGLang's own release"
 
 
 def streams_itself() -> bool:

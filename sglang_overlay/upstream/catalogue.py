@@ -285,6 +285,9 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
 )
 
+MEASURING: tuple[TouchPoint, ...] = tuple(point for point in STREAMING if point.target.endswith(".load_model"))
+"""All that is put in place for the report of a stock load: ``SGLANG_STREAMFP8=0`` with a folder for reports."""
+
 TELLING: tuple[TouchPoint, ...] = (
     TouchPoint(
         target="sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.__init__",

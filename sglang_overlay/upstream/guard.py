@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import logging
+import sys
+from types import ModuleType
 from typing import Any
 
 from sglang_overlay.errors import StreamingUnavailableError
+from sglang_overlay.settings import MODE_VARIABLE, Mode, Settings
+
+FP8_MODULE = "sglang.srt.layers.quantization.fp8"
 
 logger = logging.getLogger(__name__)
 
@@ -15,13 +20,19 @@ _mismatches: list[str] = []
 
 
 def note_mismatch(reason: str) -> None:
-    """Hooks of a module could not be applied. Those of others may have been: loads are to ask ``mismatch``."""
+    """Hooks of a module could not be put in place. Those of others may have been: loads are to ask ``mismatch``."""
     _mismatches.append(reason)
 
 
 def mismatch() -> str | None:
     """Why no load of this process can be streamed, though some hooks are in place."""
-    return _mismatches[0] if _mismatches else None
+    if _mismatches:
+        return _mismatches[0]
+    from sglang_overlay.upstream.catalogue import STREAMING
+    from sglang_overlay.upstream.touch_point import displaced
+
+    lost = displaced(STREAMING)
+    return f"another plugin has replaced {', '.join(lost)}, and with it the hook there" if lost else None
 
 
 def refuse(required_by: str | None, reason: str) -> None:
@@ -41,16 +52,57 @@ def refuse(required_by: str | None, reason: str) -> None:
         logger.warning("StreamFP8: %s. The model is loaded as in stock SGLang.", reason)
 
 
-class ConfigGuard:
-    """Hook after ``Fp8Config.__init__`` for releases that cannot be streamed: only fp8 loads get to hear of it."""
+def look_at_hooks(settings: Settings) -> None:
+    """Say at the beginning of an fp8 load what is wrong with the hooks, or untested about what is hooked.
 
-    def __init__(self, required_by: str | None, reason: str) -> None:
-        self._required_by = required_by
-        self._reason = reason
-        self.__name__ = "sglang_streamfp8_guard"
+    Functions that are not those which were tested are hooked all the same, with one warning, on one rank.
 
-    def __call__(self, _result: None, config: Any, *_args: Any, **_kwargs: Any) -> None:
-        from sglang.srt.layers.quantization.fp8 import Fp8Config
+    Raises:
+        StreamingUnavailableError: streaming is required: that is for what was tested.
+    """
+    from sglang_overlay.upstream import releases
+    from sglang_overlay.upstream.ranks import parallel_ranks
 
-        if type(config) is Fp8Config and not config.is_checkpoint_fp8_serialized:
-            refuse(self._required_by, self._reason)
+    if settings.mode is Mode.OFF:
+        return
+    reason = mismatch()
+    if reason is not None:
+        refuse(settings.required_by, reason)
+        return
+    note = releases.untested_note()
+    if note is None:
+        return
+    required = f"{MODE_VARIABLE}={Mode.REQUIRE.value}"
+    if settings.mode is Mode.REQUIRE:
+        raise StreamingUnavailableError(f"{required}, but {note} {MODE_VARIABLE}={Mode.ON.value} streams all the same.")
+    if note not in _warned and parallel_ranks().is_first:
+        _warned.add(note)
+        logger.warning("StreamFP8: %s This fp8 load is streamed; %s would refuse it.", note, required)
+
+
+def watch(required_by: str | None, reason: str, module: ModuleType) -> None:
+    """Have fp8 loads, and no others, say that they are not streamed; in the words of the first call.
+
+    Args:
+        required_by: as of ``refuse``.
+        reason: as of ``refuse``.
+        module: SGLang's ``fp8``.
+    """
+    import wrapt
+
+    config = getattr(module, "Fp8Config", None)
+    if config is None:
+        told = f"{reason}, and {FP8_MODULE}.Fp8Config is not there to tell fp8 loads from others"
+        if required_by is not None:
+            sys.exit(f"sglang-streamfp8: {required_by}, but {told}")
+        logger.warning("StreamFP8: %s.", told)
+        return
+    if isinstance(vars(config).get("__init__"), wrapt.FunctionWrapper):
+        return
+
+    def say(original: Any, made: Any, args: Any, kwargs: Any) -> None:
+        original(*args, **kwargs)
+        if type(made) is config and not made.is_checkpoint_fp8_serialized:
+            refuse(required_by, reason)
+
+    wrapt.wrap_function_wrapper(module, "Fp8Config.__init__", say)

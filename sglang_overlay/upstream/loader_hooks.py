@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
@@ -20,8 +19,8 @@ from sglang_overlay.observe.report import LoadReport, ReportError, summary_line,
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
-from sglang_overlay.upstream import eligibility, model_loading, releases, streamed_loaders, telling, update
-from sglang_overlay.upstream.guard import mismatch, refuse
+from sglang_overlay.upstream import eligibility, model_loading, streamed_loaders, telling, update
+from sglang_overlay.upstream.guard import look_at_hooks, mismatch, refuse
 from sglang_overlay.upstream.load import under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad, current
 from sglang_overlay.upstream.ranks import parallel_ranks
@@ -43,7 +42,6 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     registry.check(settings.schemes)
     _refuse_second_scheme(model_config.quantization, settings)
     device = torch.device(device_config.device)
-    _mention_untested_release(settings.mode)
     obstacle = (
         mismatch()
         or eligibility.why_not_platform()
@@ -92,13 +90,6 @@ def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
         )
 
 
-@functools.cache
-def _mention_untested_release(mode: Mode) -> None:
-    """Once a process, on one rank."""
-    if mode is not Mode.OFF and releases.is_untested() and parallel_ranks().is_first:
-        logger.warning("StreamFP8: %s", releases.untested_note())
-
-
 def _remember(load: OverlayLoad, model: torch.nn.Module) -> None:
     """Keep what later weight updates of the model need."""
     for layer in load.updatable.values():
@@ -110,8 +101,11 @@ def _remember(load: OverlayLoad, model: torch.nn.Module) -> None:
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around ``_initialize_model``."""
-    if current() is None:
-        _refuse_other_loader(inspect.signature(original).bind(*args, **kwargs).arguments)
+    call, load = inspect.signature(original).bind(*args, **kwargs).arguments, current()
+    if load is None:
+        _refuse_other_loader(call)
+    elif OverlayLoad.covers(call.get("quant_config")):
+        look_at_hooks(load.settings)
     return model_loading.initialize_model(original, *args, **kwargs)
 
 

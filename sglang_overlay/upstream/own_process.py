@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import importlib
 
-from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
+from sglang_overlay.settings import CPU_REFERENCE_VARIABLE, MODE_VARIABLE, REPORT_VARIABLE, SCHEME_VARIABLE
 
 ENVIRON = {
     "CUDA_VISIBLE_DEVICES": "",
     "SGLANG_PLUGINS": "",
+    CPU_REFERENCE_VARIABLE: "1",
     MODE_VARIABLE: "1",
     REPORT_VARIABLE: "",
     SCHEME_VARIABLE: "",

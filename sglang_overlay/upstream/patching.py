@@ -10,16 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
 from sglang_overlay.errors import SettingsError
 from sglang_overlay.schemes import registry
-from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
+from sglang_overlay.settings import Mode, Settings, load_settings
 
 logger = logging.getLogger(__name__)
-
-FP8_MODULE = "sglang.srt.layers.quantization.fp8"
 
 
 def start() -> None:
@@ -60,54 +59,66 @@ def _start(settings: Settings) -> None:
 def _stand_aside(settings: Settings) -> None:
     from sglang_overlay.upstream import built_in
 
-    if not settings.schemes.is_stock:
-        sys.exit(
-            f"sglang-streamfp8: {SCHEME_VARIABLE} is set, and {built_in.NOTE}. Unset it, or use SGLang's own release."
-        )
+    if settings.required_by is not None:
+        sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and {built_in.NOTE}. {built_in.NEXT_STEP}.")
     logger.info("StreamFP8: %s.", built_in.NOTE)
     if settings.report_folder is not None:
         logger.warning("StreamFP8: no reports are written: %s.", built_in.NOTE)
 
 
 def _patch_when_imported(settings: Settings) -> None:
-    import wrapt
-
-    from sglang_overlay.upstream import guard, ray_actors
-    from sglang_overlay.upstream.catalogue import STREAMING, TELLING
+    from sglang_overlay.upstream import ray_actors
+    from sglang_overlay.upstream.catalogue import MEASURING, STREAMING, TELLING
     from sglang_overlay.upstream.touch_point import TouchPoint, apply, apply_fitting, by_module
 
     def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
         mismatch = apply(points)
         if mismatch is not None:
-            guard.note_mismatch(mismatch)
-            _guard(settings.required_by, mismatch)
+            note_mismatch(mismatch)
+
+    def note_mismatch(reason: str) -> None:
+        from sglang_overlay.upstream import guard
+
+        guard.note_mismatch(reason)
+        _guard(settings.required_by, reason)
 
     def patch_fitting(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
         apply_fitting(points)
 
-    if settings.mode is not Mode.OFF:
-        wrapt.register_post_import_hook(ray_actors.warn_unless_set_up, ray_actors.DRIVER_MODULE)
-    for module, points in by_module(STREAMING).items():
-        wrapt.register_post_import_hook(partial(patch, points), module)
+    is_off = settings.mode is Mode.OFF
+    for module, points in by_module(MEASURING if is_off else STREAMING).items():
+        when_imported(module, partial(patch, points), note_mismatch)
     for module, points in by_module(TELLING).items():
-        wrapt.register_post_import_hook(partial(patch_fitting, points), module)
+        when_imported(module, partial(patch_fitting, points), _log)
+    if not is_off:
+        when_imported(ray_actors.DRIVER_MODULE, ray_actors.warn_unless_set_up, _log)
+
+
+def when_imported(module: str, act: Callable[[ModuleType], None], say: Callable[[str], None]) -> None:
+    """Act as soon as SGLang has imported a module, or at once where it has. Its own import never fails for it.
+
+    Args:
+        module: its name.
+        act: is given the module.
+        say: is given what went wrong, where something does.
+    """
+    import wrapt
+
+    def safely(imported: ModuleType) -> None:
+        try:
+            act(imported)
+        except Exception as error:
+            logger.debug("StreamFP8: hooks of %s", module, exc_info=True)
+            say(f"hooks of {module} could not be put in place ({type(error).__name__}: {error})")
+
+    wrapt.register_post_import_hook(safely, module)
+
+
+def _log(problem: str) -> None:
+    logger.warning("StreamFP8: %s.", problem)
 
 
 def _guard(required_by: str | None, reason: str) -> None:
-    import wrapt
+    from sglang_overlay.upstream import guard
 
-    def install(module: ModuleType) -> None:
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-        from sglang_overlay.upstream import touch_point
-        from sglang_overlay.upstream.guard import ConfigGuard
-
-        if not hasattr(module, "Fp8Config"):
-            sys.exit(
-                f"sglang-streamfp8: {reason}, and {FP8_MODULE}.Fp8Config is not there to tell fp8 loads from others"
-            )
-        target = f"{FP8_MODULE}.Fp8Config.__init__"
-        HookRegistry.register(target, ConfigGuard(required_by, reason), HookType.AFTER)
-        touch_point.apply_registered([target])
-
-    wrapt.register_post_import_hook(install, FP8_MODULE)
+    when_imported(guard.FP8_MODULE, partial(guard.watch, required_by, reason), _log)

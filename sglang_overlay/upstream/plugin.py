@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 SETTINGS_PREFIX = "SGLANG_STREAMFP8"
+REFERENCE_PLATFORM = (f"{SETTINGS_PREFIX}_CPU_REFERENCE", "1")
+"""The one setting that streaming has nothing to do with."""
 PATCHED_MODULES = frozenset(
     {
         "sglang.srt.layers.quantization.fp8",
@@ -36,7 +38,8 @@ def activate() -> None:
             would stop the server.
     """
     # Their values are for ``settings`` to read; where there are any, what is wrong with them has to be said at once.
-    is_configured = any(name.startswith(SETTINGS_PREFIX) for name in os.environ)
+    settings = {each for each in os.environ.items() if each[0].startswith(SETTINGS_PREFIX)}
+    is_configured = bool(settings - {REFERENCE_PLATFORM})
     if is_configured or any(name in sys.modules for name in PATCHED_MODULES):
         _patch()
     else:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which SGLang releases are supported; the facts are in ``releases.json``.
 
-A release newer than all of these is streamed as well where every function that is hooked is as in the newest one.
+Any other release, unless it is older than all of these, is streamed as well where every function that is hooked takes
+what it should. It is untested where one of them has a body that no supported release has (``bodies.py``).
 """
 
 from __future__ import annotations
@@ -58,16 +59,6 @@ def absent() -> tuple[str, ...]:
     return next((entry.absent for entry in facts() if entry.release == installed()), ())
 
 
-def is_untested() -> bool:
-    """Whether the installed SGLang is newer than all supported releases."""
-    version = installed()
-    if version is None:
-        return False
-    from packaging.version import Version
-
-    return Version(version) > Version(supported()[-1])
-
-
 def unsupported_reason() -> str | None:
     """Why fp8 loads in the installed SGLang cannot be streamed, or None where they can."""
     from packaging.version import Version
@@ -78,28 +69,46 @@ def unsupported_reason() -> str | None:
     if Version(version).public in {Version(release).public for release in supported()}:
         return None
     listed = f"supported: {', '.join(supported())}"
-    if not is_untested():
+    earlier = [entry for entry in facts() if Version(entry.release) < Version(version)]
+    if not earlier:
         return f"SGLang {version} is not a supported release ({listed})"
-    changed = _changed_since_newest()
-    return f"SGLang {version} is an untested release ({listed}), and it has changed: {changed}" if changed else None
+    changed = _changed_since(earlier[-1])
+    return f"SGLang {version} is not a supported release ({listed}), and it has changed: {changed}" if changed else None
 
 
-def untested_note() -> str:
-    """What to say of an untested release that is streamed."""
+@cache
+def untested_note() -> str | None:
+    """What is untested about the installed SGLang, a sentence or two; None where nothing is."""
+    from sglang_overlay.upstream import bodies
+
+    root = _root()
+    changed = () if root is None else bodies.unknown(root)
+    if not changed:
+        return None
     return (
-        f"SGLang {installed()} is an untested release, newer than {supported()[-1]}. All functions that are hooked "
-        "look as expected, so fp8 loads are streamed."
+        f"SGLang {installed()} is untested: these functions that are hooked have bodies that no supported release "
+        f"({', '.join(supported())}) has: {', '.join(changed)}. They take what they should."
     )
 
 
-def _changed_since_newest() -> str:
-    """Touch points that are not as in the newest supported release, whose own are all there."""
+def _changed_since(release: Release) -> str:
+    """Touch points that do not fit the installed SGLang, or that it lacks and the release has."""
+    root = _root()
+    if root is None:
+        return "its source files are not there to compare"
     from sglang_overlay.upstream import source_tree
     from sglang_overlay.upstream.catalogue import STREAMING
     from sglang_overlay.upstream.touch_point import State, listed
 
+    states = source_tree.inspect_points(root, STREAMING)
+    return listed(
+        state
+        for state in states
+        if not state.state.fits or (state.state is State.ABSENT and state.point.target not in release.absent)
+    )
+
+
+def _root() -> Path | None:
+    """The folder that the installed SGLang's package lies in."""
     found = util.find_spec("sglang")
-    if found is None or found.origin is None:
-        return "its source files are not there to compare"
-    states = source_tree.inspect_points(Path(found.origin).parents[1], STREAMING)
-    return listed(state for state in states if state.state is not State.READY)
+    return None if found is None or found.origin is None else Path(found.origin).parents[1]

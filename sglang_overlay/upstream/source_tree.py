@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,14 +20,33 @@ class Source:
     """A function of a release.
 
     Attributes:
-        parameters: their names, without those that take any others.
-        takes_any: whether it takes any other by name.
-        text: the function, laid out in one way; comments are not part of it.
+        file: that it stands in.
+        node: its syntax tree.
     """
 
-    parameters: tuple[str, ...]
-    takes_any: bool
-    text: str
+    file: Path
+    node: Function
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Their names, without those that take any others."""
+        given = self.node.args
+        return tuple(argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs))
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether it takes any other by name."""
+        return self.node.args.kwarg is not None
+
+    @property
+    def text(self) -> str:
+        """The function, laid out in one way; comments are not part of it."""
+        return ast.unparse(self.node)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what it does and takes: neither layout, comments, docstrings nor annotations matter, nor the Python."""
+        return hashlib.sha256(_canonical(self.node).encode()).hexdigest()[:16]
 
 
 def find(root: Path, target: str) -> Source | None:
@@ -38,16 +58,11 @@ def find(root: Path, target: str) -> Source | None:
             same module has them.
     """
     module = module_of(target)
-    body = _body(root, module)
-    if body is None:
-        return None
     *classes, name = target.removeprefix(f"{module}.").split(".")
-    function = _method(body, classes[0], name) if classes else _function(root, body, name)
-    if function is None:
-        return None
-    given = function.args
-    names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    return Source(tuple(names), given.kwarg is not None, ast.unparse(function))
+    if not classes:
+        return _function(root, module, name)
+    function = _method(_body(root, module), classes[0], name)
+    return None if function is None else Source(_file(root, module), function)
 
 
 def inspect_points(root: Path, points: Iterable[TouchPoint]) -> list[PointState]:
@@ -73,13 +88,16 @@ def _taken_by_hook(point: TouchPoint) -> int | None:
     return None if hook is None or hook.takes_any else len(hook.parameters)
 
 
-@cache
-def _body(root: Path, module: str) -> list[ast.stmt] | None:
+def _file(root: Path, module: str) -> Path:
     path = root.joinpath(*module.split("."))
-    for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if file.is_file():
-            return ast.parse(file.read_text(encoding="utf-8")).body
-    return None
+    file = path.with_suffix(".py")
+    return file if file.is_file() else path / "__init__.py"
+
+
+@cache
+def _body(root: Path, module: str) -> list[ast.stmt]:
+    file = _file(root, module)
+    return ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else []
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -90,15 +108,14 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements([*statement.body, *statement.orelse])
 
 
-def _function(root: Path, body: list[ast.stmt], name: str) -> Function | None:
-    for statement in _statements(body):
+def _function(root: Path, module: str, name: str) -> Source | None:
+    for statement in _statements(_body(root, module)):
         if isinstance(statement, Function) and statement.name == name:
-            return statement
+            return Source(_file(root, module), statement)
         if isinstance(statement, ast.ImportFrom) and statement.module is not None:
             origin = next((alias.name for alias in statement.names if name in (alias.asname, alias.name)), None)
-            elsewhere = _body(root, statement.module) if origin is not None else None
-            if origin is not None and elsewhere is not None:
-                return _function(root, elsewhere, origin)
+            if origin is not None and _body(root, statement.module):
+                return _function(root, statement.module, origin)
     return None
 
 
@@ -111,3 +128,19 @@ def _method(body: list[ast.stmt], owner: str, name: str) -> Function | None:
             return statement
     bases = (_method(body, base.id, name) for base in found.bases if isinstance(base, ast.Name))
     return next((method for method in bases if method is not None), None)
+
+
+_NOT_DONE = ("annotation", "returns", "type_comment", "kind")
+
+
+def _canonical(part: object) -> str:
+    """A syntax tree as text. Empty fields are left out: which there are differs from Python to Python."""
+    if isinstance(part, list):
+        return f"[{','.join(map(_canonical, part))}]"
+    if not isinstance(part, ast.AST):
+        return repr(part)
+    fields = {name: value for name, value in ast.iter_fields(part) if name not in _NOT_DONE}
+    if isinstance(part, Function | ast.ClassDef) and ast.get_docstring(part, clean=False) is not None:
+        fields["body"] = part.body[1:]
+    written = (f"{name}={_canonical(value)}" for name, value in fields.items() if value not in (None, []))
+    return f"{type(part).__name__}({','.join(written)})"

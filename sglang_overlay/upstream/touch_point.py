@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How SGLang is patched: each patch is a piece of data, checked against the installed SGLang before it is applied.
+"""How SGLang is patched: each hook is a piece of data, checked against the installed SGLang before it is applied.
 
-SGLang's own ``HookRegistry`` (``sglang/srt/plugins/hook_registry.py``) does the patching. It swallows exceptions, so
-everything that can go wrong is looked for here first.
+SGLang's ``HookRegistry`` has no part in it: its public ``apply_hooks`` would apply what all other plugins have
+registered too, while SGLang is still being imported, and applying only some of it takes private attributes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import functools
 import importlib
 import inspect
-import logging
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 
 class HookKind(enum.Enum):
-    """SGLang's hook types, by the values of its own ``HookType``."""
+    """How a hook relates to the original. It is called with the arguments, and before them
 
-    BEFORE = "before"
+    after: with the original's result, for which it may return another;
+    around: with the original, which it may call;
+    replace: with nothing.
+    """
+
     AFTER = "after"
     AROUND = "around"
     REPLACE = "replace"
@@ -158,12 +163,15 @@ def inspect_point(point: TouchPoint) -> PointState:
 
 
 def _inspect_target(point: TouchPoint, target: Any) -> PointState:
-    problem = why_not_called(point, list(inspect.signature(target).parameters), _taken_by_hook(point))
+    try:
+        taken = _taken_by_hook(point)
+    except Exception as error:  # Something that it imports is not where it was.
+        return PointState(point, State.MISSING, f"its hook cannot be imported: {type(error).__name__}: {error}")
+    problem = why_not_called(point, list(inspect.signature(target).parameters), taken)
     if problem:
         return PointState(point, State.SIGNATURE, problem)
-    if _is_applied(point):
-        return PointState(point, State.ACTIVE)
-    return PointState(point, State.READY)
+    is_active = point.target in _applied and _is_called(point.target)
+    return PointState(point, State.ACTIVE if is_active else State.READY)
 
 
 def inspect_points(points: Iterable[TouchPoint]) -> list[PointState]:
@@ -171,23 +179,8 @@ def inspect_points(points: Iterable[TouchPoint]) -> list[PointState]:
     return [inspect_point(point) for point in points]
 
 
-def register(points: Iterable[TouchPoint]) -> list[PointState]:
-    """Register those hooks whose targets are as expected with SGLang's registry.
-
-    They are applied by ``apply_registered``, or when ``load_plugins()`` ends. Registering one twice changes nothing.
-
-    Returns:
-        The states of all points found before registering; the caller decides what a mismatch means.
-    """
-    states = inspect_points(points)
-    for found in states:
-        if found.state is State.READY and not _is_registered(found.point):
-            _registry().register(found.point.target, _hook(found.point), _hook_type(found.point), source=_source())
-    return states
-
-
 def apply(points: Iterable[TouchPoint]) -> str | None:
-    """Register hooks and apply them now: all of them, or none where one would not fit.
+    """Put hooks in place: all of them, or none where one would not fit. Those that are in place stay as they are.
 
     Returns:
         What is not as expected, or None.
@@ -199,39 +192,137 @@ def apply(points: Iterable[TouchPoint]) -> str | None:
 
         supported = ", ".join(releases.supported())
         return f"SGLang {releases.installed()} is not as expected: {listed(broken)}; supported releases: {supported}"
-    wanted = [state.point for state in found if state.state is not State.ABSENT]
-    register(wanted)
-    apply_registered(point.target for point in wanted)
-    left = [point.target for point in wanted if not _is_applied(point)]
-    return f"hooks could not be applied, SGLang's log says why: {', '.join(left)}" if left else None
+    _put_on(found)
+    return None
 
 
 def apply_fitting(points: Iterable[TouchPoint]) -> None:
-    """Register hooks and apply them now, those whose targets are as expected."""
-    apply_registered(state.point.target for state in register(points))
+    """Put hooks in place, those whose targets are as expected."""
+    _put_on(inspect_points(points))
 
 
-def apply_registered(targets: Iterable[str]) -> None:
-    """Apply what is registered for certain targets, and for the classes they belong to.
-
-    Not all that is registered, as the registry's own ``apply_hooks`` does: this runs while SGLang is being imported,
-    and what other plugins patch may be half there.
-    """
-    registry, wanted = _registry(), tuple(targets)
-    pending = {target for target in registry._hooks if target not in registry._patched}
-    # A class that another plugin replaces is shorter than its methods, and comes first.
-    for target in sorted(pending, key=len):
-        if any(f"{name}.".startswith(f"{target}.") for name in wanted):
-            _apply_one(registry, target)
+def _put_on(found: Iterable[PointState]) -> None:
+    for state in found:
+        if state.state is State.READY:
+            _applied[state.point.target] = hooked = _hooked(state.point)
+            hooked.put_on()
 
 
-def _apply_one(registry: Any, target: str) -> None:
+def displaced(points: Iterable[TouchPoint]) -> list[str]:
+    """Targets whose hooks were in place, and are called no more: another plugin has replaced function or class."""
+    targets = dict.fromkeys(candidate.target for point in points for candidate in point.candidates)
+    return [target for target in targets if target in _applied and not _is_called(target)]
+
+
+@contextlib.contextmanager
+def lifted(points: Iterable[TouchPoint]) -> Iterator[None]:
+    """Stock SGLang for a while: hooks that are in place are taken off, and put on again at the end."""
+    targets = dict.fromkeys(candidate.target for point in points for candidate in point.candidates)
+    taken = [_applied[target] for target in targets if target in _applied]
+    for hooked in taken:
+        hooked.take_off()
     try:
-        registry._apply_target(target, registry._hooks[target])
-        registry._patched.add(target)
-    except Exception:
-        # Most likely another plugin's, since ours have been looked at before: SGLang's import must not fail for it.
-        logger.exception("StreamFP8: hooks of %s could not be applied", target)
+        yield
+    finally:
+        for hooked in taken:
+            hooked.put_on()
+
+
+@dataclass(frozen=True)
+class _Hooked:
+    """A function of SGLang's and what stands for it.
+
+    Attributes:
+        owner: module or class.
+        name: there.
+        own: whether the owner itself has it; a class may have inherited it.
+        before: as the owner has it, a ``staticmethod`` for example.
+        after: the same with the hook.
+    """
+
+    owner: Any
+    name: str
+    own: bool
+    before: Any
+    after: Any
+
+    def put_on(self) -> None:
+        setattr(self.owner, self.name, self.after)
+        if isinstance(self.owner, ModuleType):
+            _rebind(self.before, self.after)
+
+    def take_off(self) -> None:
+        if self.own:
+            setattr(self.owner, self.name, self.before)
+        else:
+            delattr(self.owner, self.name)
+        if isinstance(self.owner, ModuleType):
+            _rebind(self.after, self.before)
+
+
+_applied: dict[str, _Hooked] = {}
+
+
+def _hooked(point: TouchPoint) -> _Hooked:
+    owner_name, _, name = point.target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    before = inspect.getattr_static(owner, name)
+    function = _wrapped(_function(before), _hook(point), point.kind)
+    after = type(before)(function) if isinstance(before, (classmethod, staticmethod)) else function
+    return _Hooked(owner, name, name in vars(owner), before, after)
+
+
+def _function(attribute: Any) -> Callable[..., Any]:
+    """The function of a ``staticmethod``, a ``classmethod`` or a bound method; others are one."""
+    function: Callable[..., Any] = getattr(attribute, "__func__", attribute)
+    return function
+
+
+def _wrapped(original: Callable[..., Any], hook: Callable[..., Any], kind: HookKind) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def around(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
+
+    @functools.wraps(original)
+    def after(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        changed = hook(result, *args, **kwargs)
+        return result if changed is None else changed
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs)
+
+    return {HookKind.AROUND: around, HookKind.AFTER: after, HookKind.REPLACE: replacement}[kind]
+
+
+def _rebind(old: Any, new: Any) -> None:
+    """Change it where modules of SGLang's have imported it by name, too."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "sglang"]
+    for module in filter(None, modules):
+        for name, value in list(vars(module).items()):
+            if value is old:
+                setattr(module, name, new)
+
+
+def _is_called(target: str) -> bool:
+    """Whether who calls the target gets to its hook, through wrappers of other plugins if need be."""
+    try:
+        function = _function(pkgutil.resolve_name(target))
+    except (ImportError, AttributeError):
+        return False
+    hook = _function(_applied[target].after)
+    while function is not hook:
+        inner = getattr(function, "__wrapped__", None)
+        # What replaces a function may name it as the one it wraps, but does not hold it.
+        if inner is None or (type(function) is FunctionType and not _holds(function, inner)):
+            return False
+        function = inner
+    return True
+
+
+def _holds(function: FunctionType, value: Any) -> bool:
+    return any(cell.cell_contents is value for cell in function.__closure__ or ())
 
 
 def by_module(points: Iterable[TouchPoint]) -> dict[str, tuple[TouchPoint, ...]]:
@@ -275,34 +366,7 @@ def _taken_by_hook(point: TouchPoint) -> int | None:
     return None if takes_any else len(parameters)
 
 
-def _registry() -> Any:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    return HookRegistry
-
-
-def _hook_type(point: TouchPoint) -> Any:
-    from sglang.srt.plugins.hook_registry import HookType
-
-    return HookType(point.kind.value)
-
-
-def _source() -> Any:
-    from sglang.srt.plugins.hook_registry import HookSource
-
-    return HookSource(plugin_name="streamfp8", dist_name="sglang-streamfp8")
-
-
 def _hook(point: TouchPoint) -> Callable[..., Any]:
     module, _, name = point.hook.partition(":")
     hook: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return hook
-
-
-def _is_registered(point: TouchPoint) -> bool:
-    hook = _hook(point)
-    return any(entry[1] is hook for entry in _registry()._hooks.get(point.target, ()))
-
-
-def _is_applied(point: TouchPoint) -> bool:
-    return point.target in _registry()._patched and _is_registered(point)

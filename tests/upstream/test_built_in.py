@@ -20,10 +20,10 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.model_loader import loader
-from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.upstream.touch_point import State, inspect_points
 print("built in:", loader.DefaultModelLoader.load_model.__wrapped__.__name__)
-print("hooks:", [point.target for point in STREAMING if point.target in HookRegistry._hooks])
+print("hooks:", [found.point.target for found in inspect_points(STREAMING) if found.state is State.ACTIVE])
 """
 
 
@@ -67,10 +67,18 @@ def test_reports_that_nobody_writes_are_a_warning(run_patched, tmp_path):
     assert "WARNING sglang_overlay.upstream.patching: StreamFP8: no reports are written" in done.stdout
 
 
-def test_scheme_that_only_the_overlay_has_is_refused(run_patched):
-    done = run_patched("-c", PROGRAM, SGLANG_STREAMFP8_SCHEME="block")
-    assert done.returncode != 0
-    assert "SGLANG_STREAMFP8_SCHEME is set" in done.stderr
+@pytest.mark.parametrize("setting", ["SGLANG_STREAMFP8_SCHEME=block", "SGLANG_STREAMFP8=require"])
+def test_setting_that_only_the_overlay_can_honour_is_refused(setting, run_patched):
+    done = run_patched("-c", PROGRAM, **dict([setting.split("=")]))
+    assert done.returncode == 1
+    assert "hooks:" not in done.stdout
+    assert f"sglang-streamfp8: {setting} is set, and {built_in.NOTE}" in done.stderr
+
+
+def test_check_says_that_what_is_required_is_refused(run_patched):
+    found = json.loads(run_patched("-m", "sglang_overlay", "check", "--json", SGLANG_STREAMFP8="require").stdout)
+    assert not found["active"]
+    assert "SGLANG_STREAMFP8=require is set" in found["problems"][0]
 
 
 def test_plain_release_is_not_taken_for_one_that_streams():

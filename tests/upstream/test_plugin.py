@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sglang
 import wrapt
 
 from sglang_overlay.observe.report import read_folder
-from sglang_overlay.upstream import plugin, ray_actors, releases
-from sglang_overlay.upstream.catalogue import STREAMING, TELLING
+from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
+from sglang_overlay.upstream import plugin, ray_actors, releases, source_tree
+from sglang_overlay.upstream.catalogue import MEASURING, STREAMING, TELLING
 
 pytestmark = pytest.mark.every_release
 
@@ -40,6 +44,12 @@ print("ONLINE")
 OTHER_RELEASE = """
 from sglang_overlay.upstream import releases
 releases.installed = lambda: "0.4.1"
+"""
+NEXT_RELEASE = """
+from packaging.version import Version
+from sglang_overlay.upstream import releases
+version = f"{Version(releases.installed()).base_version}.post9"
+releases.installed = lambda: version
 """
 NEWER_RELEASE = """
 from sglang_overlay.upstream import releases
@@ -69,13 +79,39 @@ def change(module):
     module.Fp8LinearMethod.process_weights_after_loading = lambda self, layer, extra=None: None
 wrapt.register_post_import_hook(change, "sglang.srt.layers.quantization.fp8")
 """
-OTHER_PLUGIN = """
-import wrapt
-def replace(module):
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-    HookRegistry.register(f"{module.__name__}.Fp8LinearMethod", type("Bare", (), {}), HookType.REPLACE)
-wrapt.register_post_import_hook(replace, "sglang.srt.layers.quantization.fp8")
+RENAMED_REGISTRY = """
+import re
+from pathlib import Path
+from sglang.srt import plugins
+from sglang.srt.plugins import hook_registry
+source = Path(hook_registry.__file__).read_text()
+source = re.sub(r"\\b_(hooks|patched|apply_target|wrap_fn)\\b", r"_\\1_of_new", source)
+assert "_hooks_of_new" in source
+exec(compile(source, hook_registry.__file__, "exec"), vars(hook_registry))
+for name in ("HookRegistry", "HookSource", "_current_plugin_source"):
+    setattr(plugins, name, getattr(hook_registry, name))
 """
+NO_REGISTRY = """
+from sglang.srt import plugins
+from sglang.srt.plugins import hook_registry
+plugins.HookRegistry = type("Bare", (), {"apply_hooks": staticmethod(lambda: None)})
+del hook_registry.HookRegistry, hook_registry.HookType, hook_registry.HookSource
+"""
+RENAMED_DEPENDENCY = """
+sys.modules["sglang_overlay.upstream.update_hooks"] = None
+"""
+OTHER_PLUGIN = """
+from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+original = Fp8LinearMethod.create_weights
+def replacement(*args, **kwargs):
+    return original(*args, **kwargs)
+def around(original_fn, *args, **kwargs):
+    return original_fn(*args, **kwargs)
+target = "sglang.srt.layers.quantization.fp8.Fp8LinearMethod.create_weights"
+"""
+OTHER_REPLACES = OTHER_PLUGIN + "HookRegistry.register(target, replacement, HookType.REPLACE)"
+OTHER_WRAPS = OTHER_PLUGIN + "HookRegistry.register(target, around, HookType.AROUND)"
 OTHER_UPDATER = """
 import importlib, wrapt
 from sglang_overlay.upstream.catalogue import STREAMING
@@ -103,6 +139,8 @@ from workbench.load_series import LoadSeries
 model = LoadSeries(Path(sys.argv[1])).load(Path(sys.argv[1]))
 print("FP8", model.model.layers[0].mlp.down_proj.weight.dtype)
 """
+LOADER = "sglang.srt.model_loader.loader"
+FP8_LINEAR = "sglang.srt.layers.quantization.fp8.Fp8LinearMethod.create_weights"
 ABSENT = len(releases.absent())
 PRESENT = len(STREAMING) - ABSENT
 
@@ -110,6 +148,7 @@ PRESENT = len(STREAMING) - ABSENT
 def run(change="", then=EPILOGUE, arguments=(), **variables):
     """A process that loads SGLang's plugins, and then makes an fp8 config as a model load does."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    environ[CPU_REFERENCE_VARIABLE] = "1"
     return subprocess.run(
         [sys.executable, "-c", PROLOGUE + change + then, *arguments],
         env={**environ, **variables},
@@ -170,7 +209,7 @@ class TestSGLangThatIsNotAsExpected:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        pytest.param(OTHER_PLUGIN, "hooks could not be applied, SGLang's log says why: ", id="other plugin"),
+        pytest.param(RENAMED_DEPENDENCY, "update_hooks", id="a module that cannot be imported"),
         pytest.param(SLIP, "ZeroDivisionError", id="slip"),
     ],
 )
@@ -189,43 +228,137 @@ class TestHooksThatCannotBeApplied:
         assert said in result.stderr
 
 
+def load(change, checkpoint, *folders, **variables):
+    """Loads a tiny checkpoint in a process of which something is changed."""
+    path = [*folders, Path(__file__).parents[2] / "ci", os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(map(str, path))
+    return run(change, LOAD_PLUGINS + LOAD, [checkpoint("qwen3")], PYTHONPATH=path, **variables)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param(OTHER_UPDATER, "update_weights_from_disk: signature", id="updater"),
+        pytest.param(OTHER_REPLACES, "another plugin has replaced " + FP8_LINEAR, id="replaced by another plugin"),
+    ],
+)
 class TestHooksOfWhichOthersAreInPlace:
-    """Those of the updater cannot be applied; what is loaded must not be streamed all the same, and said not to be."""
+    """What is loaded must not be streamed all the same, and said not to be."""
 
-    def load(self, checkpoint, **variables):
-        path = os.pathsep.join([str(Path(__file__).parents[2] / "ci"), os.environ.get("PYTHONPATH", "")])
-        return run(OTHER_UPDATER, LOAD_PLUGINS + LOAD, [checkpoint("qwen3")], PYTHONPATH=path, **variables)
-
-    def test_load_is_stocks_with_one_warning(self, checkpoint, tmp_path):
-        result = self.load(checkpoint, SGLANG_STREAMFP8_REPORT=str(tmp_path))
+    def test_load_is_stocks_with_one_warning(self, change, said, checkpoint, tmp_path):
+        result = load(change, checkpoint, SGLANG_STREAMFP8_REPORT=str(tmp_path))
         assert result.returncode == 0, result.stderr
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         (warning,) = warnings_of(result)
-        assert "update_weights_from_disk: signature" in warning
+        assert said in warning
         assert "The model is loaded as in stock SGLang." in warning
         assert {(report.mode, report.units.streamed) for report in read_folder(tmp_path)} == {("stock", 0)}
 
-    def test_load_is_an_error_where_streaming_is_required(self, checkpoint):
-        result = self.load(checkpoint, SGLANG_STREAMFP8="require")
+    def test_load_is_an_error_where_streaming_is_required(self, change, said, checkpoint):
+        result = load(change, checkpoint, SGLANG_STREAMFP8="require")
         assert result.returncode == 1
         assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
 
 
-@pytest.mark.skipif(ABSENT, reason="a newer release has what the newest has, and the one installed has not")
-class TestSGLangThatIsNewerAndAsExpected:
+@pytest.mark.parametrize("change", [RENAMED_REGISTRY, NO_REGISTRY], ids=["renamed", "gone"])
+def test_private_names_of_sglangs_own_hook_registry_are_not_needed(change):
+    result = run(change, SGLANG_STREAMFP8="require")
+    assert result.returncode == 0, result.stderr
+    assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
+
+
+def test_function_that_another_plugin_wraps_as_well_is_streamed(checkpoint):
+    result = load(OTHER_WRAPS, checkpoint, SGLANG_STREAMFP8="require")
+    assert result.returncode == 0, result.stderr
+    assert "FP8 torch.float8_e4m3fn" in result.stdout
+
+
+SEEN = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+import pkgutil
+from sglang_overlay.upstream.catalogue import STREAMING, TELLING
+for target in sorted({place.target for point in (*STREAMING, *TELLING) for place in point.candidates}):
+    try:
+        code = pkgutil.resolve_name(target).__code__
+    except (ImportError, AttributeError):
+        continue
+    print("SEEN", target, code.co_filename, code.co_firstlineno)
+"""
+
+
+def functions(**variables):
+    """Where each function that is hooked, or would be, stands in a file."""
+    result = run(then=SEEN, **variables)
+    assert result.returncode == 0, result.stderr
+    return {line for line in result.stdout.splitlines() if line.startswith("SEEN ")}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return functions(SGLANG_PLUGINS="of_nobody")
+
+
+class TestSwitchedOff:
+    """``SGLANG_STREAMFP8=0``: every function that is hooked otherwise is the one that stands in SGLang's file."""
+
+    def test_nothing_is_hooked(self, stock):
+        assert functions(SGLANG_STREAMFP8="0") == stock
+        assert len(stock) >= PRESENT
+
+    def test_report_that_is_asked_for_hooks_what_measures_a_load_and_nothing_else(self, stock, tmp_path):
+        found = functions(SGLANG_STREAMFP8="0", SGLANG_STREAMFP8_REPORT=str(tmp_path))
+        changed = {line.split()[1] for line in stock - found}
+        measuring = {point.target for point in (*MEASURING, *TELLING)}
+        assert f"{LOADER}.DefaultModelLoader.load_model" in changed
+        assert changed <= measuring
+
+
+class TestReleaseThatIsNotSupported:
+    """It comes after the one that is installed, and is like it."""
+
     def test_has_its_hooks_in_place(self):
-        result = run(NEWER_RELEASE, SGLANG_STREAMFP8="require")
+        result = run(NEXT_RELEASE, SGLANG_STREAMFP8="require")
         assert result.returncode == 0, result.stderr
         assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
         assert warnings_of(result) == []
 
-    def test_is_streamed_and_said_to_be_untested_once(self, checkpoint):
-        path = os.pathsep.join([str(Path(__file__).parents[2] / "ci"), os.environ.get("PYTHONPATH", "")])
-        result = run(NEWER_RELEASE, LOAD, [checkpoint("qwen3")], SGLANG_STREAMFP8="require", PYTHONPATH=path)
+    def test_is_streamed_with_nothing_said_where_all_bodies_are_known(self, checkpoint):
+        result = load(NEXT_RELEASE, checkpoint, SGLANG_STREAMFP8="require")
+        assert result.returncode == 0, result.stderr
+        assert "FP8 torch.float8_e4m3fn" in result.stdout
+        assert warnings_of(result) == []
+
+
+@pytest.fixture(scope="module")
+def changed_sglang(tmp_path_factory):
+    """The folder of an SGLang in which a function that is hooked has a statement more than in any release."""
+    installed, folder = Path(sglang.__file__).parent, tmp_path_factory.mktemp("changed")
+    shutil.copytree(installed, folder / "sglang", copy_function=os.symlink)
+    first = source_tree.find(installed.parent, FP8_LINEAR).node.body[0]
+    file = folder / "sglang" / "srt" / "layers" / "quantization" / "fp8.py"
+    lines = file.read_text().splitlines(keepends=True)
+    lines.insert(first.lineno - 1, f"{' ' * first.col_offset}something_else = None\n")
+    file.unlink()
+    file.write_text("".join(lines))
+    return folder
+
+
+class TestFunctionThatDoesSomethingElse:
+    def test_is_streamed_with_a_warning_that_names_it(self, changed_sglang, checkpoint):
+        result = load("", checkpoint, changed_sglang)
         assert result.returncode == 0, result.stderr
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         (warning,) = warnings_of(result)
-        assert "SGLang 99.1 is an untested release" in warning
+        assert f"SGLang {releases.installed()} is untested" in warning
+        assert re.findall(r"sglang\.srt\S+\w", warning) == [FP8_LINEAR]
+
+    def test_is_an_error_where_streaming_is_required(self, changed_sglang, checkpoint):
+        result = load("", checkpoint, changed_sglang, SGLANG_STREAMFP8="require")
+        assert result.returncode == 1
+        assert "FP8" not in result.stdout
+        assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
+        assert FP8_LINEAR in result.stderr
 
 
 CHANGED_METRICS = """

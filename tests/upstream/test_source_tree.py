@@ -67,7 +67,7 @@ def test_layout_and_comments_are_no_difference(package):
     root = package(
         a="def load(path):\n    return open(path)\n", b="def load( path ):\n    # why\n    return open( path )"
     )
-    assert source_tree.find(root, "up.a.load") == source_tree.find(root, "up.b.load")
+    assert source_tree.find(root, "up.a.load").text == source_tree.find(root, "up.b.load").text
 
 
 def test_other_parameters_are_shown(package):
@@ -85,3 +85,33 @@ def test_target_is_found_where_an_earlier_release_had_it(package):
 def test_target_that_is_nowhere_is_absent_where_streaming_can_do_without(without, state, package):
     (found,) = source_tree.inspect_points(package(), [point("up.a.load", without=without)])
     assert (found.state, found.detail) == (state, without)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def load(path, *, strict=True):\n    return path if strict else None  # as ever",
+        'def load(path: str, *, strict: bool = True) -> str:\n    """It loads."""\n    return path if strict else None',
+        "def load(path, *, strict=True):\n    return (\n        path if strict\n        else None\n    )",
+    ],
+    ids=["comment", "docstring and annotations", "layout"],
+)
+def test_fingerprint_is_of_what_a_function_does(package, text):
+    plain = "def load(path, *, strict=True): return path if strict else None"
+    root = package(a=plain, b=text)
+    assert source_tree.find(root, "up.a.load").fingerprint == source_tree.find(root, "up.b.load").fingerprint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def load(path, *, strict=False): return path if strict else None",
+        "def load(path, *, strict=True): return path if strict else 0",
+        "def load(path, *, strict=True): return path if strict else ''",
+        "@cache\ndef load(path, *, strict=True): return path if strict else None",
+        "def load(path, *, strict=True):\n    def inner(): return 1\n    return path if strict else None",
+    ],
+)
+def test_another_body_has_another_fingerprint(package, text):
+    root = package(a="def load(path, *, strict=True): return path if strict else None", b=text)
+    assert source_tree.find(root, "up.a.load").fingerprint != source_tree.find(root, "up.b.load").fingerprint

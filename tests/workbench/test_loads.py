@@ -127,6 +127,21 @@ def test_a_job_leaves_nothing_that_changes_the_next_one(workers: LoadWorkers, ca
     assert compare(workers.load_fresh(job), workers.load(job)) == []
 
 
+def test_stock_has_no_hook_in_its_way(workers: LoadWorkers, cache: Path) -> None:
+    """Each hook of a load asks for the settings, and these are an error."""
+    wrong = {"SGLANG_STREAMFP8_SCHEME": "block"}
+    job = stock_job(build(CheckpointSpec("qwen3"), cache), prompts=())
+    assert compare(workers.load(dataclasses.replace(job, environ=wrong)), workers.load(job)) == []
+    with pytest.raises(LoadFailed, match="only streaming can serve"):
+        workers.load(dataclasses.replace(job, environ={**wrong, "SGLANG_STREAMFP8_REPORT": str(cache)}))
+
+
+def test_streaming_has_its_hooks_again_after_stock(workers: LoadWorkers, cache: Path) -> None:
+    job = stock_job(build(CheckpointSpec("qwen3"), cache), prompts=())
+    _, streamed = workers.load_all([job, dataclasses.replace(job, streaming="require")])
+    assert any("StreamFP8: " in line and " units in " in line for line in streamed.log)
+
+
 def test_another_seed_shows_as_different_bytes(workers: LoadWorkers, cache: Path) -> None:
     one = workers.load(stock_job(build(CheckpointSpec("qwen3"), cache), prompts=()))
     other = workers.load(stock_job(build(CheckpointSpec("qwen3", seed=1), cache), prompts=()))
