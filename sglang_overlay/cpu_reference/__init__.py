@@ -3,8 +3,8 @@
 
 It steps in only where it is asked for (``SGLANG_STREAMFP8_CPU_REFERENCE=1``), there is no accelerator, and SGLang's own
 CPU engine is not wanted (``SGLANG_USE_CPU_ENGINE`` unset). Then ``python -m sglang.launch_server --model-path X
---quantization fp8 --device cpu`` loads, quantizes and generates with SGLang's own model code, loaders, scheduler and HTTP
-server. What it stands in for, and why:
+--quantization fp8 --device cpu`` loads, quantizes and generates with SGLang's own model code, loaders, scheduler and
+HTTP server. What it stands in for, and why:
 
 1. *Platform facts* (``platform.py``): memory sizes, gloo, no pinned memory, ``torch_native`` attention, no graphs, a
    small KV pool, one group of cores per tensor-parallel rank. Being out of tree also selects the native rope, which

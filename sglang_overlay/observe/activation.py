@@ -39,6 +39,7 @@ NOTES = (
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 PLUGIN_NAME = "streamfp8"
+PLATFORM_NAME = "streamfp8_cpu"
 _WATCHED_LOGGERS = ("sglang.srt.plugins", "sglang_overlay")
 
 
@@ -165,6 +166,12 @@ def _installation_problems(environ: Mapping[str, str]) -> list[str]:
         problems.append(
             f"SGLANG_PLUGINS={','.join(allowed)} leaves {PLUGIN_NAME!r} out; unset it, or set "
             f"SGLANG_PLUGINS={','.join([*allowed, PLUGIN_NAME])}"
+        )
+    platform = environ.get("SGLANG_PLATFORM", "")
+    if platform not in ("", PLATFORM_NAME):
+        problems.append(
+            f"SGLANG_PLATFORM={platform} leaves {PLUGIN_NAME!r} out: SGLang skips all plugins of packages that offer "
+            f"another platform, and this one offers {PLATFORM_NAME!r}; unset it"
         )
     return problems
 

@@ -21,6 +21,12 @@ def test_installed_and_listed_plugin_is_no_problem():
     assert activation._installation_problems({"SGLANG_PLUGINS": "other, streamfp8"}) == []
 
 
+def test_platform_that_keeps_the_plugin_away_is_seen():
+    assert activation._installation_problems({"SGLANG_PLATFORM": "streamfp8_cpu"}) == []
+    (problem,) = activation._installation_problems({"SGLANG_PLATFORM": "other"})
+    assert "SGLANG_PLATFORM=other leaves 'streamfp8' out" in problem
+
+
 def test_unsupported_release_is_named_with_those_supported(monkeypatch):
     monkeypatch.setattr(releases, "installed", lambda: "0.4.0")
     [problem] = activation._installation_problems({})
