@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import
 )
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8MoE
 
-from sglang_overlay.core.quantizers import UnitQuantizer
-from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.overlay_plans import UpdatableExpertsPlan, UpdatableLinearPlan
-from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
+from sglang_overlay.upstream.plan import LayerPlan
 
 
 class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
@@ -73,7 +71,7 @@ class ChannelScheme:
             "ignore",
             "_scale",
             lambda shape: (shape[0], 1),
-            _by_rows(torch.device("cpu"), 1),
+            _on_cpu(),
             1,
         )
 
@@ -81,18 +79,26 @@ class ChannelScheme:
 class ChannelExpertsPlan(ExpertRowsPlan):
     """Experts as of a checkpoint in compressed-tensors' format with channel-wise scales."""
 
-    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        plan = super().parameter(name, placeholder, storage)
-        # All experts' rows, so that it does not matter how many of them come at once.
-        rows = placeholder.numel() // placeholder.shape[-1]
-        return replace(plan, quantizer=_by_rows(storage.weight.device, rows))
-
     def quantizer(self, device: torch.device) -> UnitQuantizer:
-        return _by_rows(device, 1)
+        if device.type == "cpu":
+            return _on_cpu()
+        return ZeroedRowKernelQuantizer(fp8.per_token_group_quant_fp8, 0)
 
 
-def _by_rows(device: torch.device, rows: int) -> UnitQuantizer:
-    return UpdatableLinearPlan(per_channel=True).quantizer(device, rows)
+class ZeroedRowKernelQuantizer(RowKernelQuantizer):
+    """Rows by upstream's kernel, of which those of zeros, with scale 0, hold zeros.
+
+    The kernel stores 0 or 448 there, as the number of rows may be, and stock has no number to go by: an export brings
+    each expert alone, a checkpoint may bring all of them at once. The export has zeros too.
+    """
+
+    def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        super()._quantize_rows(rows, weight, scale)
+        weight.view(torch.uint8).masked_fill_(scale.view(-1, 1) == 0, 0)
+
+
+def _on_cpu() -> UnitQuantizer:
+    return UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu"), 0)
 
 
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +52,15 @@ class Operations:
 
 
 OPERATIONS = Operations()
+
+
+def counted() -> AbstractContextManager[Counter[str]]:
+    """A recorder of :class:`workbench.loads.LoadJob`."""
+    return OPERATIONS.counted()
+
+
+HOST_TO_DEVICE, DEVICE_TO_HOST = "host to device", "device to host"
+"""Names under which copies between the two are counted as well; the latter are waited for."""
 _libraries: list[torch.library.Library] = []
 
 
@@ -86,7 +95,13 @@ class _Call:
         self._name = name
         self._given: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._devices: dict[torch.device, None] = {}
+        self._first: torch.Tensor | None = None
         self._host: list[torch.Tensor] = []
+
+    @property
+    def _written_on_host(self) -> bool:
+        """Of a copy: its first tensor is where it goes."""
+        return bool(self._host) and self._host[0] is self._first
 
     def down(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -96,6 +111,7 @@ class _Call:
             return torch.device("cpu")
         if not isinstance(value, torch.Tensor):
             return value
+        self._first = value if self._first is None else self._first
         if value.device.type != "cuda":
             self._host.append(value)
             return value
@@ -114,6 +130,13 @@ class _Call:
         if self._name not in MIXING and (len(self._devices) > 1 or apart):
             found = [str(device) for device in self._devices] + [str(one.device) for one in apart]
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {found} ({self._name})")
+
+    def note_transfer(self) -> None:
+        """Count what crosses between host and device."""
+        if self._name == "_local_scalar_dense" or (self._name == "copy_" and self._written_on_host):
+            OPERATIONS.note(DEVICE_TO_HOST)
+        elif self._name == "copy_" and self._host:
+            OPERATIONS.note(HOST_TO_DEVICE)
 
     def up(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -136,6 +159,7 @@ def _run_on_host(operator: Any, name: str) -> Callable[..., Any]:
         laid_out = [call.down(value) for value in args], {key: call.down(value) for key, value in kwargs.items()}
         call.check()
         OPERATIONS.note(label)
+        call.note_transfer()
         return call.up(operator(*laid_out[0], **laid_out[1]))
 
     return run

@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from standin import aten, packages
 from standin.gpus import GPUS
@@ -16,7 +21,22 @@ def install() -> None:
     warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel.*")
     aten.install()
     packages.install()
+    for name in ("init_process_group", "new_group"):
+        original = getattr(torch.distributed, name)
+        setattr(torch.distributed, name, _over_gloo(original))
     if gpu.architecture:
         from standin import rocm
 
         rocm.install(gpu)
+
+
+def _over_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    """NCCL's ranks have a GPU each; gloo takes device memory too, which it copies."""
+
+    @functools.wraps(original)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if "nccl" in str(kwargs.get("backend")):
+            kwargs["backend"] = "gloo"
+        return original(*args, **kwargs)
+
+    return called
