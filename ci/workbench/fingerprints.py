@@ -82,11 +82,19 @@ def model_prints(model: torch.nn.Module) -> dict[str, TensorPrint]:
 
 
 def model_flags(model: torch.nn.Module) -> dict[str, str]:
-    """Name -> value of each plain attribute of a module or a parameter: what post-processing notes for the kernels."""
+    """Name -> value of each plain attribute of a module, its quantization method or a parameter.
+
+    What post-processing notes for the kernels.
+    """
+    holders: dict[str, Any] = dict(model.named_modules())
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            holders[f"{prefix}.quant_method"] = method
     found = {
-        f"{prefix}.{key}": repr(value)
-        for prefix, module in model.named_modules()
-        for key, value in vars(module).items()
+        f"{name}.{key}": repr(value)
+        for name, holder in holders.items()
+        for key, value in vars(holder).items()
         if _is_plain(value)
     }
     for name, parameter in model.named_parameters(remove_duplicate=False):

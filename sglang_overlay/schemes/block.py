@@ -101,7 +101,8 @@ class BlockQuantizer(AssembledUnits):
 
     def scale_of(self, absmax: torch.Tensor) -> torch.Tensor:
         """Scales of blocks with these largest magnitudes, float32 of the same shape."""
-        return absmax.clamp(min=SMALLEST_ABSMAX) / torch.finfo(fp8.fp8_dtype).max
+        # Of the checkpoint that this stands for, which is the same everywhere: upstream makes e4m3fnuz of it.
+        return absmax.clamp(min=SMALLEST_ABSMAX) / torch.finfo(torch.float8_e4m3fn).max
 
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         blocks = scale.view(len(values), *_blocks(values.shape[1:]))

@@ -57,6 +57,8 @@ class ChannelScheme:
     summary = "fp8, one scale an output channel"
 
     def why_not(self, kind: LayerKind) -> str | None:
+        if is_hip():
+            return f"on ROCm it is SGLang's own choice for linear layers, with {AITER_PER_TOKEN}"
         return None
 
     def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
@@ -131,6 +133,8 @@ STORED = {
     "quantization_status": "compressed",
 }
 """What ``quantization_config`` of a checkpoint with channel-wise scales says."""
+
+AITER_PER_TOKEN = "SGLANG_USE_AITER=1 and SGLANG_USE_AITER_FP8_PER_TOKEN=1"
 
 TENSOR = TensorScheme()
 CHANNEL = ChannelScheme()

@@ -15,7 +15,7 @@ from sglang.srt.layers.moe.moe_runner import MoeRunner
 from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
-from sglang.srt.utils import set_weight_attrs
+from sglang.srt.utils import is_hip, set_weight_attrs
 
 from sglang_overlay.core.cpu_quantizers import CHUNK_ELEMENTS
 from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer
@@ -38,6 +38,8 @@ class Int8Scheme:
     def why_not(self, kind: LayerKind) -> str | None:
         if kind is LayerKind.LINEAR:
             return 'SGLang has no kernel for it; choose it for experts alone: {"moe": "int8"}'
+        if is_hip():
+            return "it has not been run on ROCm"
         backend = get_moe_runner_backend()
         if not (backend.is_auto() or backend.is_triton()):
             return f"its kernel is Triton's, and --moe-runner-backend is {backend.value}"

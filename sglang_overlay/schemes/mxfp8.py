@@ -52,7 +52,9 @@ class Mxfp8Plan(OnlinePlan, UpdatablePlan):
     """Streams weights ``[..., N, K]`` into values of that shape and exponents ``[..., N, K / 32]``, uint8."""
 
     def create(self, create: Callable[[], None], layer: Module, dtype: torch.dtype) -> Placeholders:
-        reason = self.why_not(layer)
+        from sglang.srt.utils import is_hip
+
+        reason = "MXFP8 on ROCm has layouts of its own" if is_hip() else self.why_not(layer)
         if reason is not None:
             raise UnexpectedParametersError(reason)
         made = super().create(create, layer, dtype)

@@ -38,11 +38,11 @@ class LinearPlan(OnlinePlan):
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
         rows, columns = placeholder.shape
-        quantizer = self.quantizer(storage.weight.device, rows)
         if self._per_channel and capabilities.runs_shuffled_rows(rows):
-            return _shuffled(quantizer, placeholder, storage)
+            # Triton's kernel, which is one for any number of rows.
+            return _shuffled(self.quantizer(storage.weight.device, 0), placeholder, storage)
         grid = UnitGrid.per_slice((rows, columns)) if self._per_channel else UnitGrid.one((rows, columns))
-        return ParameterPlan(grid, quantizer, storage)
+        return ParameterPlan(grid, self.quantizer(storage.weight.device, rows), storage)
 
     def quantizer(self, device: torch.device, rows: int) -> UnitQuantizer:
         """What turns rows of a weight that has ``rows``, or all of it, into fp8: upstream's own functions."""
@@ -66,7 +66,7 @@ class LinearPlan(OnlinePlan):
 
             prepare_fp8_layer_for_marlin(layer, not method.block_quant)
             del layer.input_scale
-        if is_per_token(method):
+        if self._per_channel and is_per_token(method):
             method.use_per_token_if_dynamic = True
 
     def _scales(self, placeholder: torch.Tensor) -> int:

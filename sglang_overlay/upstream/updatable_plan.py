@@ -13,6 +13,7 @@ from sglang_overlay.core.placeholders import twin
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.upstream import capabilities
 from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan, Placeholders
 
 
@@ -111,7 +112,8 @@ class SerializedPlan(UpdatablePlan):
         self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Storage] | None:
         pairs = {name: self._pair(layer, name) for name in placeholders}
-        if any(self._form(*pair) != self._forms[name] for name, pair in pairs.items()):
+        # aiter's shuffle changes nothing that can be seen of a tensor.
+        if capabilities.uses_aiter() or any(self._form(*pair) != self._forms[name] for name, pair in pairs.items()):
             return None
         return {name: self._storage(name, *pair) for name, pair in pairs.items()}
 

@@ -44,6 +44,11 @@ def _check(out: torch.Tensor, input: torch.Tensor, scale: torch.Tensor) -> None:
     assert out.dtype in LARGEST and scale.dtype == torch.float32
 
 
+def _inverse(dtype: torch.dtype) -> torch.Tensor:
+    """``inverted_DTYPE_MAX``: divided in double, kept in float32."""
+    return torch.tensor(1.0 / LARGEST[dtype], dtype=torch.float32)
+
+
 def _store(out: torch.Tensor, values: torch.Tensor, scale: torch.Tensor) -> None:
     """``values * (1 / scale)``, saturated, cast to the dtype of ``out``."""
     limit = LARGEST[out.dtype]
@@ -63,7 +68,7 @@ def dynamic_per_tensor_quant(out: torch.Tensor, input: torch.Tensor, scale: torc
     """All of ``input`` by one scale, ``[1]``, which the kernel sets to 0 first and then takes each row's maximum into."""
     _check(out, input, scale)
     values = on_host(input).float()
-    on_host(scale).copy_(largest(values) * torch.tensor(1.0 / LARGEST[out.dtype]))
+    on_host(scale).copy_(largest(values) * _inverse(out.dtype))
     _store(out, values, on_host(scale))
 
 
@@ -81,7 +86,7 @@ def dynamic_per_token_scaled_quant(
     assert scale_ub is None and num_rows is None and not shuffle_scale
     _check(out, input, scales)
     values = on_host(input).float()
-    on_host(scales).copy_(largest(values, dim=1) * torch.tensor(1.0 / LARGEST[out.dtype]))
+    on_host(scales).copy_(largest(values, dim=1) * _inverse(out.dtype))
     _store(out, values, on_host(scales))
 
 

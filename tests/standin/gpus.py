@@ -39,6 +39,9 @@ class Gpu:
     packages: tuple[str, ...] = ()
 
 
+PER_TOKEN = {"SGLANG_USE_AITER": "1", "SGLANG_USE_AITER_FP8_PER_TOKEN": "1"}
+"""aiter with one scale a token and one an output channel, for linear layers."""
+
 GPUS: Mapping[str, Gpu] = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108),
     "l4": Gpu("NVIDIA L4", (8, 9), 58),
@@ -49,6 +52,7 @@ GPUS: Mapping[str, Gpu] = {
     "rtx5090": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170),
     "mi300x": Gpu("AMD Instinct MI300X", (9, 4), 304, "gfx942:sramecc+:xnack-"),
     "mi300x-aiter": Gpu("AMD Instinct MI300X", (9, 4), 304, "gfx942:sramecc+:xnack-", {"SGLANG_USE_AITER": "1"}),
+    "mi300x-per-token": Gpu("AMD Instinct MI300X", (9, 4), 304, "gfx942:sramecc+:xnack-", PER_TOKEN),
     "mi355x": Gpu("AMD Instinct MI355X", (9, 5), 256, "gfx950:sramecc+:xnack-"),
     "mi355x-aiter": Gpu("AMD Instinct MI355X", (9, 5), 256, "gfx950:sramecc+:xnack-", {"SGLANG_USE_AITER": "1"}),
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from standin import aten, packages
 from standin.gpus import GPUS
@@ -24,6 +26,7 @@ def install() -> None:
     for name in ("init_process_group", "new_group"):
         original = getattr(torch.distributed, name)
         setattr(torch.distributed, name, _over_gloo(original))
+    GridExecutor.__call__ = _one_at_a_time(GridExecutor.__call__)
     if gpu.architecture:
         from standin import rocm
 
@@ -38,5 +41,17 @@ def _over_gloo(original: Callable[..., Any]) -> Callable[..., Any]:
         if "nccl" in str(kwargs.get("backend")):
             kwargs["backend"] = "gloo"
         return original(*args, **kwargs)
+
+    return called
+
+
+def _one_at_a_time(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton's interpreter changes ``triton.language`` for all threads while a kernel runs."""
+    lock = threading.RLock()
+
+    @functools.wraps(original)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return original(*args, **kwargs)
 
     return called
