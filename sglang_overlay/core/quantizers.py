@@ -2,7 +2,7 @@
 """Turn complete units into fp8 values and scales.
 
 All quantizers write into slices of the final parameter. Pieces of a unit are disjoint and cover it; they have the
-parameter's high-precision dtype and lie on the parameter's device.
+parameter's high-precision dtype and lie on its device or on the host.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class Magnitudes:
 
 
 def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
-    """One contiguous high-precision unit of the shape of ``like``; a single piece that is one already is not copied."""
+    """One contiguous high-precision unit, of ``like``'s shape and device; a single piece that is one is not copied."""
     if len(pieces) == 1 and pieces[0].values.shape == like.shape:
-        return pieces[0].values.contiguous()
+        return pieces[0].values.to(like.device).contiguous()
     unit = torch.empty(like.shape, dtype=pieces[0].values.dtype, device=like.device)
     for piece in pieces:
         unit[slices(piece.box)].copy_(piece.values)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 ZERO_ROWS = (0, 7, -1)
@@ -28,8 +27,3 @@ def with_zeros(checkpoint: Path, folder: Path) -> Path:
         save_file(tensors, file, metadata={"format": "pt"})
     draft.rename(folder)
     return folder
-
-
-def rows(tensor: torch.Tensor) -> int:
-    """Of a matrix."""
-    return int(tensor.shape[0])

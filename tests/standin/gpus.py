@@ -43,6 +43,8 @@ GPUS: Mapping[str, Gpu] = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108),
     "l4": Gpu("NVIDIA L4", (8, 9), 58),
     "h200": Gpu("NVIDIA H200", (9, 0), 132),
+    # A seventh of one: whether a row is a warp's is decided at 256 rows, among those of a small layer.
+    "h200-1g": Gpu("NVIDIA H200 MIG 1g.18gb", (9, 0), 16),
     "b200": Gpu("NVIDIA B200", (10, 0), 148, packages=("flashinfer",)),
     "rtx5090": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170),
     "mi300x": Gpu("AMD Instinct MI300X", (9, 4), 304, "gfx942:sramecc+:xnack-"),

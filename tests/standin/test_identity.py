@@ -8,7 +8,7 @@ from workbench.loads import compare
 
 from standin.checkpoints import with_zeros
 
-GPUS = ("l4", "h200", "rtx5090")
+GPUS = ("l4", "h200", "h200-1g", "rtx5090")
 """Those with nothing of their own; ``test_backends.py`` and ``test_rocm.py`` have the others."""
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
 ODD = {
