@@ -153,9 +153,12 @@ class _Call:
 
 def _run_on_host(operator: Any, name: str) -> Callable[..., Any]:
     label = operator.name()
+    tensors = [argument.type.kind() == "TensorType" for argument in operator._schema.arguments]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         call = _Call(name)
+        # The dispatcher hands on a number that stands for a tensor as a number, which not every operator takes.
+        args = tuple(_as_tensor(value) if wanted else value for value, wanted in zip(args, tensors, strict=False))
         laid_out = [call.down(value) for value in args], {key: call.down(value) for key, value in kwargs.items()}
         call.check()
         OPERATIONS.note(label)
@@ -163,6 +166,10 @@ def _run_on_host(operator: Any, name: str) -> Callable[..., Any]:
         return call.up(operator(*laid_out[0], **laid_out[1]))
 
     return run
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.tensor(value) if isinstance(value, (bool, int, float)) else value
 
 
 def _resized(original: torch.Tensor, host: torch.Tensor) -> torch.Tensor:

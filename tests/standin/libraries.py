@@ -250,7 +250,13 @@ def set_pdl(enabled: bool) -> None:
     """DeepGEMM's switch for launches that overlap: there are none here."""
 
 
-BY_NAME.update(get_tma_aligned_size=get_tma_aligned_size, align=align, ceil_div=ceil_div, set_pdl=set_pdl)
+def is_arch_support_pdl() -> bool:
+    """Whether launches may overlap: ``sgl_kernel.utils``, from Hopper on."""
+    return torch.cuda.get_device_capability()[0] >= 9
+
+
+for _helper in (get_tma_aligned_size, align, ceil_div, set_pdl, is_arch_support_pdl):
+    BY_NAME[_helper.__name__] = _helper
 
 
 def _to_device(made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
