@@ -133,7 +133,7 @@ class Int8RowQuantizer(AssembledUnits):
 
 def _quantize_rows(rows: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Quantize ``[rows, columns]`` with ``scale`` ``[rows, 1]``; returns largest magnitudes of that shape."""
-    largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    largest: torch.Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
     torch.div(largest.clamp(min=1e-10), INT8_MAX, out=scale)
     # No quotient exceeds 127 by more than rounding to float32 adds.
     out.copy_((rows / scale).round_())
