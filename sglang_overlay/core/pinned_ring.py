@@ -206,4 +206,6 @@ def ring_for(device: torch.device) -> PinnedRing | None:
 
 def with_index(device: torch.device) -> torch.device:
     """Which device ``cuda`` is in this thread: in others, such as a model's loader threads, it may be another."""
-    return device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
+    # torch's types do not know that there may be none.
+    index: int | None = device.index
+    return torch.device(device.type, torch.cuda.current_device()) if index is None else device
