@@ -200,5 +200,12 @@ class CudaTransport:
 
 
 def ring_for(device: torch.device) -> PinnedRing | None:
-    """A ring to ``device``, where it is a CUDA device."""
-    return PinnedRing(CudaTransport(device)) if device.type == "cuda" else None
+    """A ring to ``device``, where it is a CUDA device; without an index, the calling thread's current one."""
+    return PinnedRing(CudaTransport(with_index(device))) if device.type == "cuda" else None
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Which device ``cuda`` is in this thread: in others, such as a model's loader threads, it may be another."""
+    # torch's types do not know that there may be none.
+    index: int | None = device.index
+    return torch.device(device.type, torch.cuda.current_device()) if index is None else device

@@ -5,7 +5,8 @@ Three sources, in order of preference for the device the model loads to:
 
 - an accelerator: bytes held by live tensors, as PyTorch's caching allocator counts them, with its own exact peak;
 - the CPU on Linux: ``RssAnon`` of /proc/self/status, memory this process alone answers for (pages of a mapped
-  checkpoint are ``RssFile``, can be dropped by the kernel at any time, and do not count);
+  checkpoint are ``RssFile``, can be dropped by the kernel at any time, and do not count), with peaks between two
+  readings taken from ``VmHWM``;
 - elsewhere: ``psutil``'s unique set size, or resident set size where that is not given.
 
 What was measured is recorded by name, so that figures from different sources are never compared by accident.
@@ -26,6 +27,7 @@ from sglang_overlay.errors import StreamFP8Error
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
+    from typing import Self
 
     import torch
 
@@ -51,7 +53,8 @@ class MemoryUsage:
     Attributes:
         metric: what was read, e.g. 'RssAnon' or 'torch.cuda.memory_allocated'.
         start: bytes when watching began.
-        peak_above_start: highest reading minus start, in bytes; exact on an accelerator, the highest sample elsewhere.
+        peak_above_start: highest value minus start, in bytes; exact on an accelerator. On Linux, a peak between two
+            readings is seen where it is the highest of the process so far; elsewhere it is the highest reading.
         end_above_start: last reading minus start, in bytes; negative when the process ended smaller.
         samples: (seconds since start, bytes above start), at most ``MAX_SAMPLES``, in order of time.
     """
@@ -64,9 +67,17 @@ class MemoryUsage:
 
 
 class Meter(Protocol):
-    """Reads one memory figure. ``close`` is called once, after the last reading."""
+    """Reads one memory figure. ``close`` is called once, after the last reading.
+
+    Attributes:
+        metric: its name.
+        shortest_ms: how often a reading may be taken: one costs time that the load would have.
+        keeps_peak: whether ``exact_peak`` is all that samples would tell of it.
+    """
 
     metric: str
+    shortest_ms: float
+    keeps_peak: bool
 
     def read(self) -> int:
         """Bytes now."""
@@ -78,27 +89,56 @@ class Meter(Protocol):
 
 
 class RssAnonMeter:
-    """Anonymous resident memory from Linux's /proc/self/status. The file stays open: a reading is one ``pread``."""
+    """Anonymous resident memory from Linux's /proc/self/status. The file stays open: a reading is one ``pread``.
+
+    Samples miss what comes and goes between them, up to a quarter of a peak. ``VmHWM``, the highest resident size so
+    far, does not: where it has risen since the reading before, what it exceeds the mapped files by was anonymous. It is
+    never reset, since others may read it.
+    """
 
     metric = "RssAnon"
+    shortest_ms = 0.0
+    keeps_peak = False
 
     def __init__(self) -> None:
         self._descriptor = os.open(_PROC_STATUS, os.O_RDONLY | os.O_CLOEXEC)
+        self._peak = 0
+        status = self._status()
+        self._highest, self._mapped = _kilobytes(status, b"VmHWM:"), _mapped(status)
 
     def read(self) -> int:
-        status = os.pread(self._descriptor, _STATUS_BYTES, 0)
-        begin = status.index(b"RssAnon:") + len(b"RssAnon:")
-        return int(status[begin : status.index(b"kB", begin)]) * 1024
+        status = self._status()
+        highest, mapped = _kilobytes(status, b"VmHWM:"), _mapped(status)
+        if highest > self._highest:
+            self._peak = max(self._peak, (highest - max(mapped, self._mapped)) * 1024)
+        self._highest, self._mapped = highest, mapped
+        return _kilobytes(status, b"RssAnon:") * 1024
 
     def exact_peak(self) -> int:
-        return 0
+        return self._peak
 
     def close(self) -> None:
         os.close(self._descriptor)
 
+    def _status(self) -> bytes:
+        return os.pread(self._descriptor, _STATUS_BYTES, 0)
+
+
+def _kilobytes(status: bytes, field: bytes) -> int:
+    begin = status.index(field) + len(field)
+    return int(status[begin : status.index(b"kB", begin)])
+
+
+def _mapped(status: bytes) -> int:
+    """Resident kilobytes that are not anonymous."""
+    return _kilobytes(status, b"RssFile:") + _kilobytes(status, b"RssShmem:")
+
 
 class PsutilMeter:
     """Unique (or else resident) set size through ``psutil``, for systems without /proc."""
+
+    shortest_ms = 0.0
+    keeps_peak = False
 
     def __init__(self) -> None:
         try:
@@ -127,8 +167,12 @@ class PsutilMeter:
 class AcceleratorMeter:
     """Live tensor bytes on one accelerator, as PyTorch's allocator counts them (``torch.<type>.memory_allocated``).
 
-    Making one resets the allocator's peak, so that ``exact_peak`` belongs to this load alone.
+    Making one resets the allocator's peak, so that ``exact_peak`` belongs to this load alone. A reading builds all of
+    the allocator's statistics, with the interpreter locked.
     """
+
+    shortest_ms = 20.0
+    keeps_peak = True
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -167,25 +211,18 @@ def host_meter() -> Meter:
     return PsutilMeter()
 
 
-class MemorySampler:
-    """Watches memory for as long as it is entered; the result is in ``usage`` afterwards, also when the body raised.
+class MemoryWatch:
+    """Measures memory when it is entered and when it is left; the result is in ``usage`` then, also after an error.
 
-        with MemorySampler(meter_for("cpu")) as sampler:
+        with MemoryWatch(meter_for("cuda:0")) as watch:
             load()
-        sampler.usage.peak_above_start
+        watch.usage.peak_above_start
 
-    The sampling thread shares the interpreter lock with the load, so a reading is kept to tens of microseconds, and a
-    load that holds the lock (one long C call) is sampled late rather than slowed down. Entering and leaving take a
-    reading of their own, so even the shortest load has a start and an end.
+    The peak is the meter's own, so this is for meters that keep one. It costs two readings and no thread.
     """
 
-    def __init__(self, meter: Meter, interval_ms: float = DEFAULT_INTERVAL_MS) -> None:
-        if interval_ms <= 0:
-            raise ValueError(f"interval_ms must be above 0, not {interval_ms}")
+    def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._interval = interval_ms / 1000
-        # Held while the block runs. To wait for a lock is one call in C, for an Event thirty lines of Python.
-        self._running = threading.Lock()
         self._seconds = array("d")
         self._bytes = array("q")
         self._highest = 0
@@ -195,23 +232,18 @@ class MemorySampler:
     def usage(self) -> MemoryUsage:
         """What was measured; RuntimeError while the block is still running."""
         if self._usage is None:
-            raise RuntimeError("MemorySampler.usage is there once the `with` block has ended")
+            raise RuntimeError(f"{type(self).__name__}.usage is there once the `with` block has ended")
         return self._usage
 
-    def __enter__(self) -> MemorySampler:
+    def __enter__(self) -> Self:
         self._began = time.perf_counter()
         self._start = self._meter.read()
         self._keep(self._start)
-        self._running.acquire()
-        self._thread = threading.Thread(target=self._watch, name="streamfp8-memory", daemon=True)
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._running.release()
-        self._thread.join()
         end = self._meter.read()
         self._keep(end)
         peak = max(self._highest, self._meter.exact_peak())
@@ -223,11 +255,6 @@ class MemorySampler:
             end_above_start=end - self._start,
             samples=tuple(thin(self._samples(), MAX_SAMPLES)),
         )
-
-    def _watch(self) -> None:
-        while not self._running.acquire(timeout=self._interval):
-            self._keep(self._meter.read())
-        self._running.release()
 
     def _keep(self, reading: int) -> None:
         self._highest = max(self._highest, reading)
@@ -245,6 +272,46 @@ class MemorySampler:
         return [
             (round(second, 4), value - self._start) for second, value in zip(self._seconds, self._bytes, strict=True)
         ]
+
+
+class MemorySampler(MemoryWatch):
+    """A watch that also takes samples in between, for the curve and for meters that keep no peak.
+
+    The sampling thread shares the interpreter lock with the load, so a reading is kept to tens of microseconds, and a
+    load that holds the lock (one long C call) is sampled late rather than slowed down. Entering and leaving take a
+    reading of their own, so even the shortest load has a start and an end.
+
+    Args:
+        meter: what is read.
+        interval_ms: between readings; the meter's ``shortest_ms`` at least.
+    """
+
+    def __init__(self, meter: Meter, interval_ms: float = DEFAULT_INTERVAL_MS) -> None:
+        if interval_ms <= 0:
+            raise ValueError(f"interval_ms must be above 0, not {interval_ms}")
+        super().__init__(meter)
+        self._interval = max(interval_ms, meter.shortest_ms) / 1000
+        # Held while the block runs. To wait for a lock is one call in C, for an Event thirty lines of Python.
+        self._running = threading.Lock()
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._running.acquire()
+        self._thread = threading.Thread(target=self._watch, name="streamfp8-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running.release()
+        self._thread.join()
+        super().__exit__(kind, error, trace)
+
+    def _watch(self) -> None:
+        while not self._running.acquire(timeout=self._interval):
+            self._keep(self._meter.read())
+        self._running.release()
 
 
 def thin(samples: Sequence[Sample], limit: int) -> list[Sample]:

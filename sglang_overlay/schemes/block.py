@@ -81,13 +81,11 @@ class BlockPlan(SerializedPlan):
         super().__init__({name: f"{name}_scale_inv" for name in names})
 
     def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
-        shape = tuple(weight.shape)
-        if any(part % BLOCK_SIZE for part in (*getattr(layer, "logical_widths", ()), shape[-2])):
-            return UnitGrid.one(shape) if len(shape) == 2 else UnitGrid.per_slice(shape)
-        if self._kind is LayerKind.LINEAR or weight.is_cpu:
-            return grid_of_rows(shape, BLOCK_SIZE)
-        rows = projection_rows(layer, name, shape[-2])
-        return grid_of_rows(shape, rows) if rows % BLOCK_SIZE == 0 else UnitGrid.per_slice(shape)
+        shape, is_linear = tuple(weight.shape), self._kind is LayerKind.LINEAR
+        rows = shape[-2] if is_linear else projection_rows(layer, name, shape[-2])
+        if any(part % BLOCK_SIZE for part in (*getattr(layer, "logical_widths", ()), rows)):
+            return UnitGrid.one(shape) if is_linear else UnitGrid.per_slice(shape)
+        return grid_of_rows(shape, BLOCK_SIZE if is_linear or weight.is_cpu else rows)
 
     def quantizer(self, device: torch.device) -> UnitQuantizer:
         return BlockQuantizer()
@@ -129,7 +127,7 @@ class BlockQuantizer(AssembledUnits):
         padded = torch.nn.functional.pad(values, padding) if any(padding) else values
         # A view of the values, and not of a copy in float32: a quotient by float32 is one of float32.
         blocks = padded.reshape(units, down, BLOCK_SIZE, across, BLOCK_SIZE)
-        largest = torch.linalg.vector_norm(blocks, torch.inf, dim=(2, 4), dtype=torch.float32)
+        largest: torch.Tensor = torch.linalg.vector_norm(blocks, torch.inf, dim=(2, 4), dtype=torch.float32)
         scale.copy_(self.scale_of(largest))
         # No quotient exceeds 448 by more than rounding to float32 adds, which rounding to fp8 takes off again.
         quotients = blocks / scale.view(units, down, 1, across, 1)

@@ -15,7 +15,7 @@ import torch
 
 from sglang_overlay.core.errors import sentence
 from sglang_overlay.errors import SchemeError
-from sglang_overlay.observe.memory import MemorySampler, meter_for
+from sglang_overlay.observe.memory import MemorySampler, MemoryWatch, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
@@ -52,7 +52,10 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     )
     is_part = is_draft or parallel_ranks().pp.size > 1
     began = time.perf_counter()
-    with MemorySampler(meter_for(device)) as sampler:
+    meter = meter_for(device)
+    # The report has a curve; all else is told of the peak alone.
+    is_sampled = settings.report_folder is not None or not meter.keeps_peak
+    with MemorySampler(meter) if is_sampled else MemoryWatch(meter) as watch:
         load, model = model_loading.load_streamed(
             lambda: original(loader, model_config=model_config, device_config=device_config),
             lambda why, excluded: OverlayLoad(settings, device, why, excluded, is_part=is_part),
@@ -63,7 +66,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if load.schemes.is_idle:
         _mention_idle_scheme(settings, is_draft=is_draft)
     _remember(load, model)
-    report = summarize(load, model, model_config, loader.load_config, (began, ended), sampler.usage)
+    report = summarize(load, model, model_config, loader.load_config, (began, ended), watch.usage)
     telling.tell(report)
     if load.layers or settings.report_folder is not None:
         logger.info("%s", summary_line(report))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from core import pipelined
 from core.streams import per_channel, per_expert, per_tensor
-from sglang_overlay.core.pinned_ring import PinnedRing
+from sglang_overlay.core.pinned_ring import PinnedRing, with_index
 
 DTYPES = [torch.bfloat16, torch.float32, torch.uint8, torch.float64]
 
@@ -253,3 +253,9 @@ def test_a_parameter_comes_out_the_same_through_a_ring(device, make, dtype, monk
     assert {found for found, _ in seen} == ({dtype} if make is per_channel else {torch.bfloat16, dtype})
     assert sum(elements for _, elements in seen) == weight.numel()
     ring.close()
+
+
+def test_device_without_an_index_is_the_current_one_of_the_thread_that_asks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert with_index(torch.device("cuda")) == torch.device("cuda", 1)
+    assert with_index(torch.device("cuda", 3)) == torch.device("cuda", 3)

@@ -2,6 +2,7 @@ import json
 import mmap
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -10,25 +11,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_overlay.observe import memory
-from sglang_overlay.observe.memory import MAX_SAMPLES, MemorySampler, PsutilMeter, host_meter, meter_for, thin
+from sglang_overlay.observe.memory import (
+    MAX_SAMPLES,
+    AcceleratorMeter,
+    MemorySampler,
+    MemoryWatch,
+    PsutilMeter,
+    host_meter,
+    meter_for,
+    thin,
+)
 
 MB = 1_000_000
 _IN_A_PROCESS = """
 import json, mmap, sys, tempfile, time
 from sglang_overlay.observe.memory import MemorySampler, host_meter
 
-with MemorySampler(host_meter(), interval_ms=2) as sampler:
+with MemorySampler(host_meter(), interval_ms={interval}) as sampler:
 {body}
 usage = sampler.usage
 print(json.dumps([usage.metric, usage.start, usage.peak_above_start, usage.end_above_start, usage.samples]))
 """
 
 
-def _measure(body: str) -> memory.MemoryUsage:
+def _measure(body: str, interval: float = 2) -> memory.MemoryUsage:
     """Run ``body`` under a sampler in a process of its own, where nothing else allocates."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     done = subprocess.run(
-        [sys.executable, "-c", _IN_A_PROCESS.format(body=lines)],
+        [sys.executable, "-c", _IN_A_PROCESS.format(body=lines, interval=interval)],
         capture_output=True,
         text=True,
         check=True,
@@ -44,6 +54,29 @@ def test_peak_shows_memory_that_was_held_for_a_moment_and_freed():
     assert usage.end_above_start <= 15 * MB
     assert max(above for _, above in usage.samples) == usage.peak_above_start
     assert 0.15 <= usage.samples[-1][0] <= 30
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+def test_peak_between_two_readings_is_seen():
+    usage = _measure("block = b'x' * 200_000_000\ndel block", interval=60_000)
+    assert len(usage.samples) == 2
+    assert 199 * MB <= usage.peak_above_start <= 215 * MB
+    assert usage.end_above_start <= 15 * MB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
+def test_peak_between_two_readings_is_without_mapped_files():
+    usage = _measure(
+        "file = tempfile.NamedTemporaryFile()\n"
+        "for _ in range(100): file.write(bytes(1_000_000))\n"
+        "file.flush()\n"
+        "view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "total = sum(view[::4096])\n"
+        "block = b'x' * 200_000_000\n"
+        "del block",
+        interval=60_000,
+    )
+    assert 190 * MB <= usage.peak_above_start <= 215 * MB
 
 
 def test_memory_still_held_shows_at_the_end():
@@ -88,6 +121,8 @@ class _Scripted:
     """A meter that reads a script, then its last figure for ever."""
 
     metric = "script"
+    shortest_ms = 0.0
+    keeps_peak = True
 
     def __init__(self, *figures: int, exact_peak: int = 0) -> None:
         self._figures = list(figures)
@@ -110,6 +145,26 @@ def test_exact_peak_of_the_allocator_wins_over_the_samples():
         pass
     assert sampler.usage.peak_above_start == 800
     assert meter.closed == 1
+
+
+def test_watch_takes_two_readings_and_the_meters_peak():
+    threads = threading.active_count()
+    with MemoryWatch(_Scripted(100, 150, exact_peak=900)) as watch:
+        assert threading.active_count() == threads
+    assert watch.usage.peak_above_start == 800
+    assert [above for _, above in watch.usage.samples] == [0, 50]
+
+
+def test_readings_are_no_more_often_than_the_meter_allows():
+    meter = _Scripted(*range(100, 1000))
+    meter.shortest_ms = 60_000
+    with MemorySampler(meter, interval_ms=1) as sampler:
+        time.sleep(0.1)
+    assert len(sampler.usage.samples) == 2
+
+
+def test_accelerator_is_read_every_20_ms_at_most():
+    assert AcceleratorMeter.shortest_ms >= 20
 
 
 def test_end_below_start_is_negative():

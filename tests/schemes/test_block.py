@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from sglang_overlay.core.regions import whole
 from sglang_overlay.core.staging import Piece
-from sglang_overlay.schemes.block import BLOCK_SIZE, BlockQuantizer
+from sglang_overlay.schemes.block import BLOCK_SIZE, BlockPlan, BlockQuantizer
 from sglang_overlay.schemes.expert_rows import grid_of_rows
+from sglang_overlay.schemes.scheme import LayerKind
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -65,6 +66,14 @@ def test_nan_is_told():
     magnitude = QUANTIZER.quantize([Piece(whole(values.shape), values)], weight, scale)
     assert torch.isnan(magnitude)
     assert not torch.isnan(scale[0])
+
+
+@pytest.mark.parametrize(("intermediate", "units"), [(256, (8, (128, 384))), (192, (2, (384, 384)))])
+def test_gate_that_ends_inside_a_block_makes_the_matrix_one_unit(intermediate, units):
+    layer = torch.nn.Module()
+    layer.intermediate_size_per_partition = intermediate
+    grid = BlockPlan(LayerKind.EXPERTS).grid(layer, "w13_weight", torch.empty(2, 2 * intermediate, 384, dtype=FP8))
+    assert (grid.count, grid.shape) == units
 
 
 @pytest.mark.parametrize("box", [((0, 128), (0, 300)), ((5, 9), (100, 290))])
