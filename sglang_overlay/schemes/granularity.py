@@ -79,6 +79,7 @@ class ChannelScheme:
             lambda shape: (shape[0], 1),
             UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu")),
             1,
+            SAME_AS,
         )
 
 
@@ -104,6 +105,11 @@ class ChannelExpertsPlan(ExpertRowsPlan):
         return UpdatableLinearPlan(per_channel=True).quantizer(device)
 
 
+SAME_AS = (
+    "at tensor parallel size 1, or with experts divided by expert parallelism alone. Above, an online load takes the "
+    "scales of row-parallel layers (o_proj, down_proj, experts' w2) from the columns that a rank has; here they are of "
+    "whole rows"
+)
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 _TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 STORED = {

@@ -86,7 +86,7 @@ def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
             choice = load.schemes.choice.with_override(last, OTHERS.get(name, CHANNEL))
             raise SchemeError(
                 f"{what}: {error} {_smaller_degrees(method, layer, call)}Give layers of this kind another scheme, "
-                f"{SCHEME_VARIABLE}='{choice}', or leave them in bf16 with \"ignore\": [\"{last}\"]."
+                f'{SCHEME_VARIABLE}=\'{choice}\', or leave them in bf16 with "ignore": ["{last}"].'
             ) from error
 
     @functools.wraps(process)
