@@ -16,7 +16,7 @@ from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.upstream.checkpoint_files import file_problems
 from sglang_overlay.upstream.findings import Findings, Tolerance
-from sglang_overlay.upstream.load import ModelLoad, current, shared_by
+from sglang_overlay.upstream.load import ModelLoad, current
 
 
 class CheckedLoad(ModelLoad):
@@ -55,8 +55,9 @@ class CheckedLoad(ModelLoad):
             NonFiniteWeightError: a weight is not finite, where that is an error.
             MisfitError: a tensor does not fill its part of a weight, where that is an error.
         """
-        self._findings.conclude_misfits(self._tolerance, model_config.hf_config, shared_by())
-        self._findings.conclude(self._tolerance, self._seen, Path(model_config.model_path))
+        folder = Path(model_config.model_path)
+        self._findings.conclude_misfits(self._tolerance, folder, model_config.hf_config.to_dict())
+        self._findings.conclude(self._tolerance, self._seen, folder)
         super().check(model, model_config)
 
     def _settle(self, stream: LayerStream) -> None:

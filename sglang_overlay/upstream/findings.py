@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sglang_overlay.core.errors import MAX_LISTED, IncompleteLoadError, MisfitError, NonFiniteWeightError, shortened
-from sglang_overlay.core.loader_calls import Misfit
-from sglang_overlay.core.tensor_names import missing_names
+from sglang_overlay.core.loader_calls import PADDED, Misfit
+from sglang_overlay.core.tensor_names import missing_names, pattern_of
 from sglang_overlay.upstream import eligibility
 from sglang_overlay.upstream.checkpoint_files import file_problems, values_not_finite
 
@@ -107,19 +108,20 @@ class Findings:
             self._not_finite.append(_NotFinite(told, weight.origins(damaged)))
         self._rewritten += weight.rewritten
 
-    def conclude_misfits(self, tolerance: Tolerance, config: Any, ranks: int) -> None:
+    def conclude_misfits(self, tolerance: Tolerance, folder: Path, config: Mapping[str, Any]) -> None:
         """Say which checkpoint tensors do not fill their part of a weight, ``misfits``.
 
         Args:
             tolerance: what is an error and what a warning.
-            config: the model's, of ``transformers``.
-            ranks: that share a weight at most.
+            folder: of the checkpoint.
+            config: its config.json as SGLang has it, which may have been adapted to the machine since.
 
         Raises:
             MisfitError: there are some, and that is not allowed.
         """
-        sizes = frozenset(_numbers_in(config.to_dict())) if self.misfits else frozenset()
-        found = [str(misfit) for misfit in self.misfits if not misfit.is_meant(sizes, ranks)]
+        sizes = {*_numbers_in(config), *_numbers_in(_config_in(folder))} if self.misfits else set()
+        meant = self._rounded_up(sizes)
+        found = [str(misfit) for misfit in self.misfits if pattern_of(misfit.tensor) not in meant]
         if not found:
             return
         text = f"{len(found)} tensors of the checkpoint do not have the shape that the model needs: {shortened(found)}"
@@ -129,6 +131,19 @@ class Findings:
                 "left, with a warning."
             )
         self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
+
+    def _rounded_up(self, sizes: Collection[int]) -> set[tuple[str, ...]]:
+        """Patterns of tensors that are as long as the config says, and are padded all alike: the model wants them so.
+
+        Qwen2.5-VL's vision tower does, for alignment, and SGLang where a size does not divide by the CPUs.
+        """
+        shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+        for misfit in self.misfits:
+            is_said = misfit.outcome == PADDED and not (set(misfit.shape) - set(misfit.wanted)).isdisjoint(sizes)
+            shapes.setdefault(pattern_of(misfit.tensor), set()).add(misfit.shape if is_said else ())
+        misfits = {misfit.tensor for misfit in self.misfits}
+        others = {pattern_of(name) for names in self._written.values() for name in names if name not in misfits}
+        return {pattern for pattern, found in shapes.items() if len(found) == 1 and () not in found} - others
 
     def conclude(self, tolerance: Tolerance, seen: Collection[str], folder: Path) -> None:
         """Say all of it.
@@ -197,6 +212,11 @@ class Findings:
         """Say it in the log, and keep it."""
         self.warnings.append(text)
         logger.warning("StreamFP8: %s.", text)
+
+
+def _config_in(folder: Path) -> Any:
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _numbers_in(value: Any) -> Iterator[int]:

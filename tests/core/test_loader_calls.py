@@ -8,7 +8,7 @@ import torch
 
 from core.streams import per_expert, per_tensor
 from sglang_overlay.core.layer import LayerStream
-from sglang_overlay.core.loader_calls import CUT, PADDED, REPEATED, Misfit
+from sglang_overlay.core.loader_calls import CUT, PADDED, REPEATED
 
 SHAPE = (8, 16)
 FULL = torch.arange(1.0, 129.0).view(SHAPE).bfloat16()
@@ -63,18 +63,3 @@ def test_what_is_left_of_an_expert_and_filled_is_told():
     (found,) = misfits(per_expert((2, *SHAPE)), fill_the_rest, FULL[:, :12].clone())
     assert (found.outcome, found.shape, found.wanted) == (PADDED, (8, 12), SHAPE)
     assert str(found) == "checkpoint.weight [8, 12], padded with zeros to [8, 16] of layer.weight"
-
-
-@pytest.mark.parametrize(
-    ("shape", "wanted", "sizes", "ranks", "is_meant"),
-    [
-        ((3420, 1280), (3424, 1280), {3420, 1280}, 1, True),
-        ((1280, 3420), (1280, 1712), {3420, 1280}, 2, True),
-        ((100, 256), (384, 256), {384, 256}, 1, False),
-        ((256, 256), (384, 256), {384, 256}, 1, False),
-        ((256, 128), (256, 192), {384, 256, 128}, 2, False),
-        ((248, 256), (512, 256), {256}, 1, False),
-    ],
-)
-def test_sizes_that_a_model_rounds_up_are_told_from_those_that_are_wrong(shape, wanted, sizes, ranks, is_meant):
-    assert Misfit("", "", shape, wanted, PADDED).is_meant(frozenset(sizes), ranks) == is_meant
