@@ -35,17 +35,6 @@ class Misfit:
     wanted: tuple[int, ...]
     outcome: str
 
-    def is_meant(self, sizes: frozenset[int], ranks: int) -> bool:
-        """Whether the model itself has rounded a size of its config up, for alignment.
-
-        Args:
-            sizes: all numbers in the model's config.
-            ranks: that share the parameter at most.
-        """
-        short = sizes.intersection(self.shape) - set(self.wanted)
-        rounded = {whole for size in set(self.wanted) - set(self.shape) for whole in (size, size * ranks)}
-        return self.outcome == PADDED and bool(short) and not sizes & rounded
-
     def __str__(self) -> str:
         shape = list(self.shape)
         return f"{self.tensor or 'a tensor'} {shape}, {self.outcome} to {list(self.wanted)} of {self.parameter}"

@@ -58,6 +58,10 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+RECORD = "streamfp8_export.json"
+"""Lies beside an exported checkpoint."""
+
+
 def export(
     source: Path,
     target: Path,
@@ -110,7 +114,7 @@ def export(
         with closing(progress(sum(item.nbytes for shard in missing for item in shard.items))) as bar:
             for shard in missing:
                 write_shard(shard, form, files, target / shard.name, bar.advance)
-        _finish(checkpoint, plan, target)
+        _finish(checkpoint, plan, _record(schemes, form), target)
     return Exported(
         tensors=len(tensors),
         quantized=sum(item.is_quantized for item in plan.items),
@@ -142,6 +146,17 @@ def form_of(schemes: SchemeChoice) -> StoredForm:
     return form
 
 
+def _record(schemes: SchemeChoice, form: StoredForm) -> dict[str, Any]:
+    """What whoever finds the checkpoint may want to know of it."""
+    return {
+        "schema": "sglang-streamfp8/export-record",
+        "version": 1,
+        "overlay": __version__,
+        "scheme": schemes.text,
+        "same_as_online_loads": form.same_as,
+    }
+
+
 def _missing(plan: ExportPlan, target: Path) -> list[Shard]:
     return [shard for shard in plan.shards if not (target / shard.name).exists()]
 
@@ -164,7 +179,7 @@ def _described(checkpoint: SourceCheckpoint, plan: ExportPlan) -> dict[str, Any]
     }
 
 
-def _finish(checkpoint: SourceCheckpoint, plan: ExportPlan, target: Path) -> None:
+def _finish(checkpoint: SourceCheckpoint, plan: ExportPlan, record: Mapping[str, Any], target: Path) -> None:
     """What makes shards a checkpoint; ``config.json`` last."""
     for path in checkpoint.others():
         with path.open("rb") as original, appearing(target / path.name) as copy:
@@ -174,6 +189,7 @@ def _finish(checkpoint: SourceCheckpoint, plan: ExportPlan, target: Path) -> Non
         _write_json(
             target / INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(places.items()))}
         )
+    _write_json(target / RECORD, record)
     _write_json(target / CONFIG, plan.config)
 
 

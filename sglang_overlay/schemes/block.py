@@ -47,9 +47,10 @@ class BlockScheme:
     def stored(self) -> StoredForm | None:
         """As DeepSeek-V3's fp8 checkpoint: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers."""
         quantizer = self.plan(LayerKind.LINEAR, None).quantizer(torch.device("cpu"))
-        return StoredForm(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE)
+        return StoredForm(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE, SAME_AS)
 
 
+SAME_AS = "at any tensor parallel size: no block is split over ranks"
 STORED = {
     "quant_method": "fp8",
     "fmt": "e4m3",

@@ -81,6 +81,7 @@ class ChannelScheme:
             lambda shape: (shape[0], 1),
             _on_cpu(),
             1,
+            SAME_AS,
         )
 
 
@@ -124,6 +125,11 @@ def _on_cpu() -> UnitQuantizer:
     return UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu"), 0)
 
 
+SAME_AS = (
+    "at tensor parallel size 1, or with experts divided by expert parallelism alone. Above, an online load takes the "
+    "scales of row-parallel layers (o_proj, down_proj, experts' w2) from the columns that a rank has; here they are of "
+    "whole rows"
+)
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 _TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
 STORED = {

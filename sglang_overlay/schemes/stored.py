@@ -22,6 +22,7 @@ class StoredForm:
         scale: what is put behind the matrix's name for its scales, for example ``_scale_inv``.
         scale_shape: shape of the scales for a matrix of a shape.
         quantizer: turns rows into values and scales, on the CPU.
+        same_as: which online loads have the same weights as the checkpoint.
         rows: rows that share scales. A matrix is quantized in runs of a multiple of them, from its first row.
         dtype: of the values; scales are float32.
     """
@@ -32,6 +33,7 @@ class StoredForm:
     scale_shape: Callable[[Sequence[int]], tuple[int, ...]]
     quantizer: UnitQuantizer
     rows: int
+    same_as: str
     dtype: torch.dtype = torch.float8_e4m3fn
 
     def quantize(self, rows: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.upstream.checkpoint_files import CheckpointFiles
 from sglang_overlay.upstream.findings import Findings, Read, Tolerance
-from sglang_overlay.upstream.load import ModelLoad, current, shared_by
+from sglang_overlay.upstream.load import ModelLoad, current
 
 
 class CheckedLoad(ModelLoad):
@@ -76,10 +76,10 @@ class CheckedLoad(ModelLoad):
             NonFiniteWeightError: a weight is not finite, where that is an error.
             MisfitError: a tensor does not fill its part of a weight, where that is an error.
         """
-        files = self.files.in_folder(model_config.model_path)
+        folder = Path(model_config.model_path)
         held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
-        self._findings.conclude_misfits(self._tolerance, model_config.hf_config, shared_by())
-        self._findings.conclude(self._tolerance, Read(self._seen, held), files)
+        self._findings.conclude_misfits(self._tolerance, folder, model_config.hf_config.to_dict())
+        self._findings.conclude(self._tolerance, Read(self._seen, held), self.files.in_folder(model_config.model_path))
         super().check(model, model_config)
 
     def _settle(self, stream: LayerStream) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from sglang_overlay.core.errors import (
     sentence,
     shortened,
 )
-from sglang_overlay.core.loader_calls import Misfit
+from sglang_overlay.core.loader_calls import PADDED, Misfit
 from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.tensor_names import Misplaced, missing_names, pattern_of
 from sglang_overlay.upstream import eligibility
@@ -158,19 +159,20 @@ class Findings:
         self._magnitudes.append(_Magnitudes(weight.name, weight.magnitudes, weight.origins))
         self._rewritten += weight.rewritten
 
-    def conclude_misfits(self, tolerance: Tolerance, config: Any, ranks: int) -> None:
+    def conclude_misfits(self, tolerance: Tolerance, folder: Path, config: Mapping[str, Any]) -> None:
         """Say which checkpoint tensors do not fill their part of a weight, ``misfits``.
 
         Args:
             tolerance: what is an error and what a warning.
-            config: the model's, of ``transformers``.
-            ranks: that share a weight at most.
+            folder: of the checkpoint.
+            config: its config.json as SGLang has it, which may have been adapted to the machine since.
 
         Raises:
             MisfitError: there are some, and that is not allowed.
         """
-        sizes = frozenset(_numbers_in(config.to_dict())) if self.misfits else frozenset()
-        found = [str(misfit) for misfit in self.misfits if not misfit.is_meant(sizes, ranks)]
+        sizes = {*_numbers_in(config), *_numbers_in(_config_in(folder))} if self.misfits else set()
+        meant = self._rounded_up(sizes)
+        found = [str(misfit) for misfit in self.misfits if pattern_of(misfit.tensor) not in meant]
         if not found:
             return
         text = f"{len(found)} tensors of the checkpoint do not have the shape that the model needs: {shortened(found)}"
@@ -180,6 +182,19 @@ class Findings:
                 "left, with a warning."
             )
         self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
+
+    def _rounded_up(self, sizes: Collection[int]) -> set[tuple[str, ...]]:
+        """Patterns of tensors that are as long as the config says, and are padded all alike: the model wants them so.
+
+        Qwen2.5-VL's vision tower does, for alignment, and SGLang where a size does not divide by the CPUs.
+        """
+        shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+        for misfit in self.misfits:
+            is_said = misfit.outcome == PADDED and not (set(misfit.shape) - set(misfit.wanted)).isdisjoint(sizes)
+            shapes.setdefault(pattern_of(misfit.tensor), set()).add(misfit.shape if is_said else ())
+        misfits = {misfit.tensor for misfit in self.misfits}
+        others = {pattern_of(name) for names in self._written.values() for name in names if name not in misfits}
+        return {pattern for pattern, found in shapes.items() if len(found) == 1 and () not in found} - others
 
     def conclude(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
         """Say all of it.
@@ -279,6 +294,11 @@ def _next_step(misplaced: Misplaced, read: Read) -> str:
         return "Save the tensors themselves, each under the name that the model looks for."
     complete = "Complete the checkpoint (download it anew, check its index)"
     return f"{complete}, or give its tensors the names that the model looks for." if misplaced.names else f"{complete}."
+
+
+def _config_in(folder: Path) -> Any:
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _numbers_in(value: Any) -> Iterator[int]:

@@ -233,7 +233,7 @@ class ModelLoad:
                 storage = self._allocate(pending, key)
             plan = pending.plan.parameter(key, placeholder, storage)
             streams[key] = (placeholder, self._stream(f"{name}.{key}", placeholder, plan))
-        layer_stream = LayerStream(name, streams, functools.partial(self._return, layer), self._lose, shared_by())
+        layer_stream = LayerStream(name, streams, functools.partial(self._return, layer), self._lose, _shared_by())
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = (layer_stream, pending.plan)
@@ -277,7 +277,7 @@ class ModelLoad:
             logger.warning("StreamFP8: %s: %d of %d units were not loaded.", part.name, len(missing), part.units)
 
 
-def shared_by() -> int:
+def _shared_by() -> int:
     """How many may share a parameter."""
     from sglang.srt.distributed import parallel_state
 

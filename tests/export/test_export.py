@@ -91,6 +91,20 @@ def test_channel_export_holds_the_weights_of_an_online_load(family, workers, che
     assert expected.tokens == found.tokens
 
 
+def test_channel_export_over_two_ranks_differs_in_row_parallel_layers_as_its_record_says(workers, checkpoint, tmp_path):
+    path = checkpoint("qwen3_moe", overrides=BLOCKS, **MANY)
+    run_export(ExportJob(path, tmp_path / "out", "channel"))
+    pair = (online(workers, path, "channel", tp_size=2), stock(workers, tmp_path / "out", tp_size=2))
+    tensors = [result.ranks[1].tensors for result in pair]
+    weights = {name for name in tensors[0] if "weight" in name}
+    differing = {name for name in weights if tensors[0][name].sha256 != tensors[1][name].sha256}
+    assert differing == {name for name in weights if ".o_proj.weight" in name or ".w2_weight" in name}
+    record = json.loads((tmp_path / "out" / "streamfp8_export.json").read_text())
+    assert record["scheme"] == "channel"
+    assert record["same_as_online_loads"].startswith("at tensor parallel size 1")
+    assert "o_proj, down_proj, experts' w2" in record["same_as_online_loads"]
+
+
 def test_config_says_what_is_quantized_as_published_checkpoints_do(checkpoint, tmp_path):
     path = checkpoint("deepseek_v3", overrides=FAMILIES["deepseek_v3"], **MANY)
     run_export(ExportJob(path, tmp_path / "out"))

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+from workbench import families
 from workbench.loads import LoadJob
 from workbench.measured import MODELS, measure
 
@@ -38,6 +39,15 @@ def test_units_layers_and_size_are_those_of_a_real_load(family, checkpoint, repo
     assert (found.units, found.direct_units) == (real.units.streamed, real.units.direct)
     assert (found.streamed, found.deferred) == (real.layers.streamed, len(real.layers.deferred))
     assert found.final == real.final_bytes
+
+
+def test_experts_without_a_gate_are_planned_without_one(checkpoint_folder, reports, simulated):
+    path, scheme = families.build("NemotronHForCausalLM", checkpoint_folder), '{"moe": "channel"}'
+    (real,) = reports(path, {SCHEME_VARIABLE: scheme})
+    stock, found = simulated(Job(path, device="cpu")), simulated(Job(path, schemes=parse(scheme, ""), device="cpu"))
+    assert found.final == real.final_bytes
+    # Scales of 4 experts' 96 and 128 rows, in place of one each.
+    assert found.final - stock.final == 4 * 4 * (96 + 128 - 2)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, ep=2), Layout(pp=2)])

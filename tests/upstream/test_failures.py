@@ -430,6 +430,20 @@ class TestTensorsThatDoNotFillTheirPart:
         assert all(f", {outcome} to " in line for line in told)
         assert warnings_of(result) == told
 
+    def test_wrong_size_in_the_config_is_told(self, workers, damaged):
+        path = TestConfigThatIsNotTrue.said(damaged(lambda _: None), moe_intermediate_size=160)
+        (told,) = warnings_of(workers.load(LoadJob(path)))
+        assert "72 tensors of the checkpoint do not have the shape that the model needs: model.layers.0.mlp" in told
+
+    @pytest.mark.parametrize("fields", [{"ep_size": 1}, {"ep_size": 2}])
+    def test_size_that_sglang_rounds_up_is_meant(self, fields, workers, checkpoint):
+        """Experts of 96 rows do not divide by two CPUs' 32 and become 128, as those of 3420 of a vision tower 3424."""
+        path = checkpoint("qwen3_moe", overrides=(("moe_intermediate_size", 96),))
+        job = LoadJob(path, streaming="require", tp_size=2, **fields)
+        result = workers.load(job)
+        assert compare(workers.load(replace(job, streaming="0")), result) == []
+        assert warnings_of(result) == []
+
     @pytest.mark.parametrize(("family", "name"), [("qwen3", GATE), ("qwen3_moe", UP)])
     def test_it_is_an_error_where_streaming_is_required(self, family, name, workers, cut):
         with pytest.raises(LoadFailed, match=rf"MisfitError: 1 tensors .*: {name} "):

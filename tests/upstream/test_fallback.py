@@ -130,6 +130,8 @@ def test_tensors_that_a_model_leaves_without_memory_are_no_matter(quantization, 
 
 
 def test_layer_that_a_model_deletes_after_reading_it_is_gone(both, odd_workers, checkpoint_folder, tmp_path):
+    if "MiniCPM3ForCausalLM" not in families.architectures():
+        pytest.skip("this release of transformers does not have the model")
     shutil.copytree(families.build("MiniCPM3ForCausalLM", checkpoint_folder), tmp_path / "watched")
     config = tmp_path / "watched/config.json"
     config.write_text(config.read_text().replace('"MiniCPM3ForCausalLM"', '"WatchedMiniCPM3ForCausalLM"'))
