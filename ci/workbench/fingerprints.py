@@ -48,7 +48,8 @@ class TensorPrint:
     Args:
         kind: ``parameter``, ``buffer``, or ``attribute`` for a tensor found in a module's ``__dict__``.
         sha256: of the values in row-major order, so it does not depend on strides; those are compared beside it.
-        class_name: of the Python object, e.g. ``Parameter`` or ``ModelWeightParameter``. Not compared.
+        class_name: of the Python object, e.g. ``Parameter`` or ``ModelWeightParameter``.
+        requires_grad: whether autograd would follow it.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class TensorPrint:
     device: str
     sha256: str
     class_name: str
+    requires_grad: bool
 
 
 def fingerprint(kind: str, tensor: torch.Tensor) -> TensorPrint:
@@ -70,12 +72,32 @@ def fingerprint(kind: str, tensor: torch.Tensor) -> TensorPrint:
         device=str(tensor.device),
         sha256=hash_of(tensor),
         class_name=type(tensor).__name__,
+        requires_grad=tensor.requires_grad,
     )
 
 
 def model_prints(model: torch.nn.Module) -> dict[str, TensorPrint]:
     """Name -> print, parameters in ``named_parameters`` order, then buffers, then attributes."""
     return {name: fingerprint(kind, tensor) for kind, name, tensor in named_tensors(model)}
+
+
+def model_flags(model: torch.nn.Module) -> dict[str, str]:
+    """Name -> value of each plain attribute of a module or a parameter: what post-processing notes for the kernels."""
+    found = {
+        f"{prefix}.{key}": repr(value)
+        for prefix, module in model.named_modules()
+        for key, value in vars(module).items()
+        if _is_plain(value)
+    }
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.update({f"{name}:{key}": repr(value) for key, value in vars(parameter).items() if _is_plain(value)})
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size))
 
 
 def hash_of(tensor: torch.Tensor) -> str:

@@ -20,6 +20,7 @@ import importlib
 import json
 import logging
 import os
+import pkgutil
 import time
 import traceback
 from array import array
@@ -49,7 +50,7 @@ from sglang_overlay.upstream import built_in  # noqa: E402
 from workbench import devices, runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.devices import Accelerator  # noqa: E402
-from workbench.fingerprints import hash_of, model_bytes, model_prints  # noqa: E402
+from workbench.fingerprints import hash_of, model_bytes, model_flags, model_prints  # noqa: E402
 from workbench.interception import nothing_quantized, quantized_in_one_pass  # noqa: E402
 from workbench.layer_inputs import recorded_inputs  # noqa: E402
 from workbench.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
@@ -217,6 +218,7 @@ def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
     model = runner.model
     return {
         "tensors": model_prints(model) if job.described == "tensors" else {},
+        "flags": model_flags(model),
         "parameter_order": tuple(name for name, _ in model.named_parameters()),
         "model_bytes": model_bytes(model),
         "load_seconds": runner.load_seconds,
@@ -250,8 +252,9 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
                 stack.enter_context(torch_threads(job.threads))
             if job.linear == "tensor":
                 stack.enter_context(one_scale_a_matrix())
+            recorded = stack.enter_context(pkgutil.resolve_name(job.recorder)()) if job.recorder else None
             runner = build_runner(job, rank, port)
-        return finish(runner, job)
+        return {"recorded": recorded, **finish(runner, job)}
     finally:
         del runner
         runtime.take_down()

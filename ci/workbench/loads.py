@@ -84,6 +84,7 @@ class LoadJob:
         linear: whose scales linear layers have; ``tensor`` has SGLang take its path for devices on which its kernels
             want one scale a matrix.
         tokens_of: what generates: the ``last`` weights, or ``each``: the loaded ones before weight updates as well.
+        recorder: ``module:function``, a context manager around the load in each rank; what it yields is ``recorded``.
         described: ``tensors``, or only their ``sizes``, where fingerprints of a large model would take long.
         timeout_seconds: of the job, processes' start not counted.
     """
@@ -112,6 +113,7 @@ class LoadJob:
     graphs: Literal["off", "captured"] = "off"
     linear: Literal["stock", "tensor"] = "stock"
     tokens_of: Literal["last", "each"] = "last"
+    recorder: str = ""
     described: Literal["tensors", "sizes"] = "tensors"
     timeout_seconds: float = 300.0
 
@@ -127,6 +129,7 @@ class RankResult:
 
     Args:
         tensors: name -> print; parameters in ``named_parameters`` order, then buffers, then attributes.
+        flags: name -> value of each plain attribute of modules and parameters.
         parameter_order: names as ``named_parameters`` gives them.
         model_bytes: of all distinct storages the model holds.
         load_seconds: wall time of ``ModelRunner.load_model``.
@@ -134,6 +137,7 @@ class RankResult:
         memory: of the process during ``load_model``, read every 3 ms.
         reserved: the most bytes that the device's allocator has held during ``load_model``; 0 on the CPU.
         torch_threads: that torch computes with when the model has been loaded.
+        recorded: what the job's ``recorder`` has yielded.
         job_seconds: wall time of the whole job in the process.
         updates: what became of each of the job's updates.
         tokens: generated ids, one tuple a prompt.
@@ -146,6 +150,7 @@ class RankResult:
 
     rank: int
     tensors: dict[str, TensorPrint]
+    flags: dict[str, str]
     parameter_order: tuple[str, ...]
     model_bytes: int
     load_seconds: float
@@ -161,6 +166,7 @@ class RankResult:
     tokens_before: tuple[tuple[int, ...], ...] = ()
     graph_steps: int = 0
     torch_threads: int = 0
+    recorded: Any = None
 
 
 @dataclass(frozen=True)
@@ -196,8 +202,8 @@ class LoadResult:
 def compare(first: LoadResult, second: LoadResult) -> list[str]:
     """Everything in which two loads differ: a line each, empty when the models are bit-identical.
 
-    Names, ``named_parameters`` order, kind, dtype, shape, stride, device and bytes of every tensor; tokens and logits
-    where both generated.
+    Names, ``named_parameters`` order, kind, class, dtype, shape, stride, device and bytes of every tensor; plain attributes
+    of modules and parameters; tokens and logits where both generated.
     """
     if len(first.ranks) != len(second.ranks):
         return [f"ranks: {len(first.ranks)} != {len(second.ranks)}"]
@@ -213,18 +219,24 @@ def _compare_ranks(first: RankResult, second: RankResult) -> list[str]:
     for name, print_ in first.tensors.items():
         if name in second.tensors:
             lines += _compare_tensors(name, print_, second.tensors[name])
+    lines += _compare_flags(first.flags, second.flags)
     return lines + _compare_outputs(first, second)
 
 
 def _compare_tensors(name: str, first: TensorPrint, second: TensorPrint) -> list[str]:
     lines = []
-    for aspect in ("kind", "dtype", "shape", "stride", "device"):
+    for aspect in ("kind", "class_name", "requires_grad", "dtype", "shape", "stride", "device"):
         one, other = getattr(first, aspect), getattr(second, aspect)
         if one != other:
             lines.append(f"{name}: {aspect} {one} != {other}")
     if not lines and first.sha256 != second.sha256:
         lines.append(f"{name}: bytes differ ({first.dtype} {list(first.shape)})")
     return lines
+
+
+def _compare_flags(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    names = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    return [f"{name}: {first.get(name, 'absent')} != {second.get(name, 'absent')}" for name in names]
 
 
 def _compare_outputs(first: RankResult, second: RankResult) -> list[str]:

@@ -99,17 +99,16 @@ class PipelinedStream(ParameterStream):
             quantize()
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
-        is_here = self.storage.weight.device.type == "cpu"
         # Last, since it may have to read the process's mappings.
-        if is_here and piece.values.dtype == self._dtype and self._sources.is_mapped(source):
+        if piece.values.dtype == self._dtype and self._sources.is_mapped(source):
             staged.pieces.append(piece)
             self._watches.setdefault(unit, []).append(Watch(source))
         else:
             super()._stage(unit, staged, piece, source)
 
-    def _copied(self, piece: Piece) -> Piece:
-        if self._upload is None or piece.is_fill or piece.values.device.type != "cpu":
-            return super()._copied(piece)
+    def _ready(self, piece: Piece) -> Piece:
+        if self._upload is None or piece.is_fill:
+            return super()._ready(piece)
         return Piece(piece.box, self._on_device(piece.values))
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:

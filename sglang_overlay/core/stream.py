@@ -46,7 +46,7 @@ class ParameterStream:
         placeholder: the meta parameter that upstream's loader writes to.
         grid: how the parameter divides into units.
         quantizer: turns a complete unit into fp8.
-        storage: where the results go; its device is where staging lies.
+        storage: where the results go. What is staged stays where it came from: device memory is what is scarce.
         account: counts staging memory.
         sources: tells the names of checkpoint tensors.
     """
@@ -225,7 +225,7 @@ class ParameterStream:
                 self._stage(unit, staged, piece, source)
                 self._release(units)
                 return
-            pieces = [*staged.pieces, Piece(piece.box, self._on_device(piece.values))]
+            pieces = [self._ready(each) for each in (*staged.pieces, piece)]
         self._run(units, source, partial(self._quantize, unit, pieces, source))
 
     def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
@@ -240,7 +240,11 @@ class ParameterStream:
             staged.hold(self._copied(piece))
 
     def _copied(self, piece: Piece) -> Piece:
-        return piece.copied(self._dtype, self.storage.weight.device)
+        return piece.copied(self._dtype, piece.values.device)
+
+    def _ready(self, piece: Piece) -> Piece:
+        """``piece`` as quantizers take it: they bring pieces to the device themselves, into the unit."""
+        return piece if piece.values.dtype == self._dtype else Piece(piece.box, self._on_device(piece.values))
 
     def _completes(self, staged: StagedUnit, piece: Piece) -> bool:
         if staged.covered + piece.size < self._grid.unit_volume or staged.has_background:
@@ -286,6 +290,7 @@ class ParameterStream:
 
     def _compare(self, unit: int, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
+            piece = Piece(piece.box, self._on_device(piece.values))
             if not self._quantizer.could_be(piece, self.storage.weight[unit], self.storage.scale[unit]):
                 names = ", ".join(self.origins([unit])) or "a tensor"
                 raise ConflictingWriteError(

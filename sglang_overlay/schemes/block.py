@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sglang.srt.layers.quantization import fp8
@@ -14,7 +14,7 @@ from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer, is_rou
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.schemes.expert_rows import grid_of_rows
+from sglang_overlay.schemes.expert_rows import grid_of_rows, projection_rows
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.updatable_plan import SerializedPlan
@@ -63,18 +63,31 @@ def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK_SIZE) for size in shape)
 
 
+def _split(tensors: Sequence[torch.Tensor], size: int, axis: int) -> list[tuple[torch.Tensor, ...]]:
+    """Values, results and scales of blocks ``[n, down, across]``, cut alike into parts of ``size``."""
+    values, out, scale = tensors
+    return [values.split(size, axis), out.split(size, axis), scale.split(size // BLOCK_SIZE, axis)]
+
+
 class BlockPlan(SerializedPlan):
-    """Units are rows of blocks, or a whole matrix where its height or a part fused into it is no multiple of 128."""
+    """Units are rows of blocks, or a whole matrix where its height or a part fused into it is no multiple of 128.
+
+    On a device, an expert's are its projections.
+    """
 
     def __init__(self, kind: LayerKind) -> None:
+        self._kind = kind
         names = ["weight"] if kind is LayerKind.LINEAR else ["w13_weight", "w2_weight"]
         super().__init__({name: f"{name}_scale_inv" for name in names})
 
-    def grid(self, layer: torch.nn.Module, shape: tuple[int, ...]) -> UnitGrid:
-        parts = [*getattr(layer, "logical_widths", ()), shape[-2]]
-        if not any(part % BLOCK_SIZE for part in parts):
+    def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
+        shape = tuple(weight.shape)
+        if any(part % BLOCK_SIZE for part in (*getattr(layer, "logical_widths", ()), shape[-2])):
+            return UnitGrid.one(shape) if len(shape) == 2 else UnitGrid.per_slice(shape)
+        if self._kind is LayerKind.LINEAR or weight.is_cpu:
             return grid_of_rows(shape, BLOCK_SIZE)
-        return UnitGrid.one(shape) if len(shape) == 2 else UnitGrid.per_slice(shape)
+        rows = projection_rows(layer, name, shape[-2])
+        return grid_of_rows(shape, rows) if rows % BLOCK_SIZE == 0 else UnitGrid.per_slice(shape)
 
     def quantizer(self, device: torch.device) -> UnitQuantizer:
         return BlockQuantizer()
@@ -83,17 +96,23 @@ class BlockPlan(SerializedPlan):
 class BlockQuantizer(AssembledUnits):
     """Scale of a block: its largest magnitude over the largest fp8 value, in float32. Blocks at edges are smaller."""
 
+    # Quotients are float32.
+    at_once: ClassVar[int] = AssembledUnits.at_once // 4
+
     def scale_of(self, absmax: torch.Tensor) -> torch.Tensor:
         """Scales of blocks with these largest magnitudes, float32 of the same shape."""
         return absmax.clamp(min=SMALLEST_ABSMAX) / torch.finfo(fp8.fp8_dtype).max
 
-    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        magnitudes = []
-        for unit, out, factors in zip(values, weight, scale, strict=True):
-            blocks = factors.view(-(-unit.shape[0] // BLOCK_SIZE), -1)
-            strips = zip(unit.split(BLOCK_SIZE), out.split(BLOCK_SIZE), blocks, strict=True)
-            magnitudes.append(torch.stack([self._quantize_strip(*strip) for strip in strips]).amax())
-        return torch.stack(magnitudes)
+    def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        blocks = scale.view(len(values), *_blocks(values.shape[1:]))
+        if not values.is_cpu:
+            return self._quantize_blocks(values, weight, blocks)
+        # In parts, so that what is between stays in cache.
+        found = torch.zeros(len(values), dtype=torch.float32)
+        for rows in zip(*_split((values, weight, blocks), BLOCK_SIZE, 1), strict=True):
+            for part in zip(*_split(rows, COLUMNS, 2), strict=True):
+                torch.maximum(found, self._quantize_blocks(*part), out=found)
+        return found
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         rows, columns = weight.shape
@@ -101,23 +120,20 @@ class BlockQuantizer(AssembledUnits):
         factors = blocks.repeat_interleave(BLOCK_SIZE, 0).repeat_interleave(BLOCK_SIZE, 1)[:rows, :columns]
         return is_rounding_of(weight[slices(piece.box)], factors[slices(piece.box)], piece.values)
 
-    def _quantize_strip(self, strip: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Quantize one row of blocks, ``[at most 128, columns]``, with ``scale`` of one element a block."""
-        if strip.device.type != "cpu":
-            return self._quantize_blocks(strip, out, scale)
-        # So that what is between stays in cache.
-        parts = (strip.split(COLUMNS, 1), out.split(COLUMNS, 1), scale.split(COLUMNS // BLOCK_SIZE))
-        return torch.stack([self._quantize_blocks(*part) for part in zip(*parts, strict=True)]).amax()
-
-    def _quantize_blocks(self, strip: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        rows, columns = strip.shape
-        wide = torch.nn.functional.pad(strip.float(), (0, -columns % BLOCK_SIZE)).view(rows, -1, BLOCK_SIZE)
-        largest = wide.abs().amax(dim=(0, 2))
+    def _quantize_blocks(self, values: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Quantize matrices ``[n, rows, columns]`` with ``scale`` ``[n, blocks down, blocks across]``."""
+        units, rows, columns = values.shape
+        _, down, across = scale.shape
+        padding = (0, across * BLOCK_SIZE - columns, 0, down * BLOCK_SIZE - rows)
+        padded = torch.nn.functional.pad(values, padding) if any(padding) else values
+        # A view of the values, and not of a copy in float32: a quotient by float32 is one of float32.
+        blocks = padded.reshape(units, down, BLOCK_SIZE, across, BLOCK_SIZE)
+        largest = torch.linalg.vector_norm(blocks, torch.inf, dim=(2, 4), dtype=torch.float32)
         scale.copy_(self.scale_of(largest))
-        limit = torch.finfo(out.dtype).max
-        products = (wide / scale.view(1, -1, 1)).clamp_(-limit, limit)
-        out.copy_(products.view(rows, -1)[:, :columns])
-        return largest.amax()
+        # No quotient exceeds 448 by more than rounding to float32 adds, which rounding to fp8 takes off again.
+        quotients = blocks / scale.view(units, down, 1, across, 1)
+        out.copy_(quotients.view(padded.shape)[:, :rows, :columns])
+        return largest.flatten(1).amax(1)
 
 
 BLOCK = BlockScheme()

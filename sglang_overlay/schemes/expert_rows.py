@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts with one scale an output channel: what the schemes that have such experts share."""
+"""Experts whose rows are quantized apart from each other: what the schemes that have such experts share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream.updatable_plan import SerializedPlan
 
 ROWS = 128
-"""Rows that are quantized at once; fewer where a size is no multiple."""
+"""Rows quantized at once on a CPU, so that intermediates stay in cache; fewer where a size is no multiple."""
 
 
 class ExpertRowsPlan(SerializedPlan):
@@ -20,10 +20,19 @@ class ExpertRowsPlan(SerializedPlan):
     def __init__(self) -> None:
         super().__init__({"w13_weight": "w13_weight_scale", "w2_weight": "w2_weight_scale"})
 
-    def grid(self, layer: torch.nn.Module, shape: tuple[int, ...]) -> UnitGrid:
-        # A gate_proj and an up_proj of intermediate size rows each are written into one w13.
-        intermediate: int = layer.intermediate_size_per_partition  # type: ignore[assignment]
-        return grid_of_rows(shape, gcd(intermediate, shape[1], ROWS))
+    def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
+        rows = projection_rows(layer, name, weight.shape[1])
+        return grid_of_rows(tuple(weight.shape), gcd(rows, ROWS) if weight.is_cpu else rows)
+
+
+def projection_rows(layer: torch.nn.Module, name: str, height: int) -> int:
+    """Rows of an expert's matrix, of ``height``, that come in one checkpoint tensor.
+
+    w13 is filled by a gate_proj and an up_proj of intermediate size rows each. On a device each is a unit of its own:
+    it takes as many launches as one of 128 rows.
+    """
+    intermediate: int = layer.intermediate_size_per_partition  # type: ignore[assignment]
+    return height if name == "w2_weight" else gcd(intermediate, height)
 
 
 def grid_of_rows(shape: tuple[int, ...], rows: int) -> UnitGrid:

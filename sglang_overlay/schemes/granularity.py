@@ -13,7 +13,7 @@ from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import
 )
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8MoE
 
-from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
@@ -71,7 +71,7 @@ class ChannelScheme:
             "ignore",
             "_scale",
             lambda shape: (shape[0], 1),
-            UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu")),
+            _on_cpu(),
             1,
         )
 
@@ -80,7 +80,25 @@ class ChannelExpertsPlan(ExpertRowsPlan):
     """Experts as of a checkpoint in compressed-tensors' format with channel-wise scales."""
 
     def quantizer(self, device: torch.device) -> UnitQuantizer:
-        return UpdatableLinearPlan(per_channel=True).quantizer(device)
+        if device.type == "cpu":
+            return _on_cpu()
+        return ZeroedRowKernelQuantizer(fp8.per_token_group_quant_fp8, 0)
+
+
+class ZeroedRowKernelQuantizer(RowKernelQuantizer):
+    """Rows by upstream's kernel, of which those of zeros, with scale 0, hold zeros.
+
+    The kernel stores 0 or 448 there, as the number of rows may be, and stock has no number to go by: an export brings
+    each expert alone, a checkpoint may bring all of them at once. The export has zeros too.
+    """
+
+    def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        super()._quantize_rows(rows, weight, scale)
+        weight.view(torch.uint8).masked_fill_(scale.view(-1, 1) == 0, 0)
+
+
+def _on_cpu() -> UnitQuantizer:
+    return UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu"), 0)
 
 
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}

@@ -8,7 +8,7 @@ one loader for fp8 and int8 experts (vllm-project/vllm#33178); here it is the sa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sglang.srt.layers.moe.moe_runner import MoeRunner
@@ -18,7 +18,7 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import set_weight_attrs
 
 from sglang_overlay.core.cpu_quantizers import CHUNK_ELEMENTS
-from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer
+from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
@@ -107,11 +107,23 @@ class Int8ExpertsPlan(ExpertRowsPlan):
         return Int8RowQuantizer()
 
 
-class Int8RowQuantizer(RowQuantizer):
-    """Scale of a row: its largest magnitude over 127; values are rounded to the nearest, ties to even."""
+class Int8RowQuantizer(AssembledUnits):
+    """Scale of a row: its largest magnitude over 127; values are rounded to the nearest, ties to even. In float32."""
 
-    def __init__(self) -> None:
-        super().__init__(quantize_rows_to_int8)
+    # Quotients are float32.
+    at_once: ClassVar[int] = AssembledUnits.at_once // 4
+
+    def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        columns = values.shape[-1]
+        rows, out, scales = values.reshape(-1, columns), weight.view(-1, columns), scale.view(-1, 1)
+        if not values.is_cpu:
+            largest = _quantize_rows(rows, out, scales)
+        else:
+            # In parts, so that what is between stays in cache.
+            at_once = max(1, CHUNK_ELEMENTS // columns)
+            parts = zip(rows.split(at_once), out.split(at_once), scales.split(at_once), strict=True)
+            largest = torch.cat([_quantize_rows(*part) for part in parts])
+        return largest.view(len(values), -1).amax(1)
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         factors = scale.reshape(-1, 1).expand(weight.shape)[slices(piece.box)]
@@ -119,16 +131,13 @@ class Int8RowQuantizer(RowQuantizer):
         return not bool(((restored - piece.values.float()).abs() > 0.51 * factors).any())
 
 
-def quantize_rows_to_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[rows, columns]`` to int8 of the same shape and float32 scales ``[rows, 1]``, computed in float32."""
-    quantized = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    scales = torch.empty(len(values), 1, dtype=torch.float32, device=values.device)
-    rows = max(1, CHUNK_ELEMENTS // values.shape[-1])
-    for part, out, scale in zip(values.split(rows), quantized.split(rows), scales.split(rows), strict=True):
-        wide = part.float()
-        torch.div(wide.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10), INT8_MAX, out=scale)
-        out.copy_(wide.div_(scale).round_().clamp_(-INT8_MAX, INT8_MAX))
-    return quantized, scales
+def _quantize_rows(rows: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Quantize ``[rows, columns]`` with ``scale`` ``[rows, 1]``; returns largest magnitudes of that shape."""
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    torch.div(largest.clamp(min=1e-10), INT8_MAX, out=scale)
+    # No quotient exceeds 127 by more than rounding to float32 adds.
+    out.copy_((rows / scale).round_())
+    return largest
 
 
 INT8 = Int8Scheme()

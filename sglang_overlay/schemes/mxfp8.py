@@ -22,7 +22,7 @@ from torch.nn import Module, Parameter
 
 from sglang_overlay.core.errors import UnexpectedParametersError
 from sglang_overlay.core.placeholders import twin
-from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, is_rounding_of
+from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, aligned, is_rounding_of
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage
@@ -163,13 +163,8 @@ class GroupQuantizer(RowQuantizer):
         function: ``[rows, columns] -> (e4m3 [rows, columns], uint8 exponents of one element a group)``, upstream's own.
     """
 
-    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        quantize = super().quantize_run
-        if values.ndim == 2:
-            return quantize(values, weight, scale)
-        # Experts one after the other: what the function returns takes as much memory as the result.
-        units = zip(values.split(1), weight.split(1), scale.split(1), strict=True)
-        return torch.cat([quantize(*unit) for unit in units])
+    def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        super()._quantize_rows(rows if rows.is_cpu else aligned(rows), weight, scale)
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         powers = torch.exp2(scale.view(*weight.shape[:-1], -1).float() - BIAS).repeat_interleave(GROUP, -1)

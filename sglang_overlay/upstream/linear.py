@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream.load import create_streamed, process_streamed
@@ -37,20 +37,21 @@ class LinearPlan(OnlinePlan):
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
         rows, columns = placeholder.shape
         grid = UnitGrid.per_slice((rows, columns)) if self._per_channel else UnitGrid.one((rows, columns))
-        return ParameterPlan(grid, self.quantizer(storage.weight.device), storage)
+        return ParameterPlan(grid, self.quantizer(storage.weight.device, rows), storage)
 
-    def quantizer(self, device: torch.device) -> UnitQuantizer:
-        """What turns rows, or the whole weight, into fp8: upstream's own functions."""
+    def quantizer(self, device: torch.device, rows: int) -> UnitQuantizer:
+        """What turns rows of a weight that has ``rows``, or all of it, into fp8: upstream's own functions."""
         from sglang.srt.layers.quantization import fp8
 
         if self._per_channel:
-            return RowQuantizer(lambda values: fp8.per_token_group_quant_fp8(values, values.shape[-1]))
+            return RowKernelQuantizer(fp8.per_token_group_quant_fp8, rows)
         return WholeUnitQuantizer(fp8.input_to_float8)
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         storage = storages["weight"]
         rows, columns = storage.weight.shape[-2:]
-        scale = storage.scale.view(1, rows) if self._per_channel else storage.scale.view(())
+        # Per channel with the strides (1, 1) of stock's ``x_s.t().contiguous()``, which leaves one row as it is.
+        scale = storage.scale.view(rows, 1).t() if self._per_channel else storage.scale.view(())
         layer.weight = Parameter(storage.weight.view(rows, columns).t(), requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.input_scale = None  # type: ignore[assignment]

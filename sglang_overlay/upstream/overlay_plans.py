@@ -23,11 +23,11 @@ from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
     """``LinearPlan`` of a layer that may be updated."""
 
-    def quantizer(self, device: torch.device) -> UnitQuantizer:
+    def quantizer(self, device: torch.device, rows: int) -> UnitQuantizer:
         from sglang.srt.layers.quantization import fp8
 
         if device.type != "cpu":
-            return super().quantizer(device)
+            return super().quantizer(device, rows)
         if self._per_channel:
             return RowQuantizer(lambda values: quantize_rows(values, fp8.fp8_dtype))
         return PerTensorQuantizer(RatioArithmetic(torch.finfo(fp8.fp8_dtype).max))

@@ -61,8 +61,8 @@ class SerializedPlan(UpdatablePlan):
         self._forms: dict[str, Any] = {}
 
     @abc.abstractmethod
-    def grid(self, layer: torch.nn.Module, shape: tuple[int, ...]) -> UnitGrid:
-        """How a weight of ``shape`` divides into units."""
+    def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
+        """How the parameter ``name``, which is ``weight``, divides into units: large ones on a device."""
 
     @abc.abstractmethod
     def quantizer(self, device: torch.device) -> UnitQuantizer:
@@ -72,7 +72,7 @@ class SerializedPlan(UpdatablePlan):
         create()
         self._real = {name: self._pair(layer, name) for name in self.weights}
         self._forms = {name: self._form(*pair) for name, pair in self._real.items()}
-        self._grids = {name: self.grid(layer, tuple(weight.shape)) for name, (weight, _) in self._real.items()}
+        self._grids = {name: self.grid(layer, name, weight) for name, (weight, _) in self._real.items()}
         made = {
             name: twin(weight, torch.empty(weight.shape, dtype=dtype, device="meta"))
             for name, (weight, _) in self._real.items()

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-WEIGHT = TensorPrint("parameter", "torch.float8_e4m3fn", (4, 8), (8, 1), "cpu", "aa", "Parameter")
+WEIGHT = TensorPrint("parameter", "torch.float8_e4m3fn", (4, 8), (8, 1), "cpu", "aa", "Parameter", requires_grad=False)
 
 
 def result(tensors: dict[str, TensorPrint], **changes: object) -> LoadResult:
     rank = RankResult(
         rank=0,
         tensors=tensors,
+        flags={},
         parameter_order=tuple(tensors),
         model_bytes=0,
         load_seconds=0.0,

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads on stand-in GPUs that tests share: importing SGLang with one takes longer than loading a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workbench.loads import LoadJob, LoadResult, LoadWorkers
+
+from standin.gpus import environ
+
+DEVICES = 2
+SERVER_ARGS = {"disable_custom_all_reduce": True}
+"""SGLang's own all-reduce asks the driver for handles."""
+
+OnGpu = Callable[..., LoadWorkers]
+
+
+@pytest.fixture(scope="session")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnGpu]:
+    """``on_gpu("h200", environ={...})``: workers with two such GPUs, kept for the session."""
+    with ExitStack() as stack:
+
+        @cache
+        def workers(gpu: str, variables: tuple[tuple[str, str], ...]) -> LoadWorkers:
+            surroundings = {**environ(gpu, devices=DEVICES), **dict(variables)}
+            return stack.enter_context(LoadWorkers(tmp_path_factory.mktemp(gpu), surroundings, "spawn"))
+
+        yield lambda gpu, **variables: workers(gpu, tuple(sorted(variables.items())))
+
+
+@pytest.fixture(scope="session")
+def loaded(on_gpu: OnGpu) -> Callable[..., LoadResult]:
+    """``loaded("h200", path, streaming="0", ...)``: one load, which tests with the same wish share."""
+
+    @cache
+    def once(gpu: str, job: _Job) -> LoadResult:
+        return on_gpu(gpu).load(job.job)
+
+    def load(gpu: str, path: Path, streaming: str = "require", **fields: Any) -> LoadResult:
+        arguments = {**SERVER_ARGS, **fields.pop("server_args", {})}
+        return once(gpu, _Job(LoadJob(path, streaming, device="cuda", server_args=arguments, **fields)))
+
+    return load
+
+
+class _Job:
+    """A job that can be a key: its fields are data."""
+
+    def __init__(self, job: LoadJob) -> None:
+        self.job = replace(job)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.job))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Job) and self.job == other.job
