@@ -368,6 +368,29 @@ def test_loads_to_a_gpu_ask_for_what_needs_no_other_kernels(monkeypatch):
     assert devices.start_method("cpu") == "forkserver"
 
 
+def test_without_flashinfer_sglang_finds_the_names_it_asks_for_and_sgl_kernel_its_own_norms():
+    code = (
+        "from workbench import devices; devices.prepare('cuda')\n"
+        "from flashinfer import bmm_fp8\n"
+        "from flashinfer.sampling import min_p_sampling_from_probs\n"
+        "assert bmm_fp8 is devices.bmm_fp8\n"
+        "try:\n    import flashinfer.norm\n"
+        "except ImportError:\n    print('no norms')"
+    )
+    path = os.pathsep.join([str(environment.CLONE / "ci"), *sys.path])
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert ran.stdout == "no norms\n"
+
+
+def test_product_of_fp8_matrices_is_the_scaled_product_of_their_values():
+    torch.manual_seed(0)
+    a, b = (torch.randn(2, 16, 16).to(torch.float8_e4m3fn) for _ in range(2))
+    out = torch.empty(2, 16, 16, dtype=torch.bfloat16)
+    devices.bmm_fp8(a, b, torch.tensor([2.0]), torch.tensor([0.25]), torch.bfloat16, out)
+    torch.testing.assert_close(out.double(), a.double() @ b.double() * 0.5, rtol=2**-7, atol=2**-6)
+
+
 @pytest.mark.server
 def test_rehearsal_runs_steps_one_after_another(tmp_path):
     command = [sys.executable, environment.CLONE / "ci" / "workbench" / "gpu_check.py", "--rehearse"]
