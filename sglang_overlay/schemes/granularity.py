@@ -12,6 +12,7 @@ from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import
     CompressedTensorsFusedMoEMethod,
 )
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Fp8MoE
+from sglang.srt.utils import is_hip
 
 from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan

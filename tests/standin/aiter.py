@@ -65,7 +65,7 @@ def static_per_tensor_quant(out: torch.Tensor, input: torch.Tensor, scale: torch
 
 @emulates("dynamic_per_tensor_quant", _QUANT, "07e4337")
 def dynamic_per_tensor_quant(out: torch.Tensor, input: torch.Tensor, scale: torch.Tensor) -> None:
-    """All of ``input`` by one scale, ``[1]``, which the kernel sets to 0 first and then takes each row's maximum into."""
+    """All of ``input`` by one scale, ``[1]``, set to 0 first; then each row takes its maximum into it."""
     _check(out, input, scale)
     values = on_host(input).float()
     on_host(scale).copy_(largest(values) * _inverse(out.dtype))

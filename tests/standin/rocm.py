@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from standin import aiter  # noqa: F401 - enters its emulations
+import standin.aiter  # noqa: F401 - enters its emulations
 from standin import packages
 from standin.gpus import Gpu
 
