@@ -25,6 +25,12 @@ def test_sound_checkpoint_has_no_problems(folder):
     assert file_problems(folder) == []
 
 
+def test_bin_files_and_their_index_beside_safetensors_are_not_looked_at(folder):
+    (folder / "training_args.bin").touch()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"weight1": "absent.bin"}}))
+    assert file_problems(folder) == []
+
+
 def test_path_that_is_no_folder_has_no_problems(tmp_path):
     assert file_problems(tmp_path / "organization" / "model") == []
 
@@ -57,9 +63,9 @@ def test_damaged_file_is_named(damage, told, folder):
     assert problem.startswith(f"{FILE} {told}")
 
 
-def test_empty_bin_file_is_named(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    assert file_problems(folder) == ["pytorch_model.bin is empty"]
+def test_empty_bin_file_is_named_where_bin_files_are_read(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    assert file_problems(tmp_path) == ["pytorch_model.bin is empty"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"weight_map": []}', "{}"])
