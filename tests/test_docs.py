@@ -73,7 +73,8 @@ def test_every_trap_names_a_test():
     """docs/how-it-works.md has a table of traps, each with what holds it."""
     text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", text, flags=re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 14))
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= 13
     assert [number for number, row in rows if "test_" not in row.rsplit("|", 1)[-1]] == []
 
 
