@@ -65,7 +65,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     ended = time.perf_counter()
     if load.schemes.is_idle:
         _mention_idle_scheme(settings, is_draft=is_draft)
-    _remember(load, model)
+    _remember(load, model, loader)
     report = summarize(load, model, model_config, loader.load_config, (began, ended), watch.usage)
     telling.tell(report)
     if load.layers or settings.report_folder is not None:
@@ -94,8 +94,10 @@ def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
         )
 
 
-def _remember(load: OverlayLoad, model: torch.nn.Module) -> None:
+def _remember(load: OverlayLoad, model: torch.nn.Module, loader: Any) -> None:
     """Keep what later weight updates of the model need."""
+    if streamed_loaders.updates_itself(loader):
+        return
     for layer in load.updatable.values():
         layer.seal()
     stock = {"this model": load.abandoned} if load.abandoned and load.settings.mode is not Mode.OFF else load.fallback

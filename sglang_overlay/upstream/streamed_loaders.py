@@ -31,6 +31,14 @@ def why_not_loader(loader: Any) -> str | None:
     return None
 
 
+def updates_itself(loader: Any) -> bool:
+    """Whether a loader has its own way of quantizing weights again when they are updated (``flash_rl``)."""
+    from sglang.srt.model_loader import loader as upstream
+
+    is_own = getattr(type(loader), "rebinding_and_load_weights", None) is not None
+    return is_own and isinstance(loader, upstream.DefaultModelLoader)
+
+
 def why_not_schemes(loader: Any) -> str | None:
     """Loaders that bring weights as stock has quantized them, or none at all, know no other scheme."""
     name = type(loader).__name__

@@ -672,18 +672,21 @@ class _TensorAttributes:
         Returns:
             Names of those that have got another form; they keep their old values too.
         """
-        changed = []
-        for name, holder, key, new in _slots(self._model):
+        changed, moved = [], []
+        for name, holder, key, new in list(_slots(self._model)):
             old = self._found.get(name, new)
             if new is old:
                 continue
+            # First of all, whatever becomes of the values.
             holder[key] = old
             # Without data: computed from a weight that did not come in this update, and so has not changed.
             if new.is_meta:
                 continue
             if (new.shape, new.dtype) != (old.shape, old.dtype):
                 changed.append(name)
-                continue
+            else:
+                moved.append((old, new))
+        for old, new in moved:
             undo.keep(old)
             with torch.no_grad():
                 old.copy_(new)

@@ -137,7 +137,8 @@ class UpdateCapture(PartialCapture):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self._given.note(args)
-        if func is aten.copy_.default:
+        # A number that is copied comes as the number it is.
+        if func is aten.copy_.default and isinstance(args[1], torch.Tensor):
             self._refuse_conversion(args[1], args[0].dtype, storage_key(args[0]))
             if not args[1].is_meta:
                 self._served.before_write(args[0])

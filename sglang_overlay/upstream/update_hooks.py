@@ -212,7 +212,7 @@ def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any
     return answer if outcome.failure is None else type(answer)(success=False, message=outcome.failure)
 
 
-def receive_weights(original: Callable[..., Any], updater: Any, **kwargs: Any) -> Any:
+def receive_weights(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
     """Around ``WeightUpdater.receive_weights_from_distributed``: a rank that fails here would not load with the others.
 
     Raises:
@@ -220,17 +220,17 @@ def receive_weights(original: Callable[..., Any], updater: Any, **kwargs: Any) -
     """
     known = updatable(model_of(updater))
     if known is None:
-        return original(updater, **kwargs)
+        return original(updater, *args, **kwargs)
     received, error = None, None
     try:
-        received = original(updater, **kwargs)
+        received = original(updater, *args, **kwargs)
     except Exception as raised:
         error = raised
     outcome = _of_all(_outcome(error, BEFORE_CALL))
     if outcome.failure is None:
         return received
     if known.open is not None:
-        known.open.expect_again(kwargs.get("names") or ())
+        known.open.expect_again(inspect.signature(original).bind(updater, *args, **kwargs).arguments["names"])
     raise _error(outcome) from error
 
 

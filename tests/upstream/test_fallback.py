@@ -232,6 +232,17 @@ def test_other_load_formats_load_as_stock_with_one_warning(workers, checkpoint):
     assert "QuantizedRLModelLoader" in warnings_of(result)[0]
 
 
+def test_flash_rl_updates_itself_and_is_not_warned_that_it_cannot(workers, checkpoint):
+    job = LoadJob(checkpoint("qwen3"), server_args={"load_format": "flash_rl"})
+    update = Update("tensor", checkpoint("qwen3", seed=1))
+    stock = workers.load(replace(job, streaming="0", updates=(update,)))
+    result = workers.load(replace(job, updates=(update,)))
+    answers = [[done.success for done in loaded.ranks[0].updates] for loaded in (stock, result)]
+    assert answers[0] == answers[1]
+    assert compare(stock, result) == []
+    assert not [line for line in warnings_of(result) if "cannot update" in line]
+
+
 def test_other_load_formats_are_an_error_where_streaming_is_required(workers, checkpoint):
     path = checkpoint("qwen3")
     with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8=require.*QuantizedRLModelLoader"):

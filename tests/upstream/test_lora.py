@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from workbench import adapters, serving
-from workbench.loads import PROMPTS
+from workbench.loads import PROMPTS, LoadJob
+from workbench.mutations import altered
 from workbench.serving import post
+from workbench.trainer import until_idle
 
 from sglang_overlay.observe.report import read_folder
 from upstream.streamed import assert_streamed
@@ -21,14 +23,14 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def answers(checkpoint, tmp_path):
-    """Token ids that a server of its own generates, with and without an adapter."""
+    """Token ids that a server of its own generates, with and without an adapter; and again after each update."""
     model = checkpoint("qwen3")
     adapter = adapters.build(model, tmp_path / "adapter")
     # SGLang's LoRA kernels need a GPU, except these.
     arguments = ("--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native", "--max-loras-per-batch", "2")
     arguments += ("--quantization", "fp8", "--device", "cpu", "--log-level", "info")
 
-    def ask(streaming):
+    def ask(streaming, *updates):
         port = serving.free_port()
         command = serving.sglang_command(sys.executable, str(model), port, arguments)
         environ = {
@@ -38,7 +40,12 @@ def answers(checkpoint, tmp_path):
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
         }
         with serving.running(serving.Launch(command, port, tmp_path / "server.log", environ), timeout=300) as url:
-            return generated(url), generated(url, lora_path="adapter")
+            found = [generated(url), generated(url, lora_path="adapter")]
+            for folder in updates:
+                until_idle(url)
+                post(url, "update_weights_from_disk", {"model_path": str(folder)})
+                found.append(generated(url))
+            return found
 
     return ask
 
@@ -49,9 +56,18 @@ def generated(url, **fields):
     return [answer["output_ids"] for answer in post(url, "generate", content).json()]
 
 
+def _only_o_proj(tensors):
+    for name in [name for name in tensors if "o_proj" not in name]:
+        del tensors[name]
+
+
 @pytest.mark.timeout(900)
-def test_adapter_gives_stocks_answers(answers, tmp_path):
-    plain, adapted = answers("require")
+def test_adapter_gives_stocks_answers_and_updates_end_as_a_fresh_load(answers, checkpoint, workers, tmp_path):
+    model, new = checkpoint("qwen3"), checkpoint("qwen3", seed=1)
+    part = altered(model, tmp_path / "part", _only_o_proj)
+    plain, adapted, same, updated = answers("require", part, new)
     assert plain != adapted
-    assert (plain, adapted) == answers("0")
+    assert [plain, adapted] == answers("0")
+    assert same == plain
+    assert updated == [list(ids) for ids in workers.load_fresh(LoadJob(new, prompts=PROMPTS)).tokens]
     assert_streamed(read_folder(tmp_path / "require"))

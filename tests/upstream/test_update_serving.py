@@ -11,8 +11,11 @@ import sys
 import pytest
 from workbench import serving
 from workbench.loads import PROMPTS, LoadJob
+from workbench.mutations import altered
 from workbench.serving import post
 from workbench.trainer import has_sessions, until_idle
+
+from sglang_overlay.upstream.update_hooks import BEFORE_UPDATE
 
 SEED = 1
 
@@ -86,23 +89,36 @@ def test_server_is_updated_from_disk_and_back_by_broadcast(server, checkpoint, t
         assert [name for name in weights if weights[name] == changed[name]] == []
 
 
-def test_server_goes_on_after_an_update_that_fails(server, checkpoint, tmp_path):
+def test_server_keeps_what_it_serves_when_an_update_fails(server, checkpoint, tmp_path):
+    """Whatever fails: a file, values that mean nothing here, names; and wherever the weights served came from."""
+    new = checkpoint("qwen3_moe", seed=SEED)
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in checkpoint("qwen3_moe", seed=SEED).iterdir():
+    for file in new.iterdir():
         content = file.read_bytes()
         (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    prefixed = altered(new, tmp_path / "prefixed", _prefix)
+    fp8 = checkpoint("qwen3_moe", seed=SEED, stored="fp8_block")
     with server("qwen3_moe") as url:
+        run_trainer("distributed", "--url", url, "--checkpoint", new)
         before, weights = generated(url), checksum(url)
-        with pytest.raises(serving.ServerError, match=r"400.*Failed to update weights"):
-            post(url, "update_weights_from_disk", {"model_path": str(broken)})
+        for folder, told in ((broken, "SafetensorError"), (fp8, "float8_e4m3fn"), (prefixed, "_orig_mod.")):
+            with pytest.raises(serving.ServerError, match=rf"(?s)400.*{told}.*{BEFORE_UPDATE}"):
+                post(url, "update_weights_from_disk", {"model_path": str(folder)})
+            assert generated(url) == before
+            assert checksum(url) == weights
         if has_sessions():
             post(url, "begin_weight_update", {})
-        between = generated(url)
-        if has_sessions():
+            assert generated(url) == before
             post(url, "end_weight_update", {})
-        assert generated(url) == between == before
-        assert checksum(url) == weights
+        # A folder that the server has never heard of before: where it was started is not what it serves.
+        post(url, "update_weights_from_disk", {"model_path": str(checkpoint("qwen3_moe"))})
+        assert generated(url) != before
+
+
+def _prefix(tensors):
+    for name in list(tensors):
+        tensors[f"_orig_mod.{name}"] = tensors.pop(name)
 
 
 def test_engine_is_updated_by_tensors_by_buckets_and_from_disk_but_not_by_half_an_expert(checkpoint, tokens):

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What updates rest on: what was overwritten comes back, and values and scales wait for each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.errors import WeightUpdateError
+from sglang_overlay.upstream.ready_values import ReadyValues
+from sglang_overlay.upstream.undo import UndoLog
+from sglang_overlay.upstream.update import TensorGroups
+from sglang_overlay.upstream.update_capture import GivenTensors, ServedMemory, UpdateCapture, storage_key
+
+
+def write(undo, view, value):
+    undo.keep(view)
+    view.fill_(value)
+
+
+def test_overlapping_writes_of_several_calls_are_undone_in_order():
+    undo, weight = UndoLog(), torch.arange(6.0)
+    write(undo, weight[:4], 10)
+    undo.begin_call()
+    write(undo, weight[2:], 20)
+    write(undo, weight[:4], 30)
+    after_first = torch.tensor([10.0, 10, 10, 10, 4, 5])
+    undo.undo_call()
+    assert torch.equal(weight, after_first)
+    undo.begin_call()
+    write(undo, weight[1:5], 40)
+    undo.keep_call()
+    undo.undo()
+    assert torch.equal(weight, torch.arange(6.0))
+
+
+def test_region_that_is_written_again_and_again_is_kept_once():
+    undo, weight = UndoLog(), torch.zeros(4)
+    for value in range(3):
+        undo.begin_call()
+        write(undo, weight, value)
+        undo.keep_call()
+    assert [len(call) for call in undo._calls] == [1]
+
+
+@pytest.fixture
+def ready():
+    """Values and scales of four rows on their way; placeholders for both, and what is served."""
+    storage = Storage(torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(4))
+    made = ReadyValues("proj.weight", UnitGrid.per_slice((4, 8)), storage, "proj.scale", UndoLog(), StagingAccount())
+    return made, torch.empty(4, 8, device="meta"), torch.empty(4, 1, device="meta"), storage
+
+
+def test_rows_are_replaced_once_they_have_values_and_scales_in_any_order(ready):
+    made, values, scales, storage = ready
+    new = torch.arange(32.0).view(4, 8).to(torch.float8_e4m3fn)
+    made.write_values(values[:2], new[:2])
+    made.write(scales[1:], torch.full((3, 1), 2.0))
+    assert made.taken.tolist() == [False] * 4
+    assert made.problem == "proj.weight (4 of 4 units: quantized values without their scales in scale, or the reverse)"
+    made.write(scales[:1], torch.full((1, 1), 3.0))
+    assert made.taken.tolist() == [True, True, False, False]
+    made.write_values(values[2:, 4:], new[2:, 4:])
+    made.write_values(values[2:, :4], new[2:, :4])
+    assert made.problem is None
+    assert torch.equal(storage.weight.float(), new.float())
+    assert storage.scale.tolist() == [3.0, 2.0, 2.0, 2.0]
+
+
+def test_values_that_come_again_want_their_scales_again(ready):
+    made, values, scales, storage = ready
+    for value in (1.0, 2.0):
+        made.write_values(values, torch.full((4, 8), value).to(torch.float8_e4m3fn))
+        made.write(scales, torch.full((4, 1), value))
+    assert storage.scale.tolist() == [2.0] * 4
+    made.write_values(values, torch.ones(4, 8).to(torch.float8_e4m3fn))
+    assert made.problem is not None
+
+
+def test_what_waits_comes_back_with_what_was_saved(ready):
+    made, values, scales, storage = ready
+    made.write_values(values, torch.ones(4, 8).to(torch.float8_e4m3fn))
+    saved = made.saved()
+    made.write(scales, torch.full((4, 1), 5.0))
+    made.restore(saved)
+    assert made.taken.tolist() == [False] * 4
+    made.write(scales, torch.full((4, 1), 7.0))
+    assert storage.scale.tolist() == [7.0] * 4
+
+
+def test_group_that_a_failed_call_completed_waits_again():
+    fused, q, kv = (
+        "layers.0.fused_qkv_a_proj_with_mqa",
+        "layers.0.q_a_proj.weight",
+        "layers.0.kv_a_proj_with_mqa.weight",
+    )
+    account = StagingAccount()
+    groups = TensorGroups([fused], account)
+    list(groups.complete([(q, torch.ones(2))]))
+    saved = groups.saved()
+    list(groups.complete([(kv, torch.ones(2))]))
+    groups.restore(saved)
+    assert account.held == 8
+    assert [name for name, _ in groups.complete([(kv, torch.ones(2))])] == [q, kv]
+
+
+@pytest.fixture
+def capture():
+    """A capture of a model's two tensors, one of which is quantized; these, and what upstream was given."""
+    quantized, plain = torch.zeros(4).to(torch.float8_e4m3fn), torch.zeros(4)
+    given, undo = GivenTensors(), UndoLog()
+    served = ServedMemory({storage_key(quantized): "proj.weight"}, {storage_key(plain): "norm.weight"}, undo)
+    return UpdateCapture({}, frozenset(), served, given), quantized, plain, given, undo
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.copy_(torch.ones(4)),
+        lambda weight: weight.view(2, 2)[1].fill_(1),
+        lambda weight: weight.view(torch.uint8).add_(1),
+        lambda weight: weight.view(torch.int8).index_put_((torch.tensor([1]),), torch.tensor([1], dtype=torch.int8)),
+        lambda weight: weight.view(torch.uint8).zero_(),
+    ],
+)
+def test_nothing_is_written_into_quantized_memory_whatever_way_leads_there(change, capture):
+    mode, quantized, *_ = capture
+    with mode, pytest.raises(WeightUpdateError, match=r"proj\.weight holds quantized values"):
+        change(quantized)
+    assert not quantized.float().any()
+
+
+def test_other_memory_is_kept_before_it_is_written_to(capture):
+    mode, _, plain, _, undo = capture
+    with mode:
+        plain[1:].add_(1)
+        plain.mul_(3)
+    undo.undo()
+    assert not plain.any()
+
+
+def test_values_without_scale_are_never_converted(capture):
+    mode, _, plain, given, _ = capture
+    sent = torch.ones(4).to(torch.float8_e4m3fn)
+    given.offer("norm.weight", sent)
+    for convert in (lambda: plain.copy_(sent), lambda: sent.to(torch.bfloat16), lambda: sent[1:].float()):
+        with mode, pytest.raises(WeightUpdateError, match=r"norm\.weight holds float8_e4m3fn values"):
+            convert()
+
+
+def test_tensors_that_nothing_was_done_with_are_known_by_name_in_a_bucket_too(capture):
+    mode, _, plain, given, _ = capture
+    parts = torch.ones(12).split(4)
+    for number, part in enumerate(parts):
+        given.offer(f"part{number}", part)
+    with mode:
+        plain.copy_(parts[1].view(2, 2).t().reshape(4))
+    assert given.unused == ["part0", "part2"]
