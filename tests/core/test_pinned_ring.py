@@ -249,7 +249,7 @@ def test_a_parameter_comes_out_the_same_through_a_ring(device, make, dtype, monk
         streamed.stream.write(place, values)
     assert streamed.stream.settle() == []
     assert streamed.equals(weight.to(torch.bfloat16))
-    # Each element once: what was staged in the parameter's dtype, the rest in the one it came in. Rows wait for nothing.
+    # Each element once: what was staged in the dtype of the parameter, the rest in its own. No row waits for another.
     assert {found for found, _ in seen} == ({dtype} if make is per_channel else {torch.bfloat16, dtype})
     assert sum(elements for _, elements in seen) == weight.numel()
     ring.close()
