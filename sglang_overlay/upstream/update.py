@@ -436,6 +436,11 @@ class WeightUpdate:
         """
         self._pipeline.close()
         self._pipeline.check()
+        if self._unrepeated:
+            raise WeightUpdateError(
+                f"a call of this update failed, and what it was to bring has not come since: "
+                f"{shortened(list(self._unrepeated))}"
+            )
         problems = [problem for stream in self._streams.values() if (problem := stream.problem)]
         problems += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
         problems += [*self._groups.waiting, *self._unpaired(model)]
@@ -444,11 +449,6 @@ class WeightUpdate:
                 f"the update ended with weights of which only a part came: {shortened(problems)}. One scale covers a "
                 "whole unit, so send what belongs together in one update: gate_proj with up_proj, q_proj with k_proj "
                 "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
-            )
-        if self._unrepeated:
-            raise WeightUpdateError(
-                f"a call of this update failed, and what it was to bring has not come since: "
-                f"{shortened(list(self._unrepeated))}"
             )
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
