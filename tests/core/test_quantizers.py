@@ -14,10 +14,12 @@ from core.streams import same_bytes, streamed
 from sglang_overlay.core.quantizers import (
     RowKernelQuantizer,
     RowQuantizer,
+    ShuffledUnits,
     WholeUnitQuantizer,
     magnitude,
     magnitudes,
 )
+from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
 
 KERNELS = {"two results": RowKernel, "in place": RowKernelInPlace}
@@ -149,3 +151,23 @@ def test_run_is_cut_where_it_would_take_too_much_memory(monkeypatch):
     assert sizes == [8, 8, 8, 8, 8]
     assert torch.equal(found, values.abs().amax((1, 2)))
     assert same_bytes(out, values.to(FP8))
+
+
+def test_shuffled_units_hold_what_their_kernel_reads_and_know_it_again():
+    def by_columns(weight):
+        return weight.mT.reshape(weight.shape)
+
+    def by_rows(weight):
+        return weight.reshape(*weight.shape[:-2], weight.shape[-1], weight.shape[-2]).mT.contiguous()
+
+    values = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain, shuffled = (torch.empty(values.shape, dtype=FP8) for _ in range(2))
+    scale, scales = (torch.empty(3, dtype=torch.float32) for _ in range(2))
+    quantizer = WholeUnitQuantizer(scaled_fp8_quant)
+    units = ShuffledUnits(quantizer, by_columns, by_rows)
+    assert same_bytes(units.quantize_run(values, shuffled, scales), quantizer.quantize_run(values, plain, scale))
+    assert same_bytes(shuffled, by_columns(plain))
+    assert same_bytes(scales, scale)
+    piece = Piece(((4, 9), (0, 32)), values[1, 4:9])
+    assert units.could_be(piece, shuffled[1], scales[1])
+    assert not units.could_be(Piece(piece.box, piece.values + 1), shuffled[1], scales[1])

@@ -14,6 +14,8 @@ from workbench import families
 from workbench.loads import compare
 from workbench.updates import Update
 
+from sglang_overlay.upstream import capabilities
+from standin.aiter import shuffle_weight
 from standin.gpus import environ
 
 FP8 = {
@@ -121,6 +123,13 @@ def test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint(gpu, famil
     assert not change.success
     assert "was repacked for its kernel when it was loaded, and cannot be updated" in change.message
     assert compare(serialized, updated) == []
+
+
+def test_unshuffle_undoes_what_aiter_does():
+    weight = torch.arange(2 * 32 * 64).to(torch.uint8).view(2, 32, 64)
+    shuffled = shuffle_weight(weight, (16, 16))
+    assert not torch.equal(shuffled, weight)
+    assert torch.equal(capabilities.unshuffle(shuffled), weight)
 
 
 REFUSED = """
