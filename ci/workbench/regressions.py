@@ -1,4 +1,4 @@
-"""Old behaviour, brought back on purpose, to see that it is noticed: tasks for ``Planners``."""
+"""Tasks for ``Planners``: old behaviour, brought back to see that it is noticed, and another GPU."""
 
 from __future__ import annotations
 
@@ -38,4 +38,12 @@ def killed(_job: Job) -> PlannedLoad:
 def layer_sized_staging(job: Job) -> PlannedLoad:
     """Whole layers wait in bf16, where units should."""
     with whole_layers():
+        return simulate(job)
+
+
+def on_hopper(job: Job) -> PlannedLoad:
+    """Plan where SGLang takes the GPU for a Hopper one, which it asks for before it uses some kernels."""
+    from sglang.srt.runtime_context import override_platform
+
+    with override_platform(is_sm90=True):
         return simulate(job)

@@ -24,29 +24,41 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.Module, prefix: str) -> Any:
-    """Around ``Fp8Config.get_quant_method``."""
-    method = original(config, layer, prefix)
+    """Around ``Fp8Config.get_quant_method``.
+
+    Stock's method is not made where another takes its place: it refuses backends that cannot serve stock's scheme.
+    """
     load = current()
-    kind = _kind(method)
-    if load is None or load.schemes.is_stock or kind is None or not load.admits(config):
-        return method
+    if load is None or load.schemes.is_stock:
+        return original(config, layer, prefix)
+    kind = _kind(config, layer, prefix)
+    if kind is None or not load.admits(config):
+        return original(config, layer, prefix)
     names = _names(prefix, config)
     name = load.schemes.scheme_of(kind, names)
     if name == STOCK:
-        return method
+        return original(config, layer, prefix)
     if name == NONE or eligibility.why_deferred(prefix) is not None:
         return _unquantized(original, layer, names)
     scheme = registry.find(name)
     reason = scheme.why_not(kind)
     if reason is not None:
         raise SchemeError(f"{prefix} cannot have the quantization scheme {name!r}: {reason}")
-    return _streamed(scheme.method(kind, layer, prefix), scheme.plan(kind, method), f"{prefix} as {name!r}")
+    method = scheme.method(kind, layer, prefix)
+    return _streamed(method, scheme.plan(kind, method), f"{prefix} as {name!r}")
 
 
-def _kind(method: Any) -> LayerKind | None:
-    from sglang.srt.layers.quantization import fp8
+def _kind(config: Any, layer: torch.nn.Module, prefix: str) -> LayerKind | None:
+    """The kind of a layer that stock would quantize."""
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.layers.quantization.fp8 import is_layer_skipped
 
-    return {fp8.Fp8LinearMethod: LayerKind.LINEAR, fp8.Fp8MoEMethod: LayerKind.EXPERTS}.get(type(method))
+    kinds = ((LinearBase, LayerKind.LINEAR), (FusedMoE, LayerKind.EXPERTS))
+    found = next((kind for base, kind in kinds if isinstance(layer, base)), None)
+    if found is None or is_layer_skipped(prefix, config.ignored_layers, fused_mapping=config.packed_modules_mapping):
+        return None
+    return found
 
 
 def _names(prefix: str, config: Any) -> Sequence[str]:

@@ -156,3 +156,16 @@ def _rename_in_header(file, name, other):
     assert len(header) == length
     json.loads(header)
     file.write_bytes(content[:8] + header + content[8 + length :])
+
+
+def test_backend_that_only_a_chosen_scheme_can_have_is_planned(checkpoint):
+    """Cutlass's experts want block-wise scales, and refuse stock's scheme as soon as its method is made."""
+    job = Job(
+        checkpoint("qwen3_moe"),
+        schemes=parse("block", SCHEME_VARIABLE),
+        server_args=(("moe_runner_backend", "cutlass"),),
+    )
+    with Planners(1, "workbench.regressions:on_hopper") as planners:
+        (found,) = planners.run([job])
+    assert found.streamed == 9
+    assert found.fallback == 0
