@@ -250,7 +250,6 @@ class OverlayLoad(CheckedLoad):
         left = set(model.modules())
         for layer in self._kept.keys() - left:
             self._note_kept(layer, {key: weight.missing() for key, weight in self._kept[layer].items()})
-        self.updatable = {name: known for name, known in self.updatable.items() if known.module in left}
 
     def _tell_quantized(self) -> None:
         """No weight loader got them as they are, or it would have refused: the model has cast or dropped them.

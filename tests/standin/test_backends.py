@@ -100,7 +100,7 @@ CASES: Mapping[Surroundings, tuple[Case, ...]] = {
         Case("qwen3_moe", scheme="tensor"),
         Case("qwen3", scheme="block"),
         Case("qwen3_moe", scheme="block"),
-        experts("deep_gemm", scheme="block"),
+        *(experts(backend, scheme="block") for backend in ("deep_gemm", "cutlass")),
         experts("cutlass", refused=NO_BLOCKS),
         experts("flashinfer_cutlass", refused=NOT_FOR_FP8),
     ),
