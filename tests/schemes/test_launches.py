@@ -191,4 +191,6 @@ def test_linear_layer_per_tensor_takes_few_operations_beside_upstreams(layer):
     upstreams = operations(lambda: fp8.input_to_float8(torch.empty(64, 64, dtype=torch.bfloat16, device=CUDA)))
     parts = linear_parts(layer, per_channel=False)
     assert sum(part.total for part in parts) - upstreams.total <= MOST_A_UNIT
-    assert {(part.uploads, part.waits) for part in parts} == {(1, 0)}
+    # The first parts wait on the host for the last one.
+    assert sum(part.uploads for part in parts) == len(parts)
+    assert not any(part.waits for part in parts)

@@ -136,7 +136,7 @@ def test_layer_that_a_model_deletes_after_reading_it_is_gone(both, odd_workers, 
     config = tmp_path / "watched/config.json"
     config.write_text(config.read_text().replace('"MiniCPM3ForCausalLM"', '"WatchedMiniCPM3ForCausalLM"'))
     stock, result, (report,) = both(tmp_path / "watched", workers=odd_workers)
-    # The number of deleted layers that are in memory is among what is compared.
+    # The number of deleted layers' weights that are in memory is among what is compared.
     assert compare(stock, result) == []
     assert "deleted[0]" in result.ranks[0].tensors
     assert report.layers.fallback == ()

@@ -141,7 +141,7 @@ class WatchedMiniCPM3ForCausalLM(MiniCPM3ForCausalLM):
     """Deletes layers once it has read them, as MiniCPM3 itself does."""
 
     def load_weights(self, weights):
-        self.deleted = InMemory(weakref.ref(layer.self_attn.kv_b_proj) for layer in self.model.layers)
+        self.deleted = InMemory(weakref.ref(layer.self_attn.kv_b_proj.weight) for layer in self.model.layers)
         super().load_weights(weights)
 
 
