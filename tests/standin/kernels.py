@@ -127,7 +127,7 @@ def per_tensor_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: 
     on_host(output_q).copy_(saturated(values * (1.0 / scale)))
 
 
-@emulates("per_tensor_quant_fp8<true", "kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh", "0.5.13.post1 to 0.5.23")
+@emulates("per_tensor_quant_fp8<true", "kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh", "0.5.23")
 def per_tensor_quant_fp8_by_given_scale(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
     """All of ``[elements]`` by the scale that is there: the template with ``kIsStatic``."""
     on_current_device(input, output_q, output_s)
@@ -138,7 +138,7 @@ def per_tensor_quant_fp8_by_given_scale(input: torch.Tensor, output_q: torch.Ten
     on_host(output_q).copy_(saturated(on_host(input).float() * (1.0 / on_host(output_s))))
 
 
-@emulates("sgl_per_token_quant_fp8", "sgl-kernel/csrc/gemm/per_token_quant_fp8.cu", "0.5.13.post1, 0.5.15.post1")
+@emulates("sgl_per_token_quant_fp8", "sgl-kernel/csrc/gemm/per_token_quant_fp8.cu", "main branch")
 def sgl_per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
     """Each row by its largest magnitude, as ``per_token_quant_fp8``, which was made of it."""
     rows, columns = input.shape
@@ -147,9 +147,7 @@ def sgl_per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_
     _quantize_rows(input, output_q[:rows], output_s.view(-1)[:rows])
 
 
-@emulates(
-    "per_token_group_quant_8bit", "jit_kernel/csrc/gemm/per_token_group_quant_8bit.cuh", "0.5.13.post1, 0.5.15.post1"
-)
+@emulates("per_token_group_quant_8bit", "jit_kernel/csrc/gemm/per_token_group_quant_8bit.cuh", "0.5.13.post1")
 def per_token_group_quant_8bit(
     input: torch.Tensor,
     output_q: torch.Tensor,
@@ -179,7 +177,7 @@ def per_token_group_quant_8bit(
 @emulates(
     "sgl_per_token_group_quant_8bit",
     "sgl-kernel/csrc/gemm/per_token_group_quant_8bit_v2.cu",
-    "0.5.13.post1, 0.5.15.post1",
+    "main branch",
 )
 def sgl_per_token_group_quant_8bit(
     input: torch.Tensor,
@@ -214,7 +212,7 @@ def _check_groups(input: torch.Tensor, output_q: torch.Tensor, group_size: int, 
     aligned(input)
 
 
-@emulates("gptq_marlin_repack", "kernels/jit/csrc/gemm/marlin/gptq_marlin_repack.cuh", "0.5.23")
+@emulates("gptq_marlin_repack", "kernels/jit/csrc/gemm/marlin/gptq_marlin_repack.cuh", "0.5.13.post1 to 0.5.23")
 def gptq_marlin_repack(
     b_q_weight: torch.Tensor, perm: torch.Tensor, out: torch.Tensor, size_k: int, size_n: int, num_bits: int
 ) -> None:

@@ -83,7 +83,7 @@ for _function in (
 ):
     # Python over torch's operators, which are counted: no launch of their own.
     BY_NAME[_function.__name__] = _function
-    MIRRORS[_function.__name__] = Mirror(_FLASHINFER, "0.5.13.post1 to 0.5.23")
+    MIRRORS[_function.__name__] = Mirror(_FLASHINFER, "main branch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ for _function in (
 @emulates(
     "block_scale_interleave",
     "flashinfer-ai/flashinfer flashinfer/quantization/fp4_quantization.py; get_sf_out_offset_128x4",
-    "0.5.13.post1 to 0.5.23",
+    "main branch",
 )
 def block_scale_interleave(unswizzled_sf: torch.Tensor) -> torch.Tensor:
     """Scales ``[M, K]`` or ``[E, M, K]`` uint8 in tiles of 128 x 4, padded with zeros to whole ones; one dimension."""
@@ -128,7 +128,7 @@ BY_NAME["SfLayout"] = SfLayout
 @emulates(
     "mxfp8_quantize",
     "flashinfer-ai/flashinfer flashinfer/quantization/fp8_quantization.py; cvt_warp_fp16_to_mxfp8",
-    "0.5.13.post1 to 0.5.23",
+    "main branch",
 )
 def mxfp8_quantize(
     input: torch.Tensor,
@@ -163,7 +163,7 @@ def mxfp8_quantize(
 @emulates(
     "downcast_to_mxfp",
     "triton-lang/triton python/triton_kernels/triton_kernels/numerics_details/mxfp.py, its default rounding (up)",
-    "0.5.13.post1 to 0.5.23",
+    "main branch",
 )
 def downcast_to_mxfp(src: torch.Tensor, out_quant_type: torch.dtype, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``[M, K]`` to e4m3 of the same shape and exponents ``[M, ceil(K / 32)]`` uint8."""
@@ -206,7 +206,7 @@ BY_NAME["mm_mxfp8"] = _Mxfp8Product()
 @emulates(
     "get_mn_major_tma_aligned_packed_ue8m0_tensor",
     "deepseek-ai/DeepGEMM csrc/jit_kernels/impls/smxx_layout.hpp",
-    "0.5.13.post1 to 0.5.23",
+    "main branch",
 )
 def get_mn_major_tma_aligned_packed_ue8m0_tensor(sf: torch.Tensor) -> torch.Tensor:
     """Scales ``[E, mn, k]`` or ``[mn, k]`` float32 to their exponents, four to an int32 ``[..., mn, ceil(k / 4)]``.
