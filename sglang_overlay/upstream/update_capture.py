@@ -140,7 +140,7 @@ class UpdateCapture(PartialCapture):
         # A number that is copied comes as the number it is.
         if func is aten.copy_.default and isinstance(args[1], torch.Tensor):
             self._refuse_conversion(args[1], args[0].dtype, storage_key(args[0]))
-            if not args[1].is_meta:
+            if not args[1].is_meta and not _is_same_memory(args[0], args[1]):
                 self._served.before_write(args[0])
                 self._refuse_integers(args[1], args[0])
         elif func is aten._to_copy.default:
@@ -164,6 +164,15 @@ class UpdateCapture(PartialCapture):
                 f"{name} holds {_told(source.dtype)} values, and goes where {_told(destination.dtype)} is served: "
                 "quantized weights mean nothing without their scales"
             )
+
+
+def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether copying changes nothing: SGLang's post_load.py moves ``cuda:0`` to ``cuda`` and back."""
+    return _place(one) == _place(other)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return storage_key(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _told(dtype: torch.dtype) -> str:

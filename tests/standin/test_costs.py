@@ -14,31 +14,36 @@ FILES = {"files": 3, "assignment": "round_robin"}
 COUNTED = {"recorder": "standin.aten:counted"}
 
 
+ANSWERS = 3
+"""Of the device at the end of any load: what nobody wrote, and which weights and which others are not finite."""
+
+
 def tensors_in(checkpoint):
-    """Number of tensors in its files."""
-    found = 0
+    """Name and bytes of each tensor in its files."""
+    found = {}
     for file in checkpoint.glob("*.safetensors"):
         with file.open("rb") as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
-            found += len(json.loads(opened.read(size)).keys() - {"__metadata__"})
+            header = json.loads(opened.read(size))
+        header.pop("__metadata__", None)
+        found.update({name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()})
     return found
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
-def test_each_tensor_goes_to_the_device_once_and_nothing_is_awaited_that_stock_does_not_await(
-    family, checkpoint, loaded
-):
+def test_each_tensor_goes_to_the_device_once_and_three_answers_are_awaited(family, checkpoint, loaded):
     path = checkpoint(family, **FILES)
     stock, streamed = (loaded("h200", path, mode, **COUNTED).ranks[0].recorded for mode in ("0", "require"))
-    bf16 = loaded("h200", path, "0", quantization=None, **COUNTED).ranks[0].recorded
-    assert bf16[HOST_TO_DEVICE] >= tensors_in(path)
-    assert streamed[HOST_TO_DEVICE] <= bf16[HOST_TO_DEVICE]
-    assert streamed[DEVICE_TO_HOST] <= stock[DEVICE_TO_HOST]
+    assert stock[HOST_TO_DEVICE] >= len(tensors_in(path))
+    assert streamed[HOST_TO_DEVICE] <= stock[HOST_TO_DEVICE]
+    assert streamed[DEVICE_TO_HOST] <= stock[DEVICE_TO_HOST] + ANSWERS
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_the_peak_of_the_allocator_is_near_the_model(family, checkpoint, loaded):
     path = checkpoint(family, size="demo", overrides=(("num_hidden_layers", 4),), **FILES)
     stock, streamed = (loaded("h200", path, mode, described="sizes").ranks[0] for mode in ("0", "require"))
-    assert streamed.memory.peak_above_start <= 1.02 * streamed.model_bytes
+    # SGLang reads these in bf16 before it quantizes them: little of a large model.
+    deferred = sum(size for name, size in tensors_in(path).items() if "kv_b_proj" in name)
+    assert streamed.memory.peak_above_start <= 1.02 * streamed.model_bytes + deferred
     assert streamed.memory.peak_above_start <= 0.55 * stock.memory.peak_above_start
