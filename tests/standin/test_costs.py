@@ -14,6 +14,7 @@ FILES = {"files": 3, "assignment": "round_robin"}
 COUNTED = {"recorder": "standin.aten:counted"}
 
 
+LOADER_THREADS = 8
 ANSWERS = 3
 """Of the device at the end of any load: what nobody wrote, and which weights and which others are not finite."""
 
@@ -43,7 +44,10 @@ def test_each_tensor_goes_to_the_device_once_and_three_answers_are_awaited(famil
 def test_the_peak_of_the_allocator_is_near_the_model(family, checkpoint, loaded):
     path = checkpoint(family, size="demo", overrides=(("num_hidden_layers", 4),), **FILES)
     stock, streamed = (loaded("h200", path, mode, described="sizes").ranks[0] for mode in ("0", "require"))
-    # SGLang reads these in bf16 before it quantizes them: little of a large model.
-    deferred = sum(size for name, size in tensors_in(path).items() if "kv_b_proj" in name)
-    assert streamed.memory.peak_above_start <= 1.02 * streamed.model_bytes + deferred
+    sizes = tensors_in(path)
+    # What does not grow with a model: SGLang reads these in bf16 before it quantizes them ...
+    deferred = sum(size for name, size in sizes.items() if "kv_b_proj" in name)
+    # ... and each loader thread has a unit, gate and up of an expert, in bf16 and fp8.
+    in_flight = LOADER_THREADS * 3 * max(size for name, size in sizes.items() if name.endswith("gate_proj.weight"))
+    assert streamed.memory.peak_above_start <= 1.02 * streamed.model_bytes + deferred + in_flight
     assert streamed.memory.peak_above_start <= 0.55 * stock.memory.peak_above_start
