@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Protocol
 
 import torch
@@ -19,6 +20,14 @@ from sglang_overlay.core.staging import Piece
 
 Reorder = Callable[[torch.Tensor], torch.Tensor]
 """Puts a tensor's elements into another order; its shape stays."""
+
+
+def made_current(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the thread's current one: kernels are launched there, and loader threads begin with the first."""
+    if device.type in ("cpu", "meta"):
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return module.device(device) if module.is_initialized() else nullcontext()
 
 
 class UnitQuantizer(Protocol):

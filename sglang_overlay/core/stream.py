@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from sglang_overlay.core.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedDtypeError
-from sglang_overlay.core.quantizers import Magnitudes, UnitQuantizer
+from sglang_overlay.core.quantizers import Magnitudes, UnitQuantizer, made_current
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
@@ -275,7 +275,8 @@ class ParameterStream:
     def _quantize_run(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
         run = slice(units.start, units.stop)
         before = self._stored_before(units)
-        found = self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
+        with made_current(self.storage.weight.device):
+            found = self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
         self._magnitudes.note_run(run, found)
         self._note_rewriting(units, before, source)
         self._done[run] = self._direct[run] = bytes([1]) * len(units)
@@ -298,7 +299,8 @@ class ParameterStream:
 
     def _quantize_unit(self, unit: int, pieces: Sequence[Piece]) -> None:
         weight, scale = self.storage.weight[unit], self.storage.scale[unit]
-        self._magnitudes.note(unit, self._quantizer.quantize(pieces, weight, scale))
+        with made_current(weight.device):
+            self._magnitudes.note(unit, self._quantizer.quantize(pieces, weight, scale))
 
     def _stored_before(self, units: range) -> list[bytes] | None:
         """What lies where ``units`` go, if any of them has been quantized before."""
