@@ -83,7 +83,8 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "",
         page_tables.markdown(_COLUMNS, [_row(published_plan, baseline) for published_plan, baseline in found]),
         "*Open* is the most high-precision memory of layers, or of units, of which a part has not been read yet.",
-        "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak.",
+        "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak,",
+        "and on which SGLang serves fp8 experts: an A100 loads them, and has no e4m3 in Triton to compute with.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -153,5 +154,7 @@ def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> list[str
 
 
 def _smallest_gpu(peak: int) -> str:
-    fitting = [gpu for gpu in sorted(gpus.known(), key=lambda gpu: gpu.memory) if peak <= gpu.usable]
+    # All published models have experts.
+    serving = (gpu for gpu in gpus.known() if gpu.serves_experts)
+    fitting = [gpu for gpu in sorted(serving, key=lambda gpu: gpu.memory) if peak <= gpu.usable]
     return fitting[0].name if fitting else "none"

@@ -78,13 +78,13 @@ class Marks:
         Returns:
             Names of tensors of which no marked element has been written.
         """
-        untouched = _known({name: _lifted(found) for name, found in self._marked.items()})
+        untouched = _true({name: _lifted(found) for name, found in self._marked.items()})
         unwritten = [
             name
             for name, found in self._marked.items()
             if tensors.get(name) is found.tensor
             and found.tensor.data_ptr() == found.bits.data_ptr()
-            and untouched[name]
+            and name in untouched
         ]
         self._marked = {}
         return unwritten
@@ -108,10 +108,12 @@ def _lifted(found: _Marked) -> torch.Tensor:
     return is_marked.all()
 
 
-def _known(answers: Mapping[str, torch.Tensor]) -> dict[str, bool]:
-    """Answers on devices, brought to the host in one copy for each device."""
-    known: dict[str, bool] = {}
+def _true(answers: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of the answers that are yes. Each device is asked once."""
+    found: set[str] = set()
     for device in {answer.device for answer in answers.values()}:
         here = [name for name, answer in answers.items() if answer.device == device]
-        known.update(zip(here, torch.stack([answers[name] for name in here]).tolist(), strict=True))
-    return known
+        found.update(
+            here[number] for number in torch.stack([answers[name] for name in here]).nonzero().flatten().tolist()
+        )
+    return found

@@ -114,14 +114,15 @@ class Magnitudes:
 
 def units_not_finite(magnitudes: Sequence[torch.Tensor]) -> list[list[int]]:
     """Of each of these magnitudes of units, which are NaN or Inf. Waits for each device once, for all of them."""
-    finite: list[list[bool]] = [[] for _ in magnitudes]
-    for device in {found.device for found in magnitudes}:
-        here = [number for number, found in enumerate(magnitudes) if found.device == device]
-        answers = torch.isfinite(torch.cat([magnitudes[number].detach().view(-1) for number in here])).tolist()
-        for number in here:
-            count = magnitudes[number].numel()
-            finite[number], answers = answers[:count], answers[count:]
-    return [[unit for unit, is_finite in enumerate(found) if not is_finite] for found in finite]
+    found: list[list[int]] = [[] for _ in magnitudes]
+    for device in {each.device for each in magnitudes}:
+        here = [number for number, each in enumerate(magnitudes) if each.device == device]
+        places = [(number, unit) for number in here for unit in range(magnitudes[number].numel())]
+        is_damaged = ~torch.isfinite(torch.cat([magnitudes[number].detach().view(-1) for number in here]))
+        for place in is_damaged.nonzero().flatten().tolist():
+            number, unit = places[place]
+            found[number].append(unit)
+    return found
 
 
 def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from sglang_overlay.errors import StreamFP8Error
 
@@ -22,19 +23,30 @@ class GPU:
     Attributes:
         memory: bytes that ``nvidia-smi`` gives as its total.
         usable: bytes of it that weights may take.
+        capability: major and minor compute capability.
     """
 
     name: str
     memory: int
     usable: int
+    capability: tuple[int, int]
+
+    @property
+    def serves_experts(self) -> bool:
+        """Whether SGLang serves fp8 experts on it: its Triton kernels have e4m3 from compute capability 8.9 on."""
+        return self.capability >= (8, 9)
 
 
 @cache
 def known() -> tuple[GPU, ...]:
     """All GPUs in the table, in its order."""
     table = json.loads(resources.files(__package__).joinpath("gpus.json").read_text(encoding="utf-8"))
-    sizes = {entry["name"]: entry["memory_mib"] << 20 for entry in table["gpus"]}
-    return tuple(GPU(name, size, int(size * table["usable_fraction"])) for name, size in sizes.items())
+    return tuple(_gpu(entry, table["usable_fraction"]) for entry in table["gpus"])
+
+
+def _gpu(entry: dict[str, Any], usable: float) -> GPU:
+    memory = entry["memory_mib"] << 20
+    return GPU(entry["name"], memory, int(memory * usable), tuple(entry["capability"]))
 
 
 def find(name: str) -> GPU:
