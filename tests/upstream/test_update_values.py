@@ -15,6 +15,8 @@ from workbench.updates import Update
 from sglang_overlay.settings import SCHEME_VARIABLE
 
 SEED = 1
+BLOCKS = (("hidden_size", 256), ("intermediate_size", 512), ("moe_intermediate_size", 256), ("head_dim", 128))
+"""Sizes that divide into blocks of 128 over two ranks."""
 SOURCES = {
     "disk": {"source": "disk"},
     "tensors": {"source": "tensor"},
@@ -27,9 +29,9 @@ def exported(checkpoint, tmp_path_factory):
     """The new weights of a family, quantized by a scheme as trainers send them."""
 
     @cache
-    def export(family, scheme):
+    def export(family, scheme, overrides=()):
         folder = tmp_path_factory.mktemp("exported") / "out"
-        run_export(ExportJob(checkpoint(family, seed=SEED), folder, scheme))
+        run_export(ExportJob(checkpoint(family, seed=SEED, overrides=overrides), folder, scheme))
         return folder
 
     return export
@@ -39,9 +41,9 @@ def exported(checkpoint, tmp_path_factory):
 def load(workers, checkpoint):
     """A streamed load of a family's weights by a scheme, with updates."""
 
-    def run(family, scheme, *updates, seed=0, **fields):
+    def run(family, scheme, *updates, seed=0, overrides=(), **fields):
         environ = {SCHEME_VARIABLE: scheme} if scheme else {}
-        path = checkpoint(family, seed=seed)
+        path = checkpoint(family, seed=seed, overrides=overrides)
         return workers.load(
             LoadJob(path, streaming="require", environ=environ, updates=updates, prompts=PROMPTS, **fields)
         )
@@ -49,22 +51,27 @@ def load(workers, checkpoint):
     return run
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("family", "scheme"), [("qwen3", "block"), ("qwen3_moe", "block"), ("qwen3_moe", "channel")])
-def test_values_with_scales_in_the_layout_that_is_served_are_taken_to_the_bit(
-    family, scheme, source, tp_size, load, exported
-):
-    if tp_size > 1 and (source != "tensors" or scheme == "channel"):
-        # Online scales of a channel are those of a rank's columns.
-        pytest.skip("one source is enough at TP 2")
-    update = Update(checkpoint=exported(family, scheme), **SOURCES[source])
-    result = load(family, scheme, update, tp_size=tp_size)
+def test_values_with_scales_in_the_layout_that_is_served_are_taken_to_the_bit(family, scheme, source, load, exported):
+    result = load(family, scheme, Update(checkpoint=exported(family, scheme), **SOURCES[source]))
+    assert_taken(result, load(family, scheme, seed=SEED))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_each_rank_takes_its_part_of_values_and_scales(family, load, exported):
+    sizes = {"overrides": BLOCKS, "tp_size": 2}
+    result = load(family, "block", Update("tensor", exported(family, "block", BLOCKS)), **sizes)
+    assert_taken(result, load(family, "block", seed=SEED, **sizes))
+
+
+def assert_taken(result, fresh):
+    """Every rank has updated in place, and ends as a fresh load of the new weights."""
     for rank in result.ranks:
         (done,) = rank.updates
         assert done.success, done.message
         assert done.moved == ()
-    assert compare(load(family, scheme, seed=SEED, tp_size=tp_size), result) == []
+    assert compare(fresh, result) == []
 
 
 def test_stocks_scheme_takes_linear_layers_with_a_scale_a_channel(load, exported):
