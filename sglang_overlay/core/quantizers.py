@@ -69,7 +69,7 @@ class UnitQuantizer(Protocol):
 
 def magnitude(unit: torch.Tensor) -> torch.Tensor:
     """Largest magnitude; NaN or Inf where any value is. Scales do not tell: the kernels' maximum drops NaN."""
-    return magnitudes(unit.unsqueeze(0))[0]
+    return magnitudes(unit.reshape(1, -1) if unit.ndim == 0 else unit.unsqueeze(0))[0]
 
 
 def magnitudes(units: torch.Tensor) -> torch.Tensor:

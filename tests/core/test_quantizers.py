@@ -18,6 +18,7 @@ from sglang_overlay.core.quantizers import (
     WholeUnitQuantizer,
     magnitude,
     magnitudes,
+    units_not_finite,
 )
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
@@ -135,6 +136,11 @@ def test_magnitude_keeps_what_is_not_finite(dtype, values, wanted):
     norm = torch.linalg.vector_norm(unit, torch.inf, dim=(1,))
     for found in (magnitude(unit), magnitudes(unit.view(1, 1, 300))[0], norm[0]):
         assert found.item() == pytest.approx(wanted, nan_ok=True)
+
+
+def test_magnitude_of_a_single_number():
+    assert magnitude(torch.tensor(-3.0)).item() == 3.0
+    assert units_not_finite([magnitude(torch.tensor(math.nan)).view(1), torch.ones(2)]) == [[0], []]
 
 
 def test_run_is_cut_where_it_would_take_too_much_memory(monkeypatch):

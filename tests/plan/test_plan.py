@@ -36,8 +36,8 @@ def test_equal_ranks_are_equal(checkpoint, planned):
 
 def test_a_plan_fits_where_every_ranks_peak_does(plan):
     highest = plan.highest("streaming").peak
-    assert plan.fits("streaming", GPU("enough", 2 * highest, highest))
-    assert not plan.fits("streaming", GPU("too small", 2 * highest, highest - 1))
+    assert plan.fits("streaming", GPU("enough", 2 * highest, highest, (9, 0)))
+    assert not plan.fits("streaming", GPU("too small", 2 * highest, highest - 1, (9, 0)))
 
 
 def test_json_is_what_its_schema_says(plan):
