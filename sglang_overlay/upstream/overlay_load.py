@@ -146,7 +146,9 @@ class OverlayLoad(CheckedLoad):
         reason = super().adopt(model)
         if reason is not None:
             return reason
-        self._dtypes = StoredDtypes(model, self.sources)
+        if self.abandoned is None:
+            # Loaders that are not covered keep those of parameters for later (``flash_rl``).
+            self._dtypes = StoredDtypes(model, self.sources)
         if self._streams and not self.prequantized:
             self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
             self._reading.callback(self._unstreamed.settle)

@@ -35,7 +35,7 @@ class ReadingInInitForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.norm_before_loading = float(torch.nan_to_num(_down_proj(self).weight.data.float()).sum().item())
+        float(torch.nan_to_num(_down_proj(self).weight.data.float()).sum().item())
 
 
 class LoaderlessForCausalLM(Qwen3ForCausalLM):
