@@ -64,7 +64,8 @@ class LoaderCall:
         is_fill = not is_given and not any(source.stride())
         self._writes.append((destination, is_fill))
         self._taken += 0 if is_fill else source.numel()
-        if is_given and 0 in source.stride():
+        # One that is saved as a view that repeats its memory is as large as it says.
+        if is_given and 0 in source.stride() and not _repeated(self.given):
             self._outcome = self._outcome or _repeated(source)
         elif not is_given and not is_fill and source.numel() * self._ranks > self.given.numel():
             self._outcome = self._outcome or _padded(source)

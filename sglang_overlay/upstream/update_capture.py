@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sglang_overlay.core.capture import WriteSink, storage_key
 from sglang_overlay.core.partial_capture import PartialCapture
+from sglang_overlay.core.sources import oddity
 from sglang_overlay.errors import WeightUpdateError
 from sglang_overlay.upstream.undo import UndoLog
 
@@ -47,7 +48,7 @@ class GivenTensors:
         """Note that upstream is about to get ``tensor``."""
         self.last = name
         self.names[name] = None
-        if not tensor.numel():
+        if oddity(tensor) is not None or not tensor.numel():
             self._used.add(name)
             return
         key = storage_key(tensor)

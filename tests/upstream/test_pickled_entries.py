@@ -93,7 +93,7 @@ def every_other_column(entries):
 def expanded(entries):
     entries[O_PROJ] = entries[O_PROJ][:1].expand(256, 256)
     entries[f"{ATTENTION}.q_proj.weight"] = entries[f"{ATTENTION}.q_proj.weight"][:, :1].expand(256, 256)
-    entries[f"{LAYER}.mlp.down_proj.weight"] = torch.full((), 0.5).bfloat16().expand(256, 512)
+    entries[f"{LAYER}.mlp.down_proj.weight"] = torch.full((), 0.5).bfloat16().expand(256, 384)
 
 
 def in_one_storage(entries):
