@@ -169,7 +169,8 @@ def _run_on_host(operator: Any, name: str) -> Callable[..., Any]:
 
 
 def _as_tensor(value: Any) -> Any:
-    return torch.tensor(value) if isinstance(value, (bool, int, float)) else value
+    # A float would bring a dtype of its own, that of the process's default, into the result.
+    return torch.tensor(value) if isinstance(value, (bool, int)) else value
 
 
 def _resized(original: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
