@@ -271,7 +271,8 @@ def test_update_needs_memory_for_what_it_replaces_and_for_units(how, workers, ch
     assert rank.model_bytes > 200 * unit
     for done in rank.updates:
         assert done.success, done.message
-        assert done.memory.peak_above_start < rank.model_bytes + 20 * unit
+        # Tensors that wait for their unit, and what malloc keeps of them, beside what is undone from.
+        assert done.memory.peak_above_start < rank.model_bytes + 40 * unit
 
 
 @pytest.mark.parametrize("family", BAD)
