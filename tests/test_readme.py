@@ -31,6 +31,7 @@ ELSEWHERE = {
     "SGLANG_STREAMFP8_REPORT=": "tests/upstream/test_server.py::test_server_streams_and_answers",
     "SGLANG_STREAMFP8=0": "tests/upstream/test_plugin.py::test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone",
     "SGLANG_STREAMFP8=require": "tests/upstream/test_server.py::test_server_streams_and_answers",
+    "SGLANG_STREAMFP8_CPU_REFERENCE=": "tests/workbench/test_demo.py::test_command_serves_a_checkpoint_both_ways",
     "SGLANG_STREAMFP8_SCHEME=": "tests/upstream/test_schemes.py::"
     "test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint",
     "python -m sglang_overlay run": "tests/upstream/test_launch.py::test_one_batch_benchmark_streams",
