@@ -11,7 +11,7 @@ import torch
 
 aten = torch.ops.aten
 
-_ALLOCATIONS = frozenset(
+ALLOCATIONS = frozenset(
     {
         aten.empty.memory_format,
         aten.empty_strided.default,
@@ -21,6 +21,7 @@ _ALLOCATIONS = frozenset(
         aten.new_empty_strided.default,
     }
 )
+"""Operations that make a tensor without contents."""
 _WAITS = frozenset({aten._local_scalar_dense.default, aten.nonzero.default})
 """Operations whose result the host needs: a number, or how much was found."""
 
@@ -42,7 +43,7 @@ class DeviceWork:
 
     def note(self, device: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count an operation that is no view, if it is one of ``device``'s."""
-        if func in _ALLOCATIONS:
+        if func in ALLOCATIONS:
             return
         found = [tensor.device.type for tensor in _tensors(args)]
         target = torch.device(kwargs["device"]).type if kwargs.get("device") else None

@@ -32,6 +32,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_overlay.plan.account import Account
+from sglang_overlay.plan.device_work import ALLOCATIONS
 from sglang_overlay.plan.replacing import replaced
 
 aten = torch.ops.aten
@@ -93,7 +94,7 @@ class _Weightless(TorchDispatchMode):
         elif not _is_view(func):
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, torch.Tensor):
-                    self._account.made(tensor, filled=func not in _UNINITIALIZED)
+                    self._account.made(tensor, filled=func not in ALLOCATIONS)
         return result
 
     @classmethod
@@ -119,7 +120,7 @@ def _on_fakes(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: di
         result = _without_special_cases(mode, func, args, kwargs)
     else:
         result = func(*map(_stand_in, args), **kwargs)
-    if isinstance(result, FakeTensor) and result.numel() == 1 and not _is_view(func) and func not in _UNINITIALIZED:
+    if isinstance(result, FakeTensor) and result.numel() == 1 and not _is_view(func) and func not in ALLOCATIONS:
         _follow_number(func, args, kwargs, result)
     return result
 
@@ -287,17 +288,6 @@ _PLAIN = _FACTORIES | {
 
 _PUTS = frozenset({aten.index_put_.default, aten._index_put_impl_.default})
 """Operations that write to some elements of their first argument."""
-
-_UNINITIALIZED = frozenset(
-    {
-        aten.empty.memory_format,
-        aten.empty_strided.default,
-        aten.empty_like.default,
-        aten.empty_permuted.default,
-        aten.new_empty.default,
-        aten.new_empty_strided.default,
-    }
-)
 
 
 @contextmanager
