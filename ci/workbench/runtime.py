@@ -118,6 +118,8 @@ def build(
     place = _place(server_args, rank)
     if "ps" in inspect.signature(runner).parameters:
         wrapper: Any = importlib.import_module("sglang.srt.distributed.parallel_state_wrapper")
+        if "gpu_id" in inspect.signature(wrapper.ParallelState).parameters:
+            place["gpu_id"] = rank
         place = {"ps": wrapper.ParallelState.trivial(**place)}
     return told(
         runner,

@@ -76,7 +76,7 @@ PATCHES = (
     ),
     Patch(
         2,
-        upstream=("eligibility", "linear", "load", "model_loading", "plan"),
+        upstream=("capabilities", "eligibility", "linear", "load", "model_loading", "plan"),
         files=(
             f"{PACKAGE_FOLDER}/entry.py",
             f"{PACKAGE_FOLDER}/hooks.py",
@@ -90,7 +90,7 @@ PATCHES = (
             ),
         ),
     ),
-    Patch(3, upstream=("capabilities", "moe"), files=("test/registered/quant/test_streaming_fp8_moe.py",)),
+    Patch(3, upstream=("moe",), files=("test/registered/quant/test_streaming_fp8_moe.py",)),
     Patch(
         4,
         core=("tensor_names",),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_overlay.plan.device_work import DeviceWork
+from sglang_overlay.plan.job import DeviceWork
 
 CUDA_BLOCK = 512
 """PyTorch's caching allocator rounds each allocation on a GPU up to a multiple of this many bytes."""

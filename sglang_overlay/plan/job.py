@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sglang_overlay.plan.device_work import DeviceWork
 from sglang_overlay.plan.host import HostMemory
 from sglang_overlay.schemes.choice import SchemeChoice
 
@@ -51,6 +50,22 @@ class Layout:
     def ranks(self) -> int:
         """Processes that load together."""
         return self.tp * self.pp
+
+
+@dataclass
+class DeviceWork:
+    """What a load asks of a device beside memory.
+
+    Attributes:
+        launches: operations that run on the device, a launch each, copies within it included; a kernel of SGLang's
+            counts as many as it launches.
+        uploads: copies from the host.
+        waits: for the device, by the host: its numbers, and copies to the host.
+    """
+
+    launches: int = 0
+    uploads: int = 0
+    waits: int = 0
 
 
 @dataclass(frozen=True)

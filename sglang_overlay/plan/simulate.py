@@ -18,10 +18,9 @@ from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.plan.account import CUDA_BLOCK, Account, AllocatedLate, AllocatedMemory, TouchedMemory
 from sglang_overlay.plan.checkpoint import Checkpoint, WeightFile, arranged, read_headers, read_index
-from sglang_overlay.plan.device_work import DeviceWork
 from sglang_overlay.plan.from_config import from_config
 from sglang_overlay.plan.host import HeldTensors, HostMemory
-from sglang_overlay.plan.job import Job, PlannedLoad
+from sglang_overlay.plan.job import DeviceWork, Job, PlannedLoad
 from sglang_overlay.plan.layers import whole_layers
 from sglang_overlay.plan.replacing import replaced
 from sglang_overlay.plan.weightless import EmptyFile, weightless

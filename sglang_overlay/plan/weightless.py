@@ -32,7 +32,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_overlay.plan.account import Account
-from sglang_overlay.plan.device_work import ALLOCATIONS
+from sglang_overlay.plan.device_work import ALLOCATIONS, count
 from sglang_overlay.plan.replacing import replaced
 
 aten = torch.ops.aten
@@ -80,7 +80,7 @@ class _Weightless(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         if not _is_view(func):
-            self._account.work.note(self._account.device, func, args, kwargs)
+            count(self._account.work, self._account.device, func, args, kwargs)
         has_fake = any(issubclass(kind, FakeTensor) for kind in types)
         if has_fake and func in _INSTEAD:
             return _INSTEAD[func](self._account, args)

@@ -19,8 +19,7 @@ import torch
 from packaging.version import Version
 
 from sglang_overlay.errors import StreamFP8Error
-from sglang_overlay.plan.device_work import DeviceWork
-from sglang_overlay.plan.job import Layout
+from sglang_overlay.plan.job import DeviceWork, Layout
 from sglang_overlay.plan.replacing import replaced
 from sglang_overlay.upstream import eligibility, releases
 
