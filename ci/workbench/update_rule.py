@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 NamedTensor = tuple[str, torch.Tensor]
 
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
-FUSED["up_proj"] = "gate_up_proj"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that SGLang serves as one, and the checkpoint's layers in it, row below row."""
+_FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_up_proj|down_proj)$")
 _STACKED = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
@@ -39,7 +40,8 @@ class RandomUpdates:
 
     Args:
         checkpoints: of one model, whose weights differ everywhere; the first is the one that was loaded.
-        ready: for each of these a folder with the same weights quantized as they are served, or none at all.
+        ready: for each of these a folder with the same weights in blocks, as they are served then, or none at all.
+            In blocks, each part of a fused layer is replaced by itself; else its parts share a scale.
         first: number of the first update; each is made from its number alone.
         count: how many.
         lora: whether SGLang's LoRA layers are put around the model's linear layers.
@@ -107,13 +109,6 @@ class _Case:
         return f"{self.source} {kind} version {self.version}, {sizes} tensors a call{fault}, retries {self.retries}"
 
 
-def group_of(name: str) -> str:
-    """The served layer that a checkpoint's tensor is a part of, by a name of its own: what shares a scale shares it."""
-    layer = re.sub(r"\.(weight|weight_scale|weight_scale_inv)$", "", name)
-    parent, _, last = layer.rpartition(".")
-    return f"{parent}.{FUSED.get(last, last)}".lstrip(".")
-
-
 class Rule:
     """Makes random updates of one runner's model and holds them to the rule.
 
@@ -131,7 +126,7 @@ class Rule:
             wrap_in_lora(self._model)
         self._plain = [dict(tensors_of(path)) for path in updates.checkpoints]
         self._ready = [dict(tensors_of(path)) for path in updates.ready]
-        self._groups = sorted({group_of(name) for name in self._plain[0]})
+        self._groups = sorted({self._group_of(name) for name in self._plain[0]})
         self._held = dict.fromkeys(self._groups, 0)
         self._states = [self._state_of(path) for path in (*updates.checkpoints[1:], updates.checkpoints[0])]
         self._states.insert(0, self._states.pop())
@@ -161,7 +156,7 @@ class Rule:
         version = chance.randrange(len(self._plain))
         tensors = (self._ready if is_ready else self._plain)[version]
         groups = self._groups if chance.random() < 0.2 else chance.sample(self._groups, chance.randrange(1, 9))
-        names = [name for name in tensors if group_of(name) in set(groups)]
+        names = [name for name in tensors if self._group_of(name) in set(groups)]
         chance.shuffle(names)
         source = chance.choice(("tensor", "tensor", "bucket", "disk"))
         # Reading a checkpoint in a random order is another test's.
@@ -206,7 +201,7 @@ class Rule:
             answers.append(success)
             self._held = self._held if success else before
             self._check(number, case, message)
-            touched = {group_of(name) for name in arrived}
+            touched = {self._group_of(name) for name in arrived}
             if success and self._whole(case, arrived) != touched:
                 self._break(number, case, "the update succeeded without all of its tensors", message)
         if case.is_clean and not self._splits(case) and not all(answers):
@@ -302,11 +297,17 @@ class Rule:
 
     # -- the rule ----------------------------------------------------------------------------------------------------
 
+    def _group_of(self, name: str) -> str:
+        """What a checkpoint's tensor is replaced with, by a name of its own: what shares a scale shares it."""
+        layer = re.sub(r"\.(weight|weight_scale|weight_scale_inv)$", "", name)
+        parent, _, last = layer.rpartition(".")
+        return f"{parent}.{last if self._ready else _FUSED_OF.get(last, last)}".lstrip(".")
+
     def _whole(self, case: _Case, arrived: set[str]) -> set[str]:
         """Groups of which everything has come."""
         tensors = (self._ready if case.is_ready else self._plain)[case.version]
-        missing = {group_of(name) for name in tensors if name not in arrived}
-        return {group_of(name) for name in arrived} - missing
+        missing = {self._group_of(name) for name in tensors if name not in arrived}
+        return {self._group_of(name) for name in arrived} - missing
 
     def _splits(self, case: _Case) -> bool:
         """Whether a call brings only a part of a group that has to come in one."""
@@ -331,7 +332,17 @@ class Rule:
             kind = "gate_up_proj" if key.startswith("w13") else "down_proj"
             experts = len(self._states[0][name])
             return [self._states[self._held[f"{layer}.{one}.{kind}"]][name][one] for one in range(experts)]
+        parent, _, last = layer.rpartition(".")
+        if self._ready and last in FUSED:
+            return self._rows(name, [f"{parent}.{part}" for part in FUSED[last]])
         return self._states[self._held.get(layer, 0)][name]
+
+    def _rows(self, name: str, parts: Sequence[str]) -> torch.Tensor:
+        """A fused tensor, each part's rows as they should be."""
+        heights = [len(self._plain[0][f"{part}.weight"]) for part in parts]
+        rows = [len(self._states[0][name]) * height // sum(heights) for height in heights]
+        pieces = zip(*(state[name].split(rows) for state in self._states), strict=True)
+        return torch.cat([piece[self._held[part]] for part, piece in zip(parts, pieces, strict=True)])
 
     def _check(self, number: int, case: _Case, message: str) -> None:
         if self._is_lost:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 
+from workbench.exports import ExportJob, run_export
 from workbench.loads import LoadJob
 from workbench.update_rule import RandomUpdates
+
+from sglang_overlay.settings import SCHEME_VARIABLE
 
 FIRST = int(os.environ.get("STREAMFP8_UPDATES_FIRST", "0"))
 COUNT = int(os.environ.get("STREAMFP8_UPDATES", "500"))
@@ -34,15 +37,25 @@ def paths_of(checkpoint, family, **fields):
 
 def test_two_ranks_hold_what_they_answer(workers, checkpoint):
     paths = paths_of(checkpoint, "qwen3_moe", overrides=SHAPE)
-    share = -(-COUNT * 3 // 5)
+    share = -(-COUNT // 2)
     job = LoadJob(paths[0], streaming="require", tp_size=2, updates=(RandomUpdates(paths, (), FIRST, share),))
     answers = held(workers, job, share)
     if COUNT >= 100:
         assert 0.3 < sum(answers) / len(answers) < 0.95
 
 
+def test_model_that_is_sent_values_with_scales_holds_what_it_answers(workers, checkpoint, tmp_path):
+    paths, ready = paths_of(checkpoint, "qwen3", overrides=SHAPE[:1]), []
+    for number, path in enumerate(paths):
+        run_export(ExportJob(path, tmp_path / str(number), "block"))
+        ready.append(tmp_path / str(number))
+    share = -(-COUNT // 4)
+    updates = RandomUpdates(paths, tuple(ready), FIRST, share)
+    held(workers, LoadJob(paths[0], streaming="require", environ={SCHEME_VARIABLE: "block"}, updates=(updates,)), share)
+
+
 def test_model_with_lora_layers_holds_what_it_answers(workers, checkpoint):
     paths = paths_of(checkpoint, "qwen3", overrides=SHAPE[:1])
-    share = -(-COUNT * 2 // 5)
+    share = -(-COUNT // 4)
     updates = RandomUpdates(paths, (), FIRST, share, lora=True)
     held(workers, LoadJob(paths[0], streaming="require", updates=(updates,)), share)
