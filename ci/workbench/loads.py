@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 #: Token ids every tiny vocabulary has; lengths differ so that a batch is ragged.
 PROMPTS: tuple[tuple[int, ...], ...] = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9), (259, 4, 300))
 
+STORED_AS_FP8 = ("qkv_proj_with_rope_is_fp8", "shared_experts_is_fp8", "shared_experts_weight_block_size")
+"""Flags of ``deepseek_v2.py`` that say, when a layer is made, whether its checkpoint is fp8: False under every online
+quantization, stock's too. They choose kernels for AMX, and optional ones (``SGLANG_OPT_MOE_QUANT_ONCE``, MegaMoE)."""
+
 StartMethod = Literal["forkserver", "spawn"]
 
 _WORKER_MODULE = "workbench.load_worker"
