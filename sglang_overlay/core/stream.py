@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -107,6 +107,16 @@ class ParameterStream:
         self._rewritten: set[str] = set()
         self._unit_explained = self._quantizing_explained(1)
         account.store(storage.weight.nbytes + storage.scale.nbytes)
+
+    @property
+    def kind(self) -> Hashable:
+        """What chooses the kernels that quantize a unit."""
+        return type(self._quantizer), self._grid.shape, self._dtype
+
+    def try_quantizer(self) -> None:
+        """Quantize a unit of zeros on a device, where nothing has been written yet."""
+        if self.storage.weight.device.type not in ("cpu", "meta"):
+            self._quantize_missing(0)
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Take a write of ``source`` to the view ``destination`` of the placeholder. Shapes are equal.

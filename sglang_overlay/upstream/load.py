@@ -136,6 +136,7 @@ class ModelLoad:
             self._start(layer, names.get(layer), pending)
         self._pending.clear()
         self._unnamed.clear()
+        self._build_kernels()
         return None
 
     def abandon(self, reason: str) -> None:
@@ -237,6 +238,12 @@ class ModelLoad:
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = (layer_stream, pending.plan)
+
+    def _build_kernels(self) -> None:
+        """Use each kernel once, before threads of a model's loader do: what is built then is built by one of them."""
+        kinds = {part.kind: part for stream, _ in self._streams.values() for part in stream.streams.values()}
+        for part in kinds.values():
+            part.try_quantizer()
 
     def _allocate(self, pending: PendingLayer, key: str) -> Storage:
         return pending.plan.allocate(key, pending.placeholders[key], pending.device)

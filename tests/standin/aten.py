@@ -29,16 +29,18 @@ MIXING = frozenset({"copy_", "_index_put_impl_", "index", "index_put_", "_local_
 
 
 class Operations:
-    """Counts what would be launched on the device, by name. ``_lock`` guards the counter."""
+    """Counts what would be launched on the device, by name. ``_lock`` guards the counter and the threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._found: Counter[str] = Counter()
+        self._threads: dict[str, str] = {}
 
     def note(self, name: str) -> None:
         """One more of these."""
         with self._lock:
             self._found[name] += 1
+            self._threads.setdefault(name, threading.current_thread().name)
 
     @contextmanager
     def counted(self) -> Iterator[Counter[str]]:
@@ -50,6 +52,16 @@ class Operations:
         with self._lock:
             found.update(self._found - before)
 
+    @contextmanager
+    def first_uses(self) -> Iterator[dict[str, str]]:
+        """The thread that was first with each, meanwhile; complete when the block ends."""
+        with self._lock:
+            self._threads.clear()
+        found: dict[str, str] = {}
+        yield found
+        with self._lock:
+            found.update(self._threads)
+
 
 OPERATIONS = Operations()
 
@@ -57,6 +69,11 @@ OPERATIONS = Operations()
 def counted() -> AbstractContextManager[Counter[str]]:
     """A recorder of :class:`workbench.loads.LoadJob`."""
     return OPERATIONS.counted()
+
+
+def first_uses() -> AbstractContextManager[dict[str, str]]:
+    """A recorder of :class:`workbench.loads.LoadJob`."""
+    return OPERATIONS.first_uses()
 
 
 HOST_TO_DEVICE, DEVICE_TO_HOST = "host to device", "device to host"
@@ -68,9 +85,9 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, strides and offset as a CPU tensor."""
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     host = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), torch.device("cpu"), storage.nbytes())
-    flat = torch.empty(0, dtype=tensor.dtype)
+    flat = torch.empty(0, dtype=tensor.dtype, device="cpu")
     return flat.set_(host, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
@@ -170,7 +187,7 @@ def _run_on_host(operator: Any, name: str) -> Callable[..., Any]:
 
 def _as_tensor(value: Any) -> Any:
     # A float would bring a dtype of its own, that of the process's default, into the result.
-    return torch.tensor(value) if isinstance(value, (bool, int)) else value
+    return torch.tensor(value, device="cpu") if isinstance(value, (bool, int)) else value
 
 
 def _resized(original: torch.Tensor, host: torch.Tensor) -> torch.Tensor:

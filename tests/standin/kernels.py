@@ -46,7 +46,9 @@ def emulates(name: str, source: str, releases: str) -> Callable[[Callable[..., A
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             OPERATIONS.note(name)
-            return function(*args, **kwargs)
+            # Models are built where the device is the default one for new tensors.
+            with torch.device("cpu"):
+                return function(*args, **kwargs)
 
         BY_NAME[name] = run
         MIRRORS[name] = Mirror(source, releases)

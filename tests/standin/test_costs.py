@@ -9,6 +9,7 @@ import struct
 import pytest
 
 from standin.aten import DEVICE_TO_HOST, HOST_TO_DEVICE
+from standin.kernels import MIRRORS
 
 FILES = {"files": 3, "assignment": "round_robin"}
 COUNTED = {"recorder": "standin.aten:counted"}
@@ -38,6 +39,16 @@ def test_each_tensor_goes_to_the_device_once_and_three_answers_are_awaited(famil
     assert stock[HOST_TO_DEVICE] >= len(tensors_in(path))
     assert streamed[HOST_TO_DEVICE] <= stock[HOST_TO_DEVICE]
     assert streamed[DEVICE_TO_HOST] <= stock[DEVICE_TO_HOST] + ANSWERS
+
+
+@pytest.mark.every_release
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_the_main_thread_is_the_first_to_use_a_kernel(family, checkpoint, loaded):
+    """SGLang builds most on first use, and DeepSeek's loader has eight threads."""
+    job = loaded("h200", checkpoint(family, **FILES), "require", recorder="standin.aten:first_uses")
+    uses = {name: thread for name, thread in job.ranks[0].recorded.items() if name in MIRRORS}
+    assert uses
+    assert set(uses.values()) == {"MainThread"}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
