@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sglang_overlay.plan.process import Planners
 
 PAGE = CONFIGS.parents[2] / "docs" / "costs.md"
-MODELS = {"DeepSeek-V3": 8, "Qwen3-235B-A22B": 8, "Qwen3-30B-A3B": 1}
+MODELS = {"DeepSeek-V3": 8, "Qwen3-235B-A22B": 4, "Qwen3-30B-A3B": 1}
 """Models and the TP size of each."""
 SCHEMES = {
     STOCK: SchemeChoice(),
@@ -37,7 +37,7 @@ class Cost:
 
 
 def planned(planners: Planners, models: Sequence[str], configs: Path = CONFIGS) -> Iterator[Cost]:
-    """Plan each, as many beside one another as there are workers; those that a scheme does not fit are left out."""
+    """Plan each, as many beside one another as there are workers."""
     wanted = [(model, loading, job) for model in models for loading, job in _jobs(configs / f"{model}.json", model)]
     loads = planners.run([job for _, _, job in wanted])
     for (model, loading, job), load in zip(wanted, loads, strict=True):

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from workbench.loads import LoadJob, LoadResult, LoadWorkers
 
+from standin.checkpoints import with_zeros
 from standin.gpus import environ
 
 DEVICES = 2
-SERVER_ARGS = {"disable_custom_all_reduce": True}
-"""SGLang's own all-reduce asks the driver for handles."""
+SERVER_ARGS = {"disable_custom_all_reduce": True, "model_impl": "sglang"}
+"""SGLang's own all-reduce asks the driver for handles. A model that cannot be imported must not become another one."""
 
 OnGpu = Callable[..., LoadWorkers]
 
@@ -61,3 +62,14 @@ class _Job:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Job) and self.job == other.job
+
+
+@pytest.fixture(scope="session")
+def zeros(checkpoint: Callable[..., Path], checkpoint_folder: Path) -> Callable[..., Path]:
+    """A family's checkpoint with rows and experts of zeros."""
+
+    def build(family: str, **fields: Any) -> Path:
+        path = checkpoint(family, files=3, assignment="round_robin", **fields)
+        return with_zeros(path, checkpoint_folder / f"{path.name}-zeros")
+
+    return build

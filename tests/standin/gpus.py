@@ -86,8 +86,8 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iter
         "TRITON_INTERPRET": "1",
         # There is no NCCL without a driver: SGLang goes on with torch.distributed.
         "SGLANG_NCCL_SO_PATH": str(HERE / "no-nccl"),
-        # NVIDIA's builds import FlashInfer, available or not.
-        PACKAGES_VARIABLE: ",".join(sorted(there if kind.architecture else there | {"flashinfer"})),
+        # NVIDIA's builds import FlashInfer, available or not, and bring DeepGEMM, without which 0.5.21 has no DeepSeek.
+        PACKAGES_VARIABLE: ",".join(sorted(there if kind.architecture else there | {"flashinfer", "deep_gemm"})),
         "SGLANG_IS_FLASHINFER_AVAILABLE": str("flashinfer" in there).lower(),
         "SGLANG_ENABLE_JIT_DEEPGEMM": str(int("deep_gemm" in there)),
         **kind.environ,

@@ -196,14 +196,46 @@ def sgl_per_token_group_quant_8bit(
 ) -> None:
     """As ``per_token_group_quant_8bit``, for weights as narrow as a group: multiplies by reciprocals."""
     assert enable_v2 and not scale_ue8m0 and not fuse_silu_and_mul and masked_m is None, "not what weights ask for"
-    assert group_size in (16, 32, 64, 128) and eps == 1e-10
+    assert eps == 1e-10
+    _quantize_narrow_groups(input, output_q, output_s, group_size)
+
+
+@emulates("per_token_group_quant_8bit_v2", "jit_kernel/csrc/gemm/per_token_group_quant_8bit_v2.cuh", "0.5.15.post1")
+def per_token_group_quant_8bit_v2(
+    input: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s: torch.Tensor,
+    masked_m: torch.Tensor,
+    group_size: int,
+    scale_ue8m0: bool,
+    fuse_silu_and_mul: bool,
+    masked_layout: bool,
+    num_groups: int,
+    num_local_experts: int,
+    is_column_major: bool,
+    hidden_dim_num_groups: int,
+    num_tokens_per_expert: int,
+    scale_expert_stride: int,
+    scale_hidden_stride: int,
+) -> None:
+    """As ``sgl_per_token_group_quant_8bit``, of which it was made."""
+    assert not scale_ue8m0 and not fuse_silu_and_mul and not masked_layout, "not what weights ask for"
+    assert num_groups == input.numel() // group_size and hidden_dim_num_groups == input.shape[-1] // group_size
+    assert num_local_experts == 1 and num_tokens_per_expert == input.shape[-2]
+    _quantize_narrow_groups(input, output_q, output_s, group_size)
+
+
+def _quantize_narrow_groups(
+    input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, group_size: int
+) -> None:
+    assert group_size in (16, 32, 64, 128)
     assert input.dtype in (torch.float16, torch.bfloat16)
     _check_groups(input, output_q, group_size, 32)
     values, scale = on_host(input).float().view(-1, group_size), on_host(output_s)
-    absmax = largest(values, dim=1).clamp(min=eps)
-    products = torch.nan_to_num(values * (fp8_max / absmax), nan=fp8_min).clamp(fp8_min, fp8_max)
+    absmax = largest(values, dim=1).clamp(min=1e-10)
+    products = torch.nan_to_num(values * (FP8_MAX / absmax), nan=-FP8_MAX).clamp(-FP8_MAX, FP8_MAX)
     on_host(output_q).copy_(products.view(input.shape))
-    scale.copy_((absmax * (1.0 / torch.tensor(fp8_max))).view(scale.shape))
+    scale.copy_((absmax * (1.0 / torch.tensor(FP8_MAX))).view(scale.shape))
 
 
 def _check_groups(input: torch.Tensor, output_q: torch.Tensor, group_size: int, vector: int) -> None:

@@ -3,7 +3,7 @@
 
 Where stock refuses a combination, streaming refuses it with the same words. An update leaves what a fresh load leaves,
 or is refused by name where a kernel has repacked what was loaded. The reference of a scheme that stock does not have is
-a checkpoint of the same values, exported, and loaded by stock in the same branch; ``test_identity.py`` has experts in
+a checkpoint of the same values, exported, and loaded by stock in the same branch; ``test_schemes.py`` has experts in
 ``int8`` and per channel.
 """
 
