@@ -155,6 +155,24 @@ class CustomLoaderForCausalLM(Qwen3ForCausalLM):
         weight._weight_loader = lambda param, loaded_weight: original(param, loaded_weight)
 
 
+class NarrowingForCausalLM(Qwen3ForCausalLM):
+    """Cuts this rank's columns out of one layer's weight itself, and gives its loader these alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _down_proj(self).use_presharded_weights = True
+
+    def load_weights(self, weights):
+        super().load_weights(map(self._narrowed, weights))
+
+    def _narrowed(self, pair):
+        name, weight = pair
+        if name.endswith("layers.1.mlp.down_proj.weight"):
+            layer = _down_proj(self)
+            return name, weight.chunk(layer.tp_size, dim=1)[layer.tp_rank]
+        return pair
+
+
 class ReadingAfterLoadingForCausalLM(Qwen3ForCausalLM):
     """Derives a tensor from a quantized layer's weight inside ``load_weights``, under a name nobody knows of."""
 
@@ -227,6 +245,7 @@ EntryClass = [
     LeavingTensorsWithoutMemoryForCausalLM,
     WatchedMiniCPM3ForCausalLM,
     CustomLoaderForCausalLM,
+    NarrowingForCausalLM,
     ReadingAfterLoadingForCausalLM,
     ReusedBufferForCausalLM,
     BypassingForCausalLM,
