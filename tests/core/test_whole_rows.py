@@ -36,7 +36,7 @@ class Split:
     rank: int
 
     @classmethod
-    def of(cls, shape, rows_a_unit, rank=1, columns=None):
+    def of(cls, shape, rows_a_unit, rank=1, kind=PipelinedStream, **options):
         *others, columns_here = (*shape[:-1], shape[-1] // RANKS)
         shape = (*others, columns_here)
         unit = (rows_a_unit, columns_here) if rows_a_unit else (columns_here,)
@@ -45,11 +45,11 @@ class Split:
         scales = torch.zeros(grid.parameter_shape[:-1])
         storage = Storage(torch.zeros(grid.parameter_shape, dtype=FP8), scales)
         loaded = LoadedTensor()
-        rows = WholeRows(loaded, columns or columns_here * RANKS, grid, torch.bfloat16)
+        rows = WholeRows(loaded, columns_here * RANKS, grid, torch.bfloat16)
         quantizer = WholeRowsQuantizer(RowQuantizer(quantize_rows), rows, scales)
-        stream = PipelinedStream(
+        stream = kind(
             "layer.weight", placeholder, grid, quantizer, storage, StagingAccount(), MappedSources(),
-            quantized=lambda _: None, pipeline=pipelined.PIPELINE, rows=rows,
+            quantized=lambda _: None, pipeline=pipelined.PIPELINE, rows=rows, **options,
         )  # fmt: skip
         return cls(stream, rows, placeholder, loaded, rank)
 

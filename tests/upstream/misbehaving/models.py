@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 import torch
+from sglang.srt.distributed import parallel_state
 from sglang.srt.models.minicpm3 import MiniCPM3ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -168,8 +169,8 @@ class NarrowingForCausalLM(Qwen3ForCausalLM):
     def _narrowed(self, pair):
         name, weight = pair
         if name.endswith("layers.1.mlp.down_proj.weight"):
-            layer = _down_proj(self)
-            return name, weight.chunk(layer.tp_size, dim=1)[layer.tp_rank]
+            group = parallel_state.get_tp_group()
+            return name, weight.chunk(group.world_size, dim=1)[group.rank_in_group]
         return pair
 
 
