@@ -242,18 +242,20 @@ def test_update_ends_as_a_fresh_load(scheme, workers, load, checkpoint):
     assert compare(fresh, updated) == []
 
 
-def test_int8_experts_over_two_ranks_have_the_values_and_scales_of_whole_rows(load, checkpoint):
+@pytest.mark.parametrize(("ep_size", "divided"), [(1, "columns"), (2, "experts")])
+def test_int8_experts_over_two_ranks_have_the_values_and_scales_of_whole_rows(ep_size, divided, load, checkpoint):
     path = checkpoint("qwen3_moe", overrides=BLOCKS)
     tensors = load_file(path / "model.safetensors")
     name = "model.layers.1.mlp.experts"
     whole = torch.stack([tensors[f"{name}.{expert}.down_proj.weight"] for expert in range(8)])
     values, scales = torch.empty(whole.shape, dtype=torch.int8), torch.empty(8, whole.shape[1])
     Int8RowQuantizer().quantize_run(whole, values, scales)
-    result, reports = load(path, '{"moe": "int8"}', tp_size=2)
+    result, reports = load(path, '{"moe": "int8"}', tp_size=2, ep_size=ep_size)
     assert_streamed(reports, 2)
-    for rank, part in zip(result.ranks, values.chunk(2, dim=2), strict=True):
+    parts = (values.chunk(2, dim=2), (scales, scales)) if divided == "columns" else (values.chunk(2), scales.chunk(2))
+    for rank, part, scale in zip(result.ranks, *parts, strict=True):
         assert rank.tensors[f"{name}.w2_weight"].sha256 == hash_of(part)
-        assert rank.tensors[f"{name}.w2_weight_scale"].sha256 == hash_of(scales)
+        assert rank.tensors[f"{name}.w2_weight_scale"].sha256 == hash_of(scale)
 
 
 @pytest.mark.parametrize("calls", [{"source": "disk"}, {"source": "bucket"}, TENSOR_BY_TENSOR])
@@ -265,19 +267,6 @@ def test_update_of_two_ranks_ends_as_a_fresh_load(scheme, calls, load, checkpoin
     updated, _ = load(old, scheme, updates=(Update(checkpoint=new, **calls),), tp_size=2)
     assert [rank.updates[0].success for rank in updated.ranks] == [True, True]
     assert compare(fresh, updated) == []
-
-
-def test_expert_parallelism_and_one_rank_have_the_same_scales(load, checkpoint):
-    path = checkpoint("qwen3_moe", overrides=BLOCKS)
-    divided, reports = load(path, "channel", tp_size=2, ep_size=2)
-    assert_streamed(reports, 2)
-    tensors = load_file(path / "model.safetensors")
-    name = "model.layers.1.mlp.experts"
-    for rank, experts in zip(divided.ranks, (range(4), range(4, 8)), strict=True):
-        rows = torch.cat([tensors[f"{name}.{expert}.down_proj.weight"] for expert in experts])
-        values, scales = quantize_rows(rows, torch.float8_e4m3fn)
-        assert rank.tensors[f"{name}.w2_weight"].sha256 == hash_of(values)
-        assert rank.tensors[f"{name}.w2_weight_scale"].sha256 == hash_of(scales)
 
 
 class TestRowsThatAreNotSeenWhole:
