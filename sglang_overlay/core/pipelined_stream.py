@@ -15,6 +15,7 @@ from sglang_overlay.core.mapped_sources import MappedSources, Watch
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.staging import Piece, StagedUnit
 from sglang_overlay.core.stream import ParameterStream, Release, ReleaseOnError
+from sglang_overlay.core.whole_rows import WholeRows
 
 
 class PipelinedStream(ParameterStream):
@@ -28,6 +29,7 @@ class PipelinedStream(ParameterStream):
         pipeline: where units from such memory are quantized.
         upload: brings host memory to the storage's device; None leaves that to torch.
         huge_pages: that the storage may have, on the CPU.
+        rows: the checkpoint's, where the parameter has only some of their columns and is quantized by all of them.
     """
 
     _sources: MappedSources
@@ -39,8 +41,10 @@ class PipelinedStream(ParameterStream):
         pipeline: Pipeline,
         upload: Callable[[torch.Tensor], torch.Tensor] | None = None,
         huge_pages: HugePages | None = None,
+        rows: WholeRows | None = None,
     ) -> None:
         super().__init__(*arguments)
+        self.rows = rows
         self._huge_pages = huge_pages
         self._address = 0 if huge_pages is None else self.storage.weight.data_ptr()
         self._unit_bytes = self._grid.unit_volume * self.storage.weight.element_size()
@@ -48,6 +52,11 @@ class PipelinedStream(ParameterStream):
         self._pipeline = pipeline
         self._upload = upload
         self._watches: dict[int, list[Watch]] = {}
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if self.rows is not None and destination.numel():
+            self.rows.see(*self._landings.of(destination), source)
+        super().write(destination, source)
 
     @property
     def partial_units(self) -> list[int]:
@@ -97,6 +106,13 @@ class PipelinedStream(ParameterStream):
             self._pipeline.submit(quantize)
         else:
             quantize()
+
+    def _claim(self, units: range) -> ReleaseOnError:
+        claim = super()._claim(units)
+        if self.rows is not None:
+            with claim:
+                self.rows.note(units)
+        return claim
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
         # Last, since it may have to read the process's mappings.

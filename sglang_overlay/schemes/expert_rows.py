@@ -9,12 +9,13 @@ import torch
 
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream.updatable_plan import SerializedPlan
+from sglang_overlay.upstream.whole_rows import WholeRowScales
 
 ROWS = 128
 """Rows quantized at once on a CPU, so that intermediates stay in cache; fewer where a size is no multiple."""
 
 
-class ExpertRowsPlan(SerializedPlan):
+class ExpertRowsPlan(WholeRowScales, SerializedPlan):
     """w13 ``[E, 2I, H]`` and w2 ``[E, H, I]`` with scales ``[E, 2I, 1]`` and ``[E, H, 1]``; units are runs of rows."""
 
     def __init__(self) -> None:
@@ -23,6 +24,9 @@ class ExpertRowsPlan(SerializedPlan):
     def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
         rows = projection_rows(layer, name, weight.shape[1])
         return grid_of_rows(tuple(weight.shape), gcd(rows, ROWS) if weight.is_cpu else rows)
+
+    def whole_columns(self, layer: torch.nn.Module, name: str, columns: int) -> int:
+        return columns * layer.moe_tp_size if name == "w2_weight" else columns  # type: ignore[operator,return-value]
 
 
 def projection_rows(layer: torch.nn.Module, name: str, height: int) -> int:

@@ -20,6 +20,7 @@ from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
 from sglang_overlay.upstream.overlay_plans import UpdatableExpertsPlan, UpdatableLinearPlan
 from sglang_overlay.upstream.plan import LayerPlan
+from sglang_overlay.upstream.whole_rows import WholeRowScales
 
 
 class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
@@ -30,6 +31,13 @@ class ChosenLinearPlan(UpdatableLinearPlan):
     """The granularity is the user's choice, also of a layer that cannot be streamed."""
 
     replaces_stock = True
+
+
+class ChannelLinearPlan(WholeRowScales, ChosenLinearPlan):
+    """One scale an output channel, the same at any tensor parallel size."""
+
+    def whole_columns(self, layer: torch.nn.Module, name: str, columns: int) -> int:
+        return int(layer.input_size)  # type: ignore[arg-type]
 
 
 class TensorScheme:
@@ -71,7 +79,7 @@ class ChannelScheme:
         return CompressedTensorsFusedMoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return ChosenLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
+        return ChannelLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
     def stored(self) -> StoredForm | None:
         """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
@@ -127,9 +135,9 @@ def _on_cpu() -> UnitQuantizer:
 
 
 SAME_AS = (
-    "at tensor parallel size 1, or with experts divided by expert parallelism alone. Above, an online load takes the "
-    "scales of row-parallel layers (o_proj, down_proj, experts' w2) from the columns that a rank has; here they are of "
-    "whole rows"
+    "at any tensor parallel size: scales are of whole rows. Only a row-parallel layer (o_proj, down_proj, experts' w2) "
+    "that is loaded whole before it is quantized, or whose weight loader is given some columns of a tensor, differs at "
+    "sizes above 1; such a load names it"
 )
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 _TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}

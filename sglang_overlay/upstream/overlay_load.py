@@ -35,7 +35,7 @@ from sglang_overlay.observe.progress import Progress, SilentProgress, quantizati
 from sglang_overlay.schemes import mxfp8
 from sglang_overlay.schemes.selection import SchemeSelection
 from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
-from sglang_overlay.upstream import eligibility, load, snapshots
+from sglang_overlay.upstream import eligibility, load, snapshots, whole_rows
 from sglang_overlay.upstream.checked_load import CheckedLoad
 from sglang_overlay.upstream.findings import Tolerance
 from sglang_overlay.upstream.guard import refuse
@@ -110,6 +110,7 @@ class OverlayLoad(CheckedLoad):
         self._late: GiveBackLate | None = None
         self._is_online = False
         self._quantized_already: list[str] = []
+        self._narrowed: list[str] = []
         self._dtypes: StoredDtypes | None = None
         self._replacing: dict[torch.nn.Module, PendingLayer] = {}
         # What has to be done once, when the weights have been read.
@@ -216,6 +217,8 @@ class OverlayLoad(CheckedLoad):
         self._forget_deleted(model)
         if self._is_online and self._quantized_already:
             self._tell_quantized()
+        if self._narrowed:
+            self._tell_narrowed()
         if self._unstreamed is not None:
             missing = self._unstreamed.missing(model_config)
             self.missing += missing
@@ -266,6 +269,17 @@ class OverlayLoad(CheckedLoad):
             raise UnsupportedDtypeError(f"{told}. {NOT_SAID}")
         self._findings.warn(f"{told}. {NOT_SAID.removesuffix('.')}")
 
+    def _tell_narrowed(self) -> None:
+        """Scales of some rows depend on the number of ranks.
+
+        Raises:
+            StreamingUnavailableError: streaming is required.
+        """
+        text = whole_rows.told(self._narrowed)
+        if self.settings.mode is Mode.REQUIRE:
+            refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", text)
+        self._findings.warn(text)
+
     def _looked_after(self) -> Iterator[str]:
         """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""
         yield from (weight.name for weights in self._kept.values() for weight in weights.values())
@@ -306,6 +320,7 @@ class OverlayLoad(CheckedLoad):
             pipeline=pipeline,
             upload=None if self._ring is None else self._ring.upload,
             huge_pages=self._huge_pages if self._device.type == "cpu" else None,
+            rows=whole_rows.of(plan),
         )
 
     def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:
@@ -374,7 +389,8 @@ class OverlayLoad(CheckedLoad):
     def _manner(self, name: str) -> str:
         known = self.updatable.get(name)
         if known is not None and known.plan.replaces_stock:
-            return "quantized after it has been loaded whole"
+            scales = ", with scales of this rank's columns alone" if whole_rows.are_split(known.plan) else ""
+            return f"quantized after it has been loaded whole{scales}"
         return super()._manner(name)
 
     def _settle(self, stream: LayerStream) -> None:
@@ -395,6 +411,8 @@ class OverlayLoad(CheckedLoad):
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
         self.missing += [part.name] if missing else []
+        if isinstance(part, PipelinedStream) and part.rows is not None and part.rows.is_narrowed:
+            self._narrowed.append(part.name)
         super()._note(layer, part, missing)
 
 

@@ -40,6 +40,7 @@ from sglang_overlay.core.placeholders import set_loader, twin
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
+from sglang_overlay.upstream import whole_rows
 from sglang_overlay.upstream.load import MOST_NESTED, TORCH_ATTRIBUTES, tensors_of
 from sglang_overlay.upstream.ready_values import ReadyValues
 from sglang_overlay.upstream.snapshots import NOTED
@@ -460,6 +461,9 @@ class WeightUpdate:
                 len(self._damaged),
                 shortened(self._damaged),
             )
+        narrowed = [name for name, stream in self._streams.items() if stream.rows and stream.rows.is_narrowed]
+        if narrowed:
+            logger.warning("StreamFP8: %s.", whole_rows.told(narrowed))
         logger.info(
             "StreamFP8: weight update: %d units of %d layers replaced in place, at most %.1f MB staged.",
             sum(stream.replaced_units for stream in self._streams.values()),
@@ -551,6 +555,7 @@ class WeightUpdate:
             ready=ready,
             quantized=_ignore,
             pipeline=self._pipeline,
+            rows=whole_rows.of(plan),
         )
         return self._streams[name]
 

@@ -95,6 +95,7 @@ class UpdateStream(PipelinedStream):
             "direct": bytes(self._direct),
             "rewritten": set(self._rewritten),
             "ready": None if self._ready is None else self._ready.saved(),
+            "rows": self.rows.found.clone() if self.rows is not None and self._staged else None,
         }
 
     def restore_call(self, saved: Mapping[str, Any]) -> None:
@@ -116,6 +117,8 @@ class UpdateStream(PipelinedStream):
         self._rewritten = saved["rewritten"]
         if self._ready is not None:
             self._ready.restore(saved["ready"])
+        if saved["rows"] is not None and self.rows is not None:
+            self.rows.found.copy_(saved["rows"])
 
     def release(self) -> None:
         super().release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from workbench import families
@@ -48,6 +49,20 @@ def test_experts_without_a_gate_are_planned_without_one(checkpoint_folder, repor
     assert found.final == real.final_bytes
     # Scales of 4 experts' 96 and 128 rows, in place of one each.
     assert found.final - stock.final == 4 * 4 * (96 + 128 - 2)
+
+
+@pytest.mark.parametrize(("scheme", "split"), [("channel", 1 + 8), ('{"moe": "int8"}', 8)])
+def test_scales_of_rows_that_ranks_share_are_planned(scheme, split, checkpoint, reports, simulated):
+    path, layout = checkpoint("qwen3_moe", **MANY), Layout(tp=2)
+    real = reports(path, {SCHEME_VARIABLE: scheme}, tp_size=2)
+    for rank in range(2):
+        job = Job(path, layout, rank, schemes=parse(scheme, ""), device="cpu")
+        found, on_device = simulated(job), simulated(replace(job, device="cuda"))
+        assert found.final == real[rank].final_bytes
+        assert found.units == real[rank].units.streamed
+        # Magnitudes of the rows of o_proj, and of each of 8 experts' w2, in each of 3 layers.
+        one = simulated(replace(job, layout=Layout(), rank=0, device="cuda"))
+        assert on_device.work.uploads - one.work.uploads == 3 * split
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, ep=2), Layout(pp=2)])

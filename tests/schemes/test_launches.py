@@ -12,10 +12,14 @@ from core.operations import operations
 from core.streams import make_parameter, make_sources
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sglang_overlay.core.mapped_sources import MappedSources
+from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.upstream import whole_rows
 from sglang_overlay.upstream.linear import LinearPlan
 from sglang_overlay.upstream.moe import ExpertsPlan
 
@@ -70,10 +74,11 @@ def on_cuda(request, monkeypatch):
         yield
 
 
-def serialized_layer(scheme, hidden, intermediate):
+def serialized_layer(scheme, hidden, intermediate, ranks=1):
     """An expert layer as upstream creates it for a checkpoint of the scheme."""
     layer = torch.nn.Module()
     layer.intermediate_size_per_partition = intermediate
+    layer.moe_tp_size = ranks
     dtype = torch.int8 if scheme == "int8" else FP8
     for name, rows, columns in (("w13_weight", 2 * intermediate, hidden), ("w2_weight", hidden, intermediate)):
         layer.register_parameter(name, make_parameter(torch.empty(COUNT, rows, columns, dtype=dtype, device=CUDA)))
@@ -158,6 +163,28 @@ def test_expert_in_more_pieces_takes_a_few_more(scheme):
     found = an_expert(scheme, EXPERTS["DeepSeek-V3"], 2)
     assert found.total <= MOST_AN_EXPERT + 5 * 3, found.seen
     assert (found.uploads, found.waits) == (6, 0)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "int8"])
+def test_down_projection_split_over_ranks_uploads_a_scale_a_row_more_and_no_other_columns(scheme):
+    hidden, intermediate = EXPERTS["DeepSeek-V3 at TP 8"]
+    plan = registry.find(scheme).plan(LayerKind.EXPERTS, None)
+    layer = serialized_layer(scheme, hidden, intermediate, ranks=8)
+    layer.w2_weight.weight_loader = lambda param, given, expert: stream.write(param[expert], given.chunk(8, 1)[3])
+    placeholder = plan.create(lambda: None, layer, torch.bfloat16).parameters["w2_weight"]
+    parameter = plan.parameter("w2_weight", placeholder, plan.allocate("w2_weight", placeholder, CUDA))
+    stream = PipelinedStream(
+        "w2_weight", placeholder, parameter.grid, parameter.quantizer, parameter.storage, StagingAccount(),
+        MappedSources(), quantized=lambda _: None, pipeline=Pipeline(0), rows=whole_rows.of(parameter),
+    )  # fmt: skip
+    whole = torch.empty(hidden, 8 * intermediate, dtype=torch.bfloat16)
+
+    placeholder.weight_loader(placeholder, whole, 0)
+    found = operations(lambda: placeholder.weight_loader(placeholder, whole, 1))
+    assert stream.done_units * COUNT == stream.units * 2
+    on_device = found.total - found.seen["aten.bitwise_and.Scalar"] - found.seen["aten.amax.default"]
+    assert on_device <= MOST_A_UNIT + 5, found.seen
+    assert (found.uploads, found.waits) == (2, 0)
 
 
 LINEAR = {"o_proj": (7168, [16384]), "qkv_proj": (4096, [4096, 512, 512]), "gate_up_proj": (1000, [200, 200])}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from workbench.loads import PROMPTS, STORED_AS_FP8, LoadFailed, LoadJob, LoadWor
 from workbench.updates import Update
 
 from sglang_overlay.core.cpu_quantizers import quantize_rows
+from sglang_overlay.schemes.int8 import Int8RowQuantizer
 from upstream.streamed import assert_streamed, load_reported, warnings_of
 
 HERE = Path(__file__).parent
@@ -27,6 +29,10 @@ MLA = (*BLOCKS, ("q_lora_rank", 128))
 SHARED = (*BLOCKS, ("shared_expert_intermediate_size", 256))
 FAMILIES = {"qwen3": BLOCKS, "qwen2_moe": SHARED, "qwen3_moe": BLOCKS, "deepseek_v3": MLA}
 MANY = {"files": 5, "assignment": "shuffled"}
+SESSIONS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update"
+TENSOR_BY_TENSOR = pytest.param(
+    {"source": "tensor", "calls": 7, "order": "shuffled"}, marks=pytest.mark.needs(SESSIONS), id="calls"
+)
 
 
 @pytest.fixture
@@ -234,6 +240,69 @@ def test_update_ends_as_a_fresh_load(scheme, workers, load, checkpoint):
     updated, _ = load(old, scheme, updates=(Update("disk", new),))
     assert [(update.success, update.moved) for update in updated.ranks[0].updates] == [(True, ())]
     assert compare(fresh, updated) == []
+
+
+@pytest.mark.parametrize(("ep_size", "divided"), [(1, "columns"), (2, "experts")])
+def test_int8_experts_over_two_ranks_have_the_values_and_scales_of_whole_rows(ep_size, divided, load, checkpoint):
+    path = checkpoint("qwen3_moe", overrides=BLOCKS)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.experts"
+    whole = torch.stack([tensors[f"{name}.{expert}.down_proj.weight"] for expert in range(8)])
+    values, scales = torch.empty(whole.shape, dtype=torch.int8), torch.empty(8, whole.shape[1])
+    Int8RowQuantizer().quantize_run(whole, values, scales)
+    result, reports = load(path, '{"moe": "int8"}', tp_size=2, ep_size=ep_size)
+    assert_streamed(reports, 2)
+    parts = (values.chunk(2, dim=2), (scales, scales)) if divided == "columns" else (values.chunk(2), scales.chunk(2))
+    for rank, part, scale in zip(result.ranks, *parts, strict=True):
+        assert rank.tensors[f"{name}.w2_weight"].sha256 == hash_of(part)
+        assert rank.tensors[f"{name}.w2_weight_scale"].sha256 == hash_of(scale)
+
+
+@pytest.mark.parametrize("calls", [{"source": "disk"}, {"source": "bucket"}, TENSOR_BY_TENSOR])
+@pytest.mark.parametrize("scheme", ["channel", '{"linear": "channel", "moe": "int8"}'])
+def test_update_of_two_ranks_ends_as_a_fresh_load(scheme, calls, load, checkpoint):
+    old, new = (checkpoint("qwen3_moe", overrides=BLOCKS, seed=seed) for seed in (0, 1))
+    fresh, reports = load(new, scheme, tp_size=2)
+    assert_streamed(reports, 2)
+    updated, _ = load(old, scheme, updates=(Update(checkpoint=new, **calls),), tp_size=2)
+    assert [rank.updates[0].success for rank in updated.ranks] == [True, True]
+    assert compare(fresh, updated) == []
+
+
+class TestRowsThatAreNotSeenWhole:
+    """Scales then are of a rank's columns: that is said of each such layer."""
+
+    NARROWED = "model.layers.1.mlp.down_proj"
+
+    def path(self, checkpoint, architecture, **fields):
+        return checkpoint("qwen3", overrides=(*BLOCKS, ("architectures", (architecture,))), **fields)
+
+    def test_loader_that_gets_some_columns_is_named(self, odd_workers, checkpoint):
+        path = self.path(checkpoint, "NarrowingForCausalLM")
+        job = LoadJob(path, environ={"SGLANG_STREAMFP8_SCHEME": "channel"}, tp_size=2)
+        for rank in odd_workers.load(job).ranks:
+            (warning,) = warnings_of(rank)
+            assert f"weight loaders of {self.NARROWED}.weight were given some columns" in warning
+        with pytest.raises(LoadFailed, match=rf"{self.NARROWED}\.weight were given some columns"):
+            odd_workers.load(replace(job, streaming="require"))
+        assert warnings_of(odd_workers.load(replace(job, tp_size=1))) == []
+
+    def test_update_of_such_a_layer_names_it(self, odd_workers, checkpoint):
+        old, new = (self.path(checkpoint, "NarrowingForCausalLM", seed=seed) for seed in (0, 1))
+        job = LoadJob(new, environ={"SGLANG_STREAMFP8_SCHEME": "channel"}, tp_size=2, prompts=PROMPTS)
+        updated = odd_workers.load(replace(job, checkpoint=old, updates=(Update("disk", new),)))
+        named = [line for line in warnings_of(updated.ranks[1]) if f"{self.NARROWED}.weight were given" in line]
+        assert len(named) == 2
+        assert compare(odd_workers.load(job), updated) == []
+
+    def test_layers_that_are_quantized_whole_are_named(self, odd_workers, checkpoint):
+        path = checkpoint("qwen3_moe", overrides=(*BLOCKS, ("architectures", ("LateAddingExpertsForCausalLM",))))
+        job = LoadJob(path, environ={"SGLANG_STREAMFP8_SCHEME": '{"moe": "channel"}'}, tp_size=2)
+        for tp_size, named in ((2, [True, True]), (1, [False, False])):
+            result = odd_workers.load(replace(job, tp_size=tp_size))
+            for rank in result.ranks:
+                found = ["whole, with scales of this rank's columns alone" in line for line in warnings_of(rank)]
+                assert found == named
 
 
 @pytest.mark.parametrize(

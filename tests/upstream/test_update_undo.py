@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from core.test_whole_rows import Split, weight_of
 
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import Storage
@@ -14,6 +15,7 @@ from sglang_overlay.upstream.ready_values import ReadyValues
 from sglang_overlay.upstream.undo import UndoLog
 from sglang_overlay.upstream.update import TensorGroups
 from sglang_overlay.upstream.update_capture import GivenTensors, ServedMemory, UpdateCapture, storage_key
+from sglang_overlay.upstream.update_stream import UpdateStream
 
 
 def write(undo, view, value):
@@ -159,3 +161,18 @@ def test_tensors_that_nothing_was_done_with_are_known_by_name_in_a_bucket_too(ca
     with mode:
         plain.copy_(parts[1].view(2, 2).t().reshape(4))
     assert given.unused == ["part0", "part2"]
+
+
+def test_call_that_is_undone_leaves_the_whole_rows_of_what_waits():
+    split, weight = Split.of((12, 64), 12, kind=UpdateStream, ready=None), weight_of(12, 64)
+
+    def load(values, rows):
+        split.load(values[rows], lambda param, given: param.data[rows].copy_(split.narrow(given)))
+
+    load(weight, slice(0, 6))
+    saved = split.stream.saved()
+    load(weight * 50, slice(0, 8))
+    split.stream.restore_call(saved)
+    load(weight, slice(6, 12))
+    assert split.stream.problem is None
+    assert split.equals(weight)

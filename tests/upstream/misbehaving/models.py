@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 
 import torch
+from sglang.srt.distributed import parallel_state
 from sglang.srt.models.minicpm3 import MiniCPM3ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -155,6 +156,24 @@ class CustomLoaderForCausalLM(Qwen3ForCausalLM):
         weight._weight_loader = lambda param, loaded_weight: original(param, loaded_weight)
 
 
+class NarrowingForCausalLM(Qwen3ForCausalLM):
+    """Cuts this rank's columns out of one layer's weight itself, and gives its loader these alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _down_proj(self).use_presharded_weights = True
+
+    def load_weights(self, weights):
+        super().load_weights(map(self._narrowed, weights))
+
+    def _narrowed(self, pair):
+        name, weight = pair
+        if name.endswith("layers.1.mlp.down_proj.weight"):
+            group = parallel_state.get_tp_group()
+            return name, weight.chunk(group.world_size, dim=1)[group.rank_in_group]
+        return pair
+
+
 class ReadingAfterLoadingForCausalLM(Qwen3ForCausalLM):
     """Derives a tensor from a quantized layer's weight inside ``load_weights``, under a name nobody knows of."""
 
@@ -227,6 +246,7 @@ EntryClass = [
     LeavingTensorsWithoutMemoryForCausalLM,
     WatchedMiniCPM3ForCausalLM,
     CustomLoaderForCausalLM,
+    NarrowingForCausalLM,
     ReadingAfterLoadingForCausalLM,
     ReusedBufferForCausalLM,
     BypassingForCausalLM,
