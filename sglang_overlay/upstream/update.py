@@ -34,13 +34,16 @@ import torch
 
 from sglang_overlay.core.capture import WriteSink, storage_key
 from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.loader_calls import LoaderCalls, WatchedSink
 from sglang_overlay.core.mapped_sources import MappedSources
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.placeholders import set_loader, twin
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
+from sglang_overlay.upstream.findings import WantedShapes, kept_misfits
 from sglang_overlay.upstream.load import MOST_NESTED, TORCH_ATTRIBUTES, tensors_of
+from sglang_overlay.upstream.ranks import parallel_ranks
 from sglang_overlay.upstream.ready_values import ReadyValues
 from sglang_overlay.upstream.snapshots import NOTED
 from sglang_overlay.upstream.undo import Bindings, UndoableQuantizer, UndoLog
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
     from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
 logger = logging.getLogger(__name__)
+
+_NOTHING_KNOWN = WantedShapes()
 
 FUSED_BY_THE_MODEL = {
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -216,14 +221,18 @@ class UpdatableModel:
     Args:
         layers: the layers that were quantized here.
         stock: why others went through stock's quantization, by name.
+        wanted: what the model wants of its checkpoint's tensors.
 
     Attributes:
         open: the update that is open.
         unopened: why the session that is under way has none, where that went wrong; told by its calls and at its end.
     """
 
-    def __init__(self, layers: Iterable[UpdatableLayer], stock: Mapping[str, str]) -> None:
+    def __init__(
+        self, layers: Iterable[UpdatableLayer], stock: Mapping[str, str], wanted: WantedShapes = _NOTHING_KNOWN
+    ) -> None:
         self.layers = list(layers)
+        self._wanted = wanted
         self.open: WeightUpdate | None = None
         self.unopened: Exception | None = None
         known = {layer.name for layer in self.layers}
@@ -239,7 +248,7 @@ class UpdatableModel:
                 shortened([f"{name} ({reason})" for name, reason in self._stock.items()]),
             )
             self._stock = {}
-        self.open = WeightUpdate(self.layers, workers)
+        self.open = WeightUpdate(self.layers, workers, self._wanted)
         return self.open
 
     def commit(self) -> None:
@@ -262,21 +271,28 @@ class WeightUpdate:
     Args:
         layers: of the model.
         workers: threads that quantize beside the loader, where the source allows it.
+        wanted: what the model wants of its checkpoint's tensors.
 
     Attributes:
         given: what upstream was given in the call that is under way.
     """
 
-    def __init__(self, layers: Iterable[UpdatableLayer], workers: int = 0) -> None:
+    def __init__(
+        self, layers: Iterable[UpdatableLayer], workers: int = 0, wanted: WantedShapes = _NOTHING_KNOWN
+    ) -> None:
         self.sources = MappedSources()
         self.account = StagingAccount()
         self.given = GivenTensors()
         self._undo = UndoLog()
+        self._wanted = wanted
+        self._calls = LoaderCalls(parallel_ranks().tp.size, lambda tensor: self.given.name_of(tensor) or "")
         self._pipeline = Pipeline(workers)
         self._layers = {layer.module: layer for layer in layers}
         self._streams: dict[str, UpdateStream] = {}
         self._whole: dict[str, tuple[WholeParameter, ParameterPlan | None]] = {}
-        self._sinks: dict[int, WriteSink] = {}
+        self._sinks: dict[int, WatchedSink] = {}
+        # Placeholders whose sinks say themselves which quantized values they take.
+        self._take_values: set[int] = set()
         self._quantized: dict[int, str] = {}
         self._replaced: dict[str, None] = {}
         self._damaged: list[str] = []
@@ -371,7 +387,9 @@ class WeightUpdate:
         served = self._served(model)
         token = _current.set(self)
         self._thread.inside = True
-        self._capture = functools.partial(UpdateCapture, self._sinks, self._takes_values, served, self.given)
+        self._calls.misfits.clear()
+        takes_values = frozenset(self._take_values)
+        self._capture = functools.partial(UpdateCapture, self._sinks, takes_values, served, self.given)
         try:
             with (
                 _aliases_shown(model, self._layers.values()),
@@ -383,6 +401,7 @@ class WeightUpdate:
                 self._capture(),
             ):
                 yield
+                self._refuse_misfits()
         except UnsupportedWriteError as error:
             raise WeightUpdateError(str(error)) from error
         finally:
@@ -513,7 +532,7 @@ class WeightUpdate:
                 sink = _Refusal(name)
             else:
                 sink = self._sink(layer, key, storages[key])
-            self._sinks[storage_key(placeholder)] = sink
+            self._watch(placeholder, sink)
 
     def _sink(self, layer: UpdatableLayer, key: str, storage: Storage) -> WriteSink:
         name, placeholder = f"{layer.name}.{key}", layer.placeholders[key]
@@ -527,8 +546,11 @@ class WeightUpdate:
         if key in layer.scales:
             scale_name, scale = layer.scales[key]
             ready = ReadyValues(name, plan.grid, plan.storage, f"{layer.name}.{scale_name}", self._undo, self.account)
-            self._sinks[storage_key(scale)] = ready
+            self._watch(scale, ready)
         return self._stream(name, placeholder, plan, ready)
+
+    def _watch(self, placeholder: torch.nn.Parameter, sink: WriteSink) -> None:
+        self._sinks[storage_key(placeholder)] = WatchedSink(sink, placeholder.shape, self._calls.under_way)
 
     def _whole_sink(
         self, name: str, placeholder: torch.nn.Parameter, device: torch.device, plan: ParameterPlan | None
@@ -552,12 +574,8 @@ class WeightUpdate:
             quantized=_ignore,
             pipeline=self._pipeline,
         )
+        self._take_values.add(storage_key(placeholder))
         return self._streams[name]
-
-    @property
-    def _takes_values(self) -> frozenset[int]:
-        """Placeholders whose sinks say themselves which quantized values they take."""
-        return frozenset(key for key, sink in self._sinks.items() if isinstance(sink, UpdateStream))
 
     def _served(self, model: torch.nn.Module) -> ServedMemory:
         """All memory of the model, as it is served. To be called while no placeholder is shown."""
@@ -595,9 +613,10 @@ class WeightUpdate:
 
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
-            self.given.note([*args, *kwargs.values()])
+            values = [*args, *kwargs.values()]
+            self.given.note(values)
             try:
-                with self._captured():
+                with self._captured(), self._calls.of(values):
                     return loader(*args, **kwargs)
             except Exception as error:
                 shapes = [str(tuple(value.shape)) for value in args if isinstance(value, torch.Tensor)]
@@ -607,6 +626,21 @@ class WeightUpdate:
                 ) from error
 
         return load
+
+    def _refuse_misfits(self) -> None:
+        """Loaders pad, repeat and cut what does not fit, without a word.
+
+        Raises:
+            WeightUpdateError: some tensors do not have the shape that the model needs.
+        """
+        misfits = self._calls.misfits
+        for layer in self._layers.values():
+            misfits = kept_misfits(layer.name, misfits, layer.placeholders)
+        found = self._wanted.unmeant(misfits)
+        if found:
+            raise WeightUpdateError(
+                f"{len(found)} tensors do not have the shape that the model needs: {shortened([*map(str, found)])}"
+            )
 
     @contextmanager
     def _captured(self) -> Iterator[None]:

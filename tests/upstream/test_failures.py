@@ -413,6 +413,7 @@ class TestTensorsThatDoNotFillTheirPart:
             pytest.param("qwen3_moe", UP, lambda w: w[:64], "padded with zeros", 2, id="expert half the rows over two"),
             pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:, :64], "padded with zeros", 1, id="expert columns"),
             pytest.param("qwen3_moe", UP, lambda w: w[:1], "padded with zeros", 1, id="expert one row"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:1], "padded with zeros", 2, id="expert one row over two"),
             pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:1], "repeated", 1, id="expert down one row"),
             pytest.param("qwen3_moe", UP, lambda w: w[:, :1], "repeated", 1, id="expert one column"),
         ],

@@ -349,3 +349,60 @@ def test_layer_that_a_model_has_deleted_after_reading_it_is_updated(workers, che
     for done in result.ranks[0].updates:
         assert done.success, done.message
     assert compare(workers.load(LoadJob(new, streaming="1")), result) == []
+
+
+GATE, DOWN, O_PROJ = (
+    f"model.layers.1.{part}.weight" for part in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")
+)
+EXPERT = "model.layers.1.mlp.experts.3.{}_proj.weight"
+MISFITS = {
+    "qwen3": [
+        (GATE, lambda weight: weight[:-100], "padded with zeros"),
+        (DOWN, lambda weight: weight[:, :-8], "padded with zeros"),
+        (O_PROJ, lambda weight: weight[:, :128], "padded with zeros"),
+        (O_PROJ, lambda weight: weight.repeat(1, 2), "cut off"),
+    ],
+    "qwen3_moe": [
+        (EXPERT.format("up"), lambda weight: weight[:-8], "padded with zeros"),
+        (EXPERT.format("down"), lambda weight: weight[:, :64], "padded with zeros"),
+        (EXPERT.format("up"), lambda weight: weight[:1], "padded with zeros"),
+        (EXPERT.format("down"), lambda weight: weight[:1], "repeated"),
+        (EXPERT.format("up"), lambda weight: weight[:, :1], "repeated"),
+    ],
+}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", MISFITS)
+def test_tensors_that_do_not_fill_their_part_are_an_error_that_names_them(
+    family, tp_size, workers, checkpoint, tmp_path
+):
+    updates, named = [], []
+    for number, (name, change, outcome) in enumerate(MISFITS[family]):
+        folder = altered(
+            checkpoint(family, seed=SEED),
+            tmp_path / str(number),
+            lambda tensors, name=name, change=change: tensors.update({name: change(tensors[name])}),
+        )
+        together = re.sub("gate|up", "(gate|up)", name)
+        for update in (Update("disk", folder), Update("tensor", folder, names=together), Update("bucket", folder)):
+            updates.append(update)
+            named.append((f"1 tensors do not have the shape that the model needs: {name} ", f", {outcome} to "))
+    job = LoadJob(checkpoint(family), streaming="require", tp_size=tp_size, updates=tuple(updates))
+    result = workers.load(job)
+    for done, texts in zip(result.ranks[0].updates, named, strict=True):
+        assert not done.success, texts
+        assert all(text in done.message for text in (*texts, BEFORE_UPDATE)), done.message
+    assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", tp_size=tp_size)), result) == []
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_size_that_sglang_rounds_up_is_updated(ep_size, workers, checkpoint):
+    """Experts of 96 rows do not divide by two CPUs' 32 and become 128."""
+    old, new = (checkpoint("qwen3_moe", overrides=(("moe_intermediate_size", 96),), seed=seed) for seed in (0, SEED))
+    updates = Update("tensor", new, names=r"layers\.0\.mlp\.experts\.3\."), Update("disk", new)
+    fields = {"streaming": "require", "tp_size": 2, "ep_size": ep_size}
+    result = workers.load(LoadJob(old, updates=updates, **fields))
+    for done in result.ranks[0].updates:
+        assert done.success, done.message
+    assert compare(workers.load(LoadJob(new, **fields)), result) == []
