@@ -62,7 +62,8 @@ class LoaderCall:
         """Note a write of ``source`` to the view ``destination`` of the placeholder of ``sink``."""
         self._sink = sink
         is_given = source.untyped_storage()._cdata == self._memory
-        is_fill = not is_given and not any(source.stride())
+        # Copies of a single scale have no strides either.
+        is_fill = not is_given and destination.ndim > 0 and not any(source.stride())
         self._writes.append((destination, is_fill))
         self._taken += 0 if is_fill else source.numel()
         # One that is saved as a view that repeats its memory is as large as it says.

@@ -39,6 +39,7 @@ from sglang_overlay.core.mapped_sources import MappedSources
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.placeholders import set_loader, twin
 from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.tensor_names import PACKED
 from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.upstream.findings import WantedShapes, kept_misfits
@@ -291,8 +292,7 @@ class WeightUpdate:
         self._streams: dict[str, UpdateStream] = {}
         self._whole: dict[str, tuple[WholeParameter, ParameterPlan | None]] = {}
         self._sinks: dict[int, WatchedSink] = {}
-        # Placeholders whose sinks say themselves which quantized values they take.
-        self._take_values: set[int] = set()
+        self._take_values: dict[int, torch.dtype] = {}
         self._quantized: dict[int, str] = {}
         self._replaced: dict[str, None] = {}
         self._damaged: list[str] = []
@@ -388,8 +388,7 @@ class WeightUpdate:
         token = _current.set(self)
         self._thread.inside = True
         self._calls.misfits.clear()
-        takes_values = frozenset(self._take_values)
-        self._capture = functools.partial(UpdateCapture, self._sinks, takes_values, served, self.given)
+        self._capture = functools.partial(UpdateCapture, self._sinks, self._take_values, served, self.given)
         try:
             with (
                 _aliases_shown(model, self._layers.values()),
@@ -404,6 +403,9 @@ class WeightUpdate:
                 self._refuse_misfits()
         except UnsupportedWriteError as error:
             raise WeightUpdateError(str(error)) from error
+        except KeyError as error:
+            self._explain(error)
+            raise
         finally:
             self._thread.inside = False
             _current.reset(token)
@@ -468,6 +470,7 @@ class WeightUpdate:
                 f"the update ended with weights of which only a part came: {shortened(problems)}. One scale covers a "
                 "whole unit, so send what belongs together in one update: gate_proj with up_proj, q_proj with k_proj "
                 "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
+                f"{f'. Nothing took {shortened(self.given.unused)}' if self.given.unused else ''}"
             )
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
@@ -545,7 +548,9 @@ class WeightUpdate:
         ready = None
         if key in layer.scales:
             scale_name, scale = layer.scales[key]
-            ready = ReadyValues(name, plan.grid, plan.storage, f"{layer.name}.{scale_name}", self._undo, self.account)
+            ready = ReadyValues(
+                name, plan.grid, plan.storage, scale, f"{layer.name}.{scale_name}", self._undo, self.account
+            )
             self._watch(scale, ready)
         return self._stream(name, placeholder, plan, ready)
 
@@ -574,7 +579,7 @@ class WeightUpdate:
             quantized=_ignore,
             pipeline=self._pipeline,
         )
-        self._take_values.add(storage_key(placeholder))
+        self._take_values[storage_key(placeholder)] = plan.storage.weight.dtype
         return self._streams[name]
 
     def _served(self, model: torch.nn.Module) -> ServedMemory:
@@ -626,6 +631,24 @@ class WeightUpdate:
                 ) from error
 
         return load
+
+    def _explain(self, error: KeyError) -> None:
+        """Models look parameters up by name, and a layer has those of its own layout only.
+
+        Raises:
+            WeightUpdateError: it was looking for scales, or the like, of another layout.
+        """
+        last = self.given.last or ""
+        if last.rpartition(".")[2] not in PACKED:
+            return
+        wanted = str(error.args[0] if error.args else "")
+        layer = next((each for each in self._layers.values() if each.name == wanted.rpartition(".")[0]), None)
+        takes = ", ".join(name for name, _ in layer.scales.values()) if layer else ""
+        raise WeightUpdateError(
+            f"{last} belongs to values that are quantized in another layout than the one that is served. "
+            f"{layer.name if layer else 'This layer'} takes weights in high precision"
+            f"{f', or quantized as it is, with {takes}' if takes else ' only'}"
+        ) from error
 
     def _refuse_misfits(self) -> None:
         """Loaders pad, repeat and cut what does not fit, without a word.
