@@ -258,6 +258,13 @@ class UpdatableModel:
         if update is not None:
             update.close()
 
+    def detach(self) -> WeightUpdate:
+        """The open update, which was right, for somebody else to undo or close."""
+        if self.open is None:
+            raise RuntimeError("no update is open")
+        update, self.open = self.open, None
+        return update
+
     def abort(self) -> None:
         """Close the open update, if any, and put back what it has overwritten."""
         update, self.open = self.open, None

@@ -60,6 +60,33 @@ class DiskUpdate:
     note: str = ""
 
 
+class Together:
+    """Updates of a target and its drafts that one request asks for: all of them stay, or none.
+
+    Attributes:
+        failed: one of the models could not be updated.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._undo: list[Callable[[], None]] = []
+        self._close: list[Callable[[], None]] = []
+
+    def add(self, undo: Callable[[], None], close: Callable[[], None] = lambda: None) -> None:
+        """Note what undoes a part that was right, and what is to be done in any case."""
+        self._undo.append(undo)
+        self._close.append(close)
+
+    def end(self) -> None:
+        """Undo everything where a model could not be updated, on any rank."""
+        if self._undo:
+            # Models that are not streamed answer for one rank.
+            self.failed = _of_all(Outcome("" if self.failed else None)).failure is not None
+        # Backwards: a draft model may share memory with its target, which was updated first.
+        for step in [*(reversed(self._undo) if self.failed else ()), *self._close]:
+            step()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one rank fared in one call; all ranks of a tensor parallel group exchange theirs.
@@ -114,7 +141,7 @@ def update_weights_from_disk(
     rank that fails before it reads any weights tells the others, which wait for it.
     """
     if updatable(model_of(updater)) is None:
-        return original(updater, model_path, *args, **kwargs)
+        return _noted(original(updater, model_path, *args, **kwargs))
     call = inspect.signature(original).bind(updater, model_path, *args, **kwargs).arguments
     served = updater.model_config.model_path
     disk = DiskUpdate(updater.model_config, is_whole=call.get("weight_name_filter") is None)
@@ -133,12 +160,33 @@ def update_weights_from_disk(
     if not disk.is_judged:
         outcome = _of_all(Outcome(None if success else f"{_sentence(message)} {BEFORE_UPDATE}"))
         disk.failure = outcome.failure
+        _noted((outcome.failure is None, ""))
     elif disk.failure is not None:
         message = f"Failed to update weights: {disk.failure}"
     if disk.failure is not None or not success:
         updater.model_config.model_path = served
         return False, message if disk.is_judged else (disk.failure or message)
+    together = _together.get()
+    if together is not None:
+        together.add(functools.partial(setattr, updater.model_config, "model_path", served))
     return True, _joined(message, disk.note)
+
+
+def update_of_all_models(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Around ``SchedulerWeightUpdaterManager.update_weights_from_disk`` and its like: target first, then drafts.
+
+    Upstream stops at the first that fails. Then those before it go back to their weights as well.
+    """
+    together = Together()
+    token = _together.set(together)
+    try:
+        return original(manager, request)
+    except BaseException:
+        together.failed = True
+        raise
+    finally:
+        _together.reset(token)
+        together.end()
 
 
 def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
@@ -286,6 +334,7 @@ def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, n
 
 
 _disk: ContextVar[DiskUpdate | None] = ContextVar("streamfp8_disk_update", default=None)
+_together: ContextVar[Together | None] = ContextVar("streamfp8_together", default=None)
 _session: ContextVar[list[Outcome] | None] = ContextVar("streamfp8_session_end", default=None)
 
 
@@ -327,8 +376,9 @@ def _judged(
     if disk is not None:
         disk.is_judged = True
     outcome = _of_all(mine)
+    _noted((outcome.failure is None, ""))
     if is_own:
-        known.commit() if outcome.failure is None else known.abort()
+        _conclude(known, outcome)
     elif known.open is not None:
         known.open.keep_call() if outcome.failure is None else known.open.undo_call(names)
     if outcome.failure is not None:
@@ -338,6 +388,18 @@ def _judged(
     if disk is not None:
         disk.failure, disk.note = outcome.failure, _note(outcome)
     return result, outcome
+
+
+def _conclude(known: UpdatableModel, outcome: Outcome) -> None:
+    """Keep or undo an update, as all ranks agree; or leave that to the request that brought it to several models."""
+    together = _together.get()
+    if outcome.failure is not None:
+        known.abort()
+    elif together is None:
+        known.commit()
+    else:
+        update = known.detach()
+        together.add(update.undo, update.close)
 
 
 def _found(update: WeightUpdate, model: torch.nn.Module, disk: DiskUpdate | None) -> Outcome:
@@ -414,7 +476,7 @@ def _answered(
     model = model_of(updater)
     known = updatable(model)
     if known is None:
-        return call()
+        return _noted(call())
 
     def run(update: WeightUpdate) -> str:
         # A direct load has names of served parameters among its own: load_weights_direct tells them apart.
@@ -430,6 +492,14 @@ def _answered(
     if outcome.is_partial and not has_sessions(updater):
         return False, f"{outcome.failure} {_NO_SESSIONS}"
     return False, outcome.failure
+
+
+def _noted(answer: Answer) -> Answer:
+    """An answer of one model's, for the request that it belongs to."""
+    together = _together.get()
+    if together is not None:
+        together.failed |= not answer[0]
+    return answer
 
 
 def _refuse_unopened(known: UpdatableModel) -> None:
