@@ -12,7 +12,7 @@ from sglang_overlay.core.regions import Box, difference, slices
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import Landing, Landings, UnitGrid
-from sglang_overlay.errors import WeightUpdateError
+from sglang_overlay.errors import UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.upstream.undo import UndoLog
 from sglang_overlay.upstream.update_capture import dtype_name
 
@@ -87,7 +87,15 @@ class ReadyValues:
         Raises:
             UnsupportedWriteError: the view is no box of the parameter.
         """
-        first, landing = self._landings.of(destination)
+        try:
+            first, landing = self._landings.of(destination)
+        except UnsupportedWriteError:
+            runs = self._landings.runs(destination)
+            if len(runs) < 2:
+                raise
+            for run in runs:
+                self.write_values(destination[run], source[run])
+            return
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             # The sender may use the tensor's memory again.
             values = landing.lay_out(source).to(self._storage.weight.device, copy=True)
