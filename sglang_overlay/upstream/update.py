@@ -296,6 +296,7 @@ class WeightUpdate:
         self._calls = LoaderCalls(parallel_ranks().tp.size, lambda tensor: self.given.name_of(tensor) or "")
         self._pipeline = Pipeline(workers)
         self._layers = {layer.module: layer for layer in layers}
+        self._wrappers: dict[torch.nn.Module, UpdatableLayer] = {}
         self._streams: dict[str, UpdateStream] = {}
         self._whole: dict[str, tuple[WholeParameter, ParameterPlan | None]] = {}
         self._sinks: dict[int, WatchedSink] = {}
@@ -319,7 +320,7 @@ class WeightUpdate:
         self._names = {sink.name for sink in self._sinks.values()}
 
     def __contains__(self, module: torch.nn.Module) -> bool:
-        return module in self._layers
+        return module in self._layers or module in self._wrappers
 
     def takes(self, name: str) -> bool:
         """Whether a parameter of this name is quantized by this update, or refused."""
@@ -390,6 +391,7 @@ class WeightUpdate:
                 that cannot be served.
         """
         self._bindings[-1] = self._bindings[-1] or Bindings(model)
+        self._wrappers = dict(_wrappers(model, self._layers.values()))
         derived = _TensorAttributes(model)
         served = self._served(model)
         token = _current.set(self)
@@ -398,7 +400,7 @@ class WeightUpdate:
         self._capture = functools.partial(UpdateCapture, self._sinks, self._take_values, served, self.given)
         try:
             with (
-                _aliases_shown(model, self._layers.values()),
+                _aliases_shown(model, self._layers.values(), self._wrappers),
                 _all_shown(self._layers.values(), self._wrap),
                 _loaders_wrapped(model, self._wrap),
                 _given(model, self._offered),
@@ -807,8 +809,14 @@ def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLoad
 
 
 @contextmanager
-def _aliases_shown(model: torch.nn.Module, layers: Iterable[UpdatableLayer]) -> Iterator[None]:
-    """Show a layer's placeholders wherever else its weights are registered, as LoRA's wrappers register them again."""
+def _aliases_shown(
+    model: torch.nn.Module, layers: Iterable[UpdatableLayer], wrappers: Mapping[torch.nn.Module, UpdatableLayer]
+) -> Iterator[None]:
+    """Show a layer's placeholders wherever else models look for its weights.
+
+    LoRA's wrappers register those of linear layers again. Those of experts do not: upstream's models then look for
+    ``experts.w13_weight`` where it is ``experts.base_layer.w13_weight``, and pass over what they do not find.
+    """
     shown: dict[int, dict[str, torch.nn.Parameter]] = {}
     own = {layer.module for layer in layers}
     for layer in layers:
@@ -818,6 +826,9 @@ def _aliases_shown(model: torch.nn.Module, layers: Iterable[UpdatableLayer]) -> 
                 scales = dict([layer.scales[key]] if key in layer.scales else [])
                 shown[id(served)] = {"": placeholder, **scales}
     changed = []
+    for module, layer in wrappers.items():
+        changed.append((module, module._parameters))
+        module._parameters = {**module._parameters, **layer.placeholders, **dict(layer.scales.values())}
     for module in model.modules():
         aliases = [key for key, weight in module._parameters.items() if id(weight) in shown and module not in own]
         if aliases:
@@ -833,6 +844,17 @@ def _aliases_shown(model: torch.nn.Module, layers: Iterable[UpdatableLayer]) -> 
     finally:
         for module, before in changed:
             module._parameters = before
+
+
+def _wrappers(
+    model: torch.nn.Module, layers: Iterable[UpdatableLayer]
+) -> Iterator[tuple[torch.nn.Module, UpdatableLayer]]:
+    """LoRA's modules around experts, each with the layer in it."""
+    own: dict[torch.nn.Module | None, UpdatableLayer] = {layer.module: layer for layer in layers}
+    for module in model.modules():
+        layer = own.get(module._modules.get("base_layer"))
+        if layer is not None and not layer.placeholders.keys() & module._parameters.keys():
+            yield module, layer
 
 
 @contextmanager
