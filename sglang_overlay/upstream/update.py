@@ -528,6 +528,11 @@ class WeightUpdate:
         )  # fmt: skip
 
     @property
+    def layers(self) -> list[str]:
+        """Names of the layers that it may replace."""
+        return [layer.name for layer in self._layers.values()]
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing of the model was written to."""
         return not self._undo.storages and not self.replaced

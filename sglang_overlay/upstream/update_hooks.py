@@ -22,6 +22,7 @@ import torch
 
 from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.pipeline import workers_for
+from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.upstream import load
 from sglang_overlay.upstream.checkpoint_files import CheckpointFiles, noted_problems
@@ -96,12 +97,14 @@ class Outcome:
         is_partial: that is units of which only a part came.
         unused: names of tensors that nothing was done with.
         untouched: what a whole checkpoint should have replaced.
+        advice: what to do about that.
     """
 
     failure: str | None = None
     is_partial: bool = False
     unused: Sequence[str] = ()
     untouched: Sequence[str] = ()
+    advice: str = ""
 
 
 def load_weights_and_postprocess(
@@ -412,12 +415,15 @@ def _found(update: WeightUpdate, model: torch.nn.Module, disk: DiskUpdate | None
     if disk is None or not disk.is_whole:
         return Outcome(unused=unused)
     if update.is_empty:
+        advice = Misplaced.among(unused, update.layers).advice
         raise WeightUpdateError(
-            f"nothing of this checkpoint belongs to the model that is served: it brought {shortened(unused)}"
+            f"nothing of this checkpoint belongs to the model that is served: it brought {shortened(unused)}. {advice}"
             if unused
             else "this checkpoint holds no tensors"
         )
-    return Outcome(unused=unused, untouched=update.untouched(model, disk.model_config))
+    untouched = update.untouched(model, disk.model_config)
+    lacking = [name.partition(" ")[0].rpartition(".")[0] for name in untouched]
+    return Outcome(unused=unused, untouched=untouched, advice=Misplaced.among(unused, lacking).advice)
 
 
 def _outcome(error: Exception | None, weights: str) -> Outcome:
@@ -453,6 +459,7 @@ def _of_all(*mine: Outcome) -> Outcome:
         any(outcome.is_partial for outcome in outcomes),
         () if parallel_ranks().pp.size > 1 else common,
         [*dict.fromkeys(name for outcome in outcomes for name in outcome.untouched)],
+        next((outcome.advice for outcome in outcomes if outcome.advice), ""),
     )
 
 
@@ -463,7 +470,8 @@ def _note(outcome: Outcome) -> str:
             f"What this checkpoint should hold and does not keeps its values: {shortened(outcome.untouched)} "
             f"({len(outcome.untouched)} in all)."
         )
-        logger.warning("StreamFP8: a weight update from disk is incomplete. %s", told[-1])
+        told += [outcome.advice] if outcome.advice else []
+        logger.warning("StreamFP8: a weight update from disk is incomplete. %s", " ".join(told))
     if outcome.unused:
         told.append(f"Nothing took {len(outcome.unused)} of the tensors: {shortened(outcome.unused)}.")
     return " ".join(told)

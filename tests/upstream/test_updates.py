@@ -308,12 +308,21 @@ def test_what_a_whole_checkpoint_lacks_is_named_and_one_that_has_nothing_is_an_e
     prefixed = renamed(new, tmp_path / "prefixed", lambda name: f"_orig_mod.{name}")
     lacking = renamed(new, tmp_path / "lacking", lambda name: None if "experts.2.down_proj" in name else name)
     without_norm = renamed(new, tmp_path / "norm", lambda name: None if name == "model.norm.weight" else name)
-    updates = tuple(Update("disk", folder) for folder in (prefixed, lacking, without_norm, checkpoint("qwen3"), new))
+    module = renamed(new, tmp_path / "module", lambda name: f"module.{name}" if "1.self_attn.o_proj" in name else name)
+    updates = tuple(
+        Update("disk", folder) for folder in (prefixed, module, lacking, without_norm, checkpoint("qwen3"), new)
+    )
     result = workers.load(LoadJob(checkpoint("qwen3_moe"), streaming="require", updates=updates, prompts=PROMPTS))
-    nothing, part, norm, _, whole = result.ranks[0].updates
+    nothing, renamed_part, part, norm, _, whole = result.ranks[0].updates
     assert not nothing.success
     assert "nothing of this checkpoint belongs to the model that is served" in nothing.message
     assert "_orig_mod.model.layers.0" in nothing.message
+    assert "Rename the checkpoint's tensors: leave out '_orig_mod.'. All weights are" in nothing.message
+    assert renamed_part.success
+    assert "model.layers.1.self_attn.o_proj.weight (1 of 1 units)" in renamed_part.message
+    assert (
+        "Rename the checkpoint's tensors: strip 'module.' from their beginning. Nothing took 1" in renamed_part.message
+    )
     assert part.success
     assert "model.layers.0.mlp.experts.w2_weight (1 of 8 units)" in part.message
     assert norm.success
