@@ -132,6 +132,9 @@ class Rule:
         self._states.insert(0, self._states.pop())
         self._is_lost = False
         self.result = RuleResult()
+        alike = [name for name in self._weights_of(0) if _same(self._states[0][name], self._states[1][name])]
+        if alike:
+            raise RuntimeError(f"full updates leave these as they were: {alike}")
 
     def run(self) -> RuleResult:
         """Make all updates."""
@@ -319,6 +322,9 @@ class Rule:
             raise RuntimeError(f"a full update failed: {message}")
         return self._state()
 
+    def _weights_of(self, version: int) -> list[str]:
+        return [name for name in self._states[version] if name.endswith("weight")]
+
     def _state(self) -> dict[str, torch.Tensor]:
         return {
             name.replace(".base_layer", ""): tensor.detach().clone()
@@ -392,8 +398,9 @@ def _rank() -> int:
 
 
 def wrap_in_lora(model: torch.nn.Module) -> None:
-    """Put SGLang's LoRA layers around the linear layers of a loaded model, as its ``LoRAManager`` does."""
+    """Put SGLang's LoRA layers around linear layers and experts of a loaded model, as its ``LoRAManager`` does."""
     from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
     from sglang.srt.lora.backend.torch_backend import TorchNativeLoRABackend
     from sglang.srt.lora.layers import get_lora_layer
     from sglang.srt.utils import replace_submodule
@@ -405,7 +412,7 @@ def wrap_in_lora(model: torch.nn.Module) -> None:
 
     make = torch.tensor
     backend = TorchNativeLoRABackend(1, torch.device("cpu"))
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LinearBase)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (LinearBase, FusedMoE))}
     # SGLang's LoRA pins memory whether or not there is a GPU to pin it for.
     with replaced(torch, "tensor", unpinned):
         for name, layer in layers.items():

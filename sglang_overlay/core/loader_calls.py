@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,8 @@ class LoaderCall:
         """Note a write of ``source`` to the view ``destination`` of the placeholder of ``sink``."""
         self._sink = sink
         is_given = source.untyped_storage()._cdata == self._memory
-        is_fill = not is_given and not any(source.stride())
+        # Copies of a single scale have no strides either.
+        is_fill = not is_given and destination.ndim > 0 and not any(source.stride())
         self._writes.append((destination, is_fill))
         self._taken += 0 if is_fill else source.numel()
         # One that is saved as a view that repeats its memory is as large as it says.
@@ -72,10 +74,11 @@ class LoaderCall:
 
     def misfit(self, name: str) -> Misfit | None:
         """What is wrong with the tensor, called ``name`` in the checkpoint."""
-        if self._sink is None or not self._taken:
+        if self._sink is None:
             return None
         has_fills = any(is_fill for _, is_fill in self._writes)
-        outcome = self._outcome or (CUT if self._taken * self._ranks < self.given.numel() else "")
+        # Of a tensor that is too short there may be nothing left for this rank.
+        outcome = self._outcome or (CUT if 0 < self._taken * self._ranks < self.given.numel() else "")
         if not outcome and not has_fills:
             return None
         boxes = [(Placement(view, self._sink.shape).box, is_fill) for view, is_fill in self._writes]
@@ -148,6 +151,19 @@ class LoaderCalls:
         """A loader is going to run."""
         tensors = [value for value in arguments if isinstance(value, torch.Tensor) and not value.is_meta]
         self._thread.call = LoaderCall(tensors[0], self._ranks) if len(tensors) == 1 else None
+
+    @contextmanager
+    def of(self, arguments: Sequence[Any]) -> Iterator[None]:
+        """Around a loader that may call others, or fail."""
+        if self.under_way() is not None:
+            yield
+            return
+        self.begin(arguments)
+        try:
+            yield
+            self.end()
+        finally:
+            self._thread.call = None
 
     def end(self) -> None:
         """It has returned."""

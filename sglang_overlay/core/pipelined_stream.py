@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from sglang_overlay.core import marks
-from sglang_overlay.core.errors import ConflictingWriteError
+from sglang_overlay.core.errors import ConflictingWriteError, UnsupportedWriteError
 from sglang_overlay.core.huge_pages import HugePages
 from sglang_overlay.core.mapped_sources import MappedSources, Watch
 from sglang_overlay.core.pipeline import Pipeline
@@ -55,7 +56,9 @@ class PipelinedStream(ParameterStream):
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if self.rows is not None and destination.numel():
-            self.rows.see(*self._landings.of(destination), source)
+            # What is no box is refused, or comes again in parts that are.
+            with suppress(UnsupportedWriteError):
+                self.rows.see(*self._landings.of(destination), source)
         super().write(destination, source)
 
     @property

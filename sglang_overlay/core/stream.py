@@ -11,7 +11,12 @@ from functools import partial
 
 import torch
 
-from sglang_overlay.core.errors import ConflictingWriteError, LayerNotStreamableError, UnsupportedDtypeError
+from sglang_overlay.core.errors import (
+    ConflictingWriteError,
+    LayerNotStreamableError,
+    UnsupportedDtypeError,
+    UnsupportedWriteError,
+)
 from sglang_overlay.core.quantizers import Magnitudes, UnitQuantizer, made_current
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.shortage import shortage_explained
@@ -132,7 +137,15 @@ class ParameterStream:
         self._refuse_integers(source, origin)
         # Quantizers read memory, where the lazy sign of a negative view is not.
         source = source.resolve_neg()
-        first, landing = self._landings.of(destination)
+        try:
+            first, landing = self._landings.of(destination)
+        except UnsupportedWriteError:
+            runs = self._landings.runs(destination)
+            if len(runs) < 2:
+                raise
+            for run in runs:
+                self.write(destination[run], source[run])
+            return
         values = landing.lay_out(source)
         if origin:
             self.origins.note(first, landing, origin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -107,3 +108,18 @@ class Landings:
         if landing is None:
             landing = self._known[form] = Landing(Placement(view, self._shape), self._grid)
         return unit, landing
+
+    def runs(self, view: torch.Tensor) -> list[slice]:
+        """Rows of ``view`` in parts that are boxes, where it is a run of rows that begins or ends within a unit.
+
+        Loaders write less than a projection where upstream has padded it. Empty for any other view.
+        """
+        grid = self._grid
+        if not grid.sliced or len(grid.shape) != 2 or view.ndim != 2 or view.stride() != (grid.shape[1], 1):
+            return []
+        height, rows = grid.shape[0], len(view)
+        before = int(view.storage_offset()) // grid.shape[1] % height
+        head = min((height - before) % height, rows)
+        whole_units = head + (rows - head) // height * height
+        cuts = sorted({0, head, whole_units, rows})
+        return [slice(start, stop) for start, stop in pairwise(cuts)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
 from sglang.srt.layers.moe.moe_runner import MoeRunner
 from sglang.srt.layers.moe.moe_runner.triton import TritonMoeQuantInfo
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
@@ -80,6 +81,7 @@ class Int8ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             set_weight_attrs(weight, extra_weight_attrs)
             layer.register_parameter(f"{name}_weight", weight)
             scale = torch.nn.Parameter(torch.ones((*shape[:2], 1), dtype=torch.float32), requires_grad=False)
+            set_weight_attrs(scale, {**extra_weight_attrs, "quant_method": FusedMoeWeightScaleSupported.CHANNEL.value})
             layer.register_parameter(f"{name}_weight_scale", scale)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

@@ -293,6 +293,18 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         elsewhere=(Place(f"{_RUNNER}._model_load_weights_direct"),),
     ),
+    *(
+        TouchPoint(
+            target=f"{_SESSIONS}.{name}",
+            hook="sglang_overlay.upstream.update_hooks:update_of_all_models",
+            kind=HookKind.AROUND,
+            parameters=("self", "recv_req"),
+            why="Where a draft model cannot be updated, has the target go back to its weights too.",
+            related=_UPDATE_ISSUES,
+            remove_when=_WHEN_UPSTREAM_UPDATES,
+        )
+        for name in ("update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_ipc")
+    ),
     TouchPoint(
         target=f"{_SESSIONS}.end_weight_update",
         hook="sglang_overlay.upstream.update_hooks:end_session",

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.layer import LayerStream
-from sglang_overlay.core.loader_calls import PADDED
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.upstream.checkpoint_files import CheckpointFiles
-from sglang_overlay.upstream.findings import Findings, Read, Tolerance
+from sglang_overlay.upstream.findings import Findings, Read, Tolerance, WantedShapes, kept_misfits
 from sglang_overlay.upstream.load import ModelLoad, current
 
 
@@ -30,6 +29,7 @@ class CheckedLoad(ModelLoad):
 
     Attributes:
         files: that upstream reads.
+        wanted: what the model wants of its checkpoint's tensors, once they have been read.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class CheckedLoad(ModelLoad):
         super().__init__(obstacle, excluded)
         self._tolerance = tolerance
         self.files = CheckpointFiles()
+        self.wanted = WantedShapes()
         self._findings = Findings()
         self._seen: dict[str, str | None] = {}
 
@@ -78,22 +79,14 @@ class CheckedLoad(ModelLoad):
             NonFiniteWeightError: a weight is not finite, where that is an error.
             MisfitError: a tensor does not fill its part of a weight, where that is an error.
         """
-        folder = Path(model_config.model_path)
+        self.wanted = self._findings.wanted(Path(model_config.model_path), model_config.hf_config.to_dict())
         held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
-        self._findings.conclude_misfits(self._tolerance, folder, model_config.hf_config.to_dict())
+        self._findings.conclude_misfits(self._tolerance, self.wanted)
         self._findings.conclude(self._tolerance, Read(self._seen, held), self.files.in_folder(model_config.model_path))
         super().check(model, model_config)
 
     def _settle(self, stream: LayerStream) -> None:
-        # SGLang makes experts larger for some kernels (aiter's), says so on the parameter, and pads them itself.
-        padded = {
-            f"{stream.name}.{key}"
-            for key, placeholder in stream.placeholders.items()
-            if getattr(placeholder, "weight_padded", False)
-        }
-        self._findings.misfits += [
-            misfit for misfit in stream.misfits if misfit.outcome != PADDED or misfit.parameter not in padded
-        ]
+        self._findings.misfits += kept_misfits(stream.name, stream.misfits, stream.placeholders)
         super()._settle(stream)
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:

@@ -76,6 +76,34 @@ class Read:
         return shortened([f"{name} ({odd})" if (odd := self.entries[name]) else name for name in names])
 
 
+@dataclass(frozen=True)
+class WantedShapes:
+    """What is known of the shapes that a model wants of its checkpoint's tensors.
+
+    Attributes:
+        sizes: numbers in its config.
+        fitting: patterns of tensors of which some fill their part of a weight.
+    """
+
+    sizes: Collection[int] = frozenset()
+    fitting: Collection[tuple[str, ...]] = frozenset()
+
+    def unmeant(self, misfits: Sequence[Misfit]) -> list[Misfit]:
+        """Those of ``misfits``, all of one load or one call of an update, that the model does not want so.
+
+        It does want tensors that are as long as its config says, and are padded all alike: Qwen2.5-VL's vision tower,
+        for alignment, and SGLang where a size does not divide by the CPUs.
+        """
+        shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+        for misfit in misfits:
+            differing = set(misfit.shape) - set(misfit.wanted)
+            is_said = misfit.outcome == PADDED and not differing.isdisjoint(self.sizes)
+            shapes.setdefault(pattern_of(misfit.tensor), set()).add(misfit.shape if is_said else ())
+        meant = {pattern for pattern, found in shapes.items() if len(found) == 1 and () not in found}
+        meant.difference_update(self.fitting)
+        return [misfit for misfit in misfits if pattern_of(misfit.tensor) not in meant]
+
+
 Origins = Callable[[Sequence[int] | None], list[str]]
 
 
@@ -159,20 +187,31 @@ class Findings:
         self._magnitudes.append(_Magnitudes(weight.name, weight.magnitudes, weight.origins))
         self._rewritten += weight.rewritten
 
-    def conclude_misfits(self, tolerance: Tolerance, folder: Path, config: Mapping[str, Any]) -> None:
+    def wanted(self, folder: Path, config: Mapping[str, Any]) -> WantedShapes:
+        """What is known of the shapes that the model wants.
+
+        Args:
+            folder: of the checkpoint.
+            config: its config.json as SGLang has it, which may have been adapted to the machine since.
+        """
+        misfits = {misfit.tensor for misfit in self.misfits}
+        written = (name for names in self._written.values() for name in names)
+        return WantedShapes(
+            frozenset({*_numbers_in(config), *_numbers_in(_config_in(folder))}),
+            frozenset(pattern_of(name) for name in written if name not in misfits),
+        )
+
+    def conclude_misfits(self, tolerance: Tolerance, wanted: WantedShapes) -> None:
         """Say which checkpoint tensors do not fill their part of a weight, ``misfits``.
 
         Args:
             tolerance: what is an error and what a warning.
-            folder: of the checkpoint.
-            config: its config.json as SGLang has it, which may have been adapted to the machine since.
+            wanted: what is known of the shapes that the model wants.
 
         Raises:
             MisfitError: there are some, and that is not allowed.
         """
-        sizes = {*_numbers_in(config), *_numbers_in(_config_in(folder))} if self.misfits else set()
-        meant = self._rounded_up(sizes)
-        found = [str(misfit) for misfit in self.misfits if pattern_of(misfit.tensor) not in meant]
+        found = [str(misfit) for misfit in wanted.unmeant(self.misfits)]
         if not found:
             return
         text = f"{len(found)} tensors of the checkpoint do not have the shape that the model needs: {shortened(found)}"
@@ -182,19 +221,6 @@ class Findings:
                 "left, with a warning."
             )
         self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
-
-    def _rounded_up(self, sizes: Collection[int]) -> set[tuple[str, ...]]:
-        """Patterns of tensors that are as long as the config says, and are padded all alike: the model wants them so.
-
-        Qwen2.5-VL's vision tower does, for alignment, and SGLang where a size does not divide by the CPUs.
-        """
-        shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
-        for misfit in self.misfits:
-            is_said = misfit.outcome == PADDED and not (set(misfit.shape) - set(misfit.wanted)).isdisjoint(sizes)
-            shapes.setdefault(pattern_of(misfit.tensor), set()).add(misfit.shape if is_said else ())
-        misfits = {misfit.tensor for misfit in self.misfits}
-        others = {pattern_of(name) for names in self._written.values() for name in names if name not in misfits}
-        return {pattern for pattern, found in shapes.items() if len(found) == 1 and () not in found} - others
 
     def conclude(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
         """Say all of it.
@@ -285,6 +311,15 @@ class Findings:
         """Say it in the log, and keep it."""
         self.warnings.append(text)
         logger.warning("StreamFP8: %s", sentence(text))
+
+
+def kept_misfits(layer: str, misfits: Iterable[Misfit], placeholders: Mapping[str, torch.Tensor]) -> list[Misfit]:
+    """Those of a layer that SGLang does not announce.
+
+    It makes experts larger for some kernels (aiter's), says so on the parameter, and pads them itself.
+    """
+    padded = {f"{layer}.{key}" for key, value in placeholders.items() if getattr(value, "weight_padded", False)}
+    return [misfit for misfit in misfits if misfit.outcome != PADDED or misfit.parameter not in padded]
 
 
 def _next_step(misplaced: Misplaced, read: Read) -> str:

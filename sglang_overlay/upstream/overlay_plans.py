@@ -17,6 +17,7 @@ from sglang_overlay.core.cpu_quantizers import (
     quantize_rows,
     quantize_rows_as_groups,
 )
+from sglang_overlay.core.placeholders import twin
 from sglang_overlay.core.quantizers import RowQuantizer, ShuffledUnits, UnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.schemes.mxfp8 import Mxfp8ExpertsPlan, Mxfp8LinearPlan
@@ -53,15 +54,24 @@ class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
     def scale_placeholders(
         self, layer: Module, placeholders: Mapping[str, Parameter]
     ) -> dict[str, tuple[str, Parameter]]:
-        """Per channel, as checkpoints in compressed-tensors' format have them: ``weight_scale``, ``[N, 1]``."""
-        from sglang.srt.layers.parameter import ChannelQuantScaleParameter
+        """``weight_scale``, as checkpoints in compressed-tensors' format have it.
+
+        Per channel ``[N, 1]``; per tensor one for each checkpoint tensor of a fused weight.
+        """
+        from sglang.srt.layers.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
 
         weight: Any = placeholders["weight"]
-        if not self._per_channel or getattr(weight, "output_dim", None) != 0:
+        # aiter serves rows that are shuffled.
+        if capabilities.uses_aiter() or getattr(weight, "output_dim", None) != 0:
             return {}
-        made = torch.empty(len(weight), 1, dtype=torch.float32, device="meta")
-        loader = weight.weight_loader
-        return {"weight": ("weight_scale", ChannelQuantScaleParameter(data=made, output_dim=0, weight_loader=loader))}
+        if self._per_channel:
+            made = torch.empty(len(weight), 1, dtype=torch.float32, device="meta")
+            scale = ChannelQuantScaleParameter(data=made, output_dim=0, weight_loader=weight.weight_loader)
+        else:
+            parts: Any = layer.logical_widths
+            made = torch.empty(len(parts), dtype=torch.float32, device="meta")
+            scale = PerTensorScaleParameter(data=made, weight_loader=weight.weight_loader)
+        return {"weight": ("weight_scale", scale)}
 
 
 class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
@@ -95,6 +105,23 @@ class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
             # Only in a finished layer: upstream shuffles experts when all have been loaded.
             self._row_scales = {name: layer.get_parameter(f"{name}_scale1").data for name in placeholders}
         return storages
+
+    def scale_placeholders(
+        self, layer: Module, placeholders: Mapping[str, Parameter]
+    ) -> dict[str, tuple[str, Parameter]]:
+        """As checkpoints with a scale a tensor have them: ``[E, 2]`` for gate and up, ``[E]`` for down."""
+        from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
+
+        if capabilities.uses_aiter():
+            return {}
+        made = {}
+        for name, weight in placeholders.items():
+            scale = layer.get_parameter(f"{name}_scale")
+            stand_in: Any = twin(scale, torch.empty_like(scale, device="meta"))
+            stand_in.quant_method = FusedMoeWeightScaleSupported.TENSOR.value
+            stand_in.weight_loader = weight.weight_loader  # type: ignore[attr-defined]
+            made[name] = f"{name}_scale", stand_in
+        return made
 
 
 class AiterExperts(ShuffledUnits):

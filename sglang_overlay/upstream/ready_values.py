@@ -12,7 +12,9 @@ from sglang_overlay.core.regions import Box, difference, slices
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import Landing, Landings, UnitGrid
+from sglang_overlay.errors import UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.upstream.undo import UndoLog
+from sglang_overlay.upstream.update_capture import dtype_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +39,22 @@ class ReadyValues:
         name: of the parameter, for messages.
         grid: how it divides into units.
         storage: its final memory; scales have one dimension beside the units, or none.
-        scale_name: of the parameter that takes the scales, for messages.
+        scale: the placeholder of the scales, in the order of the storage's; several for each of them where the parts of
+            a fused weight, which is served with one scale, have one each.
+        scale_name: of that parameter, for messages.
         undo: keeps what is replaced.
         account: counts what waits.
     """
 
     def __init__(
-        self, name: str, grid: UnitGrid, storage: Storage, scale_name: str, undo: UndoLog, account: StagingAccount
+        self,
+        name: str,
+        grid: UnitGrid,
+        storage: Storage,
+        scale: torch.Tensor,
+        scale_name: str,
+        undo: UndoLog,
+        account: StagingAccount,
     ) -> None:
         self.name = scale_name
         self._parameter = name
@@ -55,8 +66,9 @@ class ReadyValues:
         self._lock = threading.Lock()
         self._waiting: list[_Write] = []
         self._missing: dict[int, list[Box]] = {}
-        self._scale = torch.zeros(storage.scale.shape, dtype=storage.scale.dtype, device=storage.scale.device)
-        self._scaled = torch.zeros(storage.scale.numel(), dtype=torch.bool)
+        self._parts = scale.numel() // storage.scale.numel()
+        self._scale = torch.zeros(scale.numel(), dtype=storage.scale.dtype, device=storage.scale.device)
+        self._scaled = torch.zeros(scale.numel(), dtype=torch.bool)
         self._whole = torch.zeros(grid.count, dtype=torch.bool)
         self.taken = torch.zeros(grid.count, dtype=torch.bool)
         """Units that have been replaced."""
@@ -65,7 +77,7 @@ class ReadyValues:
         """Take a write of scales: ``destination`` is a view of the scales' placeholder."""
         view = destination.size(), destination.stride(), destination.storage_offset()
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
-            self._scale.view(-1).as_strided(*view).copy_(source)
+            self._scale.as_strided(*view).copy_(source)
             self._scaled.as_strided(*view).fill_(True)
             self._replace()
 
@@ -75,7 +87,15 @@ class ReadyValues:
         Raises:
             UnsupportedWriteError: the view is no box of the parameter.
         """
-        first, landing = self._landings.of(destination)
+        try:
+            first, landing = self._landings.of(destination)
+        except UnsupportedWriteError:
+            runs = self._landings.runs(destination)
+            if len(runs) < 2:
+                raise
+            for run in runs:
+                self.write_values(destination[run], source[run])
+            return
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             # The sender may use the tensor's memory again.
             values = landing.lay_out(source).to(self._storage.weight.device, copy=True)
@@ -99,8 +119,9 @@ class ReadyValues:
         if not left.any():
             return None
         return (
-            f"{self._parameter} ({int(left.sum())} of {self._grid.count} units: quantized values without their "
-            f"scales in {self.name.rpartition('.')[2]}, or the reverse)"
+            f"{self._parameter} ({int(left.sum())} of {self._grid.count} units: "
+            f"{dtype_name(self._storage.weight.dtype)} values without their scales in "
+            f"{self.name.rpartition('.')[2]}, or the reverse)"
         )
 
     def saved(self) -> tuple[object, ...]:
@@ -135,6 +156,9 @@ class ReadyValues:
         done = [write for write in self._waiting if bool(ready[write.units].all())]
         if not done:
             return
+        if self._parts > 1:
+            for write in done:
+                self._refuse_different(self._scales_of(write))
         self._waiting = [write for write in self._waiting if write not in done]
         for write in done:
             self._write(write)
@@ -155,4 +179,16 @@ class ReadyValues:
             weight[0][box].copy_(write.values)
         else:
             weight[(slice(None), *box)].copy_(write.values)
-        scale.copy_(self._scale[write.units])
+        scale.copy_(self._scales_of(write)[..., 0].reshape(scale.shape))
+
+    def _scales_of(self, write: _Write) -> torch.Tensor:
+        """Scales that have come for units: for each unit, scale that is served, and part that has one."""
+        return self._scale.view(self._grid.count, -1, self._parts)[write.units]
+
+    def _refuse_different(self, scales: torch.Tensor) -> None:
+        if not (scales == scales[..., :1]).all():
+            found = ", ".join(f"{scale:.6g}" for scale in scales.flatten().unique().tolist())
+            raise WeightUpdateError(
+                f"{self._parameter} is served with one scale for all of its parts, and they came with {found}. "
+                "Quantize them with one scale, or send them in high precision"
+            )

@@ -26,6 +26,7 @@ class UndoLog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._room = _Room()
         self._calls: list[dict[Region, tuple[torch.Tensor, torch.Tensor]]] = [{}]
 
     def keep(self, *views: torch.Tensor) -> None:
@@ -35,7 +36,7 @@ class UndoLog:
             region = (storage_key(view), view.storage_offset(), view.shape, view.stride(), view.dtype)
             if region not in kept:
                 with torch.no_grad():
-                    pair = view.detach(), view.detach().to("cpu", copy=True)
+                    pair = view.detach(), self._room.for_values_of(view).copy_(view)
                 with self._lock:
                     kept.setdefault(region, pair)
 
@@ -61,12 +62,38 @@ class UndoLog:
 
     def forget(self) -> None:
         """What was written stays."""
+        self._room = _Room()
         self._calls = [{}]
 
     @property
     def storages(self) -> Collection[int]:
         """``storage_key`` of everything that was written to."""
         return {region[0] for call in self._calls for region in call}
+
+
+class _Room:
+    """Host memory for copies, in large pieces.
+
+    Of its own, since pieces of units that wait are of the same sizes, and short-lived: among them malloc would leave
+    holes that nothing fills. Any thread may ask.
+    """
+
+    size = 8 << 20
+    aligned = 64
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def for_values_of(self, view: torch.Tensor) -> torch.Tensor:
+        """Uninitialized and contiguous, of the shape and dtype of ``view``."""
+        size = -(-view.nbytes // self.aligned) * self.aligned
+        # Tensors that are made in inference mode can be written to in that mode only.
+        with self._lock, torch.inference_mode(mode=False):
+            if size > len(self._free):
+                self._free = torch.empty(max(self.size, size), dtype=torch.uint8)
+            found, self._free = self._free[: view.nbytes], self._free[size:]
+            return found.view(view.dtype).view(view.shape)
 
 
 def _put_back(kept: dict[Region, tuple[torch.Tensor, torch.Tensor]]) -> None:

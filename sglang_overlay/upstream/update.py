@@ -34,14 +34,18 @@ import torch
 
 from sglang_overlay.core.capture import WriteSink, storage_key
 from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.loader_calls import LoaderCalls, WatchedSink
 from sglang_overlay.core.mapped_sources import MappedSources
 from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.placeholders import set_loader, twin
 from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.tensor_names import PACKED
 from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.upstream import whole_rows
+from sglang_overlay.upstream.findings import WantedShapes, kept_misfits
 from sglang_overlay.upstream.load import MOST_NESTED, TORCH_ATTRIBUTES, tensors_of
+from sglang_overlay.upstream.ranks import parallel_ranks
 from sglang_overlay.upstream.ready_values import ReadyValues
 from sglang_overlay.upstream.snapshots import NOTED
 from sglang_overlay.upstream.undo import Bindings, UndoableQuantizer, UndoLog
@@ -57,6 +61,8 @@ if TYPE_CHECKING:
     from sglang_overlay.upstream.updatable_plan import UpdatablePlan
 
 logger = logging.getLogger(__name__)
+
+_NOTHING_KNOWN = WantedShapes()
 
 FUSED_BY_THE_MODEL = {
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -217,14 +223,18 @@ class UpdatableModel:
     Args:
         layers: the layers that were quantized here.
         stock: why others went through stock's quantization, by name.
+        wanted: what the model wants of its checkpoint's tensors.
 
     Attributes:
         open: the update that is open.
         unopened: why the session that is under way has none, where that went wrong; told by its calls and at its end.
     """
 
-    def __init__(self, layers: Iterable[UpdatableLayer], stock: Mapping[str, str]) -> None:
+    def __init__(
+        self, layers: Iterable[UpdatableLayer], stock: Mapping[str, str], wanted: WantedShapes = _NOTHING_KNOWN
+    ) -> None:
         self.layers = list(layers)
+        self._wanted = wanted
         self.open: WeightUpdate | None = None
         self.unopened: Exception | None = None
         known = {layer.name for layer in self.layers}
@@ -240,7 +250,7 @@ class UpdatableModel:
                 shortened([f"{name} ({reason})" for name, reason in self._stock.items()]),
             )
             self._stock = {}
-        self.open = WeightUpdate(self.layers, workers)
+        self.open = WeightUpdate(self.layers, workers, self._wanted)
         return self.open
 
     def commit(self) -> None:
@@ -248,6 +258,13 @@ class UpdatableModel:
         update, self.open = self.open, None
         if update is not None:
             update.close()
+
+    def detach(self) -> WeightUpdate:
+        """The open update, which was right, for somebody else to undo or close."""
+        if self.open is None:
+            raise RuntimeError("no update is open")
+        update, self.open = self.open, None
+        return update
 
     def abort(self) -> None:
         """Close the open update, if any, and put back what it has overwritten."""
@@ -263,21 +280,28 @@ class WeightUpdate:
     Args:
         layers: of the model.
         workers: threads that quantize beside the loader, where the source allows it.
+        wanted: what the model wants of its checkpoint's tensors.
 
     Attributes:
         given: what upstream was given in the call that is under way.
     """
 
-    def __init__(self, layers: Iterable[UpdatableLayer], workers: int = 0) -> None:
+    def __init__(
+        self, layers: Iterable[UpdatableLayer], workers: int = 0, wanted: WantedShapes = _NOTHING_KNOWN
+    ) -> None:
         self.sources = MappedSources()
         self.account = StagingAccount()
         self.given = GivenTensors()
         self._undo = UndoLog()
+        self._wanted = wanted
+        self._calls = LoaderCalls(parallel_ranks().tp.size, lambda tensor: self.given.name_of(tensor) or "")
         self._pipeline = Pipeline(workers)
         self._layers = {layer.module: layer for layer in layers}
+        self._wrappers: dict[torch.nn.Module, UpdatableLayer] = {}
         self._streams: dict[str, UpdateStream] = {}
         self._whole: dict[str, tuple[WholeParameter, ParameterPlan | None]] = {}
-        self._sinks: dict[int, WriteSink] = {}
+        self._sinks: dict[int, WatchedSink] = {}
+        self._take_values: dict[int, torch.dtype] = {}
         self._quantized: dict[int, str] = {}
         self._replaced: dict[str, None] = {}
         self._damaged: list[str] = []
@@ -297,7 +321,7 @@ class WeightUpdate:
         self._names = {sink.name for sink in self._sinks.values()}
 
     def __contains__(self, module: torch.nn.Module) -> bool:
-        return module in self._layers
+        return module in self._layers or module in self._wrappers
 
     def takes(self, name: str) -> bool:
         """Whether a parameter of this name is quantized by this update, or refused."""
@@ -368,14 +392,16 @@ class WeightUpdate:
                 that cannot be served.
         """
         self._bindings[-1] = self._bindings[-1] or Bindings(model)
+        self._wrappers = dict(_wrappers(model, self._layers.values()))
         derived = _TensorAttributes(model)
         served = self._served(model)
         token = _current.set(self)
         self._thread.inside = True
-        self._capture = functools.partial(UpdateCapture, self._sinks, self._takes_values, served, self.given)
+        self._calls.misfits.clear()
+        self._capture = functools.partial(UpdateCapture, self._sinks, self._take_values, served, self.given)
         try:
             with (
-                _aliases_shown(model, self._layers.values()),
+                _aliases_shown(model, self._layers.values(), self._wrappers),
                 _all_shown(self._layers.values(), self._wrap),
                 _loaders_wrapped(model, self._wrap),
                 _given(model, self._offered),
@@ -384,8 +410,12 @@ class WeightUpdate:
                 self._capture(),
             ):
                 yield
+                self._refuse_misfits()
         except UnsupportedWriteError as error:
             raise WeightUpdateError(str(error)) from error
+        except KeyError as error:
+            self._explain(error)
+            raise
         finally:
             self._thread.inside = False
             _current.reset(token)
@@ -450,6 +480,7 @@ class WeightUpdate:
                 f"the update ended with weights of which only a part came: {shortened(problems)}. One scale covers a "
                 "whole unit, so send what belongs together in one update: gate_proj with up_proj, q_proj with k_proj "
                 "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
+                f"{f'. Nothing took {shortened(self.given.unused)}' if self.given.unused else ''}"
             )
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
@@ -501,6 +532,11 @@ class WeightUpdate:
         )  # fmt: skip
 
     @property
+    def layers(self) -> list[str]:
+        """Names of the layers that it may replace."""
+        return [layer.name for layer in self._layers.values()]
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing of the model was written to."""
         return not self._undo.storages and not self.replaced
@@ -517,7 +553,7 @@ class WeightUpdate:
                 sink = _Refusal(name)
             else:
                 sink = self._sink(layer, key, storages[key])
-            self._sinks[storage_key(placeholder)] = sink
+            self._watch(placeholder, sink)
 
     def _sink(self, layer: UpdatableLayer, key: str, storage: Storage) -> WriteSink:
         name, placeholder = f"{layer.name}.{key}", layer.placeholders[key]
@@ -530,9 +566,14 @@ class WeightUpdate:
         ready = None
         if key in layer.scales:
             scale_name, scale = layer.scales[key]
-            ready = ReadyValues(name, plan.grid, plan.storage, f"{layer.name}.{scale_name}", self._undo, self.account)
-            self._sinks[storage_key(scale)] = ready
+            ready = ReadyValues(
+                name, plan.grid, plan.storage, scale, f"{layer.name}.{scale_name}", self._undo, self.account
+            )
+            self._watch(scale, ready)
         return self._stream(name, placeholder, plan, ready)
+
+    def _watch(self, placeholder: torch.nn.Parameter, sink: WriteSink) -> None:
+        self._sinks[storage_key(placeholder)] = WatchedSink(sink, placeholder.shape, self._calls.under_way)
 
     def _whole_sink(
         self, name: str, placeholder: torch.nn.Parameter, device: torch.device, plan: ParameterPlan | None
@@ -557,12 +598,8 @@ class WeightUpdate:
             pipeline=self._pipeline,
             rows=whole_rows.of(plan),
         )
+        self._take_values[storage_key(placeholder)] = plan.storage.weight.dtype
         return self._streams[name]
-
-    @property
-    def _takes_values(self) -> frozenset[int]:
-        """Placeholders whose sinks say themselves which quantized values they take."""
-        return frozenset(key for key, sink in self._sinks.items() if isinstance(sink, UpdateStream))
 
     def _served(self, model: torch.nn.Module) -> ServedMemory:
         """All memory of the model, as it is served. To be called while no placeholder is shown."""
@@ -600,9 +637,10 @@ class WeightUpdate:
 
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
-            self.given.note([*args, *kwargs.values()])
+            values = [*args, *kwargs.values()]
+            self.given.note(values)
             try:
-                with self._captured():
+                with self._captured(), self._calls.of(values):
                     return loader(*args, **kwargs)
             except Exception as error:
                 shapes = [str(tuple(value.shape)) for value in args if isinstance(value, torch.Tensor)]
@@ -612,6 +650,39 @@ class WeightUpdate:
                 ) from error
 
         return load
+
+    def _explain(self, error: KeyError) -> None:
+        """Models look parameters up by name, and a layer has those of its own layout only.
+
+        Raises:
+            WeightUpdateError: it was looking for scales, or the like, of another layout.
+        """
+        last = self.given.last or ""
+        if last.rpartition(".")[2] not in PACKED:
+            return
+        wanted = str(error.args[0] if error.args else "")
+        layer = next((each for each in self._layers.values() if each.name == wanted.rpartition(".")[0]), None)
+        takes = ", ".join(name for name, _ in layer.scales.values()) if layer else ""
+        raise WeightUpdateError(
+            f"{last} belongs to values that are quantized in another layout than the one that is served. "
+            f"{layer.name if layer else 'This layer'} takes weights in high precision"
+            f"{f', or quantized as it is, with {takes}' if takes else ' only'}"
+        ) from error
+
+    def _refuse_misfits(self) -> None:
+        """Loaders pad, repeat and cut what does not fit, without a word.
+
+        Raises:
+            WeightUpdateError: some tensors do not have the shape that the model needs.
+        """
+        misfits = self._calls.misfits
+        for layer in self._layers.values():
+            misfits = kept_misfits(layer.name, misfits, layer.placeholders)
+        found = self._wanted.unmeant(misfits)
+        if found:
+            raise WeightUpdateError(
+                f"{len(found)} tensors do not have the shape that the model needs: {shortened([*map(str, found)])}"
+            )
 
     @contextmanager
     def _captured(self) -> Iterator[None]:
@@ -748,8 +819,14 @@ def _all_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLoad
 
 
 @contextmanager
-def _aliases_shown(model: torch.nn.Module, layers: Iterable[UpdatableLayer]) -> Iterator[None]:
-    """Show a layer's placeholders wherever else its weights are registered, as LoRA's wrappers register them again."""
+def _aliases_shown(
+    model: torch.nn.Module, layers: Iterable[UpdatableLayer], wrappers: Mapping[torch.nn.Module, UpdatableLayer]
+) -> Iterator[None]:
+    """Show a layer's placeholders wherever else models look for its weights.
+
+    LoRA's wrappers register those of linear layers again. Those of experts do not: upstream's models then look for
+    ``experts.w13_weight`` where it is ``experts.base_layer.w13_weight``, and pass over what they do not find.
+    """
     shown: dict[int, dict[str, torch.nn.Parameter]] = {}
     own = {layer.module for layer in layers}
     for layer in layers:
@@ -759,6 +836,9 @@ def _aliases_shown(model: torch.nn.Module, layers: Iterable[UpdatableLayer]) -> 
                 scales = dict([layer.scales[key]] if key in layer.scales else [])
                 shown[id(served)] = {"": placeholder, **scales}
     changed = []
+    for module, layer in wrappers.items():
+        changed.append((module, module._parameters))
+        module._parameters = {**module._parameters, **layer.placeholders, **dict(layer.scales.values())}
     for module in model.modules():
         aliases = [key for key, weight in module._parameters.items() if id(weight) in shown and module not in own]
         if aliases:
@@ -774,6 +854,17 @@ def _aliases_shown(model: torch.nn.Module, layers: Iterable[UpdatableLayer]) -> 
     finally:
         for module, before in changed:
             module._parameters = before
+
+
+def _wrappers(
+    model: torch.nn.Module, layers: Iterable[UpdatableLayer]
+) -> Iterator[tuple[torch.nn.Module, UpdatableLayer]]:
+    """LoRA's modules around experts, each with the layer in it."""
+    own: dict[torch.nn.Module | None, UpdatableLayer] = {layer.module: layer for layer in layers}
+    for module in model.modules():
+        layer = own.get(module._modules.get("base_layer"))
+        if layer is not None and not layer.placeholders.keys() & module._parameters.keys():
+            yield module, layer
 
 
 @contextmanager

@@ -121,13 +121,17 @@ class UpdateCapture(PartialCapture):
 
     Args:
         sinks: the sink for each placeholder, by ``storage_key``.
-        takes_values: those of the placeholders whose sinks take quantized values.
+        takes_values: those of the placeholders whose sinks take quantized values, with the dtype that is served.
         served: the model's other memory.
         given: what upstream was given in this call.
     """
 
     def __init__(
-        self, sinks: Mapping[int, WriteSink], takes_values: frozenset[int], served: ServedMemory, given: GivenTensors
+        self,
+        sinks: Mapping[int, WriteSink],
+        takes_values: Mapping[int, torch.dtype],
+        served: ServedMemory,
+        given: GivenTensors,
     ) -> None:
         super().__init__(sinks)
         self._takes_values = takes_values
@@ -154,16 +158,18 @@ class UpdateCapture(PartialCapture):
     def _refuse_conversion(self, source: torch.Tensor, dtype: torch.dtype, key: int | None = None) -> None:
         if source.dtype in VALUES and dtype is not source.dtype and key not in self._takes_values:
             raise WeightUpdateError(
-                f"{self._given.name_of(source) or 'a tensor'} holds {_told(source.dtype)} values, and goes where "
-                f"{_told(dtype)} is served: without its scale it means nothing. Send it in high precision"
+                f"{self._given.name_of(source) or 'a tensor'} holds {dtype_name(source.dtype)} values, and goes where "
+                f"{dtype_name(dtype)} is served: without its scale it means nothing. Send it in high precision"
             )
 
     def _refuse_integers(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        if self._takes_values.get(storage_key(destination)) is source.dtype:
+            return
         name = self._given.name_of(source)
         if name is not None and destination.is_floating_point() and not source.is_floating_point():
             raise WeightUpdateError(
-                f"{name} holds {_told(source.dtype)} values, and goes where {_told(destination.dtype)} is served: "
-                "quantized weights mean nothing without their scales"
+                f"{name} holds {dtype_name(source.dtype)} values, and goes where {dtype_name(destination.dtype)} "
+                "is served: quantized weights mean nothing without their scales"
             )
 
 
@@ -176,7 +182,8 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return storage_key(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _told(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """For messages."""
     return str(dtype).removeprefix("torch.")
 
 

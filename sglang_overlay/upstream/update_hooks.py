@@ -22,6 +22,7 @@ import torch
 
 from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.pipeline import workers_for
+from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.upstream import load
 from sglang_overlay.upstream.checkpoint_files import CheckpointFiles, noted_problems
@@ -60,6 +61,33 @@ class DiskUpdate:
     note: str = ""
 
 
+class Together:
+    """Updates of a target and its drafts that one request asks for: all of them stay, or none.
+
+    Attributes:
+        failed: one of the models could not be updated.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._undo: list[Callable[[], None]] = []
+        self._close: list[Callable[[], None]] = []
+
+    def add(self, undo: Callable[[], None], close: Callable[[], None] = lambda: None) -> None:
+        """Note what undoes a part that was right, and what is to be done in any case."""
+        self._undo.append(undo)
+        self._close.append(close)
+
+    def end(self) -> None:
+        """Undo everything where a model could not be updated, on any rank."""
+        if self._undo:
+            # Models that are not streamed answer for one rank.
+            self.failed = _of_all(Outcome("" if self.failed else None)).failure is not None
+        # Backwards: a draft model may share memory with its target, which was updated first.
+        for step in [*(reversed(self._undo) if self.failed else ()), *self._close]:
+            step()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one rank fared in one call; all ranks of a tensor parallel group exchange theirs.
@@ -69,12 +97,14 @@ class Outcome:
         is_partial: that is units of which only a part came.
         unused: names of tensors that nothing was done with.
         untouched: what a whole checkpoint should have replaced.
+        advice: what to do about that.
     """
 
     failure: str | None = None
     is_partial: bool = False
     unused: Sequence[str] = ()
     untouched: Sequence[str] = ()
+    advice: str = ""
 
 
 def load_weights_and_postprocess(
@@ -114,7 +144,7 @@ def update_weights_from_disk(
     rank that fails before it reads any weights tells the others, which wait for it.
     """
     if updatable(model_of(updater)) is None:
-        return original(updater, model_path, *args, **kwargs)
+        return _noted(original(updater, model_path, *args, **kwargs))
     call = inspect.signature(original).bind(updater, model_path, *args, **kwargs).arguments
     served = updater.model_config.model_path
     disk = DiskUpdate(updater.model_config, is_whole=call.get("weight_name_filter") is None)
@@ -133,12 +163,33 @@ def update_weights_from_disk(
     if not disk.is_judged:
         outcome = _of_all(Outcome(None if success else f"{_sentence(message)} {BEFORE_UPDATE}"))
         disk.failure = outcome.failure
+        _noted((outcome.failure is None, ""))
     elif disk.failure is not None:
         message = f"Failed to update weights: {disk.failure}"
     if disk.failure is not None or not success:
         updater.model_config.model_path = served
         return False, message if disk.is_judged else (disk.failure or message)
+    together = _together.get()
+    if together is not None:
+        together.add(functools.partial(setattr, updater.model_config, "model_path", served))
     return True, _joined(message, disk.note)
+
+
+def update_of_all_models(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Around ``SchedulerWeightUpdaterManager.update_weights_from_disk`` and its like: target first, then drafts.
+
+    Upstream stops at the first that fails. Then those before it go back to their weights as well.
+    """
+    together = Together()
+    token = _together.set(together)
+    try:
+        return original(manager, request)
+    except BaseException:
+        together.failed = True
+        raise
+    finally:
+        _together.reset(token)
+        together.end()
 
 
 def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
@@ -286,6 +337,7 @@ def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, n
 
 
 _disk: ContextVar[DiskUpdate | None] = ContextVar("streamfp8_disk_update", default=None)
+_together: ContextVar[Together | None] = ContextVar("streamfp8_together", default=None)
 _session: ContextVar[list[Outcome] | None] = ContextVar("streamfp8_session_end", default=None)
 
 
@@ -327,8 +379,9 @@ def _judged(
     if disk is not None:
         disk.is_judged = True
     outcome = _of_all(mine)
+    _noted((outcome.failure is None, ""))
     if is_own:
-        known.commit() if outcome.failure is None else known.abort()
+        _conclude(known, outcome)
     elif known.open is not None:
         known.open.keep_call() if outcome.failure is None else known.open.undo_call(names)
     if outcome.failure is not None:
@@ -338,6 +391,18 @@ def _judged(
     if disk is not None:
         disk.failure, disk.note = outcome.failure, _note(outcome)
     return result, outcome
+
+
+def _conclude(known: UpdatableModel, outcome: Outcome) -> None:
+    """Keep or undo an update, as all ranks agree; or leave that to the request that brought it to several models."""
+    together = _together.get()
+    if outcome.failure is not None:
+        known.abort()
+    elif together is None:
+        known.commit()
+    else:
+        update = known.detach()
+        together.add(update.undo, update.close)
 
 
 def _found(update: WeightUpdate, model: torch.nn.Module, disk: DiskUpdate | None) -> Outcome:
@@ -350,12 +415,15 @@ def _found(update: WeightUpdate, model: torch.nn.Module, disk: DiskUpdate | None
     if disk is None or not disk.is_whole:
         return Outcome(unused=unused)
     if update.is_empty:
+        advice = Misplaced.among(unused, update.layers).advice
         raise WeightUpdateError(
-            f"nothing of this checkpoint belongs to the model that is served: it brought {shortened(unused)}"
+            f"nothing of this checkpoint belongs to the model that is served: it brought {shortened(unused)}. {advice}"
             if unused
             else "this checkpoint holds no tensors"
         )
-    return Outcome(unused=unused, untouched=update.untouched(model, disk.model_config))
+    untouched = update.untouched(model, disk.model_config)
+    lacking = [name.partition(" ")[0].rpartition(".")[0] for name in untouched]
+    return Outcome(unused=unused, untouched=untouched, advice=Misplaced.among(unused, lacking).advice)
 
 
 def _outcome(error: Exception | None, weights: str) -> Outcome:
@@ -391,6 +459,7 @@ def _of_all(*mine: Outcome) -> Outcome:
         any(outcome.is_partial for outcome in outcomes),
         () if parallel_ranks().pp.size > 1 else common,
         [*dict.fromkeys(name for outcome in outcomes for name in outcome.untouched)],
+        next((outcome.advice for outcome in outcomes if outcome.advice), ""),
     )
 
 
@@ -401,7 +470,8 @@ def _note(outcome: Outcome) -> str:
             f"What this checkpoint should hold and does not keeps its values: {shortened(outcome.untouched)} "
             f"({len(outcome.untouched)} in all)."
         )
-        logger.warning("StreamFP8: a weight update from disk is incomplete. %s", told[-1])
+        told += [outcome.advice] if outcome.advice else []
+        logger.warning("StreamFP8: a weight update from disk is incomplete. %s", " ".join(told))
     if outcome.unused:
         told.append(f"Nothing took {len(outcome.unused)} of the tensors: {shortened(outcome.unused)}.")
     return " ".join(told)
@@ -414,7 +484,7 @@ def _answered(
     model = model_of(updater)
     known = updatable(model)
     if known is None:
-        return call()
+        return _noted(call())
 
     def run(update: WeightUpdate) -> str:
         # A direct load has names of served parameters among its own: load_weights_direct tells them apart.
@@ -430,6 +500,14 @@ def _answered(
     if outcome.is_partial and not has_sessions(updater):
         return False, f"{outcome.failure} {_NO_SESSIONS}"
     return False, outcome.failure
+
+
+def _noted(answer: Answer) -> Answer:
+    """An answer of one model's, for the request that it belongs to."""
+    together = _together.get()
+    if together is not None:
+        together.failed |= not answer[0]
+    return answer
 
 
 def _refuse_unopened(known: UpdatableModel) -> None:

@@ -14,7 +14,7 @@ from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.staging import StagedUnit
 from sglang_overlay.errors import LayerNotStreamableError, WeightUpdateError
 from sglang_overlay.upstream.ready_values import ReadyValues
-from sglang_overlay.upstream.update_capture import VALUES
+from sglang_overlay.upstream.update_capture import VALUES, dtype_name
 
 
 class UpdateStream(PipelinedStream):
@@ -40,7 +40,8 @@ class UpdateStream(PipelinedStream):
             return
         if self._ready is None or source.dtype is not self.storage.weight.dtype:
             raise WeightUpdateError(
-                f"{self.name} got values that are quantized already ({_told(source.dtype)}). {self._what_is_taken()}"
+                f"{self.name} got values that are quantized already ({dtype_name(source.dtype)}). "
+                f"{self._what_is_taken()}"
             )
         if destination.numel():
             self._ready.write_values(destination, source)
@@ -50,8 +51,8 @@ class UpdateStream(PipelinedStream):
             return "It takes weights in high precision only, in the way in which it is served: send those"
         scales = self.storage.scale.numel() // self.units
         return (
-            f"It takes weights in high precision, or {_told(self.storage.weight.dtype)} values with their scales in "
-            f"{self._ready.name.rpartition('.')[2]} ({scales} for each {self._grid.shape})"
+            f"It takes weights in high precision, or {dtype_name(self.storage.weight.dtype)} values with their scales "
+            f"in {self._ready.name.rpartition('.')[2]} ({scales} for each {self._grid.shape})"
         )
 
     @property
@@ -127,7 +128,3 @@ class UpdateStream(PipelinedStream):
 
     def _done_mask(self) -> torch.Tensor:
         return torch.frombuffer(bytearray(self._done), dtype=torch.bool)
-
-
-def _told(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

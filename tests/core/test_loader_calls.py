@@ -44,6 +44,7 @@ def fill_the_rest(param, given):
         (pad, FULL[:5], 1, PADDED),
         (pad, FULL[:, :5], 1, PADDED),
         (pad, FULL[:0], 2, PADDED),
+        (lambda param, given: param.data.zero_(), FULL[:1], 2, PADDED),
         (lambda param, given: param.data.copy_(torch.zeros(SHAPE)), FULL, 2, PADDED),
         (lambda param, given: param.data.copy_(given), FULL[:1], 1, REPEATED),
         (lambda param, given: param.data.copy_(given), FULL[:, :1], 1, REPEATED),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_two_threads_may_complete_the_same_unit_again_and_again():
         list(pool.map(write, range(4)))
     with streamed.capture():
         streamed.placeholder.data.copy_(weight)
+    assert streamed.stream.settle() == []
+    assert streamed.equals(weight)
+    assert streamed.account.held == 0
+
+
+@pytest.mark.parametrize("cuts", [(3, 21), (5, 32), (8, 27), (1, 2, 9, 31)])
+def test_runs_of_rows_may_begin_and_end_within_units(cuts):
+    weight = weight_of((4, 8, 16))
+    streamed = per_expert((4, 8, 16))
+    rows = [slice(*pair) for pair in pairwise((0, *cuts, 32)) if pair[0] < pair[1]]
+    with streamed.capture():
+        for run in rows:
+            streamed.placeholder.data.view(32, 16)[run].copy_(weight.view(32, 16)[run])
     assert streamed.stream.settle() == []
     assert streamed.equals(weight)
     assert streamed.account.held == 0

@@ -33,6 +33,14 @@ usage = sampler.usage
 print(json.dumps([usage.metric, usage.start, usage.peak_above_start, usage.end_above_start, usage.samples]))
 """
 
+_READ_MAPPED_FILE = """\
+file = tempfile.NamedTemporaryFile()
+for _ in range(100): file.write(bytes(1_000_000))
+file.flush()
+view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+total = sum(view[::4096])
+"""
+
 
 def _measure(body: str, interval: float = 2) -> memory.MemoryUsage:
     """Run ``body`` under a sampler in a process of its own, where nothing else allocates."""
@@ -67,13 +75,7 @@ def test_peak_between_two_readings_is_seen():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is Linux's")
 def test_peak_between_two_readings_is_without_mapped_files():
     usage = _measure(
-        "file = tempfile.NamedTemporaryFile()\n"
-        "for _ in range(100): file.write(bytes(1_000_000))\n"
-        "file.flush()\n"
-        "view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
-        "total = sum(view[::4096])\n"
-        "block = b'x' * 200_000_000\n"
-        "del block",
+        f"{_READ_MAPPED_FILE}block = b'x' * 200_000_000\ndel block",
         interval=60_000,
     )
     assert 190 * MB <= usage.peak_above_start <= 215 * MB
@@ -86,14 +88,7 @@ def test_memory_still_held_shows_at_the_end():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon is Linux's")
 def test_pages_of_a_mapped_checkpoint_do_not_count():
-    usage = _measure(
-        "file = tempfile.NamedTemporaryFile()\n"
-        "for _ in range(100): file.write(bytes(1_000_000))\n"
-        "file.flush()\n"
-        "view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
-        "total = sum(view[::4096])\n"
-        "time.sleep(0.05)"
-    )
+    usage = _measure(f"{_READ_MAPPED_FILE}time.sleep(0.05)")
     assert usage.metric == "RssAnon"
     assert usage.peak_above_start <= 20 * MB
 

@@ -116,14 +116,18 @@ def _quantize_rows(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.
     on_host(output_s).copy_(scale.view(output_s.shape))
 
 
-@emulates("per_tensor_quant_fp8", "kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh", "0.5.13.post1 to 0.5.23")
-def per_tensor_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
-    """All of ``[elements]`` by one scale, which the largest magnitude is taken into: it must be 0 before."""
+def _check_per_tensor(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
     on_current_device(input, output_q, output_s)
     assert input.dim() == 1 and output_q.shape == input.shape and output_s.shape == (1,)
     assert output_q.dtype == torch.float8_e4m3fn and output_s.dtype == torch.float32
     aligned(input)
     aligned(output_q, 16 // input.element_size())
+
+
+@emulates("per_tensor_quant_fp8", "kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh", "0.5.13.post1 to 0.5.23")
+def per_tensor_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
+    """All of ``[elements]`` by one scale, which the largest magnitude is taken into: it must be 0 before."""
+    _check_per_tensor(input, output_q, output_s)
     values, scale = on_host(input).float(), on_host(output_s)
     torch.maximum(scale, largest(values) / FP8_MAX, out=scale)
     on_host(output_q).copy_(saturated(values * (1.0 / scale)))
@@ -132,11 +136,7 @@ def per_tensor_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: 
 @emulates("per_tensor_quant_fp8<true", "kernels/jit/csrc/gemm/per_tensor_quant_fp8.cuh", "0.5.23")
 def per_tensor_quant_fp8_by_given_scale(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
     """All of ``[elements]`` by the scale that is there: the template with ``kIsStatic``."""
-    on_current_device(input, output_q, output_s)
-    assert input.dim() == 1 and output_q.shape == input.shape and output_s.shape == (1,)
-    assert output_q.dtype == torch.float8_e4m3fn and output_s.dtype == torch.float32
-    aligned(input)
-    aligned(output_q, 16 // input.element_size())
+    _check_per_tensor(input, output_q, output_s)
     on_host(output_q).copy_(saturated(on_host(input).float() * (1.0 / on_host(output_s))))
 
 

@@ -18,6 +18,7 @@ from workbench.loads import PROMPTS, LoadFailed, LoadJob, compare
 from workbench.mutations import altered, pickled
 from workbench.updates import Update
 
+from sglang_overlay.settings import SCHEME_VARIABLE
 from upstream.streamed import load_reported, warnings_of
 
 LAYER = "model.layers.2.mlp.experts"
@@ -413,6 +414,7 @@ class TestTensorsThatDoNotFillTheirPart:
             pytest.param("qwen3_moe", UP, lambda w: w[:64], "padded with zeros", 2, id="expert half the rows over two"),
             pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:, :64], "padded with zeros", 1, id="expert columns"),
             pytest.param("qwen3_moe", UP, lambda w: w[:1], "padded with zeros", 1, id="expert one row"),
+            pytest.param("qwen3_moe", UP, lambda w: w[:1], "padded with zeros", 2, id="expert one row over two"),
             pytest.param("qwen3_moe", EXPERT_DOWN, lambda w: w[:1], "repeated", 1, id="expert down one row"),
             pytest.param("qwen3_moe", UP, lambda w: w[:, :1], "repeated", 1, id="expert one column"),
         ],
@@ -443,6 +445,19 @@ class TestTensorsThatDoNotFillTheirPart:
         result = workers.load(job)
         assert compare(workers.load(replace(job, streaming="0")), result) == []
         assert warnings_of(result) == []
+
+    @pytest.mark.parametrize("ep_size", [1, 2])
+    @pytest.mark.parametrize("size", [160, 208])
+    @pytest.mark.parametrize("scheme", ["channel", '{"moe": "int8"}', '{"linear": "channel", "moe": "block"}'])
+    def test_experts_that_sglang_rounds_up_stream_by_rows(self, scheme, size, ep_size, workers, checkpoint):
+        """To 192 or 256 rows on two CPUs: those of the checkpoint end within a unit."""
+        path = checkpoint("qwen3_moe", overrides=(("moe_intermediate_size", size), ("num_hidden_layers", 1)))
+        job = LoadJob(path, streaming="require", environ={SCHEME_VARIABLE: scheme}, tp_size=2, ep_size=ep_size)
+        if "block" in scheme and size == 160:
+            with pytest.raises(LoadFailed, match=r"SchemeError: .*experts as 'block': .* is not divisible by"):
+                workers.load(job)
+        else:
+            assert warnings_of(workers.load(job)) == []
 
     @pytest.mark.parametrize(("family", "name"), [("qwen3", GATE), ("qwen3_moe", UP)])
     def test_it_is_an_error_where_streaming_is_required(self, family, name, workers, cut):

@@ -239,3 +239,86 @@ def test_direct_update_refuses_to_have_stock_cast_to_fp8(dtype, direct):
     with pytest.raises(WeightUpdateError, match=r"^weight was quantized by stock SGLang"):
         run(dtype)
     assert loaded == []
+
+
+@pytest.fixture
+def pair():
+    """A target and a draft, each with one weight of zeros, and a manager of theirs, as SGLang's."""
+    runners = []
+    for role in ("target", "draft"):
+        model = Model()
+        model.weight = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+        update.remember(model, UpdatableModel([], {}))
+        runners.append(SimpleNamespace(role=role, model=model, model_config=SimpleNamespace(model_path="served")))
+    return runners
+
+
+def update_both(runners, way, failing):
+    """Update all models with ones, of which the one called ``failing`` fails when it has been written to."""
+
+    def load(runner):
+        runner.model.weight.data.copy_(torch.ones(2))
+        if runner.role == failing:
+            raise OSError("no room")
+
+    def from_disk(runner, path):
+        runner.model_config.model_path = path
+        try:
+            update_hooks.load_weights_and_postprocess(lambda *_: load(runner), runner.model, [], torch.device("cpu"))
+        except WeightUpdateError as error:
+            return False, str(error)
+        return True, "Success"
+
+    calls = {
+        "disk": lambda runner: update_hooks.update_weights_from_disk(from_disk, runner, "new"),
+        "tensor": lambda runner: update_hooks.update_weights_from_tensor(
+            lambda *_: (True, load(runner) or "Success"), runner, []
+        ),
+        "ipc": lambda runner: update_hooks.update_weights_from_ipc(
+            lambda *_: (True, load(runner) or "Success"), runner, None
+        ),
+    }
+
+    def update_all(_manager, _request):
+        for runner in runners:
+            success, message = calls[way](runner)
+            if not success:
+                break
+        return success, message
+
+    return update_hooks.update_of_all_models(update_all, None, None)
+
+
+def held(runners):
+    assert all(update.updatable(runner.model).open is None for runner in runners)
+    return [(runner.model.weight.tolist(), runner.model_config.model_path) for runner in runners]
+
+
+@pytest.mark.parametrize("way", ["disk", "tensor", "ipc"])
+@pytest.mark.parametrize("failing", ["target", "draft"])
+def test_target_and_draft_go_back_together(failing, way, pair):
+    success, message = update_both(pair, way, failing)
+    assert not success
+    assert BEFORE_UPDATE in message
+    assert held(pair) == [([0.0, 0.0], "served")] * 2
+    success, _ = update_both(pair, way, "")
+    assert success
+    assert held(pair) == [([1.0, 1.0], "new" if way == "disk" else "served")] * 2
+
+
+def test_draft_that_is_not_streamed_takes_its_target_along(pair):
+    target, draft = pair
+    stock = SimpleNamespace(role="draft", model=Model(), model_config=draft.model_config)
+
+    def update_all(_manager, _request):
+        answer = update_hooks.update_weights_from_tensor(lambda *_: (True, fill(target)), target, [])
+        assert answer[0]
+        assert target.model.weight.tolist() == [1.0, 1.0]
+        return update_hooks.update_weights_from_tensor(lambda *_: (False, "stock's"), stock, [])
+
+    def fill(runner):
+        runner.model.weight.data.fill_(1)
+        return "Success"
+
+    assert update_hooks.update_of_all_models(update_all, None, None) == (False, "stock's")
+    assert held([target]) == [([0.0, 0.0], "served")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from workbench.exports import ExportJob, run_export
 from workbench.loads import LoadJob
 from workbench.update_rule import RandomUpdates
@@ -54,8 +55,9 @@ def test_model_that_is_sent_values_with_scales_holds_what_it_answers(workers, ch
     held(workers, LoadJob(paths[0], streaming="require", environ={SCHEME_VARIABLE: "block"}, updates=(updates,)), share)
 
 
-def test_model_with_lora_layers_holds_what_it_answers(workers, checkpoint):
-    paths = paths_of(checkpoint, "qwen3", overrides=SHAPE[:1])
-    share = -(-COUNT // 4)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_model_with_lora_layers_holds_what_it_answers(family, workers, checkpoint):
+    paths = paths_of(checkpoint, family, overrides=SHAPE if family == "qwen3_moe" else SHAPE[:1])
+    share = -(-COUNT // 8)
     updates = RandomUpdates(paths, (), FIRST, share, lora=True)
     held(workers, LoadJob(paths[0], streaming="require", updates=(updates,)), share)

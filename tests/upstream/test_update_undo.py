@@ -52,8 +52,11 @@ def test_region_that_is_written_again_and_again_is_kept_once():
 def ready():
     """Values and scales of four rows on their way; placeholders for both, and what is served."""
     storage = Storage(torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(4))
-    made = ReadyValues("proj.weight", UnitGrid.per_slice((4, 8)), storage, "proj.scale", UndoLog(), StagingAccount())
-    return made, torch.empty(4, 8, device="meta"), torch.empty(4, 1, device="meta"), storage
+    values, scales = torch.empty(4, 8, device="meta"), torch.empty(4, 1, device="meta")
+    made = ReadyValues(
+        "proj.weight", UnitGrid.per_slice((4, 8)), storage, scales, "proj.scale", UndoLog(), StagingAccount()
+    )
+    return made, values, scales, storage
 
 
 def test_rows_are_replaced_once_they_have_values_and_scales_in_any_order(ready):
@@ -62,7 +65,9 @@ def test_rows_are_replaced_once_they_have_values_and_scales_in_any_order(ready):
     made.write_values(values[:2], new[:2])
     made.write(scales[1:], torch.full((3, 1), 2.0))
     assert made.taken.tolist() == [False] * 4
-    assert made.problem == "proj.weight (4 of 4 units: quantized values without their scales in scale, or the reverse)"
+    assert (
+        made.problem == "proj.weight (4 of 4 units: float8_e4m3fn values without their scales in scale, or the reverse)"
+    )
     made.write(scales[:1], torch.full((1, 1), 3.0))
     assert made.taken.tolist() == [True, True, False, False]
     made.write_values(values[2:, 4:], new[2:, 4:])
@@ -115,7 +120,7 @@ def capture():
     quantized, plain = torch.zeros(4).to(torch.float8_e4m3fn), torch.zeros(4)
     given, undo = GivenTensors(), UndoLog()
     served = ServedMemory({storage_key(quantized): "proj.weight"}, {storage_key(plain): "norm.weight"}, undo)
-    return UpdateCapture({}, frozenset(), served, given), quantized, plain, given, undo
+    return UpdateCapture({}, {}, served, given), quantized, plain, given, undo
 
 
 @pytest.mark.parametrize(
@@ -176,3 +181,21 @@ def test_call_that_is_undone_leaves_the_whole_rows_of_what_waits():
     load(weight, slice(6, 12))
     assert split.stream.problem is None
     assert split.equals(weight)
+
+
+def test_what_is_kept_has_the_form_of_what_it_was():
+    """Copies share large pieces of memory, whatever their sizes, and in inference mode too."""
+    undo = UndoLog()
+    weights = [
+        torch.arange(3.0),
+        torch.tensor(5.0),
+        torch.arange(12).view(3, 4).t().to(torch.float8_e4m3fn),
+        torch.arange(9 << 20, dtype=torch.int8),
+    ]
+    before = [weight.clone() for weight in weights]
+    for number, weight in enumerate(weights):
+        with torch.inference_mode(mode=bool(number % 2)):
+            undo.keep(weight)
+        weight.zero_()
+    undo.undo()
+    assert all(torch.equal(weight.float(), old.float()) for weight, old in zip(weights, before, strict=True))

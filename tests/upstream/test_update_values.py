@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -12,6 +13,9 @@ from workbench.loads import PROMPTS, LoadJob, compare
 from workbench.mutations import altered
 from workbench.updates import Update
 
+from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
+from sglang_overlay.core.regions import whole as whole_of
+from sglang_overlay.core.staging import Piece
 from sglang_overlay.settings import SCHEME_VARIABLE
 
 SEED = 1
@@ -31,10 +35,52 @@ def exported(checkpoint, tmp_path_factory):
     @cache
     def export(family, scheme, overrides=()):
         folder = tmp_path_factory.mktemp("exported") / "out"
-        run_export(ExportJob(checkpoint(family, seed=SEED, overrides=overrides), folder, scheme))
+        new = checkpoint(family, seed=SEED, overrides=overrides)
+        if scheme in BY_HAND:
+            return altered(new, folder, BY_HAND[scheme])
+        run_export(ExportJob(new, folder, scheme))
         return folder
 
     return export
+
+
+def per_tensor(tensors, experts=True):
+    """Quantize linear layers, and experts, with one scale for what is served with one: q, k and v, gate and up."""
+    together = {}
+    for name in [name for name in tensors if "_proj" in name and (experts or "experts" not in name)]:
+        together.setdefault(re.sub("[qkv]_proj", "qkv", re.sub("(gate|up)_proj", "gate_up", name)), []).append(name)
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    for fused, names in together.items():
+        values = torch.cat([tensors[name] for name in names])
+        arithmetic = (KernelArithmetic if "experts" in fused else RatioArithmetic)(limit)
+        weight, scale = torch.empty(values.shape, dtype=torch.float8_e4m3fn), torch.empty(())
+        PerTensorQuantizer(arithmetic).quantize([Piece(whole_of(values.shape), values)], weight, scale)
+        for name, part in zip(names, weight.split([len(tensors[name]) for name in names]), strict=True):
+            tensors[name] = part
+            # With a dimension, as compressed-tensors has it, and without, as AutoFP8.
+            tensors[f"{name}_scale"] = scale.clone() if "up_proj" in name else scale.view(1).clone()
+
+
+def int8_experts(tensors):
+    """Quantize experts by row to int8, and the linear layers per tensor."""
+    for name in [name for name in tensors if "experts" in name]:
+        largest = tensors[name].float().abs().amax(1, keepdim=True)
+        tensors[f"{name}_scale"] = largest.clamp(min=1e-10) / 127
+        tensors[name] = (tensors[name] / tensors[f"{name}_scale"]).round().to(torch.int8)
+    per_tensor(tensors, experts=False)
+
+
+INT8 = '{"moe": "int8"}'
+BY_HAND = {"": per_tensor, "tensor": per_tensor, INT8: int8_experts}
+"""Schemes that ``export`` has no form for."""
+TAKEN = [
+    ("qwen3", "block"),
+    ("qwen3", ""),
+    ("qwen3_moe", "block"),
+    ("qwen3_moe", "channel"),
+    ("qwen3_moe", "tensor"),
+    ("qwen3_moe", INT8),
+]
 
 
 @pytest.fixture
@@ -52,7 +98,7 @@ def load(workers, checkpoint):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize(("family", "scheme"), [("qwen3", "block"), ("qwen3_moe", "block"), ("qwen3_moe", "channel")])
+@pytest.mark.parametrize(("family", "scheme"), TAKEN)
 def test_values_with_scales_in_the_layout_that_is_served_are_taken_to_the_bit(family, scheme, source, load, exported):
     result = load(family, scheme, Update(checkpoint=exported(family, scheme), **SOURCES[source]))
     assert_taken(result, load(family, scheme, seed=SEED))
@@ -100,7 +146,9 @@ def test_values_in_another_layout_are_refused_and_nothing_has_changed(family, lo
     updates = [Update(checkpoint=block, **how) for how in SOURCES.values()]
     updates.append(Update("tensor", block, names=r"layers\.0\.self_attn\.o_proj"))
     result = load(family, "", *updates)
-    refused(result, *[["float8_e4m3fn"]] * 3, ["o_proj.weight", "float8_e4m3fn"])
+    # Models of experts pass over scales that they do not know.
+    told = "float8_e4m3fn values without their scales in " if "moe" in family else "weight_scale_inv belongs to values"
+    refused(result, *[[told, "weight_scale"]] * 3, ["o_proj.weight"])
     assert compare(load(family, ""), result) == []
 
 
@@ -123,6 +171,34 @@ def test_values_without_scales_are_refused_and_nothing_has_changed(family, load,
     result = load(family, "", *updates)
     refused(result, *named)
     assert compare(load(family, ""), result) == []
+
+
+def test_fused_parts_with_several_scales_are_refused_and_what_has_one_is_as_stock_serves_it(workers, load, checkpoint):
+    """A checkpoint that is published with one scale a tensor, of which stock quantizes fused layers anew."""
+    fp8 = checkpoint("qwen3", seed=SEED, stored="fp8")
+    several = [Update("disk", fp8), Update("tensor", fp8, names="qkv|[qkv]_proj"), Update("bucket", fp8)]
+    result = load("qwen3", "", *several)
+    told = ["_proj.weight is served with one scale for all of its parts, and they came with 0."]
+    refused(result, told, told, told)
+    assert compare(load("qwen3", ""), result) == []
+    served = "o_proj|down_proj"
+    (rank,) = load("qwen3", "", Update("tensor", fp8, names=served)).ranks
+    assert rank.updates[0].success, rank.updates[0].message
+    stock = workers.load(LoadJob(fp8, streaming="0")).ranks[0].tensors
+    layers = [name for name in stock if re.search(rf"({served})\.weight(_scale)?$", name)]
+    assert len(layers) == 12
+    assert [name for name in layers if rank.tensors[name] != stock[name]] == []
+
+
+def test_each_rank_takes_the_scale_of_a_whole_tensor(workers, load, checkpoint):
+    fp8 = checkpoint("qwen3_moe", seed=SEED, stored="fp8")
+    result = load("qwen3_moe", "tensor", Update("tensor", fp8, names=r"o_proj|experts\.\d\.down"), tp_size=2)
+    stock = workers.load(LoadJob(fp8, streaming="0", tp_size=2))
+    for rank, expected in zip(result.ranks, stock.ranks, strict=True):
+        assert rank.updates[0].success, rank.updates[0].message
+        layers = [name for name in expected.tensors if re.search(r"(o_proj\.|w2_)weight(_scale)?$", name)]
+        assert layers
+        assert [name for name in layers if rank.tensors[name] != expected.tensors[name]] == []
 
 
 def test_half_of_values_and_scales_is_an_error_that_names_it(load, exported):

@@ -271,8 +271,10 @@ def test_update_needs_memory_for_what_it_replaces_and_for_units(how, workers, ch
     assert rank.model_bytes > 200 * unit
     for done in rank.updates:
         assert done.success, done.message
-        # Tensors that wait for their unit, and what malloc keeps of them, beside what is undone from.
-        assert done.memory.peak_above_start < rank.model_bytes + 40 * unit
+        # Beside what is undone from: tensors that wait for their unit, and what malloc keeps of them. Measured: 19.5
+        # units in the first update by tensors, 3.2 in the second, at most 7.5 from disk. While copies to undo from lay
+        # among the tensors that wait it was 36 to 96 units, and 232 MB of them stayed when the update had ended.
+        assert done.memory.peak_above_start < rank.model_bytes + 30 * unit
 
 
 @pytest.mark.parametrize("family", BAD)
@@ -306,12 +308,21 @@ def test_what_a_whole_checkpoint_lacks_is_named_and_one_that_has_nothing_is_an_e
     prefixed = renamed(new, tmp_path / "prefixed", lambda name: f"_orig_mod.{name}")
     lacking = renamed(new, tmp_path / "lacking", lambda name: None if "experts.2.down_proj" in name else name)
     without_norm = renamed(new, tmp_path / "norm", lambda name: None if name == "model.norm.weight" else name)
-    updates = tuple(Update("disk", folder) for folder in (prefixed, lacking, without_norm, checkpoint("qwen3"), new))
+    module = renamed(new, tmp_path / "module", lambda name: f"module.{name}" if "1.self_attn.o_proj" in name else name)
+    updates = tuple(
+        Update("disk", folder) for folder in (prefixed, module, lacking, without_norm, checkpoint("qwen3"), new)
+    )
     result = workers.load(LoadJob(checkpoint("qwen3_moe"), streaming="require", updates=updates, prompts=PROMPTS))
-    nothing, part, norm, _, whole = result.ranks[0].updates
+    nothing, renamed_part, part, norm, _, whole = result.ranks[0].updates
     assert not nothing.success
     assert "nothing of this checkpoint belongs to the model that is served" in nothing.message
     assert "_orig_mod.model.layers.0" in nothing.message
+    assert "Rename the checkpoint's tensors: leave out '_orig_mod.'. All weights are" in nothing.message
+    assert renamed_part.success
+    assert "model.layers.1.self_attn.o_proj.weight (1 of 1 units)" in renamed_part.message
+    assert (
+        "Rename the checkpoint's tensors: strip 'module.' from their beginning. Nothing took 1" in renamed_part.message
+    )
     assert part.success
     assert "model.layers.0.mlp.experts.w2_weight (1 of 8 units)" in part.message
     assert norm.success
@@ -349,3 +360,60 @@ def test_layer_that_a_model_has_deleted_after_reading_it_is_updated(workers, che
     for done in result.ranks[0].updates:
         assert done.success, done.message
     assert compare(workers.load(LoadJob(new, streaming="1")), result) == []
+
+
+GATE, DOWN, O_PROJ = (
+    f"model.layers.1.{part}.weight" for part in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")
+)
+EXPERT = "model.layers.1.mlp.experts.3.{}_proj.weight"
+MISFITS = {
+    "qwen3": [
+        (GATE, lambda weight: weight[:-100], "padded with zeros"),
+        (DOWN, lambda weight: weight[:, :-8], "padded with zeros"),
+        (O_PROJ, lambda weight: weight[:, :128], "padded with zeros"),
+        (O_PROJ, lambda weight: weight.repeat(1, 2), "cut off"),
+    ],
+    "qwen3_moe": [
+        (EXPERT.format("up"), lambda weight: weight[:-8], "padded with zeros"),
+        (EXPERT.format("down"), lambda weight: weight[:, :64], "padded with zeros"),
+        (EXPERT.format("up"), lambda weight: weight[:1], "padded with zeros"),
+        (EXPERT.format("down"), lambda weight: weight[:1], "repeated"),
+        (EXPERT.format("up"), lambda weight: weight[:, :1], "repeated"),
+    ],
+}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", MISFITS)
+def test_tensors_that_do_not_fill_their_part_are_an_error_that_names_them(
+    family, tp_size, workers, checkpoint, tmp_path
+):
+    updates, named = [], []
+    for number, (name, change, outcome) in enumerate(MISFITS[family]):
+        folder = altered(
+            checkpoint(family, seed=SEED),
+            tmp_path / str(number),
+            lambda tensors, name=name, change=change: tensors.update({name: change(tensors[name])}),
+        )
+        together = re.sub("gate|up", "(gate|up)", name)
+        for update in (Update("disk", folder), Update("tensor", folder, names=together), Update("bucket", folder)):
+            updates.append(update)
+            named.append((f"1 tensors do not have the shape that the model needs: {name} ", f", {outcome} to "))
+    job = LoadJob(checkpoint(family), streaming="require", tp_size=tp_size, updates=tuple(updates))
+    result = workers.load(job)
+    for done, texts in zip(result.ranks[0].updates, named, strict=True):
+        assert not done.success, texts
+        assert all(text in done.message for text in (*texts, BEFORE_UPDATE)), done.message
+    assert compare(workers.load(LoadJob(checkpoint(family), streaming="require", tp_size=tp_size)), result) == []
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_size_that_sglang_rounds_up_is_updated(ep_size, workers, checkpoint):
+    """Experts of 96 rows do not divide by two CPUs' 32 and become 128."""
+    old, new = (checkpoint("qwen3_moe", overrides=(("moe_intermediate_size", 96),), seed=seed) for seed in (0, SEED))
+    updates = Update("tensor", new, names=r"layers\.0\.mlp\.experts\.3\."), Update("disk", new)
+    fields = {"streaming": "require", "tp_size": 2, "ep_size": ep_size}
+    result = workers.load(LoadJob(old, updates=updates, **fields))
+    for done in result.ranks[0].updates:
+        assert done.success, done.message
+    assert compare(workers.load(LoadJob(new, **fields)), result) == []
