@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import abc
 import copy
+import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -145,10 +147,10 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
         backend = get_moe_runner_backend()
         if not (backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()):
             return super().quantizer()
-        from sglang.srt.layers.quantization.fp8_utils import flashinfer_mxfp8_quantize
+        flashinfer_quantize = _flashinfer_quantizer()
 
         def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            values, exponents = flashinfer_mxfp8_quantize(rows, False)
+            values, exponents = flashinfer_quantize(rows, False)
             return values, exponents.view(torch.uint8)
 
         return GroupQuantizer(quantize)
@@ -189,6 +191,22 @@ def _as_of_a_checkpoint(method: Any) -> Iterator[None]:
 
 
 _SERIALIZED = "is_checkpoint_fp8_serialized"
+
+
+def _flashinfer_quantizer() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """FlashInfer's MXFP8 quantizer as SGLang calls it for experts: through a wrapper of its own, or directly.
+
+    The wrapper of 0.5.15 swizzles scales whatever it is asked for; that release's experts do not use it.
+    """
+    from sglang.srt.layers.quantization import fp8, fp8_utils
+
+    inner = fp8.Fp8MoEMethod._process_mxfp8_moe_weights.__code__.co_consts
+    names = [name for code in inner if inspect.iscode(code) for name in code.co_names]
+    if "flashinfer_mxfp8_quantize" in names:
+        wrapped: Callable[..., tuple[torch.Tensor, torch.Tensor]] = fp8_utils.flashinfer_mxfp8_quantize
+        return wrapped
+    direct: Callable[..., tuple[torch.Tensor, torch.Tensor]] = importlib.import_module("flashinfer").mxfp8_quantize
+    return direct
 
 
 def _storage(weight: torch.Tensor, scale: torch.Tensor) -> Storage:

@@ -235,7 +235,7 @@ def _quantize_narrow_groups(
     absmax = largest(values, dim=1).clamp(min=1e-10)
     products = torch.nan_to_num(values * (FP8_MAX / absmax), nan=-FP8_MAX).clamp(-FP8_MAX, FP8_MAX)
     on_host(output_q).copy_(products.view(input.shape))
-    scale.copy_((absmax * (1.0 / torch.tensor(FP8_MAX))).view(scale.shape))
+    scale.copy_((absmax * (1.0 / torch.tensor(FP8_MAX, dtype=torch.float32))).view(scale.shape))
 
 
 def _check_groups(input: torch.Tensor, output_q: torch.Tensor, group_size: int, vector: int) -> None:

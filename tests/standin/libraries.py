@@ -151,7 +151,7 @@ def mxfp8_quantize(
     layout = sf_swizzle_layout
     if layout is None:
         layout = SfLayout.layout_128x4 if is_sf_swizzled_layout else SfLayout.layout_linear
-    values, exponents = _groups_of(on_host(input), 1 / torch.tensor(448.0))
+    values, exponents = _groups_of(on_host(input), 1 / torch.tensor(448.0, dtype=torch.float32))
     if layout != SfLayout.layout_linear:
         rows, columns = exponents.shape
         padded = torch.nn.functional.pad(exponents, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS))
