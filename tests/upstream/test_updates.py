@@ -271,9 +271,7 @@ def test_update_needs_memory_for_what_it_replaces_and_for_units(how, workers, ch
     assert rank.model_bytes > 200 * unit
     for done in rank.updates:
         assert done.success, done.message
-        # Beside what is undone from: tensors that wait for their unit, and what malloc keeps of them. Measured: 19.5
-        # units in the first update by tensors, 3.2 in the second, at most 7.5 from disk. While copies to undo from lay
-        # among the tensors that wait it was 36 to 96 units, and 232 MB of them stayed when the update had ended.
+        # Beside what is undone from: tensors that wait for their unit, and what malloc keeps of them.
         assert done.memory.peak_above_start < rank.model_bytes + 30 * unit
 
 
