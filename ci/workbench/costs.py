@@ -78,7 +78,8 @@ allocations are none. *Streaming* without a scheme makes what stock makes.
 - An expert takes at most 30 launches in any scheme, and a unit of stock's at most 14 beside upstream's own
   (`tests/schemes/test_launches.py`); a projection that lies in two tensors of the checkpoint takes a few more.
 - Each checkpoint tensor is copied to the GPU once. What waits for the rest of its unit waits in host memory: in a
-  mapped file it takes none.
-- Stock awaits nothing. Streaming awaits three answers at the end of a load, whatever its size: which parameters
-  nobody wrote, and which weights and other parameters hold NaN or Inf.
+  mapped file it takes none. Under `channel` and `int8` at TP above 1, a tensor that is split along columns brings a
+  second, small copy: the largest magnitude of each whole row.
+- Stock awaits six answers in each MLA layer (DeepSeek), and none elsewhere. Streaming awaits three more at the end of a
+  load, whatever its size: which parameters nobody wrote, and which weights and other parameters hold NaN or Inf.
 """
