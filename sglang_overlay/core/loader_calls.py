@@ -82,8 +82,9 @@ class LoaderCall:
         if not outcome and not has_fills:
             return None
         boxes = [(Placement(view, self._sink.shape).box, is_fill) for view, is_fill in self._writes]
-        outcome = PADDED if has_fills and _left(boxes) else outcome
         wanted = extent(_around([box for box, _ in boxes]))[-self.given.ndim :]
+        # A loader that fills first and then computes with what it was given is not seen to take it.
+        outcome = PADDED if has_fills and _left(boxes) and wanted != tuple(self.given.shape) else outcome
         return Misfit(self._sink.name, name, tuple(self.given.shape), wanted, outcome) if outcome else None
 
 

@@ -29,6 +29,7 @@ from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.stream import ParameterStream, Storage
+from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError, UnsupportedDtypeError
 from sglang_overlay.observe.layer_times import LayerTimes
 from sglang_overlay.observe.progress import Progress, SilentProgress, quantization_progress
@@ -110,6 +111,7 @@ class OverlayLoad(CheckedLoad):
         self._late: GiveBackLate | None = None
         self._is_online = False
         self._quantized_already: list[str] = []
+        self._rows: dict[str, WholeRows] = {}
         self._narrowed: list[str] = []
         self._dtypes: StoredDtypes | None = None
         self._replacing: dict[torch.nn.Module, PendingLayer] = {}
@@ -308,6 +310,9 @@ class OverlayLoad(CheckedLoad):
 
     def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
         pipeline = self._workers()
+        rows = whole_rows.of(plan)
+        if rows is not None:
+            self._rows[name] = rows
         return PipelinedStream(
             name,
             placeholder,
@@ -320,7 +325,7 @@ class OverlayLoad(CheckedLoad):
             pipeline=pipeline,
             upload=None if self._ring is None else self._ring.upload,
             huge_pages=self._huge_pages if self._device.type == "cpu" else None,
-            rows=whole_rows.of(plan),
+            rows=rows,
         )
 
     def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:
@@ -411,8 +416,8 @@ class OverlayLoad(CheckedLoad):
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
         self.missing += [part.name] if missing else []
-        if isinstance(part, PipelinedStream) and part.rows is not None and part.rows.is_narrowed:
-            self._narrowed.append(part.name)
+        rows = self._rows.get(part.name)
+        self._narrowed += [part.name] if rows is not None and rows.is_narrowed else []
         super()._note(layer, part, missing)
 
 

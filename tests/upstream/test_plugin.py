@@ -115,7 +115,7 @@ OTHER_WRAPS = OTHER_PLUGIN + "HookRegistry.register(target, around, HookType.ARO
 OTHER_UPDATER = """
 import importlib, wrapt
 from sglang_overlay.upstream.catalogue import STREAMING
-(point,) = (point for point in STREAMING if point.target.endswith(".update_weights_from_disk"))
+(point,) = (point for point in STREAMING if point.target.endswith(".WeightUpdater.update_weights_from_disk"))
 def change(module):
     owner = getattr(module, OWNERS[module.__name__])
     if "update_weights_from_disk" in vars(owner):
