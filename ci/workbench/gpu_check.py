@@ -24,7 +24,7 @@ from typing import Any
 
 # Run as a file, by the Python that has the machine's torch.
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path[:0] = [str(Path(__file__).resolve().parents[above]) for above in (1, 2)]
 
 from workbench import environment, gpu_modules, pieces
 from workbench.environment import CLONE, EnvironmentSetupError

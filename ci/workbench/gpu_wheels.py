@@ -26,7 +26,7 @@ from pathlib import Path
 
 # Run as a file, by whichever Python there is.
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path[:0] = [str(Path(__file__).resolve().parents[above]) for above in (1, 2)]
 
 from workbench import environment, gpu_modules, pieces
 from workbench.environment import CLONE, EnvironmentSetupError, Plan, normalized

@@ -70,6 +70,13 @@ def test_steps_are_known_before_anything_is_installed():
     assert list(gpu_check.STEPS) == list(gpu_steps.STEPS)
 
 
+@pytest.mark.parametrize("program", ["gpu_check", "gpu_wheels"])
+def test_a_python_that_has_nothing_installed_runs_it(program):
+    file = Path(gpu_check.__file__).with_name(f"{program}.py")
+    done = subprocess.run([sys.executable, "-I", "-S", str(file), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # -- the processes -----------------------------------------------------------------------------------------------------
 
 
