@@ -83,8 +83,10 @@ class LoaderCall:
             return None
         boxes = [(Placement(view, self._sink.shape).box, is_fill) for view, is_fill in self._writes]
         wanted = extent(_around([box for box, _ in boxes]))[-self.given.ndim :]
-        # A loader that fills first and then computes with what it was given is not seen to take it.
-        outcome = PADDED if has_fills and _left(boxes) and wanted != tuple(self.given.shape) else outcome
+        # A loader that fills first and then computes with what it was given is not seen to take it. Over several ranks
+        # a tensor of that size leaves nothing for the others.
+        is_whole = self._ranks == 1 and wanted == tuple(self.given.shape)
+        outcome = PADDED if has_fills and not is_whole and _left(boxes) else outcome
         return Misfit(self._sink.name, name, tuple(self.given.shape), wanted, outcome) if outcome else None
 
 
