@@ -139,12 +139,9 @@ class ParameterStream:
         source = source.resolve_neg()
         try:
             first, landing = self._landings.of(destination)
-        except UnsupportedWriteError:
-            runs = self._landings.runs(destination)
-            if len(runs) < 2:
-                raise
-            for run in runs:
-                self.write(destination[run], source[run])
+        except UnsupportedWriteError as refused:
+            for part in self._landings.split(destination, source, refused):
+                self.write(*part)
             return
         values = landing.lay_out(source)
         if origin:

@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+from sglang_overlay.core.errors import UnsupportedWriteError
 from sglang_overlay.core.regions import Box, Interval, Placement, extent, volume, whole
 
 
@@ -109,7 +110,20 @@ class Landings:
             landing = self._known[form] = Landing(Placement(view, self._shape), self._grid)
         return unit, landing
 
-    def runs(self, view: torch.Tensor) -> list[slice]:
+    def split(
+        self, view: torch.Tensor, source: torch.Tensor, refused: UnsupportedWriteError
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A view that is no box, and what goes there, in parts that are boxes.
+
+        Raises:
+            UnsupportedWriteError: there are none; ``refused``, as of ``of``.
+        """
+        runs = self._runs(view)
+        if len(runs) < 2:
+            raise refused
+        return [(view[run], source[run]) for run in runs]
+
+    def _runs(self, view: torch.Tensor) -> list[slice]:
         """Rows of ``view`` in parts that are boxes, where it is a run of rows that begins or ends within a unit.
 
         Loaders write less than a projection where upstream has padded it. Empty for any other view.

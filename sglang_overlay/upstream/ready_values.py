@@ -89,12 +89,9 @@ class ReadyValues:
         """
         try:
             first, landing = self._landings.of(destination)
-        except UnsupportedWriteError:
-            runs = self._landings.runs(destination)
-            if len(runs) < 2:
-                raise
-            for run in runs:
-                self.write_values(destination[run], source[run])
+        except UnsupportedWriteError as refused:
+            for part in self._landings.split(destination, source, refused):
+                self.write_values(*part)
             return
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             # The sender may use the tensor's memory again.
