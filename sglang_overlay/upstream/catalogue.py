@@ -135,11 +135,12 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
     TouchPoint(
         target=f"{_LOADER}.device_loading_context",
-        hook="sglang_overlay.upstream.model_loading:device_loading_context",
+        hook="sglang_overlay.upstream.overlay_plans:device_loading_context",
         kind=HookKind.AROUND,
         parameters=("module", "target_device"),
         why="Runs right before a layer's process_weights_after_loading: swaps the placeholders for the fp8 parameters, "
-        "since upstream moves every parameter of the layer to the device here and cannot move one without memory.",
+        "since upstream moves every parameter of the layer to the device here and cannot move one without memory. "
+        "Leaves a layer alone that an update fills: SGLang 0.5.18 to 0.5.20 refuse meta tensors here.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(2, "model_loading:device_loading_context"),),

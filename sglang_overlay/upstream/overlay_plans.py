@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from sglang_overlay.core.placeholders import twin
 from sglang_overlay.core.quantizers import RowQuantizer, ShuffledUnits, UnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.schemes.mxfp8 import Mxfp8ExpertsPlan, Mxfp8LinearPlan
-from sglang_overlay.upstream import capabilities, update
+from sglang_overlay.upstream import capabilities, model_loading, update
 from sglang_overlay.upstream.linear import LinearPlan, is_per_channel
 from sglang_overlay.upstream.load import create_streamed, process_streamed
 from sglang_overlay.upstream.moe import ExpertsPlan
@@ -171,3 +172,10 @@ def process_weights_after_loading(original: Callable[..., None], method: Any, la
     """Around ``process_weights_after_loading`` of both methods."""
     if not update.is_updating(layer):
         process_streamed(original, method, layer)
+
+
+def device_loading_context(original: Callable[..., Any], module: Module, target_device: torch.device) -> Any:
+    """Around ``device_loading_context``: during an update placeholders are in place, which some releases refuse."""
+    if update.is_updating(module):
+        return nullcontext(module)
+    return model_loading.device_loading_context(original, module, target_device)

@@ -17,8 +17,9 @@ from standin.checkpoints import with_zeros
 from standin.gpus import environ
 
 DEVICES = 2
-SERVER_ARGS = {"disable_custom_all_reduce": True, "model_impl": "sglang"}
-"""SGLang's own all-reduce asks the driver for handles. A model that cannot be imported must not become another one."""
+SERVER_ARGS = {"disable_custom_all_reduce": True, "disable_flashinfer_autotune": True, "model_impl": "sglang"}
+"""SGLang's own all-reduce asks the driver for handles. FlashInfer would be tuned after the load, by running its kernels
+(until 0.5.13). A model that cannot be imported must not become another one."""
 
 OnGpu = Callable[..., LoadWorkers]
 

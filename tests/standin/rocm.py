@@ -26,6 +26,8 @@ def install(gpu: Gpu) -> None:
     """Make torch one for ROCm with this GPU, and let ``aiter`` be imported, as in SGLang's images for ROCm."""
     torch.version.hip = HIP
     torch.version.cuda = None
+    # torch 2.11 asks AMD's library for the number of GPUs where it has found NVIDIA's.
+    torch.cuda._HAS_PYNVML = False
     of_cuda = torch.cuda.get_device_properties
     torch.cuda.get_device_properties = lambda *args, **kwargs: _Properties(of_cuda(*args, **kwargs), gpu)
     # Nobody compiles: kernels run in the interpreter. SGLang asks for the target's name.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -10,8 +11,10 @@ import sys
 
 import pytest
 import torch
+from triton.runtime import interpreter
 from workbench import families
 from workbench.loads import compare
+from workbench.trainer import has_sessions
 from workbench.updates import Update
 
 from sglang_overlay.upstream import capabilities
@@ -41,6 +44,11 @@ SMALL = {
 }
 """Few rows: the kernel per token is Triton's, whose interpreter takes milliseconds for each."""
 FILES = {"files": 3, "assignment": "round_robin"}
+FNUZ = pytest.mark.skipif(
+    "fp8e4b8" not in inspect.getsource(interpreter._patch_lang_core),
+    reason="this Triton's interpreter cannot convert to e4m3fnuz; that of 3.8 can",
+)
+QUANTIZED_BY_TRITON = [pytest.param(gpu, marks=FNUZ if gpu == "mi300x-per-token" else ()) for gpu in FP8]
 CACHE = re.compile(r"\.attn_m[hq]a\.[kv]_scale")
 AUTO = {"moe_runner_backend": "auto"}
 BLOCK = {"SGLANG_STREAMFP8_SCHEME": "block"}
@@ -57,7 +65,7 @@ def dtypes(result):
 
 
 @pytest.mark.parametrize("family", SMALL)
-@pytest.mark.parametrize("gpu", FP8)
+@pytest.mark.parametrize("gpu", QUANTIZED_BY_TRITON)
 def test_streaming_leaves_what_stock_leaves(gpu, family, small, loaded):
     stock, streamed = (loaded(gpu, small(family), streaming=mode, server_args=AUTO) for mode in ("0", "require"))
     assert compare(stock, streamed) == []
@@ -72,6 +80,7 @@ def test_experts_in_one_tensor_with_biases(gpu, loaded, checkpoint_folder):
     assert compare(stock, streamed) == []
 
 
+@FNUZ
 def test_a_load_per_token_is_shuffled_where_aiter_has_a_kernel(small, loaded):
     ways = [loaded(gpu, small("qwen3"), server_args=AUTO).ranks[0] for gpu in ("mi300x", "mi300x-per-token")]
     shapes = [way.tensors["model.layers.0.mlp.gate_up_proj.weight_scale"].shape for way in ways]
@@ -90,10 +99,11 @@ def test_padding_against_channel_contention(small, loaded):
 
 @pytest.mark.parametrize("source", ["disk", "bucket"])
 @pytest.mark.parametrize("family", SMALL)
-@pytest.mark.parametrize("gpu", FP8)
+@pytest.mark.parametrize("gpu", QUANTIZED_BY_TRITON)
 def test_an_update_leaves_what_a_fresh_load_leaves(gpu, family, source, small, loaded):
     old, new = small(family), small(family, seed=1)
-    changes = (Update("bucket", new, calls=3, order="shuffled") if source == "bucket" else Update("disk", new),)
+    calls = 3 if has_sessions() else 1
+    changes = (Update("bucket", new, calls=calls, order="shuffled") if source == "bucket" else Update("disk", new),)
     updated = loaded(gpu, old, updates=changes, server_args=AUTO)
     (change,) = updated.ranks[0].updates
     assert (change.success, change.moved) == (True, ()), change.message
@@ -102,6 +112,7 @@ def test_an_update_leaves_what_a_fresh_load_leaves(gpu, family, source, small, l
     assert differences == []
 
 
+@FNUZ
 def test_rows_that_are_shuffled_among_each_other_are_sent_together(small, loaded):
     old, new = small("qwen3"), small("qwen3", seed=1)
     updated = loaded("mi300x-per-token", old, updates=(Update("tensor", new, names="k_proj"),), server_args=AUTO)

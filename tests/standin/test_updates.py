@@ -11,7 +11,7 @@ FILES = {"files": 3, "assignment": "round_robin"}
 
 
 @pytest.mark.parametrize("source", ["disk", "tensor", "bucket"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3", marks=pytest.mark.every_release), "qwen3_moe", "deepseek_v3"])
 def test_an_update_leaves_what_a_fresh_load_leaves(family, source, checkpoint, loaded):
     old, new = checkpoint(family, **FILES), checkpoint(family, **FILES, seed=1)
     updated = loaded("h200", old, updates=(Update(source, new),))
