@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ class UpdateStream(PipelinedStream):
     Args:
         arguments, options: those of ``PipelinedStream``.
         ready: takes values that are quantized already, and their scales; None where they cannot be taken.
+        loaded: the one tensor that this thread's loader call was given, or None.
     """
 
-    def __init__(self, *arguments: Any, ready: ReadyValues | None, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        ready: ReadyValues | None,
+        loaded: Callable[[], torch.Tensor | None],
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         self._ready = ready
+        self._loaded = loaded
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """As of ``ParameterStream``.
@@ -35,6 +43,7 @@ class UpdateStream(PipelinedStream):
         Raises:
             WeightUpdateError: the values are quantized, and not as this parameter is.
         """
+        source = self._as_padding(source)
         if source.dtype not in VALUES and source.dtype is not self.storage.weight.dtype:
             super().write(destination, source)
             return
@@ -45,6 +54,12 @@ class UpdateStream(PipelinedStream):
             )
         if destination.numel():
             self._ready.write_values(destination, source)
+
+    def _as_padding(self, source: torch.Tensor) -> torch.Tensor:
+        """``source``; a number that upstream's loader puts around quantized values in the values' dtype."""
+        given = self._loaded()
+        is_padding = given is not None and given.dtype is self.storage.weight.dtype and not any(source.stride())
+        return source.to(self.storage.weight.dtype) if is_padding else source
 
     def _what_is_taken(self) -> str:
         if self._ready is None:

@@ -111,6 +111,15 @@ def test_each_rank_takes_its_part_of_values_and_scales(family, load, exported):
     assert_taken(result, load(family, "block", seed=SEED, **sizes))
 
 
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_values_of_experts_that_sglang_rounds_up_are_taken_to_the_bit(ep_size, load, exported):
+    """208 rows are 256 on two CPUs: what is sent ends within a unit, and its last rows and scales are nobody's."""
+    overrides = (("moe_intermediate_size", 208), ("num_hidden_layers", 1))
+    sizes = {"overrides": overrides, "tp_size": 2, "ep_size": ep_size}
+    result = load("qwen3_moe", "channel", Update("tensor", exported("qwen3_moe", "channel", overrides)), **sizes)
+    assert_taken(result, load("qwen3_moe", "channel", seed=SEED, **sizes))
+
+
 def assert_taken(result, fresh):
     """Every rank has updated in place, and ends as a fresh load of the new weights."""
     for rank in result.ranks:
