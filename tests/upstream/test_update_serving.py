@@ -89,6 +89,59 @@ def test_server_is_updated_from_disk_and_back_by_broadcast(server, checkpoint, t
         assert [name for name in weights if weights[name] == changed[name]] == []
 
 
+SPECULATING = """
+import runpy
+import sglang
+from sglang_overlay.cpu_reference.platform import CpuReferencePlatform
+CpuReferencePlatform.supports_speculative_algorithm = lambda *_: True
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture
+def speculating(checkpoint, tmp_path):
+    """A server with a draft model, up to the first request: SGLang builds trees of drafts on GPUs only.
+
+    It starts on the CPU where the platform says that it can, and with Triton's kernels in the interpreter.
+    """
+
+    def start(draft):
+        launcher = tmp_path / "speculating.py"
+        launcher.write_text(SPECULATING)
+        port = serving.free_port()
+        arguments = (
+            *("--quantization", "fp8", "--device", "cpu", "--log-level", "info", "--attention-backend", "triton"),
+            *("--disable-radix-cache", "--max-total-tokens", "512", "--skip-server-warmup"),
+            *("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft)),
+            *("--speculative-draft-model-quantization", "fp8", "--speculative-num-steps", "1"),
+            *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"),
+        )
+        python, _, _, *rest = serving.sglang_command(sys.executable, str(checkpoint("qwen3")), port, arguments)
+        environ = {"SGLANG_STREAMFP8": "require", "TRITON_INTERPRET": "1"}
+        launch = serving.Launch((python, str(launcher), *rest), port, tmp_path / "server.log", environ)
+        return serving.running(launch, timeout=300)
+
+    return start
+
+
+def test_target_and_draft_are_updated_together(speculating, checkpoint, tmp_path):
+    with speculating(checkpoint("qwen3", seed=2)) as url:
+        post(url, "update_weights_from_disk", {"model_path": str(checkpoint("qwen3", seed=SEED))})
+    assert (tmp_path / "server.log").read_text().count("weight update: 12 units of 12 layers replaced") == 2
+
+
+def test_target_goes_back_where_the_draft_cannot_be_updated(speculating, checkpoint, tmp_path):
+    """Both are read from the folder that is sent, and the draft is narrower."""
+    narrow = checkpoint("qwen3", overrides=(("hidden_size", 64),))
+    with speculating(narrow) as url:
+        before = checksum(url)
+        with pytest.raises(serving.ServerError, match=rf"(?s)400.*{BEFORE_UPDATE}"):
+            post(url, "update_weights_from_disk", {"model_path": str(checkpoint("qwen3", seed=SEED))})
+        assert checksum(url) == before
+    assert "weight update: 12 units of 12 layers replaced" in (tmp_path / "server.log").read_text()
+
+
 def test_server_keeps_what_it_serves_when_an_update_fails(server, checkpoint, tmp_path):
     """Whatever fails: a file, values that mean nothing here, names; and wherever the weights served came from."""
     new = checkpoint("qwen3_moe", seed=SEED)
