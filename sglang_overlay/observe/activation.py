@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_overlay import __version__, settings
 from sglang_overlay.errors import StreamFP8Error
-from sglang_overlay.upstream import built_in, releases, touch_point
+from sglang_overlay.upstream import built_in, compatibility, releases, touch_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
             hooks = _hooks()
     if not problems:
         problems += _hook_problems(hooks.streaming, messages)
-    untested = releases.untested_note()
+    untested = compatibility.untested_note()
     if untested is not None and mode == settings.Mode.REQUIRE.value:
         problems.append(f"{untested} {settings.MODE_VARIABLE}={mode} refuses that; =1 streams all the same")
     return Activation(
@@ -153,7 +153,7 @@ def _installation_problems(environ: Mapping[str, str]) -> list[str]:
     if releases.installed() is None:
         return [f'SGLang is not installed for {sys.executable}; run: pip install "sglang-streamfp8[sglang]"']
     problems = []
-    reason = releases.unsupported_reason()
+    reason = compatibility.unsupported_reason()
     if reason is not None:
         problems.append(f"{reason}; install one of those, or a newer sglang-streamfp8")
     if PLUGIN_NAME not in metadata.entry_points(group=PLUGIN_GROUP).names:

@@ -61,7 +61,7 @@ def look_at_hooks(settings: Settings) -> None:
     Raises:
         StreamingUnavailableError: streaming is required: that is for what was tested.
     """
-    from sglang_overlay.upstream import releases
+    from sglang_overlay.upstream import compatibility
     from sglang_overlay.upstream.ranks import parallel_ranks
 
     if settings.mode is Mode.OFF:
@@ -70,7 +70,7 @@ def look_at_hooks(settings: Settings) -> None:
     if reason is not None:
         refuse(settings.required_by, reason)
         return
-    note = releases.untested_note()
+    note = compatibility.untested_note()
     if note is None:
         return
     required = f"{MODE_VARIABLE}={Mode.REQUIRE.value}"

@@ -44,12 +44,12 @@ def start() -> None:
 def _start(settings: Settings) -> None:
     if settings.mode is Mode.OFF and settings.report_folder is None:
         return
-    from sglang_overlay.upstream import built_in, releases
+    from sglang_overlay.upstream import built_in, compatibility
 
     if built_in.streams_itself():
         _stand_aside(settings)
         return
-    reason = releases.unsupported_reason()
+    reason = compatibility.unsupported_reason()
     if reason is not None:
         _guard(settings.required_by, reason)
         return
