@@ -21,12 +21,12 @@ def unsupported_reason() -> str | None:
         return "SGLang is not installed"
     if Version(version).public in {Version(release).public for release in releases.supported()}:
         return None
-    listed = f"supported: {', '.join(releases.supported())}"
+    tested = f"supported: {', '.join(releases.supported())}"
     earlier = [entry for entry in releases.facts() if Version(entry.release) < Version(version)]
     if not earlier:
-        return f"SGLang {version} is not a supported release ({listed})"
+        return f"SGLang {version} is not a supported release ({tested})"
     changed = _changed_since(earlier[-1])
-    return f"SGLang {version} is not a supported release ({listed}), and it has changed: {changed}" if changed else None
+    return f"SGLang {version} is not a supported release ({tested}), and it has changed: {changed}" if changed else None
 
 
 @cache
