@@ -7,8 +7,6 @@ from functools import cache
 from importlib import util
 from pathlib import Path
 
-from packaging.version import Version
-
 from sglang_overlay.upstream import bodies, releases, source_tree
 from sglang_overlay.upstream.catalogue import STREAMING
 from sglang_overlay.upstream.touch_point import State, listed
@@ -16,6 +14,8 @@ from sglang_overlay.upstream.touch_point import State, listed
 
 def unsupported_reason() -> str | None:
     """Why fp8 loads in the installed SGLang cannot be streamed, or None where they can."""
+    from packaging.version import Version
+
     version = releases.installed()
     if version is None:
         return "SGLang is not installed"
