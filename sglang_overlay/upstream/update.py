@@ -594,7 +594,7 @@ class WeightUpdate:
             self.account,
             self.sources,
             ready=ready,
-            loaded=lambda: call.given if (call := self._calls.under_way()) else None,
+            under_way=self._calls.under_way,
             quantized=_ignore,
             pipeline=self._pipeline,
             rows=whole_rows.of(plan),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.loader_calls import LoaderCall
 from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.staging import StagedUnit
@@ -23,19 +24,19 @@ class UpdateStream(PipelinedStream):
     Args:
         arguments, options: those of ``PipelinedStream``.
         ready: takes values that are quantized already, and their scales; None where they cannot be taken.
-        loaded: the one tensor that this thread's loader call was given, or None.
+        under_way: this thread's loader call; None where there is none.
     """
 
     def __init__(
         self,
         *arguments: Any,
         ready: ReadyValues | None,
-        loaded: Callable[[], torch.Tensor | None],
+        under_way: Callable[[], LoaderCall | None],
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         self._ready = ready
-        self._loaded = loaded
+        self._under_way = under_way
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """As of ``ParameterStream``.
@@ -57,9 +58,11 @@ class UpdateStream(PipelinedStream):
 
     def _as_padding(self, source: torch.Tensor) -> torch.Tensor:
         """``source``; a number that upstream's loader puts around quantized values in the values' dtype."""
-        given = self._loaded()
-        is_padding = given is not None and given.dtype is self.storage.weight.dtype and not any(source.stride())
-        return source.to(self.storage.weight.dtype) if is_padding else source
+        if any(source.stride()):
+            return source
+        call = self._under_way()
+        served = self.storage.weight.dtype
+        return source.to(served) if call is not None and call.given.dtype is served else source
 
     def _what_is_taken(self) -> str:
         if self._ready is None:

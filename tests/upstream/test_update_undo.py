@@ -169,7 +169,7 @@ def test_tensors_that_nothing_was_done_with_are_known_by_name_in_a_bucket_too(ca
 
 
 def test_call_that_is_undone_leaves_the_whole_rows_of_what_waits():
-    split, weight = Split.of((12, 64), 12, kind=UpdateStream, ready=None, loaded=lambda: None), weight_of(12, 64)
+    split, weight = Split.of((12, 64), 12, kind=UpdateStream, ready=None, under_way=lambda: None), weight_of(12, 64)
 
     def load(values, rows):
         split.load(values[rows], lambda param, given: param.data[rows].copy_(split.narrow(given)))
