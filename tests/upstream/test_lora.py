@@ -12,7 +12,7 @@ from workbench import adapters, serving
 from workbench.loads import PROMPTS, LoadJob
 from workbench.mutations import altered
 from workbench.serving import post
-from workbench.trainer import until_idle
+from workbench.trainer import has_sessions, until_idle
 
 from sglang_overlay.observe.report import read_folder
 from upstream.streamed import assert_streamed
@@ -22,24 +22,37 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def answers(checkpoint, tmp_path):
-    """Token ids that a server of its own generates, with and without an adapter; and again after each update."""
-    model = checkpoint("qwen3")
-    adapter = adapters.build(model, tmp_path / "adapter")
-    # SGLang's LoRA kernels need a GPU, except these.
-    arguments = ("--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native", "--max-loras-per-batch", "2")
-    arguments += ("--quantization", "fp8", "--device", "cpu", "--log-level", "info")
+def server(tmp_path):
+    """A server of a checkpoint, with an adapter for all of its layers."""
 
-    def ask(streaming, *updates):
+    def start(model, streaming, *arguments):
+        adapter = tmp_path / f"adapter-{model.name}"
+        if not adapter.exists():
+            adapters.build(model, adapter)
+        # SGLang's LoRA kernels need a GPU, except these.
+        lora = ("--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native", "--max-loras-per-batch", "2")
+        common = ("--quantization", "fp8", "--device", "cpu", "--log-level", "info")
         port = serving.free_port()
-        command = serving.sglang_command(sys.executable, str(model), port, arguments)
+        command = serving.sglang_command(sys.executable, str(model), port, (*lora, *common, *arguments))
         environ = {
             "SGLANG_STREAMFP8": streaming,
             "SGLANG_STREAMFP8_REPORT": str(tmp_path / streaming),
             "SGLANG_EXTERNAL_MODEL_PACKAGE": "unpinned",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
         }
-        with serving.running(serving.Launch(command, port, tmp_path / "server.log", environ), timeout=300) as url:
+        ready = "/v1/models" if "--skip-server-warmup" in arguments else "/health_generate"
+        return serving.running(serving.Launch(command, port, tmp_path / "server.log", environ, ready), timeout=300)
+
+    return start
+
+
+@pytest.fixture
+def answers(checkpoint, server):
+    """Token ids that a server of its own generates, with and without an adapter; and again after each update."""
+    model = checkpoint("qwen3")
+
+    def ask(streaming, *updates):
+        with server(model, streaming) as url:
             found = [generated(url), generated(url, lora_path="adapter")]
             for folder in updates:
                 until_idle(url)
@@ -71,3 +84,22 @@ def test_adapter_gives_stocks_answers_and_updates_end_as_a_fresh_load(answers, c
     assert same == plain
     assert updated == [list(ids) for ids in workers.load_fresh(LoadJob(new, prompts=PROMPTS)).tokens]
     assert_streamed(read_folder(tmp_path / "require"))
+
+
+@pytest.mark.skipif(not has_sessions(), reason="checksums are read on a GPU only, and without sessions")
+def test_experts_with_an_adapter_are_updated(server, checkpoint):
+    """SGLang runs these with Triton kernels: there are no answers to compare, but checksums of what is served."""
+    old, new = checkpoint("qwen3_moe"), checkpoint("qwen3_moe", seed=1)
+    with server(old, "require", "--skip-server-warmup") as url:
+        before = checksums(url)
+        assert sum("experts.base_layer.w" in name for name in before) == 12
+        post(url, "update_weights_from_disk", {"model_path": str(new)})
+        updated = checksums(url)
+        assert [name for name in before if updated[name] == before[name]] == []
+        post(url, "update_weights_from_disk", {"model_path": str(old)})
+        assert checksums(url) == before
+
+
+def checksums(url):
+    (rank,) = post(url, "weights_checker", {"action": "checksum"}).json()["ranks"]
+    return rank["checksums"]
