@@ -121,7 +121,11 @@ def _first_line(text: str) -> str:
 
 def _last_error(traceback: str) -> str:
     errors = [line for line in traceback.splitlines() if re.match(r"^[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
-    return _first_line(traceback[traceback.rindex(errors[-1]) :] if errors else traceback.strip().splitlines()[-1])
+    if not errors:
+        return _first_line(traceback.strip().splitlines()[-1])
+    # A table has no room for modules.
+    module = errors[-1].partition(":")[0].rpartition(".")[0]
+    return _first_line(traceback[traceback.rindex(errors[-1]) :].removeprefix(f"{module}."))
 
 
 def to_json(release: str, outcomes: list[Outcome]) -> str:
