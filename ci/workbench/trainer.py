@@ -60,9 +60,11 @@ def broadcast(url: str, checkpoint: Path) -> None:
             for _, tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0, group=group)
             answer.result()
-        if has_sessions():
-            post(url, "end_weight_update", {})
-        post(url, "destroy_weights_update_group", {"group_name": _GROUP})
+        try:
+            if has_sessions():
+                post(url, "end_weight_update", {})
+        finally:
+            post(url, "destroy_weights_update_group", {"group_name": _GROUP})
 
 
 def until_idle(url: str) -> None:

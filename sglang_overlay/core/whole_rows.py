@@ -81,7 +81,7 @@ class WholeRows:
     def see(self, first: int, landing: Landing, source: torch.Tensor) -> None:
         """This thread is about to write ``source`` to ``landing``, beginning in unit ``first``."""
         self._thread.seen = None
-        if source.dtype.itemsize not in _BITS or not source.is_floating_point():
+        if not _is_high_precision(source):
             return  # Refused where it is written.
         values = landing.lay_out(source)
         rows = self._whole(values, source)
@@ -101,7 +101,7 @@ class WholeRows:
     def _whole(self, values: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
         """The rows that ``values``, which are ``source`` as it lies in the parameter, are of; None where unknown."""
         given = self._loaded.value
-        if given is None or not given.ndim:
+        if given is None or not given.ndim or not _is_high_precision(given):
             return None
         if storage_key(given) == storage_key(source):
             rows = _widened(values, given)
@@ -111,6 +111,10 @@ class WholeRows:
         else:
             rows = None
         return rows if rows is not None and rows.shape[-1] >= self._least else None
+
+
+def _is_high_precision(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize in _BITS
 
 
 def _widened(values: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:

@@ -480,7 +480,7 @@ class WeightUpdate:
                 f"the update ended with weights of which only a part came: {shortened(problems)}. One scale covers a "
                 "whole unit, so send what belongs together in one update: gate_proj with up_proj, q_proj with k_proj "
                 "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
-                f"{f'. Nothing took {shortened(self.given.unused)}' if self.given.unused else ''}"
+                f"{f'. This model took none of {shortened(self.given.unused)}' if self.given.unused else ''}"
             )
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:

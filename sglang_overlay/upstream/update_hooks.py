@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Together:
 
     def __init__(self) -> None:
         self.failed = False
+        self._told: Outcome | None = None
         self._undo: list[Callable[[], None]] = []
         self._close: list[Callable[[], None]] = []
 
@@ -77,6 +78,19 @@ class Together:
         """Note what undoes a part that was right, and what is to be done in any case."""
         self._undo.append(undo)
         self._close.append(close)
+
+    def joined(self, outcome: Outcome) -> Outcome:
+        """An outcome of one model's as the answer tells it: upstream's is that of the last, which has to tell all."""
+        self.failed |= outcome.failure is not None
+        earlier, self._told = self._told, outcome
+        if earlier is not None:
+            self._told = replace(
+                outcome,
+                unused=[name for name in outcome.unused if name in earlier.unused],
+                untouched=[*earlier.untouched, *outcome.untouched],
+                advice=earlier.advice or outcome.advice,
+            )
+        return self._told
 
     def end(self) -> None:
         """Undo everything where a model could not be updated, on any rank."""
@@ -163,7 +177,7 @@ def update_weights_from_disk(
     if not disk.is_judged:
         outcome = _of_all(Outcome(None if success else f"{_sentence(message)} {BEFORE_UPDATE}"))
         disk.failure = outcome.failure
-        _noted((outcome.failure is None, ""))
+        _joined_with_earlier(outcome)
     elif disk.failure is not None:
         message = f"Failed to update weights: {disk.failure}"
     if disk.failure is not None or not success:
@@ -378,8 +392,7 @@ def _judged(
         mine = _outcome(raised, BEFORE_UPDATE if is_own else BEFORE_CALL)
     if disk is not None:
         disk.is_judged = True
-    outcome = _of_all(mine)
-    _noted((outcome.failure is None, ""))
+    outcome = _joined_with_earlier(_of_all(mine))
     if is_own:
         _conclude(known, outcome)
     elif known.open is not None:
@@ -503,11 +516,15 @@ def _answered(
 
 
 def _noted(answer: Answer) -> Answer:
-    """An answer of one model's, for the request that it belongs to."""
-    together = _together.get()
-    if together is not None:
-        together.failed |= not answer[0]
+    """An answer for a model that is not streamed, which may have taken any tensor."""
+    _joined_with_earlier(Outcome(None if answer[0] else answer[1]))
     return answer
+
+
+def _joined_with_earlier(outcome: Outcome) -> Outcome:
+    """An outcome of one model's with those before it of the request that it belongs to."""
+    together = _together.get()
+    return outcome if together is None else together.joined(outcome)
 
 
 def _refuse_unopened(known: UpdatableModel) -> None:

@@ -12,7 +12,7 @@ import torch
 from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
 from sglang_overlay.upstream import update, update_hooks
 from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate
-from sglang_overlay.upstream.update_hooks import BEFORE_CALL, BEFORE_UPDATE
+from sglang_overlay.upstream.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome
 
 
 class Model(torch.nn.Module):
@@ -322,3 +322,16 @@ def test_draft_that_is_not_streamed_takes_its_target_along(pair):
 
     assert update_hooks.update_of_all_models(update_all, None, None) == (False, "stock's")
     assert held([target]) == [([0.0, 0.0], "served")]
+
+
+def test_answer_tells_of_all_models_what_upstream_keeps_of_the_last():
+    together = update_hooks.Together()
+    together.joined(Outcome(unused=["a", "b"], untouched=["x"], advice="Rename."))
+    told = together.joined(Outcome(unused=["b", "c"], untouched=["y"]))
+    assert told == Outcome(unused=["b"], untouched=["x", "y"], advice="Rename.")
+    # One that is not streamed may have taken any.
+    together.joined(Outcome())
+    assert together.joined(Outcome(unused=["b"])).unused == []
+    assert not together.failed
+    together.joined(Outcome("no room"))
+    assert together.failed

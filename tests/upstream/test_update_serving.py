@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from workbench.trainer import has_sessions, until_idle
 from sglang_overlay.upstream.update_hooks import BEFORE_UPDATE
 
 SEED = 1
+LAYERS = 3
 
 
 @pytest.fixture
@@ -125,10 +127,18 @@ def speculating(checkpoint, tmp_path):
     return start
 
 
-def test_target_and_draft_are_updated_together(speculating, checkpoint, tmp_path):
-    with speculating(checkpoint("qwen3", seed=2)) as url:
-        post(url, "update_weights_from_disk", {"model_path": str(checkpoint("qwen3", seed=SEED))})
-    assert (tmp_path / "server.log").read_text().count("weight update: 12 units of 12 layers replaced") == 2
+def test_target_and_draft_are_updated_together_and_one_answer_tells_of_both(speculating, checkpoint, tmp_path):
+    """The draft has a layer less. SGLang answers what the draft's update said, the last of the two."""
+    shallow = (("num_hidden_layers", LAYERS - 1),)
+    with speculating(checkpoint("qwen3", seed=2, overrides=shallow)) as url:
+        folder = checkpoint("qwen3", seed=SEED)
+        whole = post(url, "update_weights_from_disk", {"model_path": str(folder)}).json()
+        folder = checkpoint("qwen3", seed=SEED, overrides=shallow)
+        lacking = post(url, "update_weights_from_disk", {"model_path": str(folder)}).json()
+    assert "Nothing took" not in whole["message"]
+    assert f"model.layers.{LAYERS - 1}.mlp.down_proj" in lacking["message"]
+    counts = re.findall(r"weight update: (\d+) units of \d+ layers replaced", (tmp_path / "server.log").read_text())
+    assert counts == ["12", "8", "8", "8"]
 
 
 def test_target_goes_back_where_the_draft_cannot_be_updated(speculating, checkpoint, tmp_path):

@@ -21,6 +21,7 @@ from sglang_overlay.settings import SCHEME_VARIABLE
 SEED = 1
 BLOCKS = (("hidden_size", 256), ("intermediate_size", 512), ("moe_intermediate_size", 256), ("head_dim", 128))
 """Sizes that divide into blocks of 128 over two ranks."""
+ROUNDED_UP = (("moe_intermediate_size", 96),)
 SOURCES = {
     "disk": {"source": "disk"},
     "tensors": {"source": "tensor"},
@@ -120,6 +121,31 @@ def test_values_of_experts_that_sglang_rounds_up_are_taken_to_the_bit(ep_size, l
     assert_taken(result, load("qwen3_moe", "channel", seed=SEED, **sizes))
 
 
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("scheme", ["channel", INT8])
+def test_experts_that_sglang_rounds_up_take_values_and_scales(scheme, ep_size, load, exported):
+    """Experts of 96 rows become 128 for two ranks, of which each has a half, or all: zeros come in high precision."""
+    sizes = {"overrides": ROUNDED_UP, "tp_size": 2, "ep_size": ep_size}
+    update = Update("tensor", exported("qwen3_moe", scheme, ROUNDED_UP), names="experts")
+    result = load("qwen3_moe", scheme, update, **sizes)
+    for rank, fresh in zip(result.ranks, load("qwen3_moe", scheme, seed=SEED, **sizes).ranks, strict=True):
+        assert rank.updates[0].success, rank.updates[0].message
+        # Of the rows of zeros, whose scales mean nothing, int8 has another.
+        experts = [name for name in fresh.tensors if re.search(r"w13_weight$|w2_weight(_scale)?$", name)]
+        assert len(experts) == 9
+        assert [name for name in experts if rank.tensors[name] != fresh.tensors[name]] == []
+
+
+def test_part_of_an_expert_that_sglang_rounds_up_is_an_error_and_nothing_has_changed(load, exported):
+    sizes = {"overrides": ROUNDED_UP, "tp_size": 2}
+    exports = exported("qwen3_moe", "channel", ROUNDED_UP)
+    parts = r"experts\.1\.down_proj\.weight$", r"experts\.1\.up_proj\.weight$"
+    result = load("qwen3_moe", "channel", *(Update("tensor", exports, names=part) for part in parts), **sizes)
+    told = "float8_e4m3fn values without their scales"
+    refused(result, [".w2_weight (", told], [".w13_weight (", told])
+    assert compare(load("qwen3_moe", "channel", **sizes), result) == []
+
+
 def assert_taken(result, fresh):
     """Every rank has updated in place, and ends as a fresh load of the new weights."""
     for rank in result.ranks:
@@ -199,9 +225,11 @@ def test_fused_parts_with_several_scales_are_refused_and_what_has_one_is_as_stoc
     assert [name for name in layers if rank.tensors[name] != stock[name]] == []
 
 
-def test_each_rank_takes_the_scale_of_a_whole_tensor(workers, load, checkpoint):
-    fp8 = checkpoint("qwen3_moe", seed=SEED, stored="fp8")
-    result = load("qwen3_moe", "tensor", Update("tensor", fp8, names=r"o_proj|experts\.\d\.down"), tp_size=2)
+@pytest.mark.parametrize("overrides", [(), ROUNDED_UP], ids=["as_they_are", "rounded_up"])
+def test_each_rank_takes_the_scale_of_a_whole_tensor(overrides, workers, load, checkpoint):
+    fp8 = checkpoint("qwen3_moe", seed=SEED, stored="fp8", overrides=overrides)
+    update = Update("tensor", fp8, names=r"o_proj|experts\.\d\.down")
+    result = load("qwen3_moe", "tensor", update, overrides=overrides, tp_size=2)
     stock = workers.load(LoadJob(fp8, streaming="0", tp_size=2))
     for rank, expected in zip(result.ranks, stock.ranks, strict=True):
         assert rank.updates[0].success, rank.updates[0].message
