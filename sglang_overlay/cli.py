@@ -113,7 +113,8 @@ def check(verbose: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes 
       python -m sglang_overlay check --verbose
       python -m sglang_overlay check --json | jq .problems
     """
-    from sglang_overlay.observe import activation, terminal
+    from sglang_overlay import activation
+    from sglang_overlay.observe import terminal
 
     with terminal.waiting("Importing SGLang and loading its plugins ..."):
         found = activation.inspect_activation(os.environ)

@@ -80,6 +80,7 @@ PATCHES = (
         files=(
             f"{PACKAGE_FOLDER}/entry.py",
             f"{PACKAGE_FOLDER}/hooks.py",
+            f"{PACKAGE_FOLDER}/linear_method.py",
             "test/registered/quant/test_streaming_fp8.py",
         ),
         switches=(
@@ -90,7 +91,11 @@ PATCHES = (
             ),
         ),
     ),
-    Patch(3, upstream=("moe",), files=("test/registered/quant/test_streaming_fp8_moe.py",)),
+    Patch(
+        3,
+        upstream=("moe",),
+        files=(f"{PACKAGE_FOLDER}/experts_method.py", "test/registered/quant/test_streaming_fp8_moe.py"),
+    ),
     Patch(
         4,
         core=("tensor_names",),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from sglang_overlay.observe.activation import Activation, Hook
+    from sglang_overlay.activation import Activation, Hook
     from sglang_overlay.observe.report import LayerNote, LoadReport, Ranks
 
     Selection = Callable[[Hook], bool]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to an fp8 load where streaming is not available: one warning, or an error where it is required."""
+"""Whether the hooks are in place: fp8 loads ask, and say so where they are not."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from sglang_overlay.core.errors import sentence
 from sglang_overlay.errors import StreamingUnavailableError
 from sglang_overlay.settings import MODE_VARIABLE, Mode, Settings
+from sglang_overlay.upstream.refusal import refuse, warn_once
 
 FP8_MODULE = "sglang.srt.layers.quantization.fp8"
 
 logger = logging.getLogger(__name__)
 
-_warned: set[str] = set()
 _mismatches: list[str] = []
 
 
@@ -34,23 +33,6 @@ def mismatch() -> str | None:
 
     lost = displaced(STREAMING)
     return f"another plugin has replaced {', '.join(lost)}, and with it the hook there" if lost else None
-
-
-def refuse(required_by: str | None, reason: str) -> None:
-    """Say, once a process, that an fp8 load is not streamed.
-
-    Args:
-        required_by: the setting under which that is an error.
-        reason: why it is not.
-
-    Raises:
-        StreamingUnavailableError: streaming is required.
-    """
-    if required_by is not None:
-        raise StreamingUnavailableError(f"{required_by}, but this fp8 load cannot be streamed: {sentence(reason)}")
-    if reason not in _warned:
-        _warned.add(reason)
-        logger.warning("StreamFP8: %s The model is loaded as in stock SGLang.", sentence(reason))
 
 
 def look_at_hooks(settings: Settings) -> None:
@@ -76,17 +58,16 @@ def look_at_hooks(settings: Settings) -> None:
     required = f"{MODE_VARIABLE}={Mode.REQUIRE.value}"
     if settings.mode is Mode.REQUIRE:
         raise StreamingUnavailableError(f"{required}, but {note} {MODE_VARIABLE}={Mode.ON.value} streams all the same.")
-    if note not in _warned and parallel_ranks().is_first:
-        _warned.add(note)
-        logger.warning("StreamFP8: %s This fp8 load is streamed; %s would refuse it.", note, required)
+    if parallel_ranks().is_first:
+        warn_once(f"{note} This fp8 load is streamed; {required} would refuse it.")
 
 
 def watch(required_by: str | None, reason: str, module: ModuleType) -> None:
     """Have fp8 loads, and no others, say that they are not streamed; in the words of the first call.
 
     Args:
-        required_by: as of ``refuse``.
-        reason: as of ``refuse``.
+        required_by: as of ``refusal.refuse``.
+        reason: as of ``refusal.refuse``.
         module: SGLang's ``fp8``.
     """
     import wrapt

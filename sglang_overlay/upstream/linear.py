@@ -18,7 +18,6 @@ from sglang_overlay.core.quantizers import RowKernelQuantizer, ShuffledUnits, Un
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream import capabilities
-from sglang_overlay.upstream.load import create_streamed, process_streamed
 from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan
 
 
@@ -93,13 +92,3 @@ def _shuffled(quantizer: UnitQuantizer, placeholder: torch.Tensor, storage: Stor
     grid = UnitGrid(rows // height, (height, columns), sliced=True)
     storage = Storage(storage.weight.view(grid.parameter_shape), storage.scale.view(grid.count, height))
     return ParameterPlan(grid, ShuffledUnits(quantizer, capabilities.shuffle, capabilities.unshuffle), storage)
-
-
-def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
-    """Around ``Fp8LinearMethod.create_weights``."""
-    create_streamed(original, lambda: LinearPlan(per_channel=is_per_channel(method)), method, layer, *args, **kwargs)
-
-
-def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
-    """Around ``Fp8LinearMethod.process_weights_after_loading``."""
-    process_streamed(original, method, layer)

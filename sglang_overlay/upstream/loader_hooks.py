@@ -20,11 +20,12 @@ from sglang_overlay.observe.report import LoadReport, ReportError, summary_line,
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
-from sglang_overlay.upstream import eligibility, model_loading, streamed_loaders, telling, update
-from sglang_overlay.upstream.guard import look_at_hooks, mismatch, refuse
+from sglang_overlay.upstream import eligibility, model_loading, releases, streamed_loaders, telling, update
+from sglang_overlay.upstream.guard import look_at_hooks, mismatch
 from sglang_overlay.upstream.load import under_way
 from sglang_overlay.upstream.overlay_load import OverlayLoad, current
 from sglang_overlay.upstream.ranks import parallel_ranks
+from sglang_overlay.upstream.refusal import refuse
 from sglang_overlay.upstream.summary import summarize
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     if load.schemes.is_idle:
         _mention_idle_scheme(settings, is_draft=is_draft)
     _remember(load, model, loader)
-    report = summarize(load, model, model_config, loader.load_config, (began, ended), watch.usage)
+    times = began, ended
+    report = summarize(load, model, releases.installed(), model_config, loader.load_config, times, watch.usage)
     telling.tell(report)
     if load.layers or settings.report_folder is not None:
         logger.info("%s", summary_line(report))

@@ -17,8 +17,8 @@ from sglang_overlay.schemes.choice import NONE, STOCK
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.settings import SCHEME_VARIABLE
 from sglang_overlay.upstream import eligibility
+from sglang_overlay.upstream.fp8_methods import process_weights_after_loading as process_streamed
 from sglang_overlay.upstream.overlay_load import current
-from sglang_overlay.upstream.overlay_plans import process_weights_after_loading as process_streamed
 from sglang_overlay.upstream.plan import LayerPlan
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

@@ -17,7 +17,6 @@ from sglang_overlay.core.quantizers import UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.upstream import capabilities
-from sglang_overlay.upstream.load import create_streamed, process_streamed
 from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan
 
 
@@ -62,16 +61,6 @@ class ExpertsPlan(OnlinePlan):
             # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
             found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
             dispatcher.set_quant_config(found if wanted is None else wanted)
-
-
-def create_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
-    """Around ``Fp8MoEMethod.create_weights``."""
-    create_streamed(original, ExpertsPlan, method, layer, *args, **kwargs)
-
-
-def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
-    """Around ``Fp8MoEMethod.process_weights_after_loading``."""
-    process_streamed(original, method, layer)
 
 
 def _prepare_backend(method: Any, layer: Module) -> None:

@@ -39,14 +39,14 @@ from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode,
 from sglang_overlay.upstream import eligibility, load, snapshots, whole_rows
 from sglang_overlay.upstream.checked_load import CheckedLoad
 from sglang_overlay.upstream.findings import Tolerance
-from sglang_overlay.upstream.guard import refuse
 from sglang_overlay.upstream.load import PendingLayer
 from sglang_overlay.upstream.plan import LayerPlan, ParameterPlan
 from sglang_overlay.upstream.ranks import parallel_ranks
+from sglang_overlay.upstream.refusal import refuse
 from sglang_overlay.upstream.stored_dtypes import NOT_SAID, QUANTIZED, StoredDtypes
 from sglang_overlay.upstream.unstreamed import KeptWeight, UnstreamedParameters
+from sglang_overlay.upstream.updatable_layer import UpdatableLayer
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan, quantize_whole
-from sglang_overlay.upstream.update import UpdatableLayer
 
 logger = logging.getLogger(__name__)
 

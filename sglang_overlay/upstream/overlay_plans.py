@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +20,8 @@ from sglang_overlay.core.cpu_quantizers import (
 from sglang_overlay.core.placeholders import twin
 from sglang_overlay.core.quantizers import RowQuantizer, ShuffledUnits, UnitQuantizer
 from sglang_overlay.core.stream import Storage
-from sglang_overlay.schemes.mxfp8 import Mxfp8ExpertsPlan, Mxfp8LinearPlan
-from sglang_overlay.upstream import capabilities, model_loading, update
-from sglang_overlay.upstream.linear import LinearPlan, is_per_channel
-from sglang_overlay.upstream.load import create_streamed, process_streamed
+from sglang_overlay.upstream import capabilities
+from sglang_overlay.upstream.linear import LinearPlan
 from sglang_overlay.upstream.moe import ExpertsPlan
 from sglang_overlay.upstream.plan import ParameterPlan
 from sglang_overlay.upstream.updatable_plan import UpdatablePlan
@@ -149,33 +146,3 @@ def _served(layer: Module, name: str, shape: tuple[int, ...]) -> Storage:
     """A finished layer's weight and its scales, without the columns that upstream adds with SGLANG_MOE_PADDING."""
     weight = layer.get_parameter(name).data
     return Storage(weight[..., : shape[-1]], layer.get_parameter(f"{name}_scale").data)
-
-
-def create_linear_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
-    """Around ``Fp8LinearMethod.create_weights``."""
-    create_streamed(original, lambda: _linear_plan(method), method, layer, *args, **kwargs)
-
-
-def _linear_plan(method: Any) -> UpdatablePlan:
-    return Mxfp8LinearPlan() if method.use_mxfp8 else UpdatableLinearPlan(per_channel=is_per_channel(method))
-
-
-def create_experts_weights(
-    original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any
-) -> None:
-    """Around ``Fp8MoEMethod.create_weights``."""
-    plan = Mxfp8ExpertsPlan if method.use_mxfp8 else UpdatableExpertsPlan
-    create_streamed(original, plan, method, layer, *args, **kwargs)
-
-
-def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
-    """Around ``process_weights_after_loading`` of both methods."""
-    if not update.is_updating(layer):
-        process_streamed(original, method, layer)
-
-
-def device_loading_context(original: Callable[..., Any], module: Module, target_device: torch.device) -> Any:
-    """Around ``device_loading_context``: during an update placeholders are in place, which some releases refuse."""
-    if update.is_updating(module):
-        return nullcontext(module)
-    return model_loading.device_loading_context(original, module, target_device)

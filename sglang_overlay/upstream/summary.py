@@ -20,7 +20,6 @@ from sglang_overlay.observe.report import (
 )
 from sglang_overlay.schemes.choice import MXFP8, STOCK
 from sglang_overlay.settings import Mode
-from sglang_overlay.upstream import releases
 from sglang_overlay.upstream.load import tensors_of
 from sglang_overlay.upstream.overlay_load import OverlayLoad
 from sglang_overlay.upstream.ranks import parallel_ranks
@@ -29,15 +28,21 @@ from sglang_overlay.upstream.ranks import parallel_ranks
 def summarize(
     load: OverlayLoad,
     model: torch.nn.Module,
+    release: str | None,
     model_config: Any,
     load_config: Any,
     times: tuple[float, float],
     memory: MemoryUsage,
 ) -> LoadReport:
-    """The report of a load that has ended; ``times``, of ``time.perf_counter``, are of its beginning and its end."""
+    """The report of a load that has ended.
+
+    Args:
+        release: of SGLang, where it is known.
+        times: when it began and ended, of ``time.perf_counter``.
+    """
     began, ended = times
     return LoadReport(
-        release=releases.installed() or "unknown",
+        release=release or "unknown",
         overlay_version=__version__,
         model_path=str(model_config.model_path),
         load_format=str(getattr(load_config.load_format, "value", load_config.load_format)),

@@ -5,7 +5,7 @@ import pytest
 
 from sglang_overlay.errors import StreamingUnavailableError
 from sglang_overlay.upstream.findings import Findings
-from sglang_overlay.upstream.guard import refuse
+from sglang_overlay.upstream.refusal import refuse
 
 
 def test_reason_that_is_a_sentence_gets_no_second_full_stop(caplog):

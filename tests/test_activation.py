@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from sglang_overlay.observe import activation
-from sglang_overlay.observe.activation import Activation, Hook, to_json
+from sglang_overlay import activation
+from sglang_overlay.activation import Activation, Hook, to_json
 from sglang_overlay.upstream import releases
 
 
