@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
-RELEASES = json.loads((ROOT / "sglang_overlay" / "upstream" / "releases.json").read_text(encoding="utf-8"))["supported"]
+RELEASES = json.loads((ROOT / "sglang_overlay" / "hooks" / "releases.json").read_text(encoding="utf-8"))["supported"]
 
 # torch is left out on purpose: SGLang pins the build it was compiled for, and a second pin here could only replace it.
 RUNTIME = [
@@ -127,7 +127,7 @@ setup(
             "streamfp8_cpu = sglang_overlay.cpu_reference.plugin:platform",
         ],
         "sglang.srt.plugins": [
-            "streamfp8 = sglang_overlay.upstream.plugin:activate",
+            "streamfp8 = sglang_overlay.hooks.plugin:activate",
             "streamfp8_cpu_reference = sglang_overlay.cpu_reference.plugin:activate",
         ],
     },

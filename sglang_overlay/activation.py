@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_overlay import __version__, settings
 from sglang_overlay.errors import StreamFP8Error
-from sglang_overlay.upstream import built_in, compatibility, releases, touch_point
+from sglang_overlay.hooks import built_in, compatibility, hook, releases
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from sglang_overlay.upstream.touch_point import PointState, TouchPoint
+    from sglang_overlay.hooks.hook import PointState, TouchPoint
 
 SCHEMA = "sglang-streamfp8/check"
 VERSION = 1
@@ -192,7 +192,7 @@ def _load_plugins() -> list[str]:
 def _platform_problems() -> list[str]:
     from sglang.srt.utils import get_device
 
-    from sglang_overlay.upstream import eligibility
+    from sglang_overlay.load import eligibility
 
     reason = eligibility.why_not_platform()
     if reason is not None:
@@ -215,13 +215,13 @@ class _Hooks:
 
 def _hooks() -> _Hooks:
     from sglang_overlay.cpu_reference import catalogue as cpu_reference
-    from sglang_overlay.upstream import catalogue as upstream
+    from sglang_overlay.hooks import catalogue as upstream
 
     return _Hooks(_states(upstream.STREAMING), _states(cpu_reference.TOUCH_POINTS), _states(upstream.TELLING))
 
 
 def _states(points: Iterable[TouchPoint]) -> tuple[Hook, ...]:
-    return tuple(_hook(found) for found in touch_point.inspect_points(points))
+    return tuple(_hook(found) for found in hook.inspect_points(points))
 
 
 def _hook(found: PointState) -> Hook:
@@ -239,7 +239,7 @@ def _hook(found: PointState) -> Hook:
 
 def _hook_problems(hooks: Sequence[Hook], messages: Sequence[str]) -> list[str]:
     """One problem for all hooks together: they are registered together, so one cause keeps them all away."""
-    placed = (touch_point.State.ACTIVE.value, touch_point.State.ABSENT.value)
+    placed = (hook.State.ACTIVE.value, hook.State.ABSENT.value)
     idle = [hook for hook in hooks if hook.state not in placed]
     if not idle:
         return []

@@ -13,8 +13,8 @@ import click
 
 from sglang_overlay import __version__
 from sglang_overlay.errors import StreamFP8Error
-from sglang_overlay.plan import gpus
-from sglang_overlay.plan.job import MODES, ORDERS
+from sglang_overlay.offline.plan import gpus
+from sglang_overlay.offline.plan.job import MODES, ORDERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ def _scheme_names() -> Iterable[str]:
 
 
 def _release_names() -> Iterable[str]:
-    from sglang_overlay.upstream import releases
+    from sglang_overlay.hooks import releases
 
     return releases.supported()
 
@@ -143,7 +143,7 @@ def run(module: str, arguments: tuple[str, ...]) -> None:
       python -m sglang_overlay run sglang.benchmark.one_batch --model-path MODEL --quantization fp8
       python -m sglang_overlay run sglang.benchmark.one_batch --help
     """
-    from sglang_overlay.upstream import launch
+    from sglang_overlay.hooks import launch
 
     _or_exit(lambda: launch.check_module(module))
     launch.run(module, arguments)
@@ -325,7 +325,7 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
       python -m sglang_overlay plan --model-path config.json --tp 8 --ep 8 --order shuffled --png plan.png
       python -m sglang_overlay plan --model-path MODEL --json | jq '.ranks[0].loads.streaming.peak_bytes'
     """
-    from sglang_overlay.plan import command
+    from sglang_overlay.offline.plan import command
 
     try:
         sys.exit(command.run(asked, gpu_name, png, command.JSON if as_json else command.TABLE))
@@ -369,7 +369,7 @@ def export_command(scheme: str, most: float, as_json: bool, **asked: Any) -> Non
       python -m sglang_overlay export --model-path MODEL --out MODEL-FP8 \\
           --scheme '{"linear": "block", "moe": "block", "ignore": ["re:.*layers.0.*"]}'
     """
-    from sglang_overlay.export import command
+    from sglang_overlay.offline.export import command
 
     made = _or_exit(lambda: command.run(scheme=scheme, most=int(most * 1e9), **asked))
     if as_json:

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from sglang_overlay.errors import StreamFP8Error
-from sglang_overlay.upstream import built_in, releases
+from sglang_overlay.hooks import built_in, releases
 
 SERIES = "series"
 _CHANGED = re.compile(r"^diff --git a/(\S+) b/\S+\n(?:new file mode \d+\n)?index ([0-9a-f]{40})\.\.", re.MULTILINE)

@@ -15,8 +15,8 @@ from upstream.streamed import load_reported
 from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadJob, LoadResult, LoadWorkers
 
+from sglang_overlay.hooks import releases
 from sglang_overlay.observe.report import LoadReport
-from sglang_overlay.upstream import releases
 
 WORKER_BYTES = 7 << 30
 """What the loads of one test may take: stock's bf16 and fp8 of a 4 GB checkpoint, and the processes around them."""

@@ -6,7 +6,7 @@ import pytest
 
 from sglang_overlay import activation
 from sglang_overlay.activation import Activation, Hook, to_json
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 
 
 def _hook(state: str, detail: str = "") -> Hook:

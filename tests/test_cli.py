@@ -18,6 +18,7 @@ from rich.console import Console
 
 import sglang_overlay
 from sglang_overlay.cli import main
+from sglang_overlay.hooks import launch
 from sglang_overlay.observe import terminal
 from sglang_overlay.observe.report import (
     SCHEMA_FILE,
@@ -30,7 +31,6 @@ from sglang_overlay.observe.report import (
     write,
 )
 from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
-from sglang_overlay.upstream import launch
 
 ROOT = Path(sglang_overlay.__file__).parents[1]
 STREAMING = replace(

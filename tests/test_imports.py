@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which module imports which: never in a circle, wherever in a module the import stands."""
+"""Which module imports which: downwards and never in a circle, wherever in a module the import stands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sglang_overlay"
+FLOORS = (
+    {"__main__"},
+    {"cli", "patches"},
+    {"activation"},
+    {"cpu_reference"},
+    {"offline"},
+    {"hooks"},
+    {"update"},
+    {"load"},
+    {"settings"},
+    {"schemes"},
+    {"observe"},
+    {"errors"},
+    {"core", "safetensors_format"},
+)
+"""Folders and modules of the package, the highest first. Each may import of its own floor only itself."""
+LEAVES = {"observe": {"errors", "safetensors_format"}}
+"""What a folder that nothing else of the package is needed for may import, beside itself."""
 
 
 def test_no_modules_import_one_another():
@@ -17,6 +35,30 @@ def test_no_modules_import_one_another():
     assert len(imports) > 100
     assert sum(map(len, imports.values())) > 300
     TopologicalSorter(imports).prepare()
+
+
+def test_imports_point_downwards():
+    imports = imports_of(PACKAGE)
+    assert {floor_of(module) for module in imports} == {*range(len(FLOORS))}
+    assert [arrow for arrow in arrows(imports) if floor_of(arrow[0]) > floor_of(arrow[1])] == []
+    for folder, allowed in LEAVES.items():
+        assert [
+            arrow for arrow in arrows(imports) if room_of(arrow[0]) == folder and room_of(arrow[1]) not in allowed
+        ] == []
+
+
+def arrows(imports):
+    """Imports from one folder into another."""
+    pairs = [(module, target) for module, targets in imports.items() for target in sorted(targets)]
+    return [pair for pair in pairs if room_of(pair[0]) != room_of(pair[1]) and pair[1] != PACKAGE.name]
+
+
+def room_of(module):
+    return module.split(".")[1] if "." in module else "__main__"
+
+
+def floor_of(module):
+    return next(index for index, rooms in enumerate(FLOORS) if room_of(module) in rooms)
 
 
 def test_import_within_a_function_counts_and_one_for_annotations_does_not(tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import sglang_overlay
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 
 ROOT = Path(__file__).parents[1]
 EPOCH = 1_700_000_000

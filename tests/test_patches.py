@@ -11,8 +11,8 @@ from workbench import patched, repository, series
 
 from sglang_overlay import patches
 from sglang_overlay.cli import main
+from sglang_overlay.hooks import releases
 from sglang_overlay.patches import PatchError
-from sglang_overlay.upstream import releases
 
 RELEASE = releases.installed()
 LOADER = Path("python", "sglang", "srt", "model_loader", "loader.py")

@@ -17,8 +17,8 @@ from workbench import patched, series
 
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import StagingUsage, UnitCounts, summary_line, write
+from sglang_overlay.offline.simulation import FIRST_RELEASE, can_simulate
 from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
-from sglang_overlay.upstream.simulation import FIRST_RELEASE, can_simulate
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/index.md", "docs/use.md")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_overlay.observe.memory import thin
-from sglang_overlay.plan.job import PlannedLoad, Sample
-from sglang_overlay.plan.planner import Plan
+from sglang_overlay.offline.plan.job import PlannedLoad, Sample
+from sglang_overlay.offline.plan.planner import Plan
 
 FOLDER = Path(__file__).resolve().parents[1] / "baselines"
 MEASURED_TOLERANCE = 0.03

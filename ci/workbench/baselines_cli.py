@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from sglang_overlay.plan.process import Planners
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
+from sglang_overlay.offline.plan.process import Planners
 from workbench import baselines, measured, plans
 from workbench.baselines import Found
 from workbench.baselines_view import describe

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_overlay.observe.formats import bytes_text
-from sglang_overlay.plan.timeline import Line, draw_lines
+from sglang_overlay.offline.plan.timeline import Line, draw_lines
 from workbench.baselines import Difference, Figures, Found, samples_of
 
 _WIDTH = 130

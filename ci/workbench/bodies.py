@@ -1,4 +1,4 @@
-"""Writes `sglang_overlay/upstream/bodies.json`: what each hooked function does in each supported release.
+"""Writes `sglang_overlay/hooks/bodies.json`: what each hooked function does in each supported release.
 
 Each release's own package is fetched once. With --check nothing is written; the exit code is 1 where the file is not
 what would be written.
@@ -10,10 +10,10 @@ import argparse
 import json
 import sys
 
-from sglang_overlay.upstream import bodies
+from sglang_overlay.hooks import bodies
 from workbench import environment, new_release
 
-FILE = environment.CLONE / "sglang_overlay" / "upstream" / bodies.DATA
+FILE = environment.CLONE / "sglang_overlay" / "hooks" / bodies.DATA
 
 
 def made() -> str:

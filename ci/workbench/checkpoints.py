@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sglang_overlay.export.weight_file import Entry, as_bytes, header
+from sglang_overlay.offline.export.weight_file import Entry, as_bytes, header
 from sglang_overlay.safetensors_format import INDEX
 
 if TYPE_CHECKING:

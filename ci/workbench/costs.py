@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sglang_overlay.plan.job import Job, Layout, PlannedLoad
+from sglang_overlay.offline.plan.job import Job, Layout, PlannedLoad
 from sglang_overlay.schemes.choice import STOCK, SchemeChoice
 from workbench import page_tables
 from workbench.plans import CONFIGS
 
 if TYPE_CHECKING:
-    from sglang_overlay.plan.process import Planners
+    from sglang_overlay.offline.plan.process import Planners
 
 PAGE = CONFIGS.parents[2] / "docs" / "costs.md"
 MODELS = {"DeepSeek-V3": 8, "Qwen3-235B-A22B": 4, "Qwen3-30B-A3B": 1}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from sglang_overlay.plan.process import Planners
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
+from sglang_overlay.offline.plan.process import Planners
 from workbench.costs import MODELS, PAGE, planned, to_markdown
 
 

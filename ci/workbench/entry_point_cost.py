@@ -16,7 +16,7 @@ from dataclasses import dataclass
 PROGRAM = """
 import collections.abc, functools, logging, os, sys, time, typing
 before = time.perf_counter()
-from sglang_overlay.upstream.plugin import activate
+from sglang_overlay.hooks.plugin import activate
 import sglang_overlay.cpu_reference.plugin
 imported = time.perf_counter()
 activate()

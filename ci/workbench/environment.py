@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[2]
-RELEASES = Path("sglang_overlay", "upstream", "releases.json")
+RELEASES = Path("sglang_overlay", "hooks", "releases.json")
 """The supported releases, in a clone; newest last."""
 PYTHON_NEEDED = (3, 11)
 """What SGLang 0.5.22 and later ask for; earlier releases run on it as well."""

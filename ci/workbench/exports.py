@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang_overlay.errors import StreamFP8Error
-from sglang_overlay.export.run import Exported, export, free_bytes
 from sglang_overlay.observe.memory import MemorySampler, meter_for
+from sglang_overlay.offline.export.run import Exported, export, free_bytes
 from sglang_overlay.schemes.choice import parse
 from workbench.loads import process_context
 

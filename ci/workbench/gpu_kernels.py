@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.plan.replacing import replaced
+from sglang_overlay.offline.plan.replacing import replaced
 from workbench import gpu_modules
 
 emulations: Any = importlib.import_module("standin.kernels")

@@ -13,7 +13,7 @@ import torch
 
 from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.cpu_quantizers import PerTensorQuantizer, cast_by_loops
-from sglang_overlay.plan.replacing import replaced
+from sglang_overlay.offline.plan.replacing import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -42,13 +42,13 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.core.host_memory import give_back  # noqa: E402
+from sglang_overlay.hooks import built_in  # noqa: E402
+from sglang_overlay.hooks.catalogue import MEASURING, STREAMING  # noqa: E402
+from sglang_overlay.hooks.hook import lifted  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
-from sglang_overlay.plan.layers import whole_layers  # noqa: E402
-from sglang_overlay.plan.replacing import replaced  # noqa: E402
+from sglang_overlay.offline.plan.layers import whole_layers  # noqa: E402
+from sglang_overlay.offline.plan.replacing import replaced  # noqa: E402
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, Mode  # noqa: E402
-from sglang_overlay.upstream import built_in  # noqa: E402
-from sglang_overlay.upstream.catalogue import MEASURING, STREAMING  # noqa: E402
-from sglang_overlay.upstream.touch_point import lifted  # noqa: E402
 from workbench import devices, runtime, updates  # noqa: E402
 from workbench.checkpoints import torch_threads  # noqa: E402
 from workbench.devices import Accelerator  # noqa: E402

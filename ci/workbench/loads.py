@@ -79,7 +79,7 @@ class LoadJob:
         recorded_inputs: file for what the prompts give each linear and expert layer (:mod:`workbench.layer_inputs`).
         uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
             two loads agree on it; None leaves it as it is.
-        staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.plan.layers``.
+        staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.offline.plan.layers``.
         peak_seconds: how long a whole layer is kept once quantized, for its peak not to fall between readings.
         quantizing: ``once`` leaves out the pass that finds the scale, ``none`` takes every write and quantizes nothing
             (:mod:`workbench.interception`).

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sglang_overlay.observe.memory import DEFAULT_INTERVAL_MS
 from sglang_overlay.observe.report import LoadReport, read_folder
-from sglang_overlay.plan.job import MODES, Job, Layout, Mode
+from sglang_overlay.offline.plan.job import MODES, Job, Layout, Mode
 from sglang_overlay.settings import REPORT_VARIABLE
 from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadJob, LoadWorkers

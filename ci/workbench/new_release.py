@@ -32,9 +32,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
-from sglang_overlay.upstream import source_tree
-from sglang_overlay.upstream.catalogue import STREAMING, TELLING
-from sglang_overlay.upstream.touch_point import PointState, State, TouchPoint
+from sglang_overlay.hooks import source_tree
+from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.hook import PointState, State, TouchPoint
 from workbench import environment
 
 if TYPE_CHECKING:

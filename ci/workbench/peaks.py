@@ -21,7 +21,7 @@ from typing import Literal
 
 import click
 
-from sglang_overlay.upstream import built_in
+from sglang_overlay.hooks import built_in
 from workbench import environment, page_tables
 from workbench.checkpoints import CheckpointSpec, build
 from workbench.loads import LoadFailed, LoadJob, LoadWorkers, compare

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_overlay.observe.formats import bytes_text
-from sglang_overlay.plan import gpus
-from sglang_overlay.plan.job import MODES, Layout, Order
-from sglang_overlay.plan.planner import Plan, Request, collect
-from sglang_overlay.plan.timeline import LABELS
+from sglang_overlay.offline.plan import gpus
+from sglang_overlay.offline.plan.job import MODES, Layout, Order
+from sglang_overlay.offline.plan.planner import Plan, Request, collect
+from sglang_overlay.offline.plan.timeline import LABELS
 from workbench import page_tables
 
 if TYPE_CHECKING:
-    from sglang_overlay.plan.process import Planners
+    from sglang_overlay.offline.plan.process import Planners
 
 CONFIGS = Path(__file__).resolve().parents[2] / "tests" / "plan" / "configs"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "plans.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 from workbench import baselines
 from workbench.page_tables import README
 from workbench.plans import PAGE, published, to_markdown, with_table

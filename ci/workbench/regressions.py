@@ -7,9 +7,9 @@ import signal
 from typing import Any
 
 from sglang_overlay.core import quantizers
-from sglang_overlay.plan.job import Job, PlannedLoad
-from sglang_overlay.plan.layers import whole_layers
-from sglang_overlay.plan.simulate import simulate
+from sglang_overlay.offline.plan.job import Job, PlannedLoad
+from sglang_overlay.offline.plan.layers import whole_layers
+from sglang_overlay.offline.plan.simulate import simulate
 
 _held: list[Any] = []
 

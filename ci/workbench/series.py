@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_overlay.upstream.built_in import PACKAGE
-from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.hooks.built_in import PACKAGE
+from sglang_overlay.hooks.catalogue import STREAMING
 from workbench.edits import EditError, EnvironmentField, Hook, edited
 from workbench.environment import CLONE
 
@@ -34,16 +34,14 @@ class Patch:
 
     Attributes:
         number: from 1; `patches/messages` has a commit message of this number.
-        core: names of modules of `sglang_overlay.core`.
-        upstream: names of modules of `sglang_overlay.upstream`.
+        modules: of the overlay, by folder and name; in the series they lie in one folder.
         files: what it takes over from `patches/upstream`.
         tests: what becomes of files in `tests/core`, by their names.
         switches: environment variables that it adds.
     """
 
     number: int
-    core: tuple[str, ...] = ()
-    upstream: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     tests: Mapping[str, str] | None = None
     switches: tuple[EnvironmentField, ...] = ()
@@ -52,20 +50,20 @@ class Patch:
 PATCHES = (
     Patch(
         1,
-        core=(
-            "capture",
-            "captured_views",
-            "errors",
-            "layer",
-            "loader_calls",
-            "placeholders",
-            "quantizers",
-            "regions",
-            "shortage",
-            "sources",
-            "staging",
-            "stream",
-            "units",
+        modules=(
+            "core/capture",
+            "core/captured_views",
+            "core/errors",
+            "core/layer",
+            "core/loader_calls",
+            "core/placeholders",
+            "core/quantizers",
+            "core/regions",
+            "core/shortage",
+            "core/sources",
+            "core/staging",
+            "core/stream",
+            "core/units",
         ),
         files=(f"{PACKAGE_FOLDER}/__init__.py",),
         tests={
@@ -76,7 +74,14 @@ PATCHES = (
     ),
     Patch(
         2,
-        upstream=("capabilities", "eligibility", "linear", "load", "model_loading", "plan"),
+        modules=(
+            "load/eligibility",
+            "load/model_load",
+            "load/model_loading",
+            "schemes/capabilities",
+            "schemes/layer_plan",
+            "schemes/stock_linear",
+        ),
         files=(
             f"{PACKAGE_FOLDER}/entry.py",
             f"{PACKAGE_FOLDER}/hooks.py",
@@ -93,13 +98,12 @@ PATCHES = (
     ),
     Patch(
         3,
-        upstream=("moe",),
+        modules=("schemes/stock_experts",),
         files=(f"{PACKAGE_FOLDER}/experts_method.py", "test/registered/quant/test_streaming_fp8_moe.py"),
     ),
     Patch(
         4,
-        core=("tensor_names",),
-        upstream=("checkpoint_files", "checked_load", "findings"),
+        modules=("core/tensor_names", "load/checked_load", "load/checkpoint_files", "load/diagnostics"),
         files=(f"{PACKAGE_FOLDER}/checked_entry.py",),
         tests={"test_tensor_names.py": f"{UNIT_TESTS}/test_streaming_fp8_tensor_names.py"},
         switches=(
@@ -139,10 +143,9 @@ def touched(release: Path) -> dict[str, str]:
 def _added(patch: Patch) -> dict[str, str]:
     """New files of a patch, before they are laid out in upstream's style."""
     files = {path: (SOURCES / path).read_text(encoding="utf-8") for path in patch.files}
-    for package, names in (("core", patch.core), ("upstream", patch.upstream)):
-        for name in names:
-            source = Path("sglang_overlay", package, f"{name}.py")
-            files[f"{PACKAGE_FOLDER}/{name}.py"] = _renamed(source)
+    for module in patch.modules:
+        source = Path("sglang_overlay", f"{module}.py")
+        files[f"{PACKAGE_FOLDER}/{source.name}"] = _renamed(source)
     for name, path in (patch.tests or {}).items():
         files[path] = _as_registered_test(name, _renamed(Path("tests", "core", name)))
     return files
@@ -151,7 +154,7 @@ def _added(patch: Patch) -> dict[str, str]:
 def _renamed(source: Path) -> str:
     """A module of the overlay's as one of the package's."""
     text = (CLONE / source).read_text(encoding="utf-8")
-    text = re.sub(r"\bsglang_overlay\.(core|upstream)\b", PACKAGE, text)
+    text = re.sub(r"\bsglang_overlay\.(core|load|schemes)\b", PACKAGE, text)
     text = re.sub(r"  # (type: ignore|noqa)\b.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^ *# -- .* -+$", lambda rule: rule[0][:LINE_LENGTH], text, flags=re.MULTILINE)
     left = re.search(r"\bsglang_overlay\b.*", text)

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from sglang_overlay.load.snapshots import NOTED
 from sglang_overlay.observe.report import LoadReport, read_folder
 from sglang_overlay.settings import REPORT_VARIABLE
-from sglang_overlay.upstream.snapshots import NOTED
 from workbench.families import server_args
 from workbench.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_overlay.upstream.ranks import gathered
+from sglang_overlay.load.ranks import gathered
 from workbench.fingerprints import named_tensors
 from workbench.updates import tensors_of
 
@@ -268,8 +268,8 @@ class Rule:
     @contextlib.contextmanager
     def _memory(self, case: _Case) -> Iterator[None]:
         """Have memory run out where the case says so: in the midst of writing, where that hurts most."""
-        from sglang_overlay.plan.replacing import replaced
-        from sglang_overlay.upstream.undo import UndoLog
+        from sglang_overlay.offline.plan.replacing import replaced
+        from sglang_overlay.update.undo import UndoLog
 
         left = [case.writes]
         keep = UndoLog.keep
@@ -405,7 +405,7 @@ def wrap_in_lora(model: torch.nn.Module) -> None:
     from sglang.srt.lora.layers import get_lora_layer
     from sglang.srt.utils import replace_submodule
 
-    from sglang_overlay.plan.replacing import replaced
+    from sglang_overlay.offline.plan.replacing import replaced
 
     def unpinned(*args: Any, **kwargs: Any) -> torch.Tensor:
         return make(*args, **{**kwargs, "pin_memory": False})

@@ -17,7 +17,7 @@ import click
 from packaging.version import Version
 
 from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
-from sglang_overlay.upstream.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.catalogue import STREAMING, TELLING
 from workbench import environment
 from workbench.new_release import Change, compare, fetch, report
 

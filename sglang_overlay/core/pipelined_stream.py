@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core import marks
+from sglang_overlay.core import sentinel
 from sglang_overlay.core.errors import ConflictingWriteError, UnsupportedWriteError
 from sglang_overlay.core.huge_pages import HugePages
 from sglang_overlay.core.mapped_sources import MappedSources, Watch
@@ -79,7 +79,7 @@ class PipelinedStream(ParameterStream):
     def _unwritten(self) -> torch.Tensor:
         weight = super()._unwritten()
         # So that whoever looks after the layer from now on can tell.
-        marks.fill(weight)
+        sentinel.fill(weight)
         return weight
 
     def release(self) -> None:

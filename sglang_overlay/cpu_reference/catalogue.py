@@ -7,7 +7,7 @@ and every byte of the result except the quantizer's own arithmetic, is upstream'
 
 from __future__ import annotations
 
-from sglang_overlay.upstream.touch_point import HookKind, Place, TouchPoint
+from sglang_overlay.hooks.hook import HookKind, Place, TouchPoint
 
 _COMPRESSED = "sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_w8a8_fp8_moe"
 _COMPRESSED_CONFIG = "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig"

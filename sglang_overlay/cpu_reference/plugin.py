@@ -8,12 +8,12 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sglang_overlay.upstream.plugin import SETTINGS_PREFIX
+from sglang_overlay.hooks.plugin import SETTINGS_PREFIX
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from sglang_overlay.upstream.touch_point import TouchPoint
+    from sglang_overlay.hooks.hook import TouchPoint
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ def activate() -> None:
         return
     from sglang_overlay.cpu_reference.attention import MLA_HANDLERS, select_absorbed_mla
     from sglang_overlay.cpu_reference.catalogue import OWN_METHODS, TOUCH_POINTS
-    from sglang_overlay.upstream.patching import when_imported
-    from sglang_overlay.upstream.touch_point import by_module
+    from sglang_overlay.hooks.applying import when_imported
+    from sglang_overlay.hooks.hook import by_module
 
     for module, points in by_module((*TOUCH_POINTS, *OWN_METHODS)).items():
         when_imported(module, partial(_patch, points), _warn)
@@ -44,7 +44,7 @@ def activate() -> None:
 
 
 def _patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
-    from sglang_overlay.upstream.touch_point import apply
+    from sglang_overlay.hooks.hook import apply
 
     mismatch = apply(points)
     if mismatch is not None:

@@ -17,7 +17,7 @@ from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.expert_rows import grid_of_rows, projection_rows
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
-from sglang_overlay.upstream.updatable_plan import SerializedPlan
+from sglang_overlay.schemes.updatable_plan import SerializedPlan
 
 BLOCK_SIZE = 128
 COLUMNS = CHUNK_ELEMENTS // BLOCK_SIZE

@@ -16,11 +16,11 @@ from sglang.srt.utils import is_hip
 
 from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
+from sglang_overlay.schemes.layer_plan import LayerPlan
+from sglang_overlay.schemes.rows_over_ranks import WholeRowScales
 from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.schemes.stock_updatable import UpdatableExpertsPlan, UpdatableLinearPlan
 from sglang_overlay.schemes.stored import StoredForm
-from sglang_overlay.upstream.overlay_plans import UpdatableExpertsPlan, UpdatableLinearPlan
-from sglang_overlay.upstream.plan import LayerPlan
-from sglang_overlay.upstream.whole_rows import WholeRowScales
 
 
 class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]

@@ -23,9 +23,9 @@ from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
+from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
-from sglang_overlay.upstream.plan import LayerPlan
 
 INT8_MAX = 127
 """The range is symmetric: -128 is not used."""

@@ -29,8 +29,8 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
-from sglang_overlay.upstream.plan import OnlinePlan, ParameterPlan, Placeholders
-from sglang_overlay.upstream.updatable_plan import UpdatablePlan
+from sglang_overlay.schemes.layer_plan import OnlinePlan, ParameterPlan, Placeholders
+from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 GROUP = 32
 """Values in a row that share a scale."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from sglang_overlay.schemes.stored import StoredForm
-from sglang_overlay.upstream.updatable_plan import UpdatablePlan
+from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 
 class LayerKind(enum.Enum):

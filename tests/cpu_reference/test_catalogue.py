@@ -7,8 +7,8 @@ import importlib
 import pytest
 
 from sglang_overlay.cpu_reference.catalogue import OWN_METHODS, TOUCH_POINTS
-from sglang_overlay.upstream.releases import installed
-from sglang_overlay.upstream.touch_point import State, TouchPoint, inspect_point
+from sglang_overlay.hooks.hook import State, TouchPoint, inspect_point
+from sglang_overlay.hooks.releases import installed
 
 pytestmark = pytest.mark.every_release
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sglang_overlay.errors import ExportError
-from sglang_overlay.export.journal import JOURNAL, begun
+from sglang_overlay.offline.export.journal import JOURNAL, begun
 
 DESCRIBED = {"source": [["model.safetensors", 1, 2]], "shards": {"model.safetensors": ["a", "b"]}}
 

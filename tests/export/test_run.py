@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from sglang_overlay.core.regions import whole
 from sglang_overlay.errors import ExportError
-from sglang_overlay.export.run import export
+from sglang_overlay.offline import tracing
+from sglang_overlay.offline.export.run import export
+from sglang_overlay.offline.tracing import Landing, Trace
 from sglang_overlay.schemes.choice import parse
-from sglang_overlay.upstream import tracing
-from sglang_overlay.upstream.tracing import Landing, Trace
 
 BLOCK = parse("block", "--scheme")
 PLENTY = 1 << 40

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from sglang_overlay.errors import ExportError
-from sglang_overlay.export.source import SourceCheckpoint
+from sglang_overlay.offline.export.source import SourceCheckpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sglang_overlay.plan.job import Job, PlannedLoad
-from sglang_overlay.plan.planner import Plan, Request, collect
-from sglang_overlay.plan.process import Planners
-from sglang_overlay.upstream import releases
-from sglang_overlay.upstream.simulation import FIRST_RELEASE, can_simulate
+from sglang_overlay.hooks import releases
+from sglang_overlay.offline.plan.job import Job, PlannedLoad
+from sglang_overlay.offline.plan.planner import Plan, Request, collect
+from sglang_overlay.offline.plan.process import Planners
+from sglang_overlay.offline.simulation import FIRST_RELEASE, can_simulate
 
 
 @pytest.fixture(scope="session", autouse=True)

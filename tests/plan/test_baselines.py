@@ -12,9 +12,9 @@ from workbench.baselines_view import describe
 from workbench.page_tables import README
 from workbench.plans import CHECKED_ALWAYS, PAGE, compute, published, to_markdown, with_table
 
-from sglang_overlay.plan.planner import Request, collect
-from sglang_overlay.plan.process import Planners
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
+from sglang_overlay.offline.plan.planner import Request, collect
+from sglang_overlay.offline.plan.process import Planners
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_overlay.plan.checkpoint import Checkpoint, CheckpointError, TensorHeader, WeightFile, read_headers
+from sglang_overlay.offline.plan.checkpoint import Checkpoint, CheckpointError, TensorHeader, WeightFile, read_headers
 
 
 def test_headers_give_names_shapes_and_sizes(checkpoint):

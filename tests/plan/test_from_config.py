@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from workbench.plans import CONFIGS
 
-from sglang_overlay.plan.from_config import from_config
+from sglang_overlay.offline.plan.from_config import from_config
 
 BILLIONS = {
     "Qwen1.5-MoE-A2.7B": 14.3,

@@ -9,11 +9,11 @@ from workbench import families
 from workbench.loads import LoadJob
 
 from sglang_overlay.observe import terminal
-from sglang_overlay.plan import document, table
-from sglang_overlay.plan.checkpoint import TensorHeader, WeightFile
-from sglang_overlay.plan.host import HeldTensors, HostMemory
-from sglang_overlay.plan.job import Job
-from sglang_overlay.plan.planner import Request
+from sglang_overlay.offline.plan import document, table
+from sglang_overlay.offline.plan.checkpoint import TensorHeader, WeightFile
+from sglang_overlay.offline.plan.host import HeldTensors, HostMemory
+from sglang_overlay.offline.plan.job import Job
+from sglang_overlay.offline.plan.planner import Request
 
 CONTAINERS = ("safetensors", "bin")
 LARGER = (("hidden_size", 512), ("moe_intermediate_size", 512), ("num_experts", 32))

@@ -12,10 +12,10 @@ from workbench.plans import CONFIGS
 
 from sglang_overlay.cli import main
 from sglang_overlay.observe import terminal
-from sglang_overlay.plan import document, gpus, table, timeline
-from sglang_overlay.plan.gpus import GPU
-from sglang_overlay.plan.job import Layout
-from sglang_overlay.plan.planner import Request
+from sglang_overlay.offline.plan import document, gpus, table, timeline
+from sglang_overlay.offline.plan.gpus import GPU
+from sglang_overlay.offline.plan.job import Layout
+from sglang_overlay.offline.plan.planner import Request
 from sglang_overlay.settings import SCHEME_VARIABLE
 
 

@@ -13,8 +13,8 @@ from workbench.loads import LoadJob
 from workbench.measured import MODELS, measure
 
 from sglang_overlay.observe.report import read_folder
-from sglang_overlay.plan.job import MODES, Job, Layout
-from sglang_overlay.plan.process import PlanError, Planners
+from sglang_overlay.offline.plan.job import MODES, Job, Layout
+from sglang_overlay.offline.plan.process import PlanError, Planners
 from sglang_overlay.schemes.choice import parse
 from sglang_overlay.settings import REPORT_VARIABLE, SCHEME_VARIABLE
 

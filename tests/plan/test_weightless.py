@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sglang_overlay.core.placeholders import materialize
-from sglang_overlay.plan.account import CUDA_BLOCK, AllocatedLate, AllocatedMemory, TouchedMemory
-from sglang_overlay.plan.weightless import EmptyFile, weightless
+from sglang_overlay.offline.plan.account import CUDA_BLOCK, AllocatedLate, AllocatedMemory, TouchedMemory
+from sglang_overlay.offline.plan.weightless import EmptyFile, weightless
 
 GPU = torch.device("cuda", 0)
 SHAPE = (1024, 1024)

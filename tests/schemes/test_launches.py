@@ -17,11 +17,10 @@ from sglang_overlay.core.pipeline import Pipeline
 from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.schemes import registry
+from sglang_overlay.schemes import registry, rows_over_ranks
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.upstream import whole_rows
-from sglang_overlay.upstream.linear import LinearPlan
-from sglang_overlay.upstream.moe import ExpertsPlan
+from sglang_overlay.schemes.stock_experts import ExpertsPlan
+from sglang_overlay.schemes.stock_linear import LinearPlan
 
 CUDA = torch.device("cuda", 0)
 FP8 = torch.float8_e4m3fn
@@ -175,7 +174,7 @@ def test_down_projection_split_over_ranks_uploads_a_scale_a_row_more_and_no_othe
     parameter = plan.parameter("w2_weight", placeholder, plan.allocate("w2_weight", placeholder, CUDA))
     stream = PipelinedStream(
         "w2_weight", placeholder, parameter.grid, parameter.quantizer, parameter.storage, StagingAccount(),
-        MappedSources(), quantized=lambda _: None, pipeline=Pipeline(0), rows=whole_rows.of(parameter),
+        MappedSources(), quantized=lambda _: None, pipeline=Pipeline(0), rows=rows_over_ranks.of(parameter),
     )  # fmt: skip
     whole = torch.empty(hidden, 8 * intermediate, dtype=torch.bfloat16)
 

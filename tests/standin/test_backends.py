@@ -20,7 +20,7 @@ from workbench.exports import ExportJob, run_export
 from workbench.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
 from workbench.updates import Update
 
-from sglang_overlay.upstream.simulation import UnsimulatedReleaseError
+from sglang_overlay.offline.simulation import UnsimulatedReleaseError
 from standin.conftest import DEVICES, SERVER_ARGS
 from standin.gpus import environ
 

@@ -17,7 +17,7 @@ from workbench.loads import compare
 from workbench.trainer import has_sessions
 from workbench.updates import Update
 
-from sglang_overlay.upstream import capabilities
+from sglang_overlay.schemes import capabilities
 from standin.aiter import shuffle_weight
 from standin.gpus import environ
 
@@ -146,7 +146,7 @@ def test_unshuffle_undoes_what_aiter_does():
 REFUSED = """
 from sglang_overlay.schemes import granularity, int8
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.load import eligibility
 print(granularity.CHANNEL.why_not(LayerKind.LINEAR))
 print(granularity.TENSOR.why_not(LayerKind.LINEAR))
 print(int8.INT8.why_not(LayerKind.EXPERTS))

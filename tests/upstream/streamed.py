@@ -10,9 +10,9 @@ from pathlib import Path
 
 from workbench.loads import LoadJob, LoadResult, RankResult
 
+from sglang_overlay.hooks import built_in
 from sglang_overlay.observe.report import LoadReport, read_folder
 from sglang_overlay.settings import REPORT_VARIABLE
-from sglang_overlay.upstream import built_in
 
 
 def load_streamed(load: Callable[[LoadJob], LoadResult], job: LoadJob, folder: Path) -> LoadResult:

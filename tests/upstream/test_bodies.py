@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_overlay.upstream import bodies, releases
-from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.hooks import bodies, releases
+from sglang_overlay.hooks.catalogue import STREAMING
 
 INSTALLED = Path(util.find_spec("sglang").origin).parents[1]
 pytestmark = pytest.mark.every_release

@@ -11,7 +11,7 @@ import sys
 import pytest
 from workbench import patched
 
-from sglang_overlay.upstream import built_in, releases
+from sglang_overlay.hooks import built_in, releases
 
 PROGRAM = """
 import logging, sys
@@ -20,8 +20,8 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.model_loader import loader
-from sglang_overlay.upstream.catalogue import STREAMING
-from sglang_overlay.upstream.touch_point import State, inspect_points
+from sglang_overlay.hooks.catalogue import STREAMING
+from sglang_overlay.hooks.hook import State, inspect_points
 print("built in:", loader.DefaultModelLoader.load_model.__wrapped__.__name__)
 print("hooks:", [found.point.target for found in inspect_points(STREAMING) if found.state is State.ACTIVE])
 """
@@ -48,7 +48,7 @@ def run_patched():
 def test_overlay_hooks_nothing_and_says_so_once(run_patched):
     done = run_patched("-c", PROGRAM)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"INFO sglang_overlay.upstream.patching: StreamFP8: {built_in.NOTE}.") == 1
+    assert done.stdout.count(f"INFO sglang_overlay.hooks.applying: StreamFP8: {built_in.NOTE}.") == 1
     assert "built in: load_model" in done.stdout
     assert "hooks: []" in done.stdout
 
@@ -64,7 +64,7 @@ def test_check_says_that_sglang_streams_by_itself(run_patched):
 
 def test_reports_that_nobody_writes_are_a_warning(run_patched, tmp_path):
     done = run_patched("-c", PROGRAM, SGLANG_STREAMFP8_REPORT=str(tmp_path))
-    assert "WARNING sglang_overlay.upstream.patching: StreamFP8: no reports are written" in done.stdout
+    assert "WARNING sglang_overlay.hooks.applying: StreamFP8: no reports are written" in done.stdout
 
 
 @pytest.mark.parametrize("setting", ["SGLANG_STREAMFP8_SCHEME=block", "SGLANG_STREAMFP8=require"])

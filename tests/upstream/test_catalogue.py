@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
-from sglang_overlay.upstream import releases
-from sglang_overlay.upstream.catalogue import STREAMING, TELLING
-from sglang_overlay.upstream.touch_point import Place, State, inspect_point
+from sglang_overlay.hooks import releases
+from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.hook import Place, State, inspect_point
 
 pytestmark = pytest.mark.every_release
 ALL = (*STREAMING, *TELLING)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_overlay.upstream.checkpoint_files import CheckpointFiles, file_problems, values_not_finite
+from sglang_overlay.load.checkpoint_files import CheckpointFiles, file_problems, values_not_finite
 
 FILE = "model-00001-of-00002.safetensors"
 

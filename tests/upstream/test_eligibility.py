@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 
-from sglang_overlay.upstream import eligibility
+from sglang_overlay.load import eligibility
 
 
 class LookAlike(Fp8Config):

@@ -4,8 +4,8 @@ from __future__ import annotations
 import pytest
 
 from sglang_overlay.errors import StreamingUnavailableError
-from sglang_overlay.upstream.findings import Findings
-from sglang_overlay.upstream.refusal import refuse
+from sglang_overlay.load.diagnostics import Findings
+from sglang_overlay.load.refusal import refuse
 
 
 def test_reason_that_is_a_sentence_gets_no_second_full_stop(caplog):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from workbench.loads import LoadJob
 
-from sglang_overlay.upstream import built_in
+from sglang_overlay.hooks import built_in
 from upstream.streamed import load_streamed
 
 pytestmark = [pytest.mark.memory, pytest.mark.every_release, pytest.mark.patched]

@@ -15,10 +15,10 @@ import pytest
 import sglang
 import wrapt
 
+from sglang_overlay.hooks import plugin, ray_actors, releases, source_tree
+from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
 from sglang_overlay.observe.report import read_folder
 from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
-from sglang_overlay.upstream import plugin, ray_actors, releases, source_tree
-from sglang_overlay.upstream.catalogue import MEASURING, STREAMING, TELLING
 
 pytestmark = pytest.mark.every_release
 
@@ -31,8 +31,8 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 assert "sglang.srt.layers.quantization.fp8" not in sys.modules, "the plugin imports SGLang's layers"
 from sglang.srt.layers.quantization import fp8
-from sglang_overlay.upstream.catalogue import STREAMING
-from sglang_overlay.upstream.touch_point import State, inspect_points
+from sglang_overlay.hooks.catalogue import STREAMING
+from sglang_overlay.hooks.hook import State, inspect_points
 import sglang.srt.model_loader.loader
 print("ACTIVE", sum(found.state is State.ACTIVE for found in inspect_points(STREAMING)), "of", len(STREAMING))
 fp8.Fp8Config(is_checkpoint_fp8_serialized=True)
@@ -42,24 +42,24 @@ for _ in range(2):
 print("ONLINE")
 """
 OTHER_RELEASE = """
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 releases.installed = lambda: "0.4.1"
 """
 NEXT_RELEASE = """
 from packaging.version import Version
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 version = f"{Version(releases.installed()).base_version}.post9"
 releases.installed = lambda: version
 """
 NEWER_RELEASE = """
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 releases.installed = lambda: "99.1"
 """
 NEWER_SIGNATURE = (
     NEWER_RELEASE
     + """
 from dataclasses import replace
-from sglang_overlay.upstream import catalogue
+from sglang_overlay.hooks import catalogue
 first, *others = catalogue.STREAMING
 catalogue.STREAMING = (replace(first, parameters=("self", "renamed")), *others)
 """
@@ -98,7 +98,7 @@ plugins.HookRegistry = type("Bare", (), {"apply_hooks": staticmethod(lambda: Non
 del hook_registry.HookRegistry, hook_registry.HookType, hook_registry.HookSource
 """
 RENAMED_DEPENDENCY = """
-sys.modules["sglang_overlay.upstream.update_hooks"] = None
+sys.modules["sglang_overlay.hooks.update_hooks"] = None
 """
 OTHER_PLUGIN = """
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
@@ -114,7 +114,7 @@ OTHER_REPLACES = OTHER_PLUGIN + "HookRegistry.register(target, replacement, Hook
 OTHER_WRAPS = OTHER_PLUGIN + "HookRegistry.register(target, around, HookType.AROUND)"
 OTHER_UPDATER = """
 import importlib, wrapt
-from sglang_overlay.upstream.catalogue import STREAMING
+from sglang_overlay.hooks.catalogue import STREAMING
 (point,) = (point for point in STREAMING if point.target.endswith(".WeightUpdater.update_weights_from_disk"))
 def change(module):
     owner = getattr(module, OWNERS[module.__name__])
@@ -130,7 +130,7 @@ load_plugins()
 import sglang.srt.model_executor.model_runner
 """
 SLIP = """
-from sglang_overlay.upstream import built_in
+from sglang_overlay.hooks import built_in
 built_in.streams_itself = lambda: 1 / 0
 """
 LOAD = """
@@ -277,7 +277,7 @@ SEEN = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
 import pkgutil
-from sglang_overlay.upstream.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.catalogue import STREAMING, TELLING
 for target in sorted({place.target for point in (*STREAMING, *TELLING) for place in point.candidates}):
     try:
         code = pkgutil.resolve_name(target).__code__
@@ -363,12 +363,12 @@ class TestFunctionThatDoesSomethingElse:
 
 CHANGED_METRICS = """
 from dataclasses import replace
-from sglang_overlay.upstream import catalogue
+from sglang_overlay.hooks import catalogue
 catalogue.TELLING = tuple(replace(point, parameters=("self", "renamed")) for point in catalogue.TELLING)
 """
 TOLD = """
 import sglang.srt.managers.scheduler
-from sglang_overlay.upstream.catalogue import TELLING
+from sglang_overlay.hooks.catalogue import TELLING
 print("TELLING", *(found.state.value for found in inspect_points(TELLING)))
 """
 
@@ -388,7 +388,7 @@ class TestMetricsOfSGLang:
 DISCOVERY = """
 import sys
 before = set(sys.modules)
-from sglang_overlay.upstream.plugin import activate
+from sglang_overlay.hooks.plugin import activate
 import sglang_overlay.cpu_reference.plugin
 activate()
 print(*sorted(set(sys.modules) - before))
@@ -404,7 +404,7 @@ def test_discovery_imports_nothing_of_sglangs_or_torchs_and_little_of_this_packa
         "sglang_overlay.cpu_reference",
         "sglang_overlay.cpu_reference.plugin",
         "sglang_overlay.upstream",
-        "sglang_overlay.upstream.plugin",
+        "sglang_overlay.hooks.plugin",
     }
 
 

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from workbench import serving
 
+from sglang_overlay.load.metrics import STATE
 from sglang_overlay.observe.load_metrics import METRICS, PREFIX, state_of
 from sglang_overlay.observe.report import LoadReport, read_folder
-from sglang_overlay.upstream.telling import STATE
 
 pytestmark = pytest.mark.server
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
-from sglang_overlay.upstream import source_tree, touch_point
-from sglang_overlay.upstream.catalogue import STREAMING, TELLING
-from sglang_overlay.upstream.touch_point import HookKind, Place, State, TouchPoint
+from sglang_overlay.hooks import hook, source_tree
+from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.hook import HookKind, Place, State, TouchPoint
 
 INSTALLED = Path(util.find_spec("sglang").origin).parents[1]
 
@@ -38,7 +38,7 @@ ALL = (*STREAMING, *TELLING, *TOUCH_POINTS)
 
 @pytest.mark.parametrize("hooked", ALL, ids=lambda point: point.target.split(".", 3)[-1])
 def test_sources_and_the_running_release_agree(hooked):
-    imported, (read,) = touch_point.inspect_point(hooked), source_tree.inspect_points(INSTALLED, [hooked])
+    imported, (read,) = hook.inspect_point(hooked), source_tree.inspect_points(INSTALLED, [hooked])
     assert read.point.target == imported.point.target
     assert read.state is (State.READY if imported.state is State.ACTIVE else imported.state)
 

@@ -10,7 +10,7 @@ from core.streams import make_parameter, make_sources, same_bytes
 
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream
-from sglang_overlay.upstream.linear import LinearPlan
+from sglang_overlay.schemes.stock_linear import LinearPlan
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.server_args import ServerArgs
 from workbench import runtime
 
+from sglang_overlay.load import metrics
 from sglang_overlay.observe.load_metrics import PREFIX
 from sglang_overlay.observe.memory import MemoryUsage
-from sglang_overlay.upstream import telling
 
 LABELS = {"model_name": "m", "engine_type": "unified", "tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
 LOAD = load_report(mode="streaming", seconds=2.5, memory=MemoryUsage("RssAnon", 0, 3, 2), final_bytes=2)
@@ -46,8 +46,8 @@ def collector(made, registry, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch):
-    monkeypatch.setattr(telling, "_loads", [])
-    monkeypatch.setattr(telling, "_gauges", [])
+    monkeypatch.setattr(metrics, "_loads", [])
+    monkeypatch.setattr(metrics, "_gauges", [])
 
 
 def seconds(registry):
@@ -55,26 +55,26 @@ def seconds(registry):
 
 
 def test_load_that_ended_before_the_metrics_were_made_is_shown(collector, registry):
-    telling.tell(LOAD)
-    telling.add_gauges(None, collector, labels={})
+    metrics.tell(LOAD)
+    metrics.add_gauges(None, collector, labels={})
     assert seconds(registry) == 2.5
 
 
 def test_load_that_ends_after_the_metrics_were_made_is_shown(collector, registry):
-    telling.add_gauges(None, collector, labels={})
-    telling.tell(LOAD)
+    metrics.add_gauges(None, collector, labels={})
+    metrics.tell(LOAD)
     assert seconds(registry) == 2.5
 
 
 def test_collector_without_labels_is_a_warning_and_not_an_error(caplog):
-    telling.add_gauges(None, object(), labels={})
-    telling.tell(LOAD)
+    metrics.add_gauges(None, object(), labels={})
+    metrics.tell(LOAD)
     assert "loads are not in /metrics: AttributeError" in caplog.text
 
 
 def test_state_has_an_entry_once_something_was_loaded():
     output = GetInternalStateReqOutput(internal_state={"version": "1"})
-    assert telling.add_state(output).internal_state == {"version": "1"}
-    telling.tell(LOAD)
-    (told,) = telling.add_state(output).internal_state[telling.STATE]
+    assert metrics.add_state(output).internal_state == {"version": "1"}
+    metrics.tell(LOAD)
+    (told,) = metrics.add_state(output).internal_state[metrics.STATE]
     assert (told["seconds"], told["mode"]) == (2.5, "streaming")

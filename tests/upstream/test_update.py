@@ -12,9 +12,13 @@ import torch
 
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.errors import WeightUpdateError
-from sglang_overlay.upstream import update
-from sglang_overlay.upstream.undo import UndoLog
-from sglang_overlay.upstream.update import TensorGroups, UpdatableLayer, UpdatableModel, WeightUpdate
+from sglang_overlay.load.updatable_layer import UpdatableLayer
+from sglang_overlay.update import model as known_models
+from sglang_overlay.update.model import UpdatableModel
+from sglang_overlay.update.session import WeightUpdate
+from sglang_overlay.update.tensor_attributes import TensorAttributes
+from sglang_overlay.update.tensor_groups import TensorGroups
+from sglang_overlay.update.undo import UndoLog
 
 MLA = ["model.layers.0.self_attn.fused_qkv_a_proj_with_mqa", "model.layers.0.self_attn.o_proj"]
 Q, KV = "model.layers.0.self_attn.q_a_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
@@ -69,7 +73,7 @@ def attention():
 
 
 def test_derived_tensor_that_upstream_makes_anew_moves_into_the_old_memory(attention):
-    old, attributes = attention.w_kc, update._TensorAttributes(attention)
+    old, attributes = attention.w_kc, TensorAttributes(attention)
     attention.w_kc = torch.full((2, 3), 2.0)
     attributes.keep_memory(UndoLog())
     assert attention.w_kc is old
@@ -77,7 +81,7 @@ def test_derived_tensor_that_upstream_makes_anew_moves_into_the_old_memory(atten
 
 
 def test_derived_tensor_of_a_weight_that_did_not_come_stays(attention):
-    old, attributes = attention.w_kc, update._TensorAttributes(attention)
+    old, attributes = attention.w_kc, TensorAttributes(attention)
     attention.w_kc = torch.empty(2, 3, device="meta")
     attributes.keep_memory(UndoLog())
     assert attention.w_kc is old
@@ -85,7 +89,7 @@ def test_derived_tensor_of_a_weight_that_did_not_come_stays(attention):
 
 
 def test_derived_tensor_of_a_weight_that_did_not_come_stays_whatever_its_dtype(attention):
-    old, attributes = attention.w_kc, update._TensorAttributes(attention)
+    old, attributes = attention.w_kc, TensorAttributes(attention)
     attention.w_kc = torch.empty(2, 3, device="meta", dtype=torch.bfloat16)
     assert attributes.keep_memory(UndoLog()) == []
     assert attention.w_kc is old
@@ -93,7 +97,7 @@ def test_derived_tensor_of_a_weight_that_did_not_come_stays_whatever_its_dtype(a
 
 @pytest.mark.parametrize("new", [torch.zeros(3, 3), torch.zeros(2, 3, dtype=torch.bfloat16)], ids=["shape", "dtype"])
 def test_derived_tensor_of_another_form_is_told_and_keeps_its_old_memory(attention, new):
-    old, attributes = attention.w_kc, update._TensorAttributes(attention)
+    old, attributes = attention.w_kc, TensorAttributes(attention)
     attention.w_kc = new
     assert attributes.keep_memory(UndoLog()) == ["w_kc"]
     assert attention.w_kc is old
@@ -101,7 +105,7 @@ def test_derived_tensor_of_another_form_is_told_and_keeps_its_old_memory(attenti
 
 def test_derived_tensors_in_lists_and_dicts_that_are_made_anew_move_as_well(attention):
     attention.scales = {"k": [torch.ones(2), torch.ones(3)]}
-    old, attributes = attention.scales["k"], update._TensorAttributes(attention)
+    old, attributes = attention.scales["k"], TensorAttributes(attention)
     attention.scales = {"k": [torch.full((2,), 2.0), torch.empty(3, device="meta")]}
     attributes.keep_memory(UndoLog())
     assert [now is before for now, before in zip(attention.scales["k"], old, strict=True)] == [True, True]
@@ -184,9 +188,9 @@ def test_weight_that_cannot_be_replaced_is_refused_under_its_own_name(repacked):
 
 def test_what_is_remembered_of_a_model_goes_with_it():
     model = torch.nn.Linear(2, 2)
-    update.remember(model, UpdatableModel([], {}))
-    assert update.updatable(model) is not None
-    remembered = len(update._models)
+    known_models.remember(model, UpdatableModel([], {}))
+    assert known_models.updatable(model) is not None
+    remembered = len(known_models._models)
     del model
     gc.collect()
-    assert len(update._models) == remembered - 1
+    assert len(known_models._models) == remembered - 1

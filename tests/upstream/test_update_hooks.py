@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
-from sglang_overlay.upstream import update, update_hooks
-from sglang_overlay.upstream.update import UpdatableModel, WeightUpdate
-from sglang_overlay.upstream.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome
+from sglang_overlay.hooks import update_hooks
+from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome
+from sglang_overlay.update import session
+from sglang_overlay.update.model import UpdatableModel, remember, updatable
+from sglang_overlay.update.session import WeightUpdate
 
 
 class Model(torch.nn.Module):
@@ -25,7 +27,7 @@ def known():
     """A model with an open session; ``updater`` is what SGLang's method of that name belongs to."""
     model = Model()
     found = UpdatableModel([], {})
-    update.remember(model, found)
+    remember(model, found)
     found.begin()
     return SimpleNamespace(model=model), found
 
@@ -82,7 +84,7 @@ def test_session_whose_workers_failed_is_closed_and_answered(known):
 def test_session_that_cannot_be_opened_is_answered_at_its_end_and_the_next_one_succeeds(known, monkeypatch):
     updater, found = known
     with monkeypatch.context() as patch:
-        patch.setattr(update, "WeightUpdate", run_out)
+        patch.setattr(session, "WeightUpdate", run_out)
         update_hooks.begin_weight_update(lambda _updater: None, updater)
     assert found.open is None
     assert end(updater) == [f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}"]
@@ -95,7 +97,7 @@ def test_end_of_a_session_without_an_update_is_one_of_its_own(known):
     found.abort()
     seen = []
     update_hooks.end_weight_update(
-        lambda _updater, *, run_post_load: seen.append(update._current.get()), updater, run_post_load=True
+        lambda _updater, *, run_post_load: seen.append(session._current.get()), updater, run_post_load=True
     )
     assert [type(opened) for opened in seen] == [WeightUpdate]
     assert found.open is None
@@ -248,7 +250,7 @@ def pair():
     for role in ("target", "draft"):
         model = Model()
         model.weight = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
-        update.remember(model, UpdatableModel([], {}))
+        remember(model, UpdatableModel([], {}))
         runners.append(SimpleNamespace(role=role, model=model, model_config=SimpleNamespace(model_path="served")))
     return runners
 
@@ -290,7 +292,7 @@ def update_both(runners, way, failing):
 
 
 def held(runners):
-    assert all(update.updatable(runner.model).open is None for runner in runners)
+    assert all(updatable(runner.model).open is None for runner in runners)
     return [(runner.model.weight.tolist(), runner.model_config.model_path) for runner in runners]
 
 

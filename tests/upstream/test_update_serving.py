@@ -16,7 +16,7 @@ from workbench.mutations import altered
 from workbench.serving import post
 from workbench.trainer import has_sessions, until_idle
 
-from sglang_overlay.upstream.update_hooks import BEFORE_UPDATE
+from sglang_overlay.hooks.update_hooks import BEFORE_UPDATE
 
 SEED = 1
 LAYERS = 3

@@ -11,11 +11,11 @@ from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.errors import WeightUpdateError
-from sglang_overlay.upstream.ready_values import ReadyValues
-from sglang_overlay.upstream.undo import UndoLog
-from sglang_overlay.upstream.update import TensorGroups
-from sglang_overlay.upstream.update_capture import GivenTensors, ServedMemory, UpdateCapture, storage_key
-from sglang_overlay.upstream.update_stream import UpdateStream
+from sglang_overlay.update.ready_values import ReadyValues
+from sglang_overlay.update.tensor_groups import TensorGroups
+from sglang_overlay.update.undo import UndoLog
+from sglang_overlay.update.update_capture import GivenTensors, ServedMemory, UpdateCapture, storage_key
+from sglang_overlay.update.update_stream import UpdateStream
 
 
 def write(undo, view, value):

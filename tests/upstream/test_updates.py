@@ -18,8 +18,8 @@ from workbench.loads import PROMPTS, LoadJob, compare
 from workbench.mutations import altered
 from workbench.updates import Update
 
-from sglang_overlay.upstream import releases
-from sglang_overlay.upstream.update_hooks import BEFORE_CALL, BEFORE_UPDATE
+from sglang_overlay.hooks import releases
+from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE
 from upstream.streamed import warnings_of
 
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from workbench import environment
 from workbench.environment import EnvironmentSetupError, Plan
 
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 
 LOCK = """\
 # made by a tool

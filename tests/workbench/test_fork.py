@@ -8,7 +8,7 @@ import pytest
 from workbench import fork, patched, repository, series
 
 from sglang_overlay import patches
-from sglang_overlay.upstream import releases
+from sglang_overlay.hooks import releases
 
 RELEASE = releases.installed() or ""
 BRANCH = f"streamfp8/v{RELEASE}"

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 from workbench.loads import LoadJob, compare
 
+from sglang_overlay.load import overlay_load
 from sglang_overlay.observe.report import read_folder
-from sglang_overlay.plan.layers import whole_layers
-from sglang_overlay.upstream import overlay_load
+from sglang_overlay.offline.plan.layers import whole_layers
 
 LAYOUTS = {
     "one file": {},

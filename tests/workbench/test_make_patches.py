@@ -14,7 +14,7 @@ from workbench import make_patches, patched, repository, series
 from workbench.edits import EditError, EnvironmentField, Hook, edited
 
 from sglang_overlay import patches
-from sglang_overlay.upstream import built_in, releases
+from sglang_overlay.hooks import built_in, releases
 
 RELEASE = releases.installed() or ""
 MODULE = "sglang.srt.streaming.hooks"

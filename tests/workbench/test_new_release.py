@@ -10,7 +10,7 @@ import pytest
 from workbench import new_release
 from workbench.environment import CLONE, RELEASES
 
-from sglang_overlay.upstream.touch_point import HookKind, Place, TouchPoint
+from sglang_overlay.hooks.hook import HookKind, Place, TouchPoint
 
 LOAD = TouchPoint("up.a.load", "os:getcwd", HookKind.AROUND, ("path",), "a reason", (), "it is fixed")
 METADATA = """\

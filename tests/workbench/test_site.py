@@ -23,8 +23,8 @@ def test_link_leads_to_where_the_file_is_in_the_site(link: str, source: str, pag
 
 
 def test_files_that_are_no_pages_are_published() -> None:
-    markdown = "[a](../sglang_overlay/plan/gpus.json) [b](plans.md) [c](../CONTRIBUTING.md) [d](../nowhere)"
-    assert site.outside(markdown, "docs/planner.md") == ["sglang_overlay/plan/gpus.json"]
+    markdown = "[a](../sglang_overlay/offline/plan/gpus.json) [b](plans.md) [c](../CONTRIBUTING.md) [d](../nowhere)"
+    assert site.outside(markdown, "docs/planner.md") == ["sglang_overlay/offline/plan/gpus.json"]
 
 
 def test_pages_at_the_top_are_there() -> None:

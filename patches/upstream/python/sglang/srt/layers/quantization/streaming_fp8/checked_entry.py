@@ -9,8 +9,8 @@ from typing import Any
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.streaming_fp8.checked_load import CheckedLoad
+from sglang.srt.layers.quantization.streaming_fp8.diagnostics import Tolerance
 from sglang.srt.layers.quantization.streaming_fp8.entry import stream
-from sglang.srt.layers.quantization.streaming_fp8.findings import Tolerance
 
 
 def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.streaming_fp8 import eligibility
-from sglang.srt.layers.quantization.streaming_fp8.load import ModelLoad
+from sglang.srt.layers.quantization.streaming_fp8.model_load import ModelLoad
 from sglang.srt.layers.quantization.streaming_fp8.model_loading import load_streamed
 
 logger = logging.getLogger(__name__)

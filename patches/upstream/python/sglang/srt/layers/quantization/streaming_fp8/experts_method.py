@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.layers.quantization.streaming_fp8.load import create_streamed, process_streamed
-from sglang.srt.layers.quantization.streaming_fp8.moe import ExpertsPlan
+from sglang.srt.layers.quantization.streaming_fp8.model_load import create_streamed, process_streamed
+from sglang.srt.layers.quantization.streaming_fp8.stock_experts import ExpertsPlan
 from torch.nn import Module
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.layers.quantization.streaming_fp8.linear import LinearPlan, is_per_channel
-from sglang.srt.layers.quantization.streaming_fp8.load import create_streamed, process_streamed
+from sglang.srt.layers.quantization.streaming_fp8.model_load import create_streamed, process_streamed
+from sglang.srt.layers.quantization.streaming_fp8.stock_linear import LinearPlan, is_per_channel
 from torch.nn import Module
 
 

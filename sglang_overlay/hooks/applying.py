@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the hooks in place, or sees to it that fp8 loads say why not.
+
+Hooks are applied when SGLang imports the module they belong to: not every process does, and importing those modules
+takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+from sglang_overlay.errors import SettingsError
+from sglang_overlay.schemes import registry
+from sglang_overlay.settings import Mode, Settings, load_settings
+
+logger = logging.getLogger(__name__)
+
+
+def start() -> None:
+    """Have SGLang patched as the settings want it.
+
+    Raises:
+        SystemExit: a setting is invalid, or streaming is required and cannot be set up.
+    """
+    try:
+        settings = load_settings(os.environ)
+        registry.check(settings.schemes)
+    except SettingsError as error:
+        sys.exit(f"sglang-streamfp8: {error}")
+    try:
+        _start(settings)
+    except Exception as error:
+        # Who calls this logs an exception and goes on, with stock's loading.
+        if settings.required_by is None:
+            raise
+        sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and SGLang could not be patched: {error!r}")
+
+
+def _start(settings: Settings) -> None:
+    if settings.mode is Mode.OFF and settings.report_folder is None:
+        return
+    from sglang_overlay.hooks import built_in, compatibility
+
+    if built_in.streams_itself():
+        _stand_aside(settings)
+        return
+    reason = compatibility.unsupported_reason()
+    if reason is not None:
+        _guard(settings.required_by, reason)
+        return
+    _patch_when_imported(settings)
+
+
+def _stand_aside(settings: Settings) -> None:
+    from sglang_overlay.hooks import built_in
+
+    if settings.required_by is not None:
+        sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and {built_in.NOTE}. {built_in.NEXT_STEP}.")
+    logger.info("StreamFP8: %s.", built_in.NOTE)
+    if settings.report_folder is not None:
+        logger.warning("StreamFP8: no reports are written: %s.", built_in.NOTE)
+
+
+def _patch_when_imported(settings: Settings) -> None:
+    from sglang_overlay.hooks import ray_actors
+    from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
+    from sglang_overlay.hooks.hook import TouchPoint, apply, apply_fitting, by_module
+
+    def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
+        mismatch = apply(points)
+        if mismatch is not None:
+            note_mismatch(mismatch)
+
+    def note_mismatch(reason: str) -> None:
+        from sglang_overlay.hooks import guard
+
+        guard.note_mismatch(reason)
+        _guard(settings.required_by, reason)
+
+    def patch_fitting(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
+        apply_fitting(points)
+
+    is_off = settings.mode is Mode.OFF
+    for module, points in by_module(MEASURING if is_off else STREAMING).items():
+        when_imported(module, partial(patch, points), note_mismatch)
+    for module, points in by_module(TELLING).items():
+        when_imported(module, partial(patch_fitting, points), _log)
+    if not is_off:
+        when_imported(ray_actors.DRIVER_MODULE, ray_actors.warn_unless_set_up, _log)
+
+
+def when_imported(module: str, act: Callable[[ModuleType], None], say: Callable[[str], None]) -> None:
+    """Act as soon as SGLang has imported a module, or at once where it has. Its own import never fails for it.
+
+    Args:
+        module: its name.
+        act: is given the module.
+        say: is given what went wrong, where something does.
+    """
+    import wrapt
+
+    def safely(imported: ModuleType) -> None:
+        try:
+            act(imported)
+        except Exception as error:
+            logger.debug("StreamFP8: hooks of %s", module, exc_info=True)
+            say(f"hooks of {module} could not be put in place ({type(error).__name__}: {error})")
+
+    wrapt.register_post_import_hook(safely, module)
+
+
+def _log(problem: str) -> None:
+    logger.warning("StreamFP8: %s.", problem)
+
+
+def _guard(required_by: str | None, reason: str) -> None:
+    from sglang_overlay.hooks import guard
+
+    when_imported(guard.FP8_MODULE, partial(guard.watch, required_by, reason), _log)

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where this package touches SGLang. ``python -m sglang_overlay check -v`` prints this, tests walk it.
+
+``STREAMING`` is applied module by module, and where one of it does not fit, no load is streamed; of ``TELLING`` what
+fits, since a load is right without it.
+"""
+
+from __future__ import annotations
+
+from sglang_overlay.hooks.hook import BuiltIn, HookKind, Place, TouchPoint
+
+_FP8 = "sglang.srt.layers.quantization.fp8"
+_LOADER = "sglang.srt.model_loader.loader"
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
+_RUNNER = "sglang.srt.model_executor.model_runner"
+_SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_UPDATE_ISSUES = ("sgl-project/sglang#5424", "sgl-project/sglang#11289", "sgl-project/sglang#30761")
+_WHEN_UPSTREAM_UPDATES = "SGLang updates online fp8 weights itself"
+_WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
+_NO_PRESHARDED = "Nothing: this release has no presharded loader."
+_NO_SESSIONS = (
+    "Sessions of several calls: each call updates by itself, so what shares a scale must come in one call, and a call "
+    "that brings only a part is answered with a failure that names it."
+)
+_MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-project/sglang#8337")
+
+STREAMING: tuple[TouchPoint, ...] = (
+    TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader.load_model",
+        hook="sglang_overlay.hooks.loader_hooks:load_model",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config", "device_config"),
+        why="Opens and closes the load that owns all streaming state, measures memory and reports.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(
+            BuiltIn(2, "entry:load_model"),
+            BuiltIn(4, "checked_entry:load_model"),
+        ),
+    ),
+    *(
+        TouchPoint(
+            target=f"{_LOADER}.{loader}.load_model",
+            hook=f"sglang_overlay.hooks.loader_hooks:{hook}",
+            kind=HookKind.AROUND,
+            parameters=("self", "model_config", "device_config"),
+            why=why,
+            related=_MEMORY_ISSUES,
+            remove_when=_WHEN_UPSTREAM_STREAMS,
+            without=_NO_PRESHARDED if loader == "PreshardedModelLoader" else "",
+        )
+        for loader, hook, why in (
+            ("RunaiModelStreamerLoader", "load_model", "As for DefaultModelLoader; its buffers are its own."),
+            (
+                "DummyModelLoader",
+                "load_quantized",
+                "As for DefaultModelLoader, with random weights; before 0.5.15, fp8 ones.",
+            ),
+            ("PreshardedModelLoader", "load_model", "As for DefaultModelLoader, when it writes its dump."),
+            ("LayeredModelLoader", "load_model", "Says that it is not streamed, under its own name."),
+            ("ShardedStateLoader", "load_quantized", "Its files are fp8 already: no bf16 weights, nothing to do."),
+        )
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.ShardedStateLoader.save_model",
+        hook="sglang_overlay.hooks.loader_hooks:save_sharded_state",
+        kind=HookKind.AROUND,
+        parameters=("model", "path"),
+        why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock cannot "
+        "save a model that it has quantized itself.",
+        related=("sgl-project/sglang#17945",),
+        remove_when="ShardedStateLoader.save_model makes tensors contiguous, as PreshardedModelLoader's dump does",
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.PreshardedModelLoader._load_from_presharded",
+        hook="sglang_overlay.hooks.loader_hooks:load_from_presharded",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config", "device_config"),
+        why="The dump is fp8 already: no bf16 weights are allocated, nothing is to be quantized.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without=_NO_PRESHARDED,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.PreshardedModelLoader._compute_local_structural_signature",
+        hook="sglang_overlay.hooks.loader_hooks:describe_without_loading",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config"),
+        why="Builds the model on the meta device only to hash its shapes; those must be stock's.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without=_NO_PRESHARDED,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.initialize_dummy_weights",
+        hook="sglang_overlay.hooks.loader_hooks:initialize_dummy_weights",
+        kind=HookKind.AROUND,
+        parameters=("model",),
+        why="Fills the state dict in place, which a parameter without memory cannot take: here one weight at a time.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+    ),
+    TouchPoint(
+        target=f"{_LOADER}._initialize_model",
+        hook="sglang_overlay.hooks.loader_hooks:initialize_model",
+        kind=HookKind.AROUND,
+        parameters=("model_config", "load_config", "quant_config"),
+        why="Once the model is built: finds each streamed layer's name, checks that the model left its placeholders "
+        "alone, and wraps the weight loaders. A model that repacks parameters in __init__ is built again without "
+        "streaming.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "model_loading:initialize_model"),),
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
+        hook="sglang_overlay.load.checked_load:get_all_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config", "model"),
+        why="Sees the checkpoint's tensors go by: their memory stays as it is, so units can be quantized beside the "
+        "loader, which must not be done with memory that model code may use again.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(4, "checked_load:get_all_weights"),),
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader._prepare_weights",
+        hook="sglang_overlay.load.checkpoint_files:prepare_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_name_or_path", "revision", "fall_back_to_pt"),
+        why="Notes which files are read, for errors of loads and of updates from disk: those of torch and safetensors "
+        "name none, and a name on the hub is no folder.",
+        related=("sgl-project/sglang#17945",),
+        remove_when="SGLang names the file that cannot be read",
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.device_loading_context",
+        hook="sglang_overlay.hooks.fp8_methods:device_loading_context",
+        kind=HookKind.AROUND,
+        parameters=("module", "target_device"),
+        why="Runs right before a layer's process_weights_after_loading: swaps the placeholders for the fp8 parameters, "
+        "since upstream moves every parameter of the layer to the device here and cannot move one without memory. "
+        "Leaves a layer alone that an update fills: SGLang 0.5.18 to 0.5.20 refuse meta tensors here.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "model_loading:device_loading_context"),),
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8Config.get_quant_method",
+        hook="sglang_overlay.hooks.methods:get_quant_method",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer", "prefix"),
+        why="Gives a layer the quantization method of the scheme that the user chose for it. Stock has one scheme for "
+        "online fp8 and refuses block-wise.",
+        related=("sgl-project/sglang#15440", "sgl-project/sglang#29727"),
+        remove_when="SGLang offers a choice of online schemes",
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8LinearMethod.create_weights",
+        hook="sglang_overlay.hooks.fp8_methods:create_linear_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer", "params_dtype"),
+        why="Runs upstream's code with the bf16 weight on the meta device: shape, attributes and loader, no memory.",
+        related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "linear_method:create_weights"),),
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8LinearMethod.process_weights_after_loading",
+        hook="sglang_overlay.hooks.fp8_methods:process_weights_after_loading",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer"),
+        why="The weight is fp8 already: registers it as stock would leave it instead of quantizing.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(2, "linear_method:process_weights_after_loading"),),
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8MoEMethod.create_weights",
+        hook="sglang_overlay.hooks.fp8_methods:create_experts_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer", "params_dtype"),
+        why="As for linear layers: w13 and w2 on the meta device, scales and biases real.",
+        related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(3, "experts_method:create_weights"),),
+    ),
+    TouchPoint(
+        target=f"{_FP8}.Fp8MoEMethod.process_weights_after_loading",
+        hook="sglang_overlay.hooks.fp8_methods:process_weights_after_loading",
+        kind=HookKind.AROUND,
+        parameters=("self", "layer"),
+        why="The experts are fp8 already: registers them as stock would leave them instead of quantizing.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        built_in=(BuiltIn(3, "experts_method:process_weights_after_loading"),),
+    ),
+    TouchPoint(
+        target=f"{_LOADER}.DefaultModelLoader.load_weights_and_postprocess",
+        hook="sglang_overlay.hooks.update_hooks:load_weights_and_postprocess",
+        kind=HookKind.AROUND,
+        parameters=("model", "weights", "target_device"),
+        why="Called again when weights are updated from disk: streams them into the fp8 storage that "
+        "is being served, where stock finds parameters that have lost their loaders.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.update_weights_from_disk",
+        hook="sglang_overlay.hooks.update_hooks:update_weights_from_disk",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_path", "load_format"),
+        why="Makes upstream go back to the weights it served before when an update fails, and answer "
+        "where that fails too.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_disk"),),
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.begin_weight_update",
+        hook="sglang_overlay.hooks.update_hooks:begin_weight_update",
+        kind=HookKind.AROUND,
+        parameters=("self",),
+        why="Opens an update, which keeps units that come in several calls.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        without=_NO_SESSIONS,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.end_weight_update",
+        hook="sglang_overlay.hooks.update_hooks:end_weight_update",
+        kind=HookKind.AROUND,
+        parameters=("self", "run_post_load"),
+        why="Closes the update; upstream's post-processing must not quantize fp8 weights once more.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        without=_NO_SESSIONS,
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.receive_weights_from_distributed",
+        hook="sglang_overlay.hooks.update_hooks:receive_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "names", "dtypes", "shapes", "group_name"),
+        why="A rank that has received nothing does not load: the others must hear of it, and keep their weights.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        without="Nothing: update_weights_from_distributed receives and loads.",
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.load_weights_from_distributed",
+        hook="sglang_overlay.hooks.update_hooks:load_weights_from_distributed",
+        kind=HookKind.AROUND,
+        parameters=("self", "named_tensors"),
+        why="Streams the tensors of one call.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=tuple(
+            Place(
+                f"{owner}.update_weights_from_distributed",
+                "sglang_overlay.hooks.update_hooks:update_weights_from_distributed",
+                ("self", "names", "dtypes", "shapes", "group_name"),
+            )
+            for owner in (f"{_UPDATER}.WeightUpdater", f"{_RUNNER}.ModelRunner")
+        ),
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.update_weights_from_tensor",
+        hook="sglang_overlay.hooks.update_hooks:update_weights_from_tensor",
+        kind=HookKind.AROUND,
+        parameters=("self", "named_tensors", "load_format"),
+        why="Streams the tensors of one call, flattened buckets as well; a failure is answered and "
+        "does not end the server.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_tensor"),),
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}.WeightUpdater.update_weights_from_ipc",
+        hook="sglang_overlay.hooks.update_hooks:update_weights_from_ipc",
+        kind=HookKind.AROUND,
+        parameters=("self", "recv_req"),
+        why="Streams what the checkpoint engine sends.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_ipc"),),
+    ),
+    TouchPoint(
+        target=f"{_UPDATER}._model_load_weights_direct",
+        hook="sglang_overlay.hooks.update_hooks:load_weights_direct",
+        kind=HookKind.AROUND,
+        parameters=("model", "named_tensors"),
+        why="Names parameters, not checkpoint tensors: tells high-precision weights from fp8 values and scales.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        elsewhere=(Place(f"{_RUNNER}._model_load_weights_direct"),),
+    ),
+    *(
+        TouchPoint(
+            target=f"{_SESSIONS}.{name}",
+            hook="sglang_overlay.hooks.update_hooks:update_of_all_models",
+            kind=HookKind.AROUND,
+            parameters=("self", "recv_req"),
+            why="Where a draft model cannot be updated, has the target go back to its weights too.",
+            related=_UPDATE_ISSUES,
+            remove_when=_WHEN_UPSTREAM_UPDATES,
+        )
+        for name in ("update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_ipc")
+    ),
+    TouchPoint(
+        target=f"{_SESSIONS}.end_weight_update",
+        hook="sglang_overlay.hooks.update_hooks:end_session",
+        kind=HookKind.AROUND,
+        parameters=("self", "recv_req"),
+        why="Lets the end of a session fail where units came only in part; upstream always answers success.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+        without=_NO_SESSIONS,
+    ),
+)
+
+MEASURING: tuple[TouchPoint, ...] = tuple(point for point in STREAMING if point.target.endswith(".load_model"))
+"""All that is put in place for the report of a stock load: ``SGLANG_STREAMFP8=0`` with a folder for reports."""
+
+TELLING: tuple[TouchPoint, ...] = (
+    TouchPoint(
+        target="sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.__init__",
+        hook="sglang_overlay.load.metrics:add_gauges",
+        kind=HookKind.AFTER,
+        parameters=("self", "labels"),
+        why="Adds what loads cost to the scheduler's own metrics, with the same labels.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without="What loads cost is not in /metrics.",
+    ),
+    TouchPoint(
+        target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        hook="sglang_overlay.load.metrics:add_state",
+        kind=HookKind.AFTER,
+        parameters=("self", "recv_req"),
+        why="Adds what loads cost to what /server_info tells of each scheduler.",
+        related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without="What loads cost is not in /server_info.",
+    ),
+)

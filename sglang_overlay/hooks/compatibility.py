@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the hooks fit the installed SGLang, be it a supported release or a newer one."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import util
+from pathlib import Path
+
+from sglang_overlay.hooks import bodies, releases, source_tree
+from sglang_overlay.hooks.catalogue import STREAMING
+from sglang_overlay.hooks.hook import State, listed
+
+
+def unsupported_reason() -> str | None:
+    """Why fp8 loads in the installed SGLang cannot be streamed, or None where they can."""
+    from packaging.version import Version
+
+    version = releases.installed()
+    if version is None:
+        return "SGLang is not installed"
+    if Version(version).public in {Version(release).public for release in releases.supported()}:
+        return None
+    tested = f"supported: {', '.join(releases.supported())}"
+    earlier = [entry for entry in releases.facts() if Version(entry.release) < Version(version)]
+    if not earlier:
+        return f"SGLang {version} is not a supported release ({tested})"
+    changed = _changed_since(earlier[-1])
+    return f"SGLang {version} is not a supported release ({tested}), and it has changed: {changed}" if changed else None
+
+
+@cache
+def untested_note() -> str | None:
+    """What is untested about the installed SGLang, a sentence or two; None where nothing is."""
+    root = _root()
+    changed = () if root is None else bodies.unknown(root)
+    if not changed:
+        return None
+    return (
+        f"SGLang {releases.installed()} is untested: these functions that are hooked have bodies that no supported "
+        f"release ({', '.join(releases.supported())}) has: {', '.join(changed)}. They take what they should."
+    )
+
+
+def _changed_since(release: releases.Release) -> str:
+    """Touch points that do not fit the installed SGLang, or that it lacks and the release has."""
+    root = _root()
+    if root is None:
+        return "its source files are not there to compare"
+    states = source_tree.inspect_points(root, STREAMING)
+    return listed(
+        state
+        for state in states
+        if not state.state.fits or (state.state is State.ABSENT and state.point.target not in release.absent)
+    )
+
+
+def _root() -> Path | None:
+    """The folder that the installed SGLang's package lies in."""
+    found = util.find_spec("sglang")
+    return None if found is None or found.origin is None else Path(found.origin).parents[1]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks around the loaders of SGLang's ``model_loader/loader.py`` and around their helpers."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.errors import sentence
+from sglang_overlay.errors import SchemeError
+from sglang_overlay.hooks import releases, streamed_loaders
+from sglang_overlay.hooks.guard import look_at_hooks, mismatch
+from sglang_overlay.load import eligibility, metrics, model_loading
+from sglang_overlay.load.model_load import under_way
+from sglang_overlay.load.overlay_load import OverlayLoad, current
+from sglang_overlay.load.ranks import parallel_ranks
+from sglang_overlay.load.refusal import refuse
+from sglang_overlay.load.summary import summarize
+from sglang_overlay.observe.memory import MemorySampler, MemoryWatch, meter_for
+from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
+from sglang_overlay.schemes import registry
+from sglang_overlay.schemes.choice import MXFP8
+from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
+from sglang_overlay.update.model import UpdatableModel, remember
+
+logger = logging.getLogger(__name__)
+
+ONLINE = ("fp8", MXFP8)
+"""Values of ``--quantization`` under which a bf16 checkpoint is quantized, and can be streamed."""
+
+
+def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
+    """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
+    settings = load_settings(os.environ)
+    is_draft = bool(getattr(model_config, "is_draft_model", False))
+    if model_config.quantization not in ONLINE and settings.report_folder is None:
+        _mention_idle_scheme(settings, is_draft=is_draft)
+        return original(loader, model_config=model_config, device_config=device_config)
+    registry.check(settings.schemes)
+    _refuse_second_scheme(model_config.quantization, settings)
+    device = torch.device(device_config.device)
+    obstacle = (
+        mismatch()
+        or eligibility.why_not_platform()
+        or eligibility.why_not_options()
+        or streamed_loaders.why_not_loader(loader)
+        or (None if settings.schemes.is_stock else streamed_loaders.why_not_schemes(loader))
+    )
+    is_part = is_draft or parallel_ranks().pp.size > 1
+    began = time.perf_counter()
+    meter = meter_for(device)
+    # The report has a curve; all else is told of the peak alone.
+    is_sampled = settings.report_folder is not None or not meter.keeps_peak
+    with MemorySampler(meter) if is_sampled else MemoryWatch(meter) as watch:
+        load, model = model_loading.load_streamed(
+            lambda: original(loader, model_config=model_config, device_config=device_config),
+            lambda why, excluded: OverlayLoad(settings, device, why, excluded, is_part=is_part),
+            obstacle,
+            model_config,
+        )
+    ended = time.perf_counter()
+    if load.schemes.is_idle:
+        _mention_idle_scheme(settings, is_draft=is_draft)
+    _remember(load, model, loader)
+    times = began, ended
+    report = summarize(load, model, releases.installed(), model_config, loader.load_config, times, watch.usage)
+    metrics.tell(report)
+    if load.layers or settings.report_folder is not None:
+        logger.info("%s", summary_line(report))
+    if settings.report_folder is not None:
+        _write_report(report, settings.report_folder)
+    return model
+
+
+def _refuse_second_scheme(quantization: str | None, settings: Settings) -> None:
+    if quantization == MXFP8 and not settings.schemes.is_stock:
+        raise SchemeError(
+            f"{settings.required_by} chooses a scheme of --quantization fp8, and --quantization {MXFP8} is one "
+            "itself. Unset the variable, or use --quantization fp8."
+        )
+
+
+def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
+    """A draft may well be in bf16, or quantized already, beside a target that has the scheme."""
+    if not settings.schemes.is_stock and not is_draft:
+        logger.warning(
+            "StreamFP8: %s=%s chooses nothing here: no layer is quantized while it is loaded. It belongs with "
+            "--quantization fp8 and a bf16 checkpoint.",
+            SCHEME_VARIABLE,
+            settings.schemes.text,
+        )
+
+
+def _remember(load: OverlayLoad, model: torch.nn.Module, loader: Any) -> None:
+    """Keep what later weight updates of the model need."""
+    if streamed_loaders.updates_itself(loader):
+        return
+    for layer in load.updatable.values():
+        layer.seal()
+    stock = {"this model": load.abandoned} if load.abandoned and load.settings.mode is not Mode.OFF else load.fallback
+    if load.updatable or stock:
+        remember(model, UpdatableModel(load.updatable.values(), stock, load.wanted))
+
+
+def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``_initialize_model``."""
+    call, load = inspect.signature(original).bind(*args, **kwargs).arguments, current()
+    if load is None:
+        _refuse_other_loader(call)
+    elif OverlayLoad.covers(call.get("quant_config")):
+        look_at_hooks(load.settings)
+    return model_loading.initialize_model(original, *args, **kwargs)
+
+
+def load_quantized(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
+    """Around ``load_model`` of loaders that fill what ``process_weights_after_loading`` leaves.
+
+    ``ShardedStateLoader`` reads it from its files. ``DummyModelLoader`` makes it up in releases before 0.5.15; later
+    ones fill every weight before, see ``initialize_dummy_weights``.
+    """
+
+    def load(loader: Any, *, model_config: Any, device_config: Any) -> Any:
+        under_way_load = current()
+        if under_way_load is not None:
+            under_way_load.expect_quantized()
+        return original(loader, model_config=model_config, device_config=device_config)
+
+    return load_model(load, loader, model_config=model_config, device_config=device_config)
+
+
+def save_sharded_state(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Around ``ShardedStateLoader.save_model``: safetensors refuses fp8 weights, which are transposed views."""
+    state = {name: _packed(tensor) for name, tensor in model.state_dict().items()}
+    return original(_State(state), *args, **kwargs)
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    # In host memory: a second copy of the weights may not fit on the device.
+    return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
+
+
+def load_from_presharded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``PreshardedModelLoader._load_from_presharded``: as for sharded state."""
+    load = current()
+    if load is not None:
+        load.expect_quantized()
+    return original(*args, **kwargs)
+
+
+def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``PreshardedModelLoader._compute_local_structural_signature``: the model it builds is never loaded."""
+    with under_way(OverlayLoad(Settings(Mode.OFF), torch.device("meta"))):
+        return original(*args, **kwargs)
+
+
+def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Around ``initialize_dummy_weights``: give each placeholder the values that stock would fill its weight with.
+
+    No placeholders are left where layers have been processed before.
+    """
+    load = current()
+    if load is None:
+        return original(model, *args, **kwargs)
+    for name, placeholder, stream in load.placeholders():
+        weight = torch.empty_like(placeholder, device=stream.storage.weight.device)
+        original(_State({name: weight}), *args, **kwargs)
+        stream.write(placeholder, weight)
+    real = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    return original(_State(real), *args, **kwargs)
+
+
+class _State:
+    """As much of a model as upstream looks at where it fills or saves one."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._tensors
+
+
+def _write_report(report: LoadReport, folder: Path) -> None:
+    try:
+        write(report, folder)
+    except ReportError as error:
+        # The model is loaded and right; a report is not worth losing it.
+        logger.warning("StreamFP8: %s", sentence(error))
+
+
+def _refuse_other_loader(call: Mapping[str, Any]) -> None:
+    """A load that did not come through ``load_model`` above fills its parameters in another way."""
+    settings = load_settings(os.environ)
+    if settings.mode is not Mode.OFF and OverlayLoad.covers(call.get("quant_config")):
+        load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)
+        refuse(settings.required_by, f"load format {load_format} is not streamed")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Fp8Config.get_quant_method`` of SGLang's ``fp8.py``: where a layer gets a scheme that is not stock's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd
+from typing import Any
+
+import torch
+
+from sglang_overlay.errors import SchemeError
+from sglang_overlay.hooks.fp8_methods import process_weights_after_loading as process_streamed
+from sglang_overlay.load import eligibility
+from sglang_overlay.load.overlay_load import current
+from sglang_overlay.schemes import registry
+from sglang_overlay.schemes.choice import NONE, STOCK
+from sglang_overlay.schemes.layer_plan import LayerPlan
+from sglang_overlay.schemes.scheme import LayerKind
+from sglang_overlay.settings import SCHEME_VARIABLE
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that most models fuse, and the checkpoint's names of their parts; a model may name more."""
+
+CHANNEL = "channel"
+OTHERS = {CHANNEL: "tensor"}
+"""The scheme to offer where one does not fit; ``channel`` in place of all others."""
+
+
+def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.Module, prefix: str) -> Any:
+    """Around ``Fp8Config.get_quant_method``.
+
+    Stock's method is not made where another takes its place: it refuses backends that cannot serve stock's scheme.
+    """
+    load = current()
+    if load is None or load.schemes.is_stock:
+        return original(config, layer, prefix)
+    kind = _kind(config, layer, prefix)
+    if kind is None or not load.admits(config):
+        return original(config, layer, prefix)
+    names = _names(prefix, config)
+    name = load.schemes.scheme_of(kind, names)
+    if name == STOCK:
+        return original(config, layer, prefix)
+    if name == NONE or eligibility.why_deferred(prefix) is not None:
+        return _unquantized(original, layer, names)
+    scheme = registry.find(name)
+    reason = scheme.why_not(kind)
+    if reason is not None:
+        raise SchemeError(f"{prefix} cannot have the quantization scheme {name!r}: {reason}")
+    method = scheme.method(kind, layer, prefix)
+    return _streamed(method, scheme.plan(kind, method), prefix, name)
+
+
+def _kind(config: Any, layer: torch.nn.Module, prefix: str) -> LayerKind | None:
+    """The kind of a layer that stock would quantize."""
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.layers.quantization.fp8 import is_layer_skipped
+
+    kinds = ((LinearBase, LayerKind.LINEAR), (FusedMoE, LayerKind.EXPERTS))
+    found = next((kind for base, kind in kinds if isinstance(layer, base)), None)
+    if found is None or is_layer_skipped(prefix, config.ignored_layers, fused_mapping=config.packed_modules_mapping):
+        return None
+    return found
+
+
+def _names(prefix: str, config: Any) -> Sequence[str]:
+    parent, _, last = prefix.rpartition(".")
+    parts = {**FUSED, **config.packed_modules_mapping}.get(last, ())
+    return [prefix, *(f"{parent}.{part}" for part in parts if part != last)]
+
+
+def _unquantized(original: Callable[..., Any], layer: torch.nn.Module, names: Sequence[str]) -> Any:
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    return original(Fp8Config(ignored_layers=list(names)), layer, names[0])
+
+
+def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
+    """Make a method of the scheme ``name``, which belongs to one layer, load that layer by ``plan``."""
+    what = f"{prefix} as {name!r}"
+    create, process = method.create_weights, method.process_weights_after_loading
+
+    @functools.wraps(create)
+    def create_weights(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        load = current()
+        reason = eligibility.why_not_layer(method, layer)
+        if load is None or reason is not None:
+            raise SchemeError(f"{what}: {reason or 'it is created outside of a load'}")
+        call = inspect.signature(create).bind(layer, *args, **kwargs).arguments
+        try:
+            load.create_weights(functools.partial(create, layer, *args, **kwargs), layer, call["params_dtype"], plan)
+        except ValueError as error:
+            last = prefix.rpartition(".")[2]
+            choice = load.schemes.choice.with_override(last, OTHERS.get(name, CHANNEL))
+            raise SchemeError(
+                f"{what}: {error} {_smaller_degrees(method, layer, call)}Give layers of this kind another scheme, "
+                f'{SCHEME_VARIABLE}=\'{choice}\', or leave them in bf16 with "ignore": ["{last}"].'
+            ) from error
+
+    @functools.wraps(process)
+    def process_weights_after_loading(layer: torch.nn.Module) -> None:
+        process_streamed(lambda _method, layer: process(layer), method, layer)
+
+    method.create_weights = create_weights
+    method.process_weights_after_loading = process_weights_after_loading
+    return method
+
+
+def _smaller_degrees(method: Any, layer: torch.nn.Module, call: Mapping[str, Any]) -> str:
+    """At which tensor parallel sizes all of a layer's sizes would be multiples of its scheme's blocks."""
+    block = getattr(method.quant_config, "weight_block_size", None)
+    if not block:
+        return ""
+    if "output_partition_sizes" in call:
+        parts, whole = call["output_partition_sizes"], call["output_size"]
+        sizes = [call["input_size"], *(part * (whole // sum(parts)) for part in parts)]
+    else:
+        sizes = [call["intermediate_size_per_partition"] * getattr(layer, "moe_tp_size", 1)]
+    multiple, rest = divmod(gcd(*sizes), max(block))
+    degrees = [] if rest else [str(size) for size in range(1, multiple + 1) if multiple % size == 0]
+    return f"Use --tp-size {' or '.join(degrees)}. Or: " if degrees else "No tensor parallel size helps. "

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a load has to tell about its weights: missing ones, NaN and Inf, tensors that came twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sglang_overlay.core.errors import (
+    MAX_LISTED,
+    IncompleteLoadError,
+    MisfitError,
+    NonFiniteWeightError,
+    sentence,
+    shortened,
+)
+from sglang_overlay.core.loader_calls import PADDED, Misfit
+from sglang_overlay.core.quantizers import units_not_finite
+from sglang_overlay.core.tensor_names import Misplaced, missing_names, pattern_of
+from sglang_overlay.load import eligibility
+from sglang_overlay.load.checkpoint_files import file_problems, values_not_finite
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What is a warning, where it would otherwise be an error.
+
+    Attributes:
+        missing: weights that the checkpoint lacks.
+        not_finite: NaN and Inf, and tensors that do not fill their part of a weight.
+        missing_switch: the user's setting that makes ``missing`` so, such as ``VARIABLE=1``.
+        not_finite_switch: likewise.
+    """
+
+    missing: bool
+    missing_switch: str
+    not_finite: bool = True
+    not_finite_switch: str = ""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of a checkpoint.
+
+    Attributes:
+        entries: by name; what each is where it is no tensor with data, else None.
+        held: names of the model's own parameters and buffers.
+    """
+
+    entries: Mapping[str, str | None]
+    held: Collection[str]
+
+    def unused(self, written: Collection[str]) -> list[str]:
+        """Entries that were loaded into nothing, as far as names tell; a bias goes where its weight went.
+
+        Args:
+            written: names of tensors that are known to have been loaded into something.
+        """
+        places = {name.rpartition(".")[0] for name in written}
+        return [
+            name
+            for name in self.entries
+            if name not in written and name not in self.held and name.rpartition(".")[0] not in places
+        ]
+
+    def told(self, names: Iterable[str]) -> str:
+        """Entries, for a message."""
+        return shortened([f"{name} ({odd})" if (odd := self.entries[name]) else name for name in names])
+
+
+@dataclass(frozen=True)
+class WantedShapes:
+    """What is known of the shapes that a model wants of its checkpoint's tensors.
+
+    Attributes:
+        sizes: numbers in its config.
+        fitting: patterns of tensors of which some fill their part of a weight.
+    """
+
+    sizes: Collection[int] = frozenset()
+    fitting: Collection[tuple[str, ...]] = frozenset()
+
+    def unmeant(self, misfits: Sequence[Misfit]) -> list[Misfit]:
+        """Those of ``misfits``, all of one load or one call of an update, that the model does not want so.
+
+        It does want tensors that are as long as its config says, and are padded all alike: Qwen2.5-VL's vision tower,
+        for alignment, and SGLang where a size does not divide by the CPUs.
+        """
+        shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+        for misfit in misfits:
+            differing = set(misfit.shape) - set(misfit.wanted)
+            is_said = misfit.outcome == PADDED and not differing.isdisjoint(self.sizes)
+            shapes.setdefault(pattern_of(misfit.tensor), set()).add(misfit.shape if is_said else ())
+        meant = {pattern for pattern, found in shapes.items() if len(found) == 1 and () not in found}
+        meant.difference_update(self.fitting)
+        return [misfit for misfit in misfits if pattern_of(misfit.tensor) not in meant]
+
+
+Origins = Callable[[Sequence[int] | None], list[str]]
+
+
+class Weight(Protocol):
+    """A weight that has been loaded, by units."""
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+
+    @property
+    def units(self) -> int:
+        """How many it has."""
+
+    @property
+    def rewritten(self) -> Sequence[str]:
+        """Checkpoint tensors that replaced other values."""
+
+    @property
+    def magnitudes(self) -> torch.Tensor:
+        """The largest magnitude of each unit."""
+
+    @property
+    def origins(self) -> Origins:
+        """Names of the checkpoint tensors that were written into some units, or anywhere."""
+
+
+@dataclass(frozen=True)
+class _Incomplete:
+    """A parameter of which units were never completely written."""
+
+    layer: str
+    parameter: str
+    units: Sequence[int]
+    total: int
+
+
+@dataclass(frozen=True)
+class _Magnitudes:
+    """What tells later whether a parameter is finite; none of its memory."""
+
+    name: str
+    magnitudes: torch.Tensor
+    origins: Origins
+
+
+@dataclass(frozen=True)
+class _NotFinite:
+    """A parameter with NaN or Inf: what is told of it, and the checkpoint tensors that went into its damaged units."""
+
+    told: str
+    origins: Sequence[str]
+
+    def tell_origins(self, counts: Mapping[str, tuple[int, int]]) -> str:
+        """The tensors of which some values are known not to be finite, else all of them."""
+        damaged = [
+            f"{name} ({count} of {total} values)"
+            for name in self.origins
+            for count, total in [counts.get(name, (0, 0))]
+            if count
+        ]
+        return shortened(damaged or self.origins) or "tensors of unknown name"
+
+
+class Findings:
+    """Collects what ``note`` is told of each parameter; ``conclude`` warns or raises, once, when loading has ended."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.misfits: list[Misfit] = []
+        self._incomplete: list[_Incomplete] = []
+        self._magnitudes: list[_Magnitudes] = []
+        self._rewritten: list[str] = []
+        self._written: dict[str, list[str]] = {}
+
+    def note(self, layer: str, weight: Weight, missing: Sequence[int]) -> None:
+        """Take over what a weight of ``layer`` knows; ``missing`` are units that were never completely written."""
+        self._written.setdefault(layer, []).extend(weight.origins(None))
+        if missing:
+            self._incomplete.append(_Incomplete(layer, weight.name, missing, weight.units))
+        self._magnitudes.append(_Magnitudes(weight.name, weight.magnitudes, weight.origins))
+        self._rewritten += weight.rewritten
+
+    def wanted(self, folder: Path, config: Mapping[str, Any]) -> WantedShapes:
+        """What is known of the shapes that the model wants.
+
+        Args:
+            folder: of the checkpoint.
+            config: its config.json as SGLang has it, which may have been adapted to the machine since.
+        """
+        misfits = {misfit.tensor for misfit in self.misfits}
+        written = (name for names in self._written.values() for name in names)
+        return WantedShapes(
+            frozenset({*_numbers_in(config), *_numbers_in(_config_in(folder))}),
+            frozenset(pattern_of(name) for name in written if name not in misfits),
+        )
+
+    def conclude_misfits(self, tolerance: Tolerance, wanted: WantedShapes) -> None:
+        """Say which checkpoint tensors do not fill their part of a weight, ``misfits``.
+
+        Args:
+            tolerance: what is an error and what a warning.
+            wanted: what is known of the shapes that the model wants.
+
+        Raises:
+            MisfitError: there are some, and that is not allowed.
+        """
+        found = [str(misfit) for misfit in wanted.unmeant(self.misfits)]
+        if not found:
+            return
+        text = f"{len(found)} tensors of the checkpoint do not have the shape that the model needs: {shortened(found)}"
+        if not tolerance.not_finite:
+            raise MisfitError(
+                f"{text}. Compare its config.json with what it holds; {tolerance.not_finite_switch} serves what is "
+                "left, with a warning."
+            )
+        self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
+
+    def conclude(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
+        """Say all of it.
+
+        Args:
+            tolerance: what is an error and what a warning.
+            read: what the checkpoint held.
+            files: of the checkpoint.
+
+        Raises:
+            IncompleteLoadError: weights are missing, and that is not allowed.
+            NonFiniteWeightError: there are NaN or Inf, and that is not allowed.
+        """
+        if self._incomplete:
+            self._conclude_missing(tolerance, read, files)
+        not_finite = self._not_finite()
+        if not_finite:
+            self._conclude_not_finite(not_finite, tolerance, files)
+        if self._rewritten:
+            self.warn(
+                f"the checkpoint holds these tensors more than once, with different values: "
+                f"{shortened(sorted(set(self._rewritten)))}. The last one read is served, as in stock SGLang"
+            )
+
+    def _conclude_missing(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
+        lines = [self._describe(found, read.entries) for found in self._incomplete[:MAX_LISTED]]
+        more = len(self._incomplete) - MAX_LISTED
+        lines += [f"and {more} more parameters"] if more > 0 else []
+        misplaced = self._misplaced(read)
+        lines += [f"read, but loaded into nothing: {read.told(misplaced.names)}"] if misplaced.names else []
+        lines += file_problems(files)
+        text = "\n  ".join(
+            [f"{len(self._incomplete)} parameters were never completely written from the checkpoint:", *lines]
+        )
+        needed = [found.parameter for found in self._incomplete if eligibility.why_deferred(found.layer)]
+        if tolerance.missing and not needed:
+            self.warn(f"{text}\n  What is missing is zero, since {tolerance.missing_switch}")
+            return
+        zeros = f"{tolerance.missing_switch} serves zeros in these places"
+        raise IncompleteLoadError(
+            f"{text}\nStock SGLang would serve uninitialized memory here. {_next_step(misplaced, read)} "
+            f"{f'SGLang cannot serve at all without {shortened(needed)}' if needed else zeros}."
+        )
+
+    def _misplaced(self, read: Read) -> Misplaced:
+        """What was loaded into nothing, and belongs to layers that lack something; everything where nothing tells."""
+        unused = read.unused({name for names in self._written.values() for name in names})
+        lacking = {found.layer: found.layer.rpartition(".")[0] for found in self._incomplete}
+        complete = [layer for layer in self._written if layer.rpartition(".")[0] not in lacking.values()]
+        # What complete layers have in vain as well, no layer needs: rotary frequencies.
+        needless = {pattern_of(name) for name in Misplaced.among(unused, complete).names}
+        found = Misplaced.among((name for name in unused if pattern_of(name) not in needless), lacking)
+        if not found.names and not any(self._written.values()):
+            return Misplaced(unused, "")
+        return found
+
+    def _describe(self, found: _Incomplete, seen: Collection[str]) -> str:
+        names = missing_names(found.layer, self._written)
+        absent = [name for name in names if name not in seen]
+        unused = [name for name in names if name in seen]
+        told = [f"missing {shortened(absent)}"] if absent else []
+        told += [f"in the checkpoint but not loaded by the model {shortened(unused)}"] if unused else []
+        return f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing came for it'}"
+
+    def _not_finite(self) -> list[_NotFinite]:
+        """Asked of the device once, at the end."""
+        found = units_not_finite([weight.magnitudes for weight in self._magnitudes])
+        return [
+            _NotFinite(f"{weight.name} ({_counted(units, weight.magnitudes.numel())})", weight.origins(units))
+            for weight, units in zip(self._magnitudes, found, strict=True)
+            if units
+        ]
+
+    def _conclude_not_finite(self, found: Sequence[_NotFinite], tolerance: Tolerance, files: Collection[Path]) -> None:
+        listed = found[:MAX_LISTED]
+        names = [name for one in listed for name in one.origins[:MAX_LISTED]]
+        counts = values_not_finite(files, names)
+        lines = [f"{one.told}, loaded from {one.tell_origins(counts)}" for one in found]
+        text = f"NaN or Inf in {len(found)} parameters: {shortened(lines)}"
+        if not tolerance.not_finite:
+            raise NonFiniteWeightError(
+                f"{text}. The model would answer with garbage; {tolerance.not_finite_switch} serves it nonetheless, "
+                "with a warning."
+            )
+        self.warn(f"{text}. They are quantized as in stock SGLang, which says nothing; expect garbage")
+
+    def warn(self, text: str) -> None:
+        """Say it in the log, and keep it."""
+        self.warnings.append(text)
+        logger.warning("StreamFP8: %s", sentence(text))
+
+
+def kept_misfits(layer: str, misfits: Iterable[Misfit], placeholders: Mapping[str, torch.Tensor]) -> list[Misfit]:
+    """Those of a layer that SGLang does not announce.
+
+    It makes experts larger for some kernels (aiter's), says so on the parameter, and pads them itself.
+    """
+    padded = {f"{layer}.{key}" for key, value in placeholders.items() if getattr(value, "weight_padded", False)}
+    return [misfit for misfit in misfits if misfit.outcome != PADDED or misfit.parameter not in padded]
+
+
+def _next_step(misplaced: Misplaced, read: Read) -> str:
+    if misplaced.advice:
+        return misplaced.advice
+    if any(read.entries[name] for name in misplaced.names):
+        return "Save the tensors themselves, each under the name that the model looks for."
+    complete = "Complete the checkpoint (download it anew, check its index)"
+    return f"{complete}, or give its tensors the names that the model looks for." if misplaced.names else f"{complete}."
+
+
+def _config_in(folder: Path) -> Any:
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers_in(item)
+
+
+def _counted(units: Sequence[int], total: int) -> str:
+    return f"{len(units)} of {total} units" + (f": {shortened([str(unit) for unit in units])}" if total > 1 else "")

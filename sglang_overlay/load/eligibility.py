@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be streamed, decided from upstream's configuration. Every ``why_not_*`` gives a reason or None."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_overlay.schemes import capabilities
+
+ABSORBED = {
+    "kv_b_proj": "MLA's post_load_weights builds w_kc and w_vc from its high-precision weight before quantization",
+}
+"""Layers whose bf16 weight upstream reads after loading, by the last part of their name, and what reads it.
+
+They keep stock's path: high precision until upstream is done with them. deepseek_v2 and its relatives (deepseek_nextn,
+longcat_flash, bailing_moe_v3, bailing_moe_linear, kimi_linear, kimi_k25_eagle3, minicpm3, sarvam_moe, gigachat35,
+dots3).
+"""
+
+
+def is_online_fp8(config: Any) -> bool:
+    """Whether this is SGLang's own fp8 config over a high-precision checkpoint.
+
+    Subclasses and look-alikes (w4afp8, compressed-tensors, modelopt, quark, nvfp4) have rules of their own, and so have
+    fp8-serialized checkpoints, mxfp8 and fp4 experts.
+    """
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    return (
+        type(config) is Fp8Config
+        and not config.is_checkpoint_fp8_serialized
+        and not config.use_mxfp8
+        and not config.is_fp4_experts
+        and config.weight_block_size is None
+    )
+
+
+def why_not_platform() -> str | None:
+    """Platforms whose post-processing this package has never run stay on stock's path."""
+    from sglang.srt import utils
+
+    for name in ("is_xpu", "is_npu", "is_musa", "is_cpu"):
+        if not hasattr(utils, name):
+            return f"this SGLang does not tell which platform it runs on (sglang.srt.utils.{name} is not there)"
+        if getattr(utils, name)():
+            return f"fp8 post-processing of this platform ({name.removeprefix('is_')}) is not covered yet"
+    if capabilities.packs_experts_to_int4():
+        return "SGLANG_INT4_WEIGHT has experts in int4"
+    return None
+
+
+def why_not_options() -> str | None:
+    """Options of the server under which weights move about while the model is built."""
+    from sglang.srt.utils import offloader
+
+    if not isinstance(offloader.get_offloader(), offloader.NoopOffloader):
+        return "CPU offload (--cpu-offload-gb, --offload-group-size) moves weights while the model is built"
+    return None
+
+
+def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:
+    """A layer whose quantization method is wrapped by another (kt-ep, paged experts) is managed by that one."""
+    if getattr(layer, "quant_method", None) is not method:
+        wrapper = type(getattr(layer, "quant_method", None)).__name__
+        return f"its quantization method is wrapped by {wrapper}"
+    return None
+
+
+def why_deferred(name: str) -> str | None:
+    """Why a layer must stay in high precision until upstream has read it."""
+    return ABSORBED.get(name.rsplit(".", 1)[-1])

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of each checkpoint tensor, and which file of the export it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.regions import extent
+from sglang_overlay.errors import ExportError
+from sglang_overlay.offline.export.source import SourceTensor
+from sglang_overlay.offline.export.weight_file import Entry
+from sglang_overlay.offline.tracing import Landing, Trace
+from sglang_overlay.safetensors_format import shard_name, split_by_size
+from sglang_overlay.schemes.stored import StoredForm
+
+
+@dataclass(frozen=True)
+class Item:
+    """A checkpoint tensor and what is stored of it: itself, or values and scales.
+
+    Attributes:
+        source: the tensor.
+        entries: what is stored.
+        dtype: what the values are cast to before they are quantized; None where they are copied.
+    """
+
+    source: SourceTensor
+    entries: tuple[Entry, ...]
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it becomes values and scales."""
+        return self.dtype is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the export and what is in it, in order."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All tensors in it."""
+        return [entry for item in self.items for entry in item.entries]
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything that is going to be written but the files that are copied.
+
+    Attributes:
+        shards: files with weights.
+        config: ``config.json``.
+    """
+
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def items(self) -> list[Item]:
+        """All tensors of the checkpoint."""
+        return [item for shard in self.shards for item in shard.items]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights stored."""
+        return sum(item.nbytes for item in self.items)
+
+
+def make_plan(
+    tensors: Sequence[SourceTensor], config: Mapping[str, Any], trace: Trace, form: StoredForm, most: int
+) -> ExportPlan:
+    """Plan an export.
+
+    Args:
+        tensors: of the checkpoint, in the order in which they are to be stored.
+        config: of the checkpoint.
+        trace: where the tensors go in the model.
+        form: how quantized ones are stored.
+        most: bytes in a shard; a single tensor may have more.
+
+    Raises:
+        ExportError: a tensor would not have in the export the values that it has in an online load.
+    """
+    items = [_item(tensor, trace.landings.get(tensor.name, ()), form) for tensor in tensors]
+    if not any(item.is_quantized for item in items):
+        raise ExportError(f"{trace.architecture} has no layer that would be quantized, so there is nothing to export")
+    ignored = [_module(item.source.name) for item in items if not item.is_quantized and _is_matrix(item.source)]
+    _check_ignored(ignored, trace.layers)
+    quantization = {**form.config, form.ignored: ignored}
+    return ExportPlan(_shards(items, most), {**config, "quantization_config": quantization})
+
+
+def _item(tensor: SourceTensor, landings: Sequence[Landing], form: StoredForm) -> Item:
+    if not landings:
+        return Item(tensor, (Entry(tensor.name, tensor.shape, tensor.dtype),))
+    dtype = _dtype_loaded(tensor, landings)
+    for landing in landings:
+        _check_landing(tensor, landing, form)
+    scales = Entry(tensor.name + form.scale, form.scale_shape(tensor.shape), torch.float32)
+    return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales), dtype)
+
+
+def _dtype_loaded(tensor: SourceTensor, landings: Sequence[Landing]) -> torch.dtype:
+    """The dtype in which an online load quantizes the tensor."""
+    if not tensor.dtype.is_floating_point:
+        raise ExportError(
+            f"{tensor.name}, which goes into {landings[0].parameter}, is of dtype {tensor.dtype}. A checkpoint whose "
+            "weights are integers is quantized already: export the unquantized one."
+        )
+    dtypes = {landing.dtype: landing.parameter for landing in landings}
+    if len(dtypes) > 1:
+        places = " and ".join(f"{parameter} of dtype {dtype}" for dtype, parameter in dtypes.items())
+        raise ExportError(f"{tensor.name} goes into {places}, which have different scales: it can be stored with one")
+    return landings[0].dtype
+
+
+def _check_landing(tensor: SourceTensor, landing: Landing, form: StoredForm) -> None:
+    """Make sure that the parameter's scales are those that the tensor alone has."""
+    where = f"{tensor.name} {list(tensor.shape)} goes into {landing.parameter} {list(landing.shape)}"
+    if extent(landing.box)[-2:] != tensor.shape or landing.box[-1] != (0, landing.shape[-1]):
+        raise ExportError(
+            f"{where} as {list(extent(landing.box))}. Only matrices that are loaded whole can be exported. Where all "
+            "experts are stored in one tensor, store them one by one."
+        )
+    first, last = landing.box[-2]
+    if first % form.rows or (last != landing.shape[-2] and last % form.rows):
+        raise ExportError(
+            f"{where} from row {first} to {last}, which cuts a block of {form.rows} rows: the online load gives that "
+            f'block one scale, a checkpoint two. Leave the layer out: --scheme \'{{..., "ignore": '
+            f'["{landing.parameter.rpartition(".")[0]}"]}}\'.'
+        )
+
+
+def _is_matrix(tensor: SourceTensor) -> bool:
+    return tensor.name.endswith(".weight") and len(tensor.shape) >= 2
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _check_ignored(ignored: Sequence[str], layers: Sequence[str]) -> None:
+    """SGLang also leaves out what is inside a module that is left out."""
+    for layer in layers:
+        outer = next((module for module in ignored if f".{layer}.".find(f".{module}.") >= 0), None)
+        if outer is not None:
+            raise ExportError(f"{outer} is not quantized, and {layer} inside it is: no config can say that")
+
+
+def _shards(items: Sequence[Item], most: int) -> tuple[Shard, ...]:
+    groups = split_by_size(items, lambda item: item.nbytes, most)
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(items)),)
+    return tuple(Shard(shard_name(number, len(groups)), tuple(group)) for number, group in enumerate(groups, 1))

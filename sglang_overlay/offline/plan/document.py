@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as JSON that other programs may rely on; ``plan.schema.json`` beside this module is the format.
+
+Within one version fields are only ever added. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sglang_overlay import __version__
+from sglang_overlay.observe.memory import thin
+from sglang_overlay.offline.plan.gpus import GPU
+from sglang_overlay.offline.plan.job import PlannedLoad
+from sglang_overlay.offline.plan.planner import Plan, PlannedRank
+
+SCHEMA = "sglang-streamfp8/plan"
+VERSION = 1
+SCHEMA_FILE = Path(__file__).with_name("plan.schema.json")
+MAX_SAMPLES = 400
+
+
+def to_json(plan: Plan, gpu: GPU | None = None) -> dict[str, Any]:
+    """``plan`` as plain data, with the verdict for ``gpu``."""
+    request = plan.request
+    any_load = plan.ranks[0].loads[0]
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "release": plan.release,
+        "overlay_version": __version__,
+        "model": {
+            "path": str(request.model),
+            "architecture": any_load.architecture,
+            "parameters": any_load.checkpoint_parameters,
+            "bytes": any_load.checkpoint_bytes,
+            "files": any_load.checkpoint_files,
+            "source": any_load.checkpoint_source,
+        },
+        "layout": asdict(request.layout),
+        "order": request.order,
+        "device": request.device,
+        "schemes": asdict(request.schemes),
+        "ranks": [_rank(rank) for rank in plan.ranks],
+        "gpu": None if gpu is None else {**asdict(gpu), "fits": {mode: plan.fits(mode, gpu) for mode in request.modes}},
+    }
+
+
+def _rank(rank: PlannedRank) -> dict[str, Any]:
+    return {
+        "rank": rank.rank,
+        "stands_for": list(rank.stands_for),
+        "loads": {load.mode: _load(load) for load in rank.loads},
+    }
+
+
+def _load(load: PlannedLoad) -> dict[str, Any]:
+    return {
+        "peak_bytes": load.peak,
+        "final_bytes": load.final,
+        "staging_peak_bytes": load.staging_peak,
+        "units": {"count": load.units, "direct": load.direct_units},
+        "layers": {
+            "streamed": load.streamed,
+            "deferred": load.deferred,
+            "fallback": load.fallback,
+            "why_none": load.why_none,
+        },
+        "host": {f"{name}_bytes": size for name, size in asdict(load.host).items()},
+        "device_work": asdict(load.work),
+        "samples": [list(sample) for sample in thin(load.samples, MAX_SAMPLES)],
+    }

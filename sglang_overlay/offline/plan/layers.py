@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-granular streaming, to compare with: a layer is gathered whole in high precision, then quantized and let go of.
+
+That is what vLLM #31914 and SGLang #17945 do. Here it is a mode of this package's own streaming, so that a comparison
+shows the granularity and nothing else: the same capture, the same kernels, the same threads, the same reports. For
+plans and benchmarks (``ci/bench``) only, never for serving.
+
+    with whole_layers(): load()
+
+A layer's peak lasts as long as its last values take to be quantized, some milliseconds. ``peak_seconds`` draws it out
+for whoever measures memory by reading it now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_overlay.core.pipeline import WORTH_HANDING_OVER
+from sglang_overlay.core.pipelined_stream import PipelinedStream
+from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.load import overlay_load
+from sglang_overlay.offline.plan.replacing import replaced
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class _Layer:
+    """The parameters of one layer; ``lock`` guards their gathering. Complete when all of each has come."""
+
+    def __init__(self, peak_seconds: float) -> None:
+        self.peak_seconds = peak_seconds
+        self.lock = threading.Lock()
+        self.members: list[GatheredStream] = []
+
+
+class GatheredStream(PipelinedStream):
+    """A parameter that waits for the rest of its layer. Arguments are those of ``PipelinedStream``."""
+
+    def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        super().__init__(name, placeholder, *args, **kwargs)
+        self._placeholder = placeholder
+        self._layer = layer
+        self._gathered: torch.Tensor | None = None
+        self._missing: list[Box] = [whole(self._shape)]
+        self._is_passed_on = False
+        layer.members.append(self)
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        if not destination.numel():
+            return
+        with self._layer.lock:
+            if self._is_passed_on:
+                super().write(destination, source)
+                return
+            self._gather(Placement(destination, self._shape), source)
+            if not any(member._missing for member in self._layer.members):
+                for member in self._layer.members:
+                    member._pass_on()
+
+    def restore(self) -> torch.Tensor:
+        if self._gathered is None:
+            return super().restore()
+        gathered = self._gathered
+        self._let_go()
+        return gathered.view(self._placeholder_shape)
+
+    def release(self) -> None:
+        self._let_go()
+        super().release()
+
+    def _gather(self, placement: Placement, source: torch.Tensor) -> None:
+        if self._gathered is None:
+            self._gathered = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
+            self._account.add(self._gathered.nbytes)
+        self._gathered[slices(placement.box)].copy_(placement.lay_out(source))
+        self._missing = [part for box in self._missing for part in difference(box, placement.box)]
+
+    def _pass_on(self) -> None:
+        """Quantize everything, on all threads as stock's operators do, and wait for it: the memory is the layer's."""
+        gathered = self._gathered
+        assert gathered is not None
+        self._is_passed_on = True
+        self._sources.offer(gathered)
+        parts = min(self.units, max(1, gathered.nbytes // WORTH_HANDING_OVER)) if self._grid.sliced else 1
+        placeholder = self._placeholder.detach().view(self._shape)
+        for place, values in zip(placeholder.chunk(parts), gathered.chunk(parts), strict=True):
+            super().write(place, values)
+        self._wait()
+        time.sleep(self._layer.peak_seconds)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._gathered is not None:
+            self._account.add(-self._gathered.nbytes)
+            self._gathered = None
+
+
+@contextlib.contextmanager
+def whole_layers(peak_seconds: float = 0.0) -> Iterator[None]:
+    """Make all loads in this process gather layers. Parameters belong together whose names differ in the last part."""
+    layers: dict[tuple[StagingAccount, str], _Layer] = {}
+
+    def stream(name: str, *args: Any, **kwargs: Any) -> Any:
+        # One load has one account.
+        account = next(value for value in args if isinstance(value, StagingAccount))
+        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds))
+        return GatheredStream(layer, name, *args, **kwargs)
+
+    with replaced(overlay_load, "PipelinedStream", stream):
+        yield

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All ranks of a server in all modes, and whether they fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.offline.plan.gpus import GPU
+from sglang_overlay.offline.plan.job import MODES, Device, Job, Layout, Mode, Order, PlannedLoad
+from sglang_overlay.offline.plan.process import Planners
+from sglang_overlay.schemes.choice import SchemeChoice
+
+
+class RequestError(StreamFP8Error):
+    """What is to be planned makes no sense, or is not there."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned; see ``Job`` for what is not explained here.
+
+    Attributes:
+        every_rank: compute each rank; otherwise the first TP rank of each pipeline stage stands for its stage.
+    """
+
+    model: Path
+    layout: Layout = field(default_factory=Layout)
+    modes: tuple[Mode, ...] = MODES
+    order: Order = "sorted"
+    device: Device = "cuda"
+    every_rank: bool = False
+    from_config: bool = False
+    schemes: SchemeChoice = field(default_factory=SchemeChoice)
+    server_args: tuple[tuple[str, Any], ...] = ()
+
+    def jobs(self) -> list[Job]:
+        """A job for each computed rank and mode, ranks first.
+
+        Raises:
+            RequestError: there is no ``config.json`` of a model, or the ranks do not divide evenly.
+        """
+        self._check_config()
+        self._check_layout()
+        base = Job(
+            self.model.resolve(),
+            self.layout,
+            order=self.order,
+            device=self.device,
+            from_config=self.from_config,
+            schemes=self.schemes,
+            server_args=self.server_args,
+        )
+        return [replace(base, rank=rank, mode=mode) for rank in self.computed_ranks() for mode in self.modes]
+
+    def _check_config(self) -> None:
+        config = self.model / "config.json" if self.model.is_dir() else self.model
+        if not config.is_file():
+            raise RequestError(f"{config} is not there: name a folder with a config.json, or such a file")
+        try:
+            architectures = json.loads(config.read_text(encoding="utf-8"))["architectures"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RequestError(f"{config} is no model's config.json: {error!r}") from error
+        if not architectures:
+            raise RequestError(f"{config} names no architectures, by which SGLang finds the model's class")
+
+    def _check_layout(self) -> None:
+        layout = self.layout
+        parts = {"ep": layout.ep, **({"dp": layout.dp} if layout.dp_attention else {})}
+        for name, size in parts.items():
+            if layout.tp % size:
+                raise RequestError(f"{layout.tp} TP ranks do not divide into {size} {name.upper()} ranks")
+
+    def computed_ranks(self) -> list[int]:
+        """Ranks for which there is a job."""
+        return list(range(0, self.layout.ranks, 1 if self.every_rank else self.layout.tp))
+
+
+@dataclass(frozen=True)
+class PlannedRank:
+    """One computed rank in all modes.
+
+    Attributes:
+        stands_for: all ranks that are taken to be like this one, itself included.
+    """
+
+    rank: int
+    stands_for: tuple[int, ...]
+    loads: tuple[PlannedLoad, ...]
+
+    def load(self, mode: Mode) -> PlannedLoad:
+        """The load in one mode."""
+        return next(load for load in self.loads if load.mode == mode)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for and what came out."""
+
+    request: Request
+    release: str
+    ranks: tuple[PlannedRank, ...]
+
+    def fits(self, mode: Mode, gpu: GPU) -> bool:
+        """Whether every rank's peak leaves the GPU's other users their share."""
+        return all(rank.load(mode).peak <= gpu.usable for rank in self.ranks)
+
+    def highest(self, mode: Mode) -> PlannedLoad:
+        """The load of the rank that needs the most in one mode."""
+        return max((rank.load(mode) for rank in self.ranks), key=lambda load: load.peak)
+
+
+def plan(request: Request) -> Plan:
+    """Plan in processes of its own, as many as there are cores and jobs.
+
+    Raises:
+        StreamFP8Error: what is asked for is not there, or could not be loaded.
+    """
+    jobs = request.jobs()
+    with Planners(min(len(jobs), len(os.sched_getaffinity(0)))) as planners:
+        return collect(request, planners.run(jobs))
+
+
+def collect(request: Request, loads: Iterator[PlannedLoad]) -> Plan:
+    """Put the results of ``request.jobs()`` together."""
+    from sglang_overlay.hooks import releases
+
+    ranks = []
+    for rank in request.computed_ranks():
+        found = tuple(next(loads) for _ in request.modes)
+        ranks.append(PlannedRank(rank, tuple(_like(request, rank)), found))
+    return Plan(request, releases.installed() or "unknown", tuple(ranks))
+
+
+def _like(request: Request, rank: int) -> Sequence[int]:
+    return range(rank, rank + (1 if request.every_rank else request.layout.tp))

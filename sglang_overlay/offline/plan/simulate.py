@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load one rank of a model without memory, in one mode, and say what it would have taken."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.errors import StreamFP8Error
+from sglang_overlay.hooks.catalogue import STREAMING
+from sglang_overlay.hooks.hook import State, inspect_points
+from sglang_overlay.load import overlay_load
+from sglang_overlay.load.model_load import tensors_of, under_way
+from sglang_overlay.load.overlay_load import OverlayLoad
+from sglang_overlay.load.summary import stored_bytes
+from sglang_overlay.offline.plan.account import CUDA_BLOCK, Account, AllocatedLate, AllocatedMemory, TouchedMemory
+from sglang_overlay.offline.plan.checkpoint import Checkpoint, WeightFile, arranged, read_headers, read_index
+from sglang_overlay.offline.plan.from_config import from_config
+from sglang_overlay.offline.plan.host import HeldTensors, HostMemory
+from sglang_overlay.offline.plan.job import DeviceWork, Job, PlannedLoad
+from sglang_overlay.offline.plan.layers import whole_layers
+from sglang_overlay.offline.plan.replacing import replaced
+from sglang_overlay.offline.plan.weightless import EmptyFile, weightless
+from sglang_overlay.offline.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
+from sglang_overlay.schemes.layer_plan import ParameterPlan
+from sglang_overlay.settings import Mode as StreamingMode
+from sglang_overlay.settings import Settings
+
+_KEPT_TENSORS = 8
+
+
+class NotHookedError(StreamFP8Error):
+    """SGLang is as it comes: nothing here would be streamed."""
+
+
+def simulate(job: Job) -> PlannedLoad:
+    """Do what a rank does, on tensors without memory.
+
+    Raises:
+        StreamFP8Error: the checkpoint's headers cannot be read, or the load would fail (a missing tensor, say).
+    """
+    checkpoint = checkpoint_of(job.model, job.from_config)
+    _check_hooked()
+    account, held = _account(job), HeldTensors()
+    device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
+    load = _load(job, device)
+    with _config_folder(job.model) as folder, ExitStack() as stack:
+        rank = stack.enter_context(simulated_rank(folder, job.layout, job.rank, dict(job.server_args)))
+        stack.enter_context(_modelled(job, account.work))
+        stack.enter_context(weightless(account))
+        stack.enter_context(under_way(load))
+        with closing(load):
+            model = rank.load(device, lambda: _weights(job, checkpoint, account, load, held))
+            load.check(model, rank.model_config)
+        account.finish()
+        host = HostMemory.of(_read_by(job, checkpoint), held.peak)
+        return _summary(job, checkpoint, account, load, model, rank.architecture, host)
+
+
+def _check_hooked() -> None:
+    """A plan of streaming in a process whose SGLang is not patched would be stock's."""
+    if not any(found.state is State.ACTIVE for found in inspect_points(STREAMING)):
+        raise NotHookedError(
+            "SGLang has not loaded this package's plugin, so nothing would be streamed: "
+            "`python -m sglang_overlay check` says what is wrong"
+        )
+
+
+def _account(job: Job) -> Account:
+    if job.device == "cpu":
+        return TouchedMemory("cpu")
+    return (AllocatedLate if job.mode == "layers" else AllocatedMemory)("cuda", CUDA_BLOCK)
+
+
+@cache
+def checkpoint_of(model: Path, from_config_alone: bool) -> Checkpoint:  # noqa: FBT001 - part of the cache's key
+    """The headers in a folder; where there are none, what ``config.json`` says, in the files of the index if any."""
+    if not from_config_alone and model.is_dir() and any(model.glob("*.safetensors")):
+        return read_headers(model)
+    with _config_folder(model) as folder:
+        found = from_config(folder)
+    index = None if from_config_alone or not model.is_dir() else read_index(model)
+    return found if index is None else arranged(found, index)
+
+
+@contextmanager
+def _config_folder(model: Path) -> Iterator[Path]:
+    """A folder that holds the model's ``config.json`` under this name."""
+    if model.is_dir():
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(model, Path(folder) / "config.json")
+        yield Path(folder)
+
+
+@contextmanager
+def _modelled(job: Job, work: DeviceWork) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    # One thread: no workers beside the loader, so the same plan every time.
+    torch.set_num_threads(1)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(loading_in_this_thread())
+            stack.enter_context(replaced(overlay_load, "free_huge_pages", lambda: 0))
+            # Either is touched where it is written.
+            stack.enter_context(replaced(overlay_load, "zeros_on_demand", partial(torch.empty_like, device="cpu")))
+            if job.mode == "layers":
+                stack.enter_context(whole_layers())
+            if job.device == "cuda":
+                stack.enter_context(cuda_kernels(work))
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load(job: Job, device: torch.device) -> OverlayLoad:
+    if job.mode == "stock":
+        return OverlayLoad(Settings(StreamingMode.OFF), device)
+    settings = Settings(StreamingMode.ON, schemes=job.schemes)
+    return (OverlayLoad if job.device == "cuda" else _UncomputedLoad)(settings, device)
+
+
+def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
+    return checkpoint.read_by(job.order, job.rank % job.layout.tp, job.layout.tp)
+
+
+def _weights(
+    job: Job, checkpoint: Checkpoint, account: Account, load: OverlayLoad, held: HeldTensors
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What SGLang's own iterator gives, tensor by tensor."""
+    contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
+    # As long as one tensor of a mapped file lives, those that follow are known to be mapped as well.
+    latest: deque[torch.Tensor] = deque(maxlen=_KEPT_TENSORS)
+    for file in _read_by(job, checkpoint):
+        for header in file.tensors:
+            tensor = contents.tensor(header.shape, header.dtype)
+            account.read(header.size)
+            load.see(header.name, tensor)
+            held.give(tensor, latest)
+            yield header.name, tensor
+            latest.append(tensor)
+    held.finish()
+
+
+class _UncomputedLoad(OverlayLoad):
+    """Streams as ever, but computes nothing: the CPU's own quantizers need no memory, and read what is not there."""
+
+    def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:
+        return _NoQuantizer()
+
+
+class _NoQuantizer:
+    """Writes where the results would go."""
+
+    def could_be(self, piece: Any, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        return True
+
+    def quantize(self, pieces: Any, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        weight.zero_()
+        scale.zero_()
+        return torch.zeros(())
+
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        weight.zero_()
+        scale.zero_()
+        return torch.zeros(len(values))
+
+
+def _summary(
+    job: Job,
+    checkpoint: Checkpoint,
+    account: Account,
+    load: OverlayLoad,
+    model: torch.nn.Module,
+    architecture: str,
+    host: HostMemory,
+) -> PlannedLoad:
+    return PlannedLoad(
+        mode=job.mode,
+        rank=job.rank,
+        peak=account.peak,
+        final=stored_bytes(tensor for _, tensor in tensors_of(model) if tensor.device.type == job.device),
+        staging_peak=load.account.peak,
+        units=load.units,
+        direct_units=load.direct_units,
+        streamed=load.layers,
+        deferred=len(load.deferred),
+        fallback=len(load.fallback),
+        why_none=load.abandoned,
+        checkpoint_bytes=checkpoint.size,
+        checkpoint_parameters=checkpoint.parameters,
+        checkpoint_files=len(checkpoint.files),
+        checkpoint_source=checkpoint.source,
+        architecture=architecture,
+        samples=tuple(account.samples),
+        host=host,
+        work=account.work,
+    )

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans whose scales are of whole rows, also where tensor parallelism leaves a rank some columns of them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.placeholders import set_loader
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.whole_rows import LoadedTensor, WholeRows, WholeRowsQuantizer
+from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan, Placeholders
+
+
+@dataclass(frozen=True)
+class WholeRowsPlan(ParameterPlan):
+    """How a parameter is quantized that holds some columns of its rows.
+
+    Attributes:
+        rows: the whole ones. Its stream has to show them what is written.
+    """
+
+    rows: WholeRows
+
+
+class WholeRowScales(LayerPlan):
+    """Comes before a plan that gives each row a scale, and makes that the scale of the checkpoint's whole row.
+
+    Attributes:
+        split: the parameters that have some columns of their rows: what their loaders are given, and all columns.
+    """
+
+    split: Mapping[str, tuple[LoadedTensor, int]] = MappingProxyType({})
+
+    @abc.abstractmethod
+    def whole_columns(self, layer: torch.nn.Module, name: str, columns: int) -> int:
+        """Columns of a whole row of the parameter ``name``, of which this rank has ``columns``."""
+
+    def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
+        made = super().create(create, layer, dtype)  # type: ignore[safe-super]
+        split = {}
+        for name, placeholder in made.parameters.items():
+            columns = self.whole_columns(layer, name, placeholder.shape[-1])
+            if columns > placeholder.shape[-1]:
+                loaded = LoadedTensor()
+                set_loader(placeholder, loaded.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
+                split[name] = loaded, columns
+        self.split = split
+        return made
+
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        plan = super().parameter(name, placeholder, storage)  # type: ignore[safe-super]
+        if name not in self.split:
+            return plan
+        rows = WholeRows(*self.split[name], plan.grid, placeholder.dtype)
+        quantizer = WholeRowsQuantizer(plan.quantizer, rows, plan.storage.scale)
+        return WholeRowsPlan(plan.grid, quantizer, plan.storage, rows)
+
+
+def of(plan: ParameterPlan) -> WholeRows | None:
+    """The whole rows of a parameter that holds some of their columns."""
+    return plan.rows if isinstance(plan, WholeRowsPlan) else None
+
+
+def are_split(plan: LayerPlan) -> bool:
+    """Whether a layer has some columns of its rows."""
+    return isinstance(plan, WholeRowScales) and bool(plan.split)
+
+
+def told(names: Sequence[str]) -> str:
+    """What to say of parameters whose rows were not seen whole."""
+    return (
+        f"the weight loaders of {shortened(names)} were given some columns of rows that ranks share, so scales are of "
+        "these columns, and others at another tensor parallel size"
+    )

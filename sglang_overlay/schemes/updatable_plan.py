@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer's plan knows beyond its first load: weight updates, and schemes that stock does not have."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from sglang_overlay.core.placeholders import twin
+from sglang_overlay.core.quantizers import UnitQuantizer
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.schemes import capabilities
+from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan, Placeholders
+
+
+def quantize_whole(plan: ParameterPlan, values: torch.Tensor) -> torch.Tensor:
+    """Quantize a parameter that is there in full, in high precision; returns each unit's largest magnitude."""
+    units = values.reshape(plan.grid.count, *plan.grid.shape)
+    return plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
+
+
+class UpdatablePlan(LayerPlan):
+    """A plan whose layer can be quantized again when it is finished.
+
+    Attributes:
+        fills: names of further parameters that quantizing fills, and nothing else.
+        replaces_stock: the layer becomes something that upstream does not make of a high-precision weight, so one that
+            cannot be streamed is quantized here as well, when it has been loaded whole.
+    """
+
+    fills: frozenset[str] = frozenset()
+    replaces_stock: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def registered(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, Storage] | None:
+        """The memory of a finished layer's weights, by name; None where they have been repacked since."""
+
+    def scale_placeholders(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, tuple[str, torch.nn.Parameter]]:
+        """Where updates may bring weights that are quantized already, in the layout in which the layer is served.
+
+        To be called when upstream has just created the layer.
+
+        Returns:
+            For each such weight the name under which upstream's models look for the parameter of its scales, and a
+            placeholder for that, without memory, with upstream's loader; its elements are in the order of the
+            storage's.
+        """
+        return {}
+
+
+class SerializedPlan(UpdatablePlan):
+    """A layer as upstream creates it for a checkpoint that is quantized already: values and scales, in real memory.
+
+    They are the final storage. While the checkpoint is read, placeholders stand in the values' places; then upstream's
+    own post-processing finishes the layer, as if the values had come from a file.
+
+    Args:
+        scales: for each weight the name of the parameter that takes its scales.
+    """
+
+    replaces_stock = True
+
+    def __init__(self, scales: Mapping[str, str]) -> None:
+        self.weights = frozenset(scales)
+        self.fills = frozenset(scales.values())
+        self._scales = dict(scales)
+        self._real: dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
+        self._forms: dict[str, Any] = {}
+
+    @abc.abstractmethod
+    def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
+        """How the parameter ``name``, which is ``weight``, divides into units: large ones on a device."""
+
+    @abc.abstractmethod
+    def quantizer(self, device: torch.device) -> UnitQuantizer:
+        """What turns units into values and scales; it is given all scales of a unit in one dimension."""
+
+    def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
+        create()
+        self._real = {name: self._pair(layer, name) for name in self.weights}
+        self._forms = {name: self._form(*pair) for name, pair in self._real.items()}
+        self._grids = {name: self.grid(layer, name, weight) for name, (weight, _) in self._real.items()}
+        made = {
+            name: twin(weight, torch.empty(weight.shape, dtype=dtype, device="meta"))
+            for name, (weight, _) in self._real.items()
+        }
+        layer._parameters.update(made)
+        return Placeholders(made, next(iter(self._real.values()))[0].device)
+
+    def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
+        return self._storage(name, *self._real[name])
+
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        return ParameterPlan(self._grids[name], self.quantizer(storage.weight.device), storage)
+
+    def register(self, layer: torch.nn.Module, storages: Mapping[str, Storage]) -> None:
+        layer._parameters.update({name: weight for name, (weight, _) in self._real.items()})
+        self._real.clear()
+
+    def process(self, original: Callable[[], None], method: Any, layer: torch.nn.Module) -> None:
+        original()
+
+    def registered(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, Storage] | None:
+        pairs = {name: self._pair(layer, name) for name in placeholders}
+        # aiter's shuffle changes nothing that can be seen of a tensor.
+        if capabilities.uses_aiter() or any(self._form(*pair) != self._forms[name] for name, pair in pairs.items()):
+            return None
+        return {name: self._storage(name, *pair) for name, pair in pairs.items()}
+
+    def scale_placeholders(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, tuple[str, torch.nn.Parameter]]:
+        scales = {name: layer.get_parameter(scale) for name, scale in self._scales.items()}
+        return {
+            name: (self._scales[name], twin(scale, torch.empty_like(scale, device="meta")))
+            for name, scale in scales.items()
+            if hasattr(scale, "weight_loader")
+        }
+
+    def _pair(self, layer: torch.nn.Module, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        return layer.get_parameter(name), layer.get_parameter(self._scales[name])
+
+    def _storage(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> Storage:
+        grid = self._grids[name]
+        return Storage(weight.data.view(grid.count, *grid.shape), scale.data.view(grid.count, -1))
+
+    @staticmethod
+    def _form(weight: torch.Tensor, scale: torch.Tensor) -> tuple[Any, ...]:
+        """What upstream changes where it repacks: DeepGEMM's scales are rounded to powers of two, and say so."""
+        return (
+            *(form for tensor in (weight, scale) for form in (tensor.dtype, tensor.shape, tensor.is_contiguous())),
+            bool(getattr(scale, "format_ue8m0", False)),
+        )

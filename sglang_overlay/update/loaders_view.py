@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as its loaders know it, while an update loads weights: placeholders in place of what is served."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_overlay.core.placeholders import set_loader
+from sglang_overlay.load.snapshots import NOTED
+from sglang_overlay.load.updatable_layer import UpdatableLayer
+
+if TYPE_CHECKING:
+    from sglang_overlay.core.layer import WeightLoader
+
+
+@contextmanager
+def layers_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.shown(wrap))
+        yield
+
+
+@contextmanager
+def aliases_shown(
+    model: torch.nn.Module, layers: Iterable[UpdatableLayer], wrappers: Mapping[torch.nn.Module, UpdatableLayer]
+) -> Iterator[None]:
+    """Show a layer's placeholders wherever else models look for its weights.
+
+    LoRA's wrappers register those of linear layers again. Those of experts do not: upstream's models then look for
+    ``experts.w13_weight`` where it is ``experts.base_layer.w13_weight``, and pass over what they do not find.
+    """
+    shown: dict[int, dict[str, torch.nn.Parameter]] = {}
+    own = {layer.module for layer in layers}
+    for layer in layers:
+        for key, placeholder in layer.placeholders.items():
+            served = layer.module._parameters.get(key)
+            if served is not None:
+                scales = dict([layer.scales[key]] if key in layer.scales else [])
+                shown[id(served)] = {"": placeholder, **scales}
+    changed = []
+    for module, layer in wrappers.items():
+        changed.append((module, module._parameters))
+        module._parameters = {**module._parameters, **layer.placeholders, **dict(layer.scales.values())}
+    for module in model.modules():
+        aliases = [key for key, weight in module._parameters.items() if id(weight) in shown and module not in own]
+        if aliases:
+            before = module._parameters
+            module._parameters = dict(before)
+            for key in aliases:
+                (placeholder, *_), scales = shown[id(before[key])].values(), dict(shown[id(before[key])])
+                module._parameters[key] = placeholder
+                module._parameters.update({name: scale for name, scale in scales.items() if name})
+            changed.append((module, before))
+    try:
+        yield
+    finally:
+        for module, before in changed:
+            module._parameters = before
+
+
+def wrapped_layers(
+    model: torch.nn.Module, layers: Iterable[UpdatableLayer]
+) -> Iterator[tuple[torch.nn.Module, UpdatableLayer]]:
+    """LoRA's modules around experts, each with the layer in it."""
+    own: dict[torch.nn.Module | None, UpdatableLayer] = {layer.module: layer for layer in layers}
+    for module in model.modules():
+        layer = own.get(module._modules.get("base_layer"))
+        if layer is not None and not layer.placeholders.keys() & module._parameters.keys():
+            yield module, layer
+
+
+@contextmanager
+def loaders_wrapped(model: torch.nn.Module, wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
+    """Wrap the loaders of all parameters that have memory: models call loaders from threads, which no mode follows."""
+    from sglang.srt.model_loader.weight_utils import default_weight_loader
+
+    before = []
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            loader = getattr(parameter, "weight_loader", None)
+            set_loader(parameter, wrap(name, loader or default_weight_loader))
+            before.append((parameter, loader))
+    try:
+        yield
+    finally:
+        for parameter, loader in before:
+            if loader is None:
+                del parameter.weight_loader  # type: ignore[attr-defined]
+            else:
+                set_loader(parameter, loader)
+
+
+@contextmanager
+def notes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Have models forget what they note down meanwhile: placeholders, in place of the parameters that are served."""
+    before = {
+        module: {name: vars(module)[name] for name in NOTED if name in vars(module)} for module in model.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, noted in before.items():
+            for name in NOTED:
+                vars(module).pop(name, None)
+            vars(module).update(noted)
+
+
+@contextmanager
+def load_weights_given(model: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Make ``model.load_weights`` load what ``change`` makes of the weights."""
+    attributes: dict[str, Any] = vars(model)
+    own, original = attributes.get("load_weights"), model.load_weights
+
+    @functools.wraps(original)  # type: ignore[arg-type]
+    def load_weights(weights: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(change(weights), *args, **kwargs)  # type: ignore[operator]
+
+    attributes["load_weights"] = load_weights
+    try:
+        yield
+    finally:
+        del attributes["load_weights"]
+        if own is not None:
+            attributes["load_weights"] = own

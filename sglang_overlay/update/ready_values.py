@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that a trainer has quantized itself, with their scales, on their way into a parameter: taken to the bit."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from sglang_overlay.core.regions import Box, difference, slices
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.units import Landing, Landings, UnitGrid
+from sglang_overlay.errors import UnsupportedWriteError, WeightUpdateError
+from sglang_overlay.update.undo import UndoLog
+from sglang_overlay.update.update_capture import dtype_name
+
+
+@dataclass(frozen=True, eq=False)
+class _Write:
+    """Quantized values that go into ``landing``'s box of ``landing.count`` units from ``first`` on."""
+
+    first: int
+    landing: Landing
+    values: torch.Tensor
+
+    @property
+    def units(self) -> slice:
+        return slice(self.first, self.first + self.landing.count)
+
+
+class ReadyValues:
+    """Holds quantized values and scales of one parameter until units have all of both; then replaces these units.
+
+    Any thread may write; ``_lock`` is held meanwhile. All else is for when no loader runs.
+
+    Args:
+        name: of the parameter, for messages.
+        grid: how it divides into units.
+        storage: its final memory; scales have one dimension beside the units, or none.
+        scale: the placeholder of the scales, in the order of the storage's; several for each of them where the parts of
+            a fused weight, which is served with one scale, have one each.
+        scale_name: of that parameter, for messages.
+        undo: keeps what is replaced.
+        account: counts what waits.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        grid: UnitGrid,
+        storage: Storage,
+        scale: torch.Tensor,
+        scale_name: str,
+        undo: UndoLog,
+        account: StagingAccount,
+    ) -> None:
+        self.name = scale_name
+        self._parameter = name
+        self._grid = grid
+        self._landings = Landings(grid)
+        self._storage = storage
+        self._undo = undo
+        self._account = account
+        self._lock = threading.Lock()
+        self._waiting: list[_Write] = []
+        self._missing: dict[int, list[Box]] = {}
+        self._parts = scale.numel() // storage.scale.numel()
+        self._scale = torch.zeros(scale.numel(), dtype=storage.scale.dtype, device=storage.scale.device)
+        self._scaled = torch.zeros(scale.numel(), dtype=torch.bool)
+        self._whole = torch.zeros(grid.count, dtype=torch.bool)
+        self.taken = torch.zeros(grid.count, dtype=torch.bool)
+        """Units that have been replaced."""
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Take a write of scales: ``destination`` is a view of the scales' placeholder."""
+        view = destination.size(), destination.stride(), destination.storage_offset()
+        with self._lock, torch.inference_mode(mode=False), torch.no_grad():
+            self._scale.as_strided(*view).copy_(source)
+            self._scaled.as_strided(*view).fill_(True)
+            self._replace()
+
+    def write_values(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Take a write of quantized values: ``destination`` is a view of the values' placeholder.
+
+        Raises:
+            UnsupportedWriteError: the view is no box of the parameter.
+        """
+        try:
+            first, landing = self._landings.of(destination)
+        except UnsupportedWriteError as refused:
+            for part in self._landings.split(destination, source, refused):
+                self.write_values(*part)
+            return
+        with self._lock, torch.inference_mode(mode=False), torch.no_grad():
+            # The sender may use the tensor's memory again.
+            values = landing.lay_out(source).to(self._storage.weight.device, copy=True)
+            write = _Write(first, landing, values)
+            self._account.add(values.nbytes)
+            self._waiting.append(write)
+            self._cover(write)
+            self._replace()
+
+    @property
+    def open_units(self) -> torch.Tensor:
+        """Units of which something has come, but not all of values and scales: bool, one a unit."""
+        found = self._whole | self._scaled.view(self._grid.count, -1).any(1)
+        found[list(self._missing)] = True
+        return found
+
+    @property
+    def problem(self) -> str | None:
+        """What has come in part only."""
+        left = self.open_units
+        if not left.any():
+            return None
+        return (
+            f"{self._parameter} ({int(left.sum())} of {self._grid.count} units: "
+            f"{dtype_name(self._storage.weight.dtype)} values without their scales in "
+            f"{self.name.rpartition('.')[2]}, or the reverse)"
+        )
+
+    def saved(self) -> tuple[object, ...]:
+        """What ``restore`` goes back to."""
+        missing = {unit: list(boxes) for unit, boxes in self._missing.items()}
+        tensors = (self._scale.clone(), self._scaled.clone(), self._whole.clone(), self.taken.clone())
+        return list(self._waiting), missing, tensors
+
+    def restore(self, saved: tuple[object, ...]) -> None:
+        """Hold again what was held when ``saved`` was made."""
+        self.release()
+        self._waiting, self._missing, (self._scale, self._scaled, self._whole, self.taken) = saved  # type: ignore[assignment,misc]
+        self._account.add(sum(write.values.nbytes for write in self._waiting))
+
+    def release(self) -> None:
+        """Give all memory of values back."""
+        self._account.add(-sum(write.values.nbytes for write in self._waiting))
+        self._waiting = []
+
+    def _cover(self, write: _Write) -> None:
+        if write.landing.is_whole:
+            self._whole[write.units] = True
+            return
+        for unit in range(write.units.start, write.units.stop):
+            boxes = self._missing.get(unit, [self._grid.full])
+            self._missing[unit] = [part for box in boxes for part in difference(box, write.landing.box)]
+            self._whole[unit] |= not self._missing[unit]
+
+    def _replace(self) -> None:
+        """Replace the units that have all of their values and scales."""
+        ready = self._whole & self._scaled.view(self._grid.count, -1).all(1)
+        done = [write for write in self._waiting if bool(ready[write.units].all())]
+        if not done:
+            return
+        if self._parts > 1:
+            for write in done:
+                self._refuse_different(self._scales_of(write))
+        self._waiting = [write for write in self._waiting if write not in done]
+        for write in done:
+            self._write(write)
+            self.taken[write.units] = True
+            self._account.add(-write.values.nbytes)
+        # What comes for them from now on is another set of values and scales.
+        for write in done:
+            self._whole[write.units] = False
+            self._scaled.view(self._grid.count, -1)[write.units] = False
+            for unit in range(write.units.start, write.units.stop):
+                self._missing.pop(unit, None)
+
+    def _write(self, write: _Write) -> None:
+        weight, scale = self._storage.weight[write.units], self._storage.scale[write.units]
+        self._undo.keep(weight, scale)
+        box = slices(write.landing.box)
+        if write.landing.count == 1:
+            weight[0][box].copy_(write.values)
+        else:
+            weight[(slice(None), *box)].copy_(write.values)
+        scale.copy_(self._scales_of(write)[..., 0].reshape(scale.shape))
+
+    def _scales_of(self, write: _Write) -> torch.Tensor:
+        """Scales that have come for units: for each unit, scale that is served, and part that has one."""
+        return self._scale.view(self._grid.count, -1, self._parts)[write.units]
+
+    def _refuse_different(self, scales: torch.Tensor) -> None:
+        if not (scales == scales[..., :1]).all():
+            found = ", ".join(f"{scale:.6g}" for scale in scales.flatten().unique().tolist())
+            raise WeightUpdateError(
+                f"{self._parameter} is served with one scale for all of its parts, and they came with {found}. "
+                "Quantize them with one scale, or send them in high precision"
+            )

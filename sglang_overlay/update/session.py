@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight updates: high-precision weights into the fp8 storage of a model that is being served.
+
+SGLang updates a model by calling its ``load_weights`` again, once (from disk) or many times between the two ends of a
+session (tensors, a process group). Requests may be answered between two calls, so:
+
+1. ``UpdatableModel`` keeps, from the first load, each layer's placeholders and upstream's loaders: no weights.
+2. ``WeightUpdate`` lives from begin to end. It gives each placeholder a stream into the storage that is being served,
+   and keeps units of which only a part has come.
+3. While ``load_weights`` runs, and only then, each layer is what it was before its first quantization: placeholders
+   under the parameters' names, no scales (``WeightUpdate.loading``).
+4. Afterwards the very same fp8 parameters are back, so whatever refers to their memory (CUDA graphs) stays valid.
+
+A unit is replaced when all of it has come: in high precision, or quantized already in the layout that is served, with
+its scales. Before anything is overwritten it is kept in host memory (``undo.py``). So a call that fails leaves what
+calls before it have left, and an update that fails, or ends with units of which only a part came, leaves the weights of
+before. No high-precision value is ever written into quantized memory, whatever way leads there
+(``update_capture.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_overlay.core.capture import WriteSink, storage_key
+from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.loader_calls import LoaderCalls, WatchedSink
+from sglang_overlay.core.mapped_sources import MappedSources
+from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.tensor_names import PACKED
+from sglang_overlay.core.whole import WholeParameter
+from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
+from sglang_overlay.load.diagnostics import WantedShapes, kept_misfits
+from sglang_overlay.load.model_load import tensors_of
+from sglang_overlay.load.ranks import parallel_ranks
+from sglang_overlay.load.unstreamed import missed
+from sglang_overlay.load.updatable_layer import UpdatableLayer
+from sglang_overlay.schemes import rows_over_ranks
+from sglang_overlay.schemes.updatable_plan import quantize_whole
+from sglang_overlay.update.loaders_view import (
+    aliases_shown,
+    layers_shown,
+    load_weights_given,
+    loaders_wrapped,
+    notes_kept,
+    wrapped_layers,
+)
+from sglang_overlay.update.ready_values import ReadyValues
+from sglang_overlay.update.tensor_attributes import TensorAttributes
+from sglang_overlay.update.tensor_groups import TensorGroups
+from sglang_overlay.update.undo import Bindings, UndoableQuantizer, UndoLog
+from sglang_overlay.update.update_capture import VALUES, GivenTensors, ServedMemory, UpdateCapture
+from sglang_overlay.update.update_stream import UpdateStream
+
+if TYPE_CHECKING:
+    from sglang_overlay.core.layer import WeightLoader
+    from sglang_overlay.core.stream import Storage
+    from sglang_overlay.schemes.layer_plan import ParameterPlan
+
+logger = logging.getLogger(__name__)
+
+NOTHING_KNOWN = WantedShapes()
+
+
+class WeightUpdate:
+    """One update, from begin to end. Belongs to the thread that updates; loader threads reach only the sinks.
+
+    Args:
+        layers: of the model.
+        workers: threads that quantize beside the loader, where the source allows it.
+        wanted: what the model wants of its checkpoint's tensors.
+
+    Attributes:
+        given: what upstream was given in the call that is under way.
+    """
+
+    def __init__(
+        self, layers: Iterable[UpdatableLayer], workers: int = 0, wanted: WantedShapes = NOTHING_KNOWN
+    ) -> None:
+        self.sources = MappedSources()
+        self.account = StagingAccount()
+        self.given = GivenTensors()
+        self._undo = UndoLog()
+        self._wanted = wanted
+        self._calls = LoaderCalls(parallel_ranks().tp.size, lambda tensor: self.given.name_of(tensor) or "")
+        self._pipeline = Pipeline(workers)
+        self._layers = {layer.module: layer for layer in layers}
+        self._wrappers: dict[torch.nn.Module, UpdatableLayer] = {}
+        self._streams: dict[str, UpdateStream] = {}
+        self._whole: dict[str, tuple[WholeParameter, ParameterPlan | None]] = {}
+        self._sinks: dict[int, WatchedSink] = {}
+        self._take_values: dict[int, torch.dtype] = {}
+        self._quantized: dict[int, str] = {}
+        self._replaced: dict[str, None] = {}
+        self._damaged: list[str] = []
+        self._unrepeated: dict[str, None] = {}
+        self._direct: dict[str, None] = {}
+        self._groups = TensorGroups((layer.name for layer in self._layers.values()), self.account)
+        self._thread = threading.local()
+        self._bindings: list[Bindings | None] = [None]
+        self._saved: dict[str, Any] | None = None
+        try:
+            with torch.inference_mode(mode=False):
+                for layer in self._layers.values():
+                    self._open(layer)
+        except BaseException:
+            self.close()
+            raise
+        self._names = {sink.name for sink in self._sinks.values()}
+
+    def __contains__(self, module: torch.nn.Module) -> bool:
+        return module in self._layers or module in self._wrappers
+
+    def takes(self, name: str) -> bool:
+        """Whether a parameter of this name is quantized by this update, or refused."""
+        return name in self._names
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    def begin_call(self) -> None:
+        """One of several calls begins: ``undo_call`` goes back to here."""
+        self.given = GivenTensors()
+        self._undo.begin_call()
+        self._bindings.append(None)
+        self._saved = {
+            "streams": {name: stream.saved() for name, stream in self._streams.items()},
+            "whole": {name: parameter.saved() for name, (parameter, _) in self._whole.items()},
+            "groups": self._groups.saved(),
+            "replaced": dict(self._replaced),
+            "damaged": list(self._damaged),
+            "direct": dict(self._direct),
+        }
+
+    def keep_call(self) -> None:
+        """The call that is under way was right."""
+        self._saved = None
+        self._undo.keep_call()
+        last = self._bindings.pop()
+        self._bindings[-1] = self._bindings[-1] or last
+        for name in self.given.names:
+            self._unrepeated.pop(name, None)
+
+    def undo_call(self, names: Iterable[str] = ()) -> None:
+        """Go back to before the call that is under way. It has to be repeated before the update ends.
+
+        Args:
+            names: of the tensors it was to bring, beside those that upstream was given.
+        """
+        saved, self._saved = self._saved, None
+        self._undo.undo_call()
+        _put_back(self._bindings.pop())
+        if saved is None:
+            return
+        for name, stream in self._streams.items():
+            stream.restore_call(saved["streams"][name])
+        for name, (parameter, _) in self._whole.items():
+            parameter.restore(saved["whole"][name])
+        self._groups.restore(saved["groups"])
+        self._replaced, self._damaged, self._direct = saved["replaced"], saved["damaged"], saved["direct"]
+        self.expect_again([*self.given.names, *names])
+
+    def expect_again(self, names: Iterable[str]) -> None:
+        """A call has failed that was to bring tensors of these names: without them, the update is not complete."""
+        self._unrepeated.update(dict.fromkeys(names))
+
+    def undo(self) -> None:
+        """Put back everything that was overwritten since the update began."""
+        # First: workers may still be writing.
+        self._pipeline.close()
+        self._undo.undo()
+        for bindings in reversed(self._bindings):
+            _put_back(bindings)
+
+    @contextmanager
+    def loading(self, model: torch.nn.Module) -> Iterator[None]:
+        """Around a call of ``load_weights``, with whatever upstream does before and after it.
+
+        Raises:
+            WeightUpdateError: a layer cannot take what upstream's loader does, or upstream has left the model tensors
+                that cannot be served.
+        """
+        self._bindings[-1] = self._bindings[-1] or Bindings(model)
+        self._wrappers = dict(wrapped_layers(model, self._layers.values()))
+        derived = TensorAttributes(model)
+        served = self._served(model)
+        token = _current.set(self)
+        self._thread.inside = True
+        self._calls.misfits.clear()
+        self._capture = functools.partial(UpdateCapture, self._sinks, self._take_values, served, self.given)
+        try:
+            with (
+                aliases_shown(model, self._layers.values(), self._wrappers),
+                layers_shown(self._layers.values(), self._wrap),
+                loaders_wrapped(model, self._wrap),
+                load_weights_given(model, self._offered),
+                notes_kept(model),
+                self._whole_quantized(),
+                self._capture(),
+            ):
+                yield
+                self._refuse_misfits()
+        except UnsupportedWriteError as error:
+            raise WeightUpdateError(str(error)) from error
+        except KeyError as error:
+            self._explain(error)
+            raise
+        finally:
+            self._thread.inside = False
+            _current.reset(token)
+            changed = derived.keep_memory(self._undo)
+        if changed:
+            raise WeightUpdateError(
+                "upstream made these tensors anew in another form, so they keep their old memory and values: "
+                f"{shortened(changed)}. Load the new weights by starting the server with them"
+            )
+        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta] if self._layers else []
+        if leaks:
+            raise WeightUpdateError(
+                "computed from a weight that is quantized while it is read, these tensors hold no data: "
+                f"{shortened(leaks)}. Load the new weights by starting the server with them"
+            )
+
+    def write_direct(
+        self, model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], load: Callable[[Any], None]
+    ) -> None:
+        """Have upstream load tensors into the parameters of these names, as they are served.
+
+        Args:
+            model: that is updated.
+            tensors: names of parameters, and values in the form that is served.
+            load: upstream's own loading.
+
+        Raises:
+            WeightUpdateError: values would be converted from or to a quantized form.
+        """
+        self._bindings[-1] = self._bindings[-1] or Bindings(model)
+        known = dict(model.named_parameters())
+        for name, tensor in tensors:
+            self.given.offer(name, tensor)
+            weight = known.get(name)
+            if weight is None:
+                continue
+            _refuse_cast(name, weight.dtype, tensor.dtype)
+            self._undo.keep(weight)
+            self.given.note([tensor])
+            self._direct[name] = None
+        load(tensors)
+
+    def finish(self, model: torch.nn.Module) -> None:
+        """Quantize what was only waiting for the end.
+
+        Raises:
+            PartialUpdateError: some units came only in part.
+            WeightUpdateError: weights came that do not go together, or that have failed and not been sent again.
+        """
+        self._pipeline.close()
+        self._pipeline.check()
+        if self._unrepeated:
+            raise WeightUpdateError(
+                f"a call of this update failed, and what it was to bring has not come since: "
+                f"{shortened(list(self._unrepeated))}"
+            )
+        problems = [problem for stream in self._streams.values() if (problem := stream.problem)]
+        problems += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
+        problems += [*self._groups.waiting, *self._unpaired(model)]
+        if problems:
+            raise PartialUpdateError(
+                f"the update ended with weights of which only a part came: {shortened(problems)}. One scale covers a "
+                "whole unit, so send what belongs together in one update: gate_proj with up_proj, q_proj with k_proj "
+                "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
+                f"{f'. This model took none of {shortened(self.given.unused)}' if self.given.unused else ''}"
+            )
+        conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
+        if conflicts:
+            raise WeightUpdateError(str(conflicts[0])) from conflicts[0]
+        self._damaged += [name for name, stream in self._streams.items() if stream.is_damaged]
+        if self._damaged:
+            logger.warning(
+                "StreamFP8: the weight update put NaN or Inf into %d parameters: %s. Expect garbage.",
+                len(self._damaged),
+                shortened(self._damaged),
+            )
+        narrowed = [name for name, stream in self._streams.items() if stream.rows and stream.rows.is_narrowed]
+        if narrowed:
+            logger.warning("StreamFP8: %s.", rows_over_ranks.told(narrowed))
+        logger.info(
+            "StreamFP8: weight update: %d units of %d layers replaced in place, at most %.1f MB staged.",
+            sum(stream.replaced_units for stream in self._streams.values()),
+            len(self.replaced),
+            self.account.peak / 1e6,
+        )
+
+    def close(self) -> None:
+        """End what runs beside the update and give all staging memory back. May be called again."""
+        self._pipeline.close()
+        self._undo.forget()
+        for stream in self._streams.values():
+            stream.release()
+        for parameter, _ in self._whole.values():
+            parameter.reset()
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the fp8 layers that hold new values, at least in part."""
+        names = dict.fromkeys(
+            name.rpartition(".")[0] for name, stream in self._streams.items() if stream.replaced_units
+        )
+        return [*names, *self._replaced]
+
+    def untouched(self, model: torch.nn.Module, model_config: Any) -> list[str]:
+        """What a whole checkpoint should have replaced and this update has not: names, with units where only some."""
+        left = {name: stream.units - stream.replaced_units for name, stream in self._streams.items()}
+        told = [f"{name} ({count} of {self._streams[name].units} units)" for name, count in left.items() if count]
+        told += [name for name in self._whole if name.rpartition(".")[0] not in self._replaced]
+        written, mine = self._undo.storages, self._names | set(self._quantized.values())
+        plain = {name: storage_key(weight) for name, weight in model.named_parameters() if name not in mine}
+        return told + missed(
+            model, [name for name, key in plain.items() if key not in written and key not in self._quantized],
+            [name for name, key in plain.items() if key in written], model_config,
+        )  # fmt: skip
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that it may replace."""
+        return [layer.name for layer in self._layers.values()]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the model was written to."""
+        return not self._undo.storages and not self.replaced
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _open(self, layer: UpdatableLayer) -> None:
+        storages = None if layer.is_deleted else layer.plan.registered(layer.module, layer.placeholders)
+        for key, placeholder in layer.placeholders.items():
+            name = f"{layer.name}.{key}"
+            if layer.is_deleted:
+                sink: WriteSink = self._whole_sink(name, placeholder, layer.device, None)
+            elif storages is None:
+                sink = _Refusal(name)
+            else:
+                sink = self._sink(layer, key, storages[key])
+            self._watch(placeholder, sink)
+
+    def _sink(self, layer: UpdatableLayer, key: str, storage: Storage) -> WriteSink:
+        name, placeholder = f"{layer.name}.{key}", layer.placeholders[key]
+        self._quantized[storage_key(storage.weight)] = name
+        self._quantized[storage_key(storage.scale)] = f"the scale of {name}"
+        plan = layer.plan.parameter(key, placeholder, storage)
+        plan = replace(plan, quantizer=UndoableQuantizer(plan.quantizer, self._undo))
+        if layer.reads_whole:
+            return self._whole_sink(name, placeholder, storage.weight.device, plan)
+        ready = None
+        if key in layer.scales:
+            scale_name, scale = layer.scales[key]
+            ready = ReadyValues(
+                name, plan.grid, plan.storage, scale, f"{layer.name}.{scale_name}", self._undo, self.account
+            )
+            self._watch(scale, ready)
+        return self._stream(name, placeholder, plan, ready)
+
+    def _watch(self, placeholder: torch.nn.Parameter, sink: WriteSink) -> None:
+        self._sinks[storage_key(placeholder)] = WatchedSink(sink, placeholder.shape, self._calls.under_way)
+
+    def _whole_sink(
+        self, name: str, placeholder: torch.nn.Parameter, device: torch.device, plan: ParameterPlan | None
+    ) -> WriteSink:
+        sink = WholeParameter(name, placeholder, device)
+        self._whole[name] = (sink, plan)
+        return sink
+
+    def _stream(
+        self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan, ready: ReadyValues | None
+    ) -> WriteSink:
+        self._streams[name] = UpdateStream(
+            name,
+            placeholder,
+            plan.grid,
+            plan.quantizer,
+            plan.storage,
+            self.account,
+            self.sources,
+            ready=ready,
+            under_way=self._calls.under_way,
+            quantized=_ignore,
+            pipeline=self._pipeline,
+            rows=rows_over_ranks.of(plan),
+        )
+        self._take_values[storage_key(placeholder)] = plan.storage.weight.dtype
+        return self._streams[name]
+
+    def _served(self, model: torch.nn.Module) -> ServedMemory:
+        """All memory of the model, as it is served. To be called while no placeholder is shown."""
+        quantized: dict[int, str] = dict(self._quantized)
+        others: dict[int, str] = {}
+        for name, tensor in tensors_of(model):
+            if not tensor.is_meta:
+                (quantized if tensor.dtype in VALUES else others).setdefault(storage_key(tensor), name)
+        return ServedMemory(quantized, others, self._undo)
+
+    def _offered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """``weights``, noted one by one, in groups where they only load together."""
+        return self._groups.complete(self._noted(weights))
+
+    def _noted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self.given.offer(name, tensor)
+            yield name, tensor
+
+    def _unpaired(self, model: torch.nn.Module) -> list[str]:
+        """Of what came by the parameters' own names: values without their scales, and the reverse."""
+        known = dict(model.named_parameters()) if self._direct else {}
+        pairs = [
+            (name, f"{name}{suffix}") for name in known for suffix in ("_scale", "_scale_inv")
+            if f"{name}{suffix}" in known and known[name].dtype in VALUES
+        ]  # fmt: skip
+        return [
+            f"{weight} ({'values without their scales' if weight in self._direct else 'scales without their values'})"
+            for weight, scale in pairs
+            if (weight in self._direct) != (scale in self._direct)
+        ]
+
+    def _wrap(self, name: str, loader: WeightLoader) -> WeightLoader:
+        """Upstream's loader of a weight, captured where it runs in a thread of its own; its errors name the weight."""
+
+        @functools.wraps(loader)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            values = [*args, *kwargs.values()]
+            self.given.note(values)
+            try:
+                with self._captured(), self._calls.of(values):
+                    return loader(*args, **kwargs)
+            except Exception as error:
+                shapes = [str(tuple(value.shape)) for value in args if isinstance(value, torch.Tensor)]
+                kind = "" if isinstance(error, StreamFP8Error) else f"{type(error).__name__}: "
+                raise WeightUpdateError(
+                    f"{name} cannot take this tensor ({' <- '.join(shapes)}): {kind}{error}"
+                ) from error
+
+        return load
+
+    def _explain(self, error: KeyError) -> None:
+        """Models look parameters up by name, and a layer has those of its own layout only.
+
+        Raises:
+            WeightUpdateError: it was looking for scales, or the like, of another layout.
+        """
+        last = self.given.last or ""
+        if last.rpartition(".")[2] not in PACKED:
+            return
+        wanted = str(error.args[0] if error.args else "")
+        layer = next((each for each in self._layers.values() if each.name == wanted.rpartition(".")[0]), None)
+        takes = ", ".join(name for name, _ in layer.scales.values()) if layer else ""
+        raise WeightUpdateError(
+            f"{last} belongs to values that are quantized in another layout than the one that is served. "
+            f"{layer.name if layer else 'This layer'} takes weights in high precision"
+            f"{f', or quantized as it is, with {takes}' if takes else ' only'}"
+        ) from error
+
+    def _refuse_misfits(self) -> None:
+        """Loaders pad, repeat and cut what does not fit, without a word.
+
+        Raises:
+            WeightUpdateError: some tensors do not have the shape that the model needs.
+        """
+        misfits = self._calls.misfits
+        for layer in self._layers.values():
+            misfits = kept_misfits(layer.name, misfits, layer.placeholders)
+        found = self._wanted.unmeant(misfits)
+        if found:
+            raise WeightUpdateError(
+                f"{len(found)} tensors do not have the shape that the model needs: {shortened([*map(str, found)])}"
+            )
+
+    @contextmanager
+    def _captured(self) -> Iterator[None]:
+        if getattr(self._thread, "inside", False):
+            yield
+            return
+        self._thread.inside = True
+        try:
+            with self._capture():
+                yield
+        finally:
+            self._thread.inside = False
+
+    @contextmanager
+    def _whole_quantized(self) -> Iterator[None]:
+        """Quantize, when upstream is done with them, weights that it reads in high precision."""
+        try:
+            yield
+            with torch.inference_mode(mode=False), torch.no_grad():
+                for name, (parameter, plan) in self._whole.items():
+                    if parameter.values is not None:
+                        self._quantize_whole(name, parameter.values, plan)
+        finally:
+            for parameter, _ in self._whole.values():
+                if not parameter.is_partial:
+                    parameter.reset()
+
+    def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan | None) -> None:
+        self._replaced[name.rpartition(".")[0]] = None
+        if plan is None:
+            # Upstream has made of it what it serves, and forgotten the layer.
+            return
+        found = quantize_whole(plan, values)
+        self._damaged += [] if found.isfinite().all() else [name]
+
+
+class _Refusal:
+    """Stands for a weight that cannot be replaced in place."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        raise WeightUpdateError(f"{self.name} was repacked for its kernel when it was loaded, and cannot be updated")
+
+
+_current: ContextVar[WeightUpdate | None] = ContextVar("streamfp8_update", default=None)
+
+
+def is_updating(layer: torch.nn.Module) -> bool:
+    """Whether upstream's post-processing of ``layer`` runs as part of an update that quantizes the layer itself."""
+    update = _current.get()
+    return update is not None and layer in update
+
+
+def _refuse_cast(name: str, served: torch.dtype, sent: torch.dtype) -> None:
+    if served is sent or not {served, sent} & set(VALUES):
+        return
+    if served in VALUES and sent.itemsize > 1:
+        raise WeightUpdateError(
+            f"{name} was quantized by stock SGLang, which cannot quantize it again: these {sent} values would be cast "
+            "under the old scale. Send fp8 values with their scale"
+        )
+    raise WeightUpdateError(f"{name} is served as {served}: {sent} values mean nothing there")
+
+
+def _put_back(bindings: Bindings | None) -> None:
+    if bindings is not None:
+        bindings.put_back()
+
+
+def _ignore(_size: int) -> None:
+    """Nobody watches the progress of an update."""

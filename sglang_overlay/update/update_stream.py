@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One parameter during a weight update: a stream that can go back to before a call, and takes quantized values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.loader_calls import LoaderCall
+from sglang_overlay.core.pipelined_stream import PipelinedStream
+from sglang_overlay.core.quantizers import units_not_finite
+from sglang_overlay.core.staging import StagedUnit
+from sglang_overlay.errors import LayerNotStreamableError, WeightUpdateError
+from sglang_overlay.update.ready_values import ReadyValues
+from sglang_overlay.update.update_capture import VALUES, dtype_name
+
+
+class UpdateStream(PipelinedStream):
+    """As ``PipelinedStream``, for a parameter that is being served.
+
+    Args:
+        arguments, options: those of ``PipelinedStream``.
+        ready: takes values that are quantized already, and their scales; None where they cannot be taken.
+        under_way: this thread's loader call; None where there is none.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        ready: ReadyValues | None,
+        under_way: Callable[[], LoaderCall | None],
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._ready = ready
+        self._under_way = under_way
+
+    def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """As of ``ParameterStream``.
+
+        Raises:
+            WeightUpdateError: the values are quantized, and not as this parameter is.
+        """
+        source = self._as_padding(source)
+        if source.dtype not in VALUES and source.dtype is not self.storage.weight.dtype:
+            super().write(destination, source)
+            return
+        if self._ready is None or source.dtype is not self.storage.weight.dtype:
+            raise WeightUpdateError(
+                f"{self.name} got values that are quantized already ({dtype_name(source.dtype)}). "
+                f"{self._what_is_taken()}"
+            )
+        if destination.numel():
+            self._ready.write_values(destination, source)
+
+    def _as_padding(self, source: torch.Tensor) -> torch.Tensor:
+        """``source``; a number that upstream's loader puts around quantized values in the values' dtype."""
+        if any(source.stride()):
+            return source
+        call = self._under_way()
+        served = self.storage.weight.dtype
+        return source.to(served) if call is not None and call.given.dtype is served else source
+
+    def _what_is_taken(self) -> str:
+        if self._ready is None:
+            return "It takes weights in high precision only, in the way in which it is served: send those"
+        scales = self.storage.scale.numel() // self.units
+        return (
+            f"It takes weights in high precision, or {dtype_name(self.storage.weight.dtype)} values with their scales "
+            f"in {self._ready.name.rpartition('.')[2]} ({scales} for each {self._grid.shape})"
+        )
+
+    @property
+    def replaced_units(self) -> int:
+        """Units that hold new values."""
+        return self.done_units if self._ready is None else int((self._done_mask() | self._ready.taken).sum())
+
+    @property
+    def problem(self) -> str | None:
+        """What has come in part only, or in two ways."""
+        partial = self.partial_units
+        if partial:
+            return f"{self.name} ({len(partial)} of {self.units} units)"
+        if self._ready is None or not (self._ready.taken | self._ready.open_units).any():
+            return None
+        twice = (self._ready.taken | self._ready.open_units) & self._done_mask()
+        if twice.any():
+            return f"{self.name} ({int(twice.sum())} of {self.units} units: in high precision and quantized as well)"
+        return self._ready.problem
+
+    @property
+    def conflict(self) -> LayerNotStreamableError | None:
+        """Why what came after a unit was complete does not go with it. Ends the stream."""
+        try:
+            self.settle()
+        except LayerNotStreamableError as error:
+            return error
+        return None
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether NaN or Inf was put into a unit. Waits for the device."""
+        return any(self._done[unit] for unit in units_not_finite([self.magnitudes])[0])
+
+    def saved(self) -> Mapping[str, Any]:
+        """What ``restore_call`` goes back to. For when no loader runs, as all that follows."""
+        return {
+            "staged": {unit: (list(held.pieces), held.has_background) for unit, held in self._staged.items()},
+            "watches": {unit: list(watches) for unit, watches in self._watches.items()},
+            "done": bytes(self._done),
+            "direct": bytes(self._direct),
+            "rewritten": set(self._rewritten),
+            "ready": None if self._ready is None else self._ready.saved(),
+            "rows": self.rows.found.clone() if self.rows is not None and self._staged else None,
+        }
+
+    def restore_call(self, saved: Mapping[str, Any]) -> None:
+        """Hold again what was held when ``saved`` was made."""
+        self.release()
+        for unit, (pieces, has_background) in saved["staged"].items():
+            staged = self._staged[unit] = StagedUnit(self._account, has_background=has_background)
+            known: set[int] = set()
+            for piece in pieces:
+                # Parts of one piece share its memory; mapped files, which are watched, cost none.
+                if unit in saved["watches"] or storage_key(piece.values) in known:
+                    staged.pieces.append(piece)
+                else:
+                    staged.hold(piece)
+                    known.add(storage_key(piece.values))
+        self._watches.update(saved["watches"])
+        self._done[:] = saved["done"]
+        self._direct[:] = saved["direct"]
+        self._rewritten = saved["rewritten"]
+        if self._ready is not None:
+            self._ready.restore(saved["ready"])
+        if saved["rows"] is not None and self.rows is not None:
+            self.rows.found.copy_(saved["rows"])
+
+    def release(self) -> None:
+        super().release()
+        if self._ready is not None:
+            self._ready.release()
+
+    def _done_mask(self) -> torch.Tensor:
+        return torch.frombuffer(bytearray(self._done), dtype=torch.bool)
