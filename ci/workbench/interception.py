@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_overlay.core import cpu_kernels
-from sglang_overlay.core.cpu_quantizers import PerTensorQuantizer, cast_by_loops
+from sglang_overlay.cpu_reference import kernels
+from sglang_overlay.cpu_reference.per_tensor import PerTensorQuantizer, cast_by_loops
 from sglang_overlay.offline.plan.replacing import replaced
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def quantized_in_one_pass() -> Iterator[None]:
 def _quantize_once(
     _quantizer: PerTensorQuantizer, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor
 ) -> float:
-    out = cpu_kernels.target(weight)
+    out = kernels.target(weight)
     for piece in pieces:
-        if not cast_by_loops(cpu_kernels.source(piece.values), 1.0, out, piece.box):
+        if not cast_by_loops(kernels.source(piece.values), 1.0, out, piece.box):
             raise RuntimeError("the compiled loops do not take this weight, so one pass over it cannot be timed")
     scale.fill_(1.0)
     return 1.0

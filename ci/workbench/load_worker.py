@@ -41,7 +41,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from sglang_overlay.core.host_memory import give_back  # noqa: E402
+from sglang_overlay.cpu_reference.host_memory import trim  # noqa: E402
 from sglang_overlay.hooks import built_in  # noqa: E402
 from sglang_overlay.hooks.catalogue import MEASURING, STREAMING  # noqa: E402
 from sglang_overlay.hooks.hook import lifted  # noqa: E402
@@ -115,7 +115,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
 def give_back_memory() -> None:
     """Collect garbage and return what malloc kept, so that the next reading is of what is held."""
     gc.collect()
-    give_back()
+    trim()
 
 
 class Filling(TorchDispatchMode):

@@ -200,11 +200,11 @@ class WholeUnitQuantizer(AssembledUnits, OneScaleAUnit):
     """
 
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._function = function
+        self.function = function
 
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         for unit, out, factor in zip(values, weight, scale, strict=True):
-            quantized, unit_scale = self._function(aligned(unit))
+            quantized, unit_scale = self.function(aligned(unit))
             out.copy_(quantized)
             factor.copy_(unit_scale.reshape(factor.shape))
         return magnitudes(values)

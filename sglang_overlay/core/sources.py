@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint tensor a piece of memory belongs to.
+"""Which checkpoint tensor a piece of memory belongs to, and which memory stays as it is when a weight loader returns.
 
 Weight loaders pass on views of it, some from thread pools of their own (``maybe_executor_submit``), so names are kept
 as long as the memory lives, not for an iteration. What ``torch.save`` wrote may be anything: numbers, dicts, tensors
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from sglang_overlay.core.mapped_files import MappedFiles
 
 _SWEEP_AT_LEAST = 256
 
@@ -56,6 +58,7 @@ class CheckpointSources:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sources: dict[int, _Source] = {}
+        self._files = MappedFiles()
         self._sweep_at = _SWEEP_AT_LEAST
 
     def offer(self, tensor: object, name: str = "") -> None:
@@ -84,6 +87,17 @@ class CheckpointSources:
         # The newest is the one that is being loaded.
         return next((place.name for place in reversed(source.places) if place.holds(start)), "")
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a view of the checkpoint's memory, which nobody uses again while it lives."""
+        return self._source_of(tensor) is not None
+
+    def is_mapped(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a view of the checkpoint's memory that is a mapped file: keeping it costs no memory."""
+        source = self._source_of(tensor)
+        if source is None or not tensor.is_cpu or not tensor.numel():
+            return False
+        return self._files.holds(tensor.data_ptr(), source.reference)
+
     def _source_of(self, tensor: torch.Tensor) -> _Source | None:
         try:
             return self._sources.get(tensor.untyped_storage()._cdata)
@@ -94,6 +108,25 @@ class CheckpointSources:
         living = {key: source for key, source in self._sources.items() if not source.reference.expired()}
         self._sources = living
         self._sweep_at = max(_SWEEP_AT_LEAST, 2 * len(living))
+
+
+class Watch:
+    """Tells whether a tensor, or any view of the same memory, is changed from now on; keeps it alive.
+
+    By torch's version counter, so blind to tensors made in inference mode and to writes that bypass torch.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._version = self._count()
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether anything was written to the memory since."""
+        return self._count() != self._version
+
+    def _count(self) -> int:
+        return 0 if self._tensor.is_inference() else self._tensor._version
 
 
 def _start(tensor: torch.Tensor) -> int:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -17,10 +18,11 @@ from sglang_overlay.core.errors import (
     UnsupportedDtypeError,
     UnsupportedWriteError,
 )
+from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.quantizers import Magnitudes, UnitQuantizer, made_current
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.shortage import shortage_explained
-from sglang_overlay.core.sources import CheckpointSources
+from sglang_overlay.core.sources import CheckpointSources, Watch
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
 from sglang_overlay.core.units import Landing, Landings, UnitGrid
 
@@ -59,13 +61,24 @@ class Origins:
         self._found[first, landing] = name
 
 
+class RowWatcher(Protocol):
+    """Looks at the checkpoint's rows when some of their columns are written (``core/whole_rows.py``)."""
+
+    def see(self, first: int, landing: Landing, source: torch.Tensor) -> None:
+        """This thread is about to write ``source`` to ``landing``, beginning in unit ``first``."""
+
+    def note(self, units: range) -> None:
+        """This thread has claimed ``units``, and goes on to write what it has shown to ``see``."""
+
+
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
     Any thread may write. ``_condition`` guards ``_busy`` and ``_waiting``, how many threads wait for that to shrink. A
-    unit in there belongs to the thread that put it there, with its state and staging; copying and quantizing happen
-    without the lock, so different units of a parameter are quantized at the same time. ``origins`` and ``_rewritten``
-    take single entries from any thread, and are read when no loader runs, or for a message.
+    unit in there belongs to the thread that put it there, or to the job that was submitted for it, with its state,
+    staging and ``_watches``; copying and quantizing happen without the lock, so different units of a parameter are
+    quantized at the same time. ``origins`` and ``_rewritten`` take single entries from any thread, and are read when no
+    loader runs, or for a message.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.
@@ -74,7 +87,11 @@ class ParameterStream:
         quantizer: turns a complete unit into fp8.
         storage: where the results go. What is staged stays where it came from: device memory is what is scarce.
         account: counts staging memory.
-        sources: tells the names of checkpoint tensors.
+        sources: tells the names of checkpoint tensors, and which memory stays as it is when a loader has returned.
+        executor: runs what quantizes.
+        quantized: called with the bytes of fp8 written, each time units are done; from any thread.
+        rows: the checkpoint's, where the parameter has only some of their columns and is quantized by all of them.
+        mark: fills memory that goes back to stock, so that whoever looks after it can tell what is never written.
 
     Attributes:
         origins: of what was written.
@@ -89,6 +106,11 @@ class ParameterStream:
         storage: Storage,
         account: StagingAccount,
         sources: CheckpointSources,
+        *,
+        executor: Executor | None = None,
+        quantized: Callable[[int], None] | None = None,
+        rows: RowWatcher | None = None,
+        mark: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.name = name
         self.storage = storage
@@ -101,10 +123,16 @@ class ParameterStream:
         self._quantizer = quantizer
         self._account = account
         self._sources = sources
+        self._executor = Executor() if executor is None else executor
+        self._report = quantized
+        self._rows = rows
+        self._mark = mark
+        self._unit_bytes = grid.unit_volume * storage.weight.element_size()
         self._condition = threading.Condition(threading.Lock())
         self._done = bytearray(grid.count)
         self._direct = bytearray(grid.count)
         self._staged: dict[int, StagedUnit] = {}
+        self._watches: dict[int, list[Watch]] = {}
         self._busy: set[int] = set()
         self._waiting = 0
         self._magnitudes = Magnitudes(grid.count, storage.weight.device)
@@ -143,6 +171,8 @@ class ParameterStream:
             for part in self._landings.split(destination, source, refused):
                 self.write(*part)
             return
+        if self._rows is not None:
+            self._rows.see(first, landing, source)
         values = landing.lay_out(source)
         if origin:
             self.origins.note(first, landing, origin)
@@ -180,6 +210,7 @@ class ParameterStream:
 
     def _settle(self) -> list[int]:
         self._wait()
+        self._refuse_changed(self._all_watches())
         for unit, staged in list(self._staged.items()):
             if staged.covered == self._grid.unit_volume:
                 self._quantize(unit, staged.pieces)
@@ -218,6 +249,7 @@ class ParameterStream:
             LayerNotStreamableError: some units have been quantized, and their high-precision values are gone.
         """
         self._wait()
+        self._refuse_changed(self._all_watches())
         if any(self._done):
             raise LayerNotStreamableError(self.name, f"{sum(self._done)} of {self.units} units are quantized already")
         weight = self._unwritten()
@@ -236,13 +268,17 @@ class ParameterStream:
 
     def _unwritten(self) -> torch.Tensor:
         """Memory for the whole parameter, before anything is written."""
-        return torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
+        weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
+        if self._mark is not None:
+            self._mark(weight)
+        return weight
 
     def release(self) -> None:
         """Give all staging memory back."""
         for staged in self._staged.values():
             staged.release()
         self._staged.clear()
+        self._watches.clear()
 
     def _write_whole(self, units: range, values: torch.Tensor, source: torch.Tensor) -> None:
         with self._claim(units):
@@ -270,12 +306,30 @@ class ParameterStream:
         self._run(units, source, partial(self._quantize, unit, pieces, source))
 
     def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
-        """Run ``job``, which reads ``source``, and release ``units``."""
-        with Release(self, units), self._shortage_explained(units):
-            job()
+        """Run ``job``, which reads ``source``, and release ``units``. Later, if ``source`` stays as it is."""
+        watches = [watch for unit in units for watch in self._watches.get(unit, ())] if self._watches else []
+
+        def quantize() -> None:
+            with Release(self, units), self._shortage_explained(units):
+                job()
+                self._refuse_changed(watches)
+
+        with ReleaseOnError(self, units):
+            self._executor.check()
+        size = len(units) * self._grid.unit_volume * self._dtype.itemsize
+        if self._executor.takes(size) and self._sources.holds(source):
+            watches.append(Watch(source))
+            self._executor.submit(quantize)
+        else:
+            quantize()
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
-        """Keep a copy of ``piece``: the loader may use the memory of ``source`` again once it returns."""
+        """Keep ``piece``, or a copy: the loader may use the memory of ``source`` again once it returns."""
+        # Last, since it may have to read the process's mappings.
+        if piece.values.dtype == self._dtype and self._sources.is_mapped(source):
+            staged.pieces.append(piece)
+            self._watches.setdefault(unit, []).append(Watch(source))
+            return
         size = piece.size * self._dtype.itemsize
         with shortage_explained(f"to stage a piece of {self.name}", size, self._account):
             staged.hold(self._copied(piece))
@@ -285,7 +339,9 @@ class ParameterStream:
 
     def _for_quantizer(self, piece: Piece) -> Piece:
         """``piece`` as quantizers take it: they bring pieces to the device themselves, into the unit."""
-        return piece if piece.values.dtype == self._dtype else Piece(piece.box, self._on_device(piece.values))
+        if piece.values.dtype == self._dtype and (piece.is_fill or not self._executor.uploads):
+            return piece
+        return Piece(piece.box, self._on_device(piece.values))
 
     def _completes(self, staged: StagedUnit, piece: Piece) -> bool:
         if staged.covered + piece.size < self._grid.unit_volume or staged.has_background:
@@ -300,6 +356,7 @@ class ParameterStream:
         self._magnitudes.note_run(run, found)
         self._note_rewriting(units, before, source)
         self._done[run] = self._direct[run] = bytes([1]) * len(units)
+        self._tell(len(units))
 
     def _quantize(self, unit: int, pieces: Sequence[Piece], source: torch.Tensor | None = None) -> None:
         units = range(unit, unit + 1)
@@ -309,6 +366,7 @@ class ParameterStream:
         self._drop(unit)
         self._done[unit] = 1
         self._direct[unit] |= len(pieces) == 1
+        self._tell(1)
 
     def _quantize_missing(self, unit: int) -> None:
         staged = self._staged.get(unit)
@@ -367,18 +425,35 @@ class ParameterStream:
         staged = self._staged.pop(unit, None)
         if staged is not None:
             staged.release()
+            self._watches.pop(unit, None)
+
+    def _tell(self, units: int) -> None:
+        if self._report is not None:
+            self._report(units * self._unit_bytes)
+
+    def _all_watches(self) -> list[Watch]:
+        return [watch for watches in self._watches.values() for watch in watches]
+
+    def _refuse_changed(self, watches: Iterable[Watch]) -> None:
+        if any(watch.has_changed for watch in watches):
+            raise ConflictingWriteError(self.name, "a checkpoint tensor was changed after its weight loader returned")
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
         # Stock casts to the parameter's dtype first and quantizes that; a float32 checkpoint must do the same.
-        is_there = values.dtype == self._dtype and values.device == self.storage.weight.device
-        return values if is_there else values.to(device=self.storage.weight.device, dtype=self._dtype)
+        device = self.storage.weight.device
+        is_there = values.dtype == self._dtype and values.device == device and not self._executor.uploads
+        return values if is_there else self._executor.to_device(values, device, self._dtype)
 
     def _claim(self, units: range) -> ReleaseOnError:
         with self._condition:
             if not self._busy.isdisjoint(units):
                 self._wait_until(lambda: self._busy.isdisjoint(units))
             self._busy.update(units)
-        return ReleaseOnError(self, units)
+        claim = ReleaseOnError(self, units)
+        if self._rows is not None:
+            with claim:
+                self._rows.note(units)
+        return claim
 
     def _release(self, units: range) -> None:
         with self._condition:
@@ -390,6 +465,7 @@ class ParameterStream:
         """Wait until no unit is being quantized."""
         with self._condition:
             self._wait_until(lambda: not self._busy)
+        self._executor.check()
 
     def _wait_until(self, is_free: Callable[[], bool]) -> None:
         """Wait with the lock held, which others get meanwhile."""

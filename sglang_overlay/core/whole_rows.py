@@ -161,9 +161,14 @@ class WholeRowsQuantizer(AssembledUnits):
     """A multiple of what kernels load at once, so that those of the parameter stay as aligned as they were."""
 
     def __init__(self, quantizer: UnitQuantizer, rows: WholeRows, scale: torch.Tensor) -> None:
-        self._quantizer = quantizer
+        self.quantizer = quantizer
         self._rows = rows
+        self._scale = scale
         self._start = scale.storage_offset()
+
+    def over(self, quantizer: UnitQuantizer) -> WholeRowsQuantizer:
+        """The same, with another one in it."""
+        return WholeRowsQuantizer(quantizer, self._rows, self._scale)
 
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         first = scale.storage_offset() - self._start
@@ -171,10 +176,10 @@ class WholeRowsQuantizer(AssembledUnits):
         further = largest.view(*values.shape[:-1], 1).expand(*values.shape[:-1], self.columns)
         wide = torch.cat([values, further], -1)
         quantized = torch.empty(wide.shape, dtype=weight.dtype, device=weight.device)
-        found = self._quantizer.quantize_run(wide, quantized, scale)
+        found = self.quantizer.quantize_run(wide, quantized, scale)
         weight.copy_(quantized[..., : values.shape[-1]])
         return found
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         """As of ``UnitQuantizer``."""
-        return self._quantizer.could_be(piece, weight, scale)
+        return self.quantizer.could_be(piece, weight, scale)

@@ -33,11 +33,14 @@ def activate() -> None:
     """
     if not is_wanted() or not _is_current():
         return
+    from sglang_overlay.core.executor import register
     from sglang_overlay.cpu_reference.attention import MLA_HANDLERS, select_absorbed_mla
     from sglang_overlay.cpu_reference.catalogue import OWN_METHODS, TOUCH_POINTS
+    from sglang_overlay.cpu_reference.executor import CpuExecutor
     from sglang_overlay.hooks.applying import when_imported
     from sglang_overlay.hooks.hook import by_module
 
+    register("cpu", CpuExecutor)
     for module, points in by_module((*TOUCH_POINTS, *OWN_METHODS)).items():
         when_imported(module, partial(_patch, points), _warn)
     when_imported(MLA_HANDLERS, select_absorbed_mla, _warn)

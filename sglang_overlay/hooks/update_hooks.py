@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.errors import shortened
-from sglang_overlay.core.pipeline import workers_for
+from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.load import model_load
@@ -144,7 +144,7 @@ def load_weights_and_postprocess(
         with update.loading(model):
             original(model, _offered(update, weights), target_device)
 
-    _, outcome = _judged(known, model, read, workers=workers_for(target_device), disk=disk)
+    _, outcome = _judged(known, model, read, executor=executor_for(target_device), disk=disk)
     if outcome.failure is None:
         return None
     raise _error(outcome)
@@ -361,7 +361,7 @@ def _judged(
     model: torch.nn.Module,
     run: Callable[[WeightUpdate], Any],
     names: Sequence[str] = (),
-    workers: int = 0,
+    executor: Executor | None = None,
     disk: DiskUpdate | None = None,
 ) -> tuple[Any, Outcome]:
     """Run a call as a part of the open update, or as one of its own; keep or undo it, as all ranks agree.
@@ -371,7 +371,7 @@ def _judged(
         model: that is updated.
         run: upstream's part.
         names: of the tensors that it is to bring, where they are known.
-        workers: threads beside the loader.
+        executor: does the work; one without threads unless given.
         disk: the update from disk that this is.
 
     Returns:
@@ -381,7 +381,7 @@ def _judged(
     result, error, mine = None, None, Outcome()
     try:
         _refuse_unopened(known)
-        update = known.open or known.begin(workers)
+        update = known.open or known.begin(executor)
         if not is_own:
             update.begin_call()
         result = run(update)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.stream import ParameterStream
@@ -37,8 +38,9 @@ class CheckedLoad(ModelLoad):
         tolerance: Tolerance,
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
+        executor: Executor | None = None,
     ) -> None:
-        super().__init__(obstacle, excluded)
+        super().__init__(obstacle, excluded, executor)
         self._tolerance = tolerance
         self.files = CheckpointFiles()
         self.wanted = WantedShapes()

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from sglang_overlay.core.errors import (
     sentence,
     shortened,
 )
+from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.shortage import is_shortage, shortage_explained, told
@@ -55,6 +56,7 @@ class ModelLoad:
     Args:
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
+        executor: does the work; none but the plain one unless given.
 
     Attributes:
         final: errors that building the model without placeholders would not mend.
@@ -63,7 +65,13 @@ class ModelLoad:
 
     final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError,)
 
-    def __init__(self, obstacle: str | None = None, excluded: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        obstacle: str | None = None,
+        excluded: Mapping[str, str] = MappingProxyType({}),
+        executor: Executor | None = None,
+    ) -> None:
+        self.executor = Executor() if executor is None else executor
         self.sources = CheckpointSources()
         self.account = StagingAccount()
         self.deferred: dict[str, str] = {}
@@ -201,7 +209,10 @@ class ModelLoad:
             yield told(self.account)
 
     def close(self) -> None:
-        """Give all staging memory back. To be called once, also when loading failed."""
+        """Release all staging memory. To be called once, also when loading failed."""
+        # Where jobs or copies have failed, so has the load, with an error of its own.
+        with suppress(RuntimeError):
+            self.executor.close()
         self._release()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -249,7 +260,22 @@ class ModelLoad:
         return pending.plan.allocate(key, pending.placeholders[key], pending.device)
 
     def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
-        return ParameterStream(name, placeholder, plan.grid, plan.quantizer, plan.storage, self.account, self.sources)
+        quantizer = self.executor.quantizer(plan.quantizer, fresh=plan.storage.weight)
+        return ParameterStream(
+            name,
+            placeholder,
+            plan.grid,
+            quantizer,
+            plan.storage,
+            self.account,
+            self.sources,
+            executor=self.executor,
+            **self._options(name, plan),
+        )
+
+    def _options(self, name: str, plan: ParameterPlan) -> dict[str, Any]:
+        """Further ones of a stream."""
+        return {}
 
     def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
         """Leave a layer to stock."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The overlay's load: what it adds to streaming itself.
 
-Schemes that stock does not have, quantizing in threads beside the loader, huge pages, progress, what weight updates
+Schemes that stock does not have, progress, what weight updates
 need to know, and a look at weights that are not streamed.
 """
 
@@ -17,21 +17,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from sglang_overlay.core import cpu_kernels, sentinel
+from sglang_overlay.core import sentinel
 from sglang_overlay.core.errors import shortened
-from sglang_overlay.core.host_memory import GiveBackLate, give_back, zeros_on_demand
-from sglang_overlay.core.huge_pages import HugePages, free_huge_pages
+from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.layer import LayerStream
-from sglang_overlay.core.mapped_sources import MappedSources
-from sglang_overlay.core.pinned_ring import PinnedRing, ring_for
-from sglang_overlay.core.pipeline import Pipeline, one_thread_each, workers_for
-from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.placeholders import materialize, set_loader
-from sglang_overlay.core.quantizers import UnitQuantizer
-from sglang_overlay.core.stream import ParameterStream, Storage
+from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError, UnsupportedDtypeError
-from sglang_overlay.load import eligibility, model_load, snapshots
+from sglang_overlay.load import eligibility, model_load, pinned_ring, snapshots
 from sglang_overlay.load.checked_load import CheckedLoad
 from sglang_overlay.load.diagnostics import Tolerance
 from sglang_overlay.load.model_load import PendingLayer
@@ -69,6 +63,7 @@ class OverlayLoad(CheckedLoad):
         device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
+        executor: does the work; the device's unless given.
         is_part: whether settings that name layers may mean those of another model or pipeline stage.
 
     Attributes:
@@ -78,7 +73,6 @@ class OverlayLoad(CheckedLoad):
     """
 
     final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError, StreamingUnavailableError)
-    sources: MappedSources
 
     def __init__(
         self,
@@ -88,12 +82,14 @@ class OverlayLoad(CheckedLoad):
         excluded: Mapping[str, str] = MappingProxyType({}),
         *,
         is_part: bool = False,
+        executor: Executor | None = None,
     ) -> None:
-        super().__init__(_tolerance(settings), obstacle, excluded)
+        if executor is None:
+            executor = pinned_ring.executor_for(device) if settings.pinned_ring else executor_for(device)
+        super().__init__(_tolerance(settings), obstacle, excluded, executor)
         self.settings = settings
         self._is_part = is_part
         self.schemes = SchemeSelection(settings.schemes)
-        self.sources = MappedSources()
         self.abandoned = "switched off" if settings.mode is Mode.OFF else None
         self.progress: Progress = SilentProgress()
         self.updatable: dict[str, UpdatableLayer] = {}
@@ -102,13 +98,8 @@ class OverlayLoad(CheckedLoad):
         self.times = LayerTimes()
         self.missing: list[str] = []
         self._device = device
-        self._pipeline: Pipeline | None = None
-        self._ring: PinnedRing | None = None
-        # Half: reading the files needs free memory as well.
-        self._huge_pages = HugePages(free_huge_pages() // 2)
         self._kept: dict[torch.nn.Module, dict[str, KeptWeight]] = {}
         self._unstreamed: UnstreamedParameters | None = None
-        self._late: GiveBackLate | None = None
         self._is_online = False
         self._quantized_already: list[str] = []
         self._rows: dict[str, WholeRows] = {}
@@ -117,9 +108,6 @@ class OverlayLoad(CheckedLoad):
         self._replacing: dict[torch.nn.Module, PendingLayer] = {}
         # What has to be done once, when the weights have been read.
         self._reading = contextlib.ExitStack()
-        if device.type == "cpu":
-            # What upstream has made on the way.
-            self._reading.callback(give_back)
 
     # -- building the model ------------------------------------------------------------------------------------------
 
@@ -152,12 +140,11 @@ class OverlayLoad(CheckedLoad):
         if self.abandoned is None:
             # Loaders that are not covered keep those of parameters for later (``flash_rl``).
             self._dtypes = StoredDtypes(model, self.sources)
+        if self._streams:
+            self._reading.enter_context(self.executor.reading(self.streamed_bytes))
         if self._streams and not self.prequantized:
             self._unstreamed = UnstreamedParameters(model, set(self._looked_after()))
             self._reading.callback(self._unstreamed.settle)
-        if self._pipeline is not None and self._device.type == "cpu":
-            self._reading.enter_context(one_thread_each())
-            self._late = GiveBackLate(self.streamed_bytes)
         if parallel_ranks().is_first:
             self.progress = quantization_progress(self.streamed_bytes)
         return None
@@ -181,8 +168,7 @@ class OverlayLoad(CheckedLoad):
     def create_weights(
         self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan
     ) -> None:
-        if self._device.type == "cpu":
-            cpu_kernels.prepare()
+        self.executor.prepare()
         super().create_weights(create, layer, dtype, plan)
 
     def abandon(self, reason: str) -> None:
@@ -209,12 +195,9 @@ class OverlayLoad(CheckedLoad):
         return self._finished.get(layer)
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
-        if self._pipeline is not None:
-            # First: a unit whose job failed is incomplete too.
-            self._pipeline.close()
-            self._pipeline.check()
-        if self._ring is not None:
-            self._ring.close()
+        # First: a unit whose job failed is incomplete too.
+        self.executor.close()
+        self.executor.check()
         self._reading.close()
         self._forget_deleted(model)
         if self._is_online and self._quantized_already:
@@ -235,12 +218,6 @@ class OverlayLoad(CheckedLoad):
         self.progress.close()
         if self._dtypes is not None:
             self._dtypes.restore()
-        if self._pipeline is not None:
-            self._pipeline.close()
-        if self._ring is not None:
-            with contextlib.suppress(RuntimeError):
-                # Where copies have failed, so has the load, with an error of its own.
-                self._ring.close()
         super().close()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -297,48 +274,18 @@ class OverlayLoad(CheckedLoad):
         super()._start(layer, name, pending)
 
     def _is_deferred(self, name: str) -> bool:
-        """Whether a layer is quantized here once upstream has read it.
+        """Whether a layer is quantized here once upstream has read it."""
+        return self.executor.quantizes_late and not self.prequantized and eligibility.why_deferred(name) is not None
 
-        On the CPU, where stock would take several times as long and make copies in float32.
-        """
-        return self._device.type == "cpu" and not self.prequantized and eligibility.why_deferred(name) is not None
-
-    def _allocate(self, pending: PendingLayer, key: str) -> Storage:
-        storage = super()._allocate(pending, key)
-        self._huge_pages.request(storage.weight)
-        return storage
-
-    def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
-        pipeline = self._workers()
+    def _options(self, name: str, plan: ParameterPlan) -> dict[str, Any]:
         rows = rows_over_ranks.of(plan)
         if rows is not None:
             self._rows[name] = rows
-        return PipelinedStream(
-            name,
-            placeholder,
-            plan.grid,
-            self._quantizer(plan),
-            plan.storage,
-            self.account,
-            self.sources,
-            quantized=functools.partial(self._quantized, name.rpartition(".")[0]),
-            pipeline=pipeline,
-            upload=None if self._ring is None else self._ring.upload,
-            huge_pages=self._huge_pages if self._device.type == "cpu" else None,
-            rows=rows,
-        )
-
-    def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:
-        """What quantizes a parameter in this load."""
-        return plan.quantizer
-
-    def _workers(self) -> Pipeline:
-        if self._pipeline is None:
-            self._pipeline = Pipeline(workers_for(self._device))
-            self._ring = ring_for(self._device) if self.settings.pinned_ring else None
-            if self._ring is not None:
-                logger.info("StreamFP8: what is read goes to %s through a pinned ring.", self._device)
-        return self._pipeline
+        return {
+            "quantized": functools.partial(self._quantized, name.rpartition(".")[0]),
+            "rows": rows,
+            "mark": sentinel.fill,
+        }
 
     def _quantize_whole(
         self, layer: torch.nn.Module, pending: PendingLayer, kept: Mapping[str, KeptWeight]
@@ -348,7 +295,7 @@ class OverlayLoad(CheckedLoad):
         for key, weight in pending.placeholders.items():
             storages[key] = pending.plan.allocate(key, weight, pending.device)
             plan = pending.plan.parameter(key, weight, storages[key])
-            found = quantize_whole(replace(plan, quantizer=self._quantizer(plan)), weight.data)
+            found = quantize_whole(replace(plan, quantizer=self.executor.quantizer(plan.quantizer)), weight.data)
             if key in kept:
                 kept[key].largest = found
         pending.plan.register(layer, storages)
@@ -359,7 +306,7 @@ class OverlayLoad(CheckedLoad):
         self.updatable[name].let_go()
         is_marked = name in self._excluded and not self.prequantized
         for key, placeholder in pending.placeholders.items():
-            materialize(placeholder, self._zeros(placeholder, pending.device))
+            materialize(placeholder, self.executor.zeros_like(placeholder, pending.device))
             if is_marked:
                 sentinel.fill(placeholder)
             weight = KeptWeight(f"{name}.{key}", placeholder, self.sources, is_marked=is_marked)
@@ -367,16 +314,9 @@ class OverlayLoad(CheckedLoad):
             if not self.prequantized:
                 self._kept.setdefault(layer, {})[key] = weight
 
-    @staticmethod
-    def _zeros(placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:
-        is_host = device.type == "cpu"
-        return zeros_on_demand(placeholder) if is_host else torch.zeros_like(placeholder, device=device)
-
     def _quantized(self, layer: str, size: int) -> None:
         self.times.note(layer)
         self.progress.advance(size)
-        if self._late is not None:
-            self._late.advance(size)
 
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
         self.updatable[stream.name].let_go()

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from sglang.srt.layers.quantization import fp8
 
-from sglang_overlay.core.cpu_quantizers import CHUNK_ELEMENTS
 from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer, is_rounding_of
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 from sglang_overlay.schemes.expert_rows import grid_of_rows, projection_rows
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stored import StoredForm
@@ -46,7 +46,7 @@ class BlockScheme:
 
     def stored(self) -> StoredForm | None:
         """As DeepSeek-V3's fp8 checkpoint: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers."""
-        quantizer = self.plan(LayerKind.LINEAR, None).quantizer(torch.device("cpu"))
+        quantizer = self.plan(LayerKind.LINEAR, None).quantizer()
         return StoredForm(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE, SAME_AS)
 
 
@@ -88,7 +88,7 @@ class BlockPlan(SerializedPlan):
             return UnitGrid.one(shape) if is_linear else UnitGrid.per_slice(shape)
         return grid_of_rows(shape, BLOCK_SIZE if is_linear or weight.is_cpu else rows)
 
-    def quantizer(self, device: torch.device) -> UnitQuantizer:
+    def quantizer(self) -> UnitQuantizer:
         return BlockQuantizer()
 
 

@@ -15,6 +15,7 @@ from sglang.srt.layers.quantization.compressed_tensors.schemes import Compressed
 from sglang.srt.utils import is_hip
 
 from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer
+from sglang_overlay.schemes.arithmetic import row_quantizer
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.rows_over_ranks import WholeRowScales
@@ -88,7 +89,7 @@ class ChannelScheme:
             "ignore",
             "_scale",
             lambda shape: (shape[0], 1),
-            _on_cpu(),
+            row_quantizer(),
             1,
             SAME_AS,
         )
@@ -112,9 +113,7 @@ class ChannelExperts(CompressedTensorsW8A8Fp8MoE):  # type: ignore[misc]
 class ChannelExpertsPlan(ExpertRowsPlan):
     """Experts as of a checkpoint in compressed-tensors' format with channel-wise scales."""
 
-    def quantizer(self, device: torch.device) -> UnitQuantizer:
-        if device.type == "cpu":
-            return _on_cpu()
+    def quantizer(self) -> UnitQuantizer:
         return ZeroedRowKernelQuantizer(fp8.per_token_group_quant_fp8, 0)
 
 
@@ -128,10 +127,6 @@ class ZeroedRowKernelQuantizer(RowKernelQuantizer):
     def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
         super()._quantize_rows(rows, weight, scale)
         weight.view(torch.uint8).masked_fill_(scale.view(-1, 1) == 0, 0)
-
-
-def _on_cpu() -> UnitQuantizer:
-    return UpdatableLinearPlan(per_channel=True).quantizer(torch.device("cpu"), 0)
 
 
 SAME_AS = (

@@ -32,9 +32,9 @@ class ExpertsPlan(OnlinePlan):
         return Storage(weight, torch.ones(placeholder.shape[0], dtype=torch.float32, device=device))
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(storage.weight.device), storage)
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(), storage)
 
-    def quantizer(self, device: torch.device) -> UnitQuantizer:
+    def quantizer(self) -> UnitQuantizer:
         """What turns one expert's matrix into fp8: upstream's own function."""
         from sglang.srt.layers.quantization import fp8
 

@@ -39,11 +39,11 @@ class LinearPlan(OnlinePlan):
         rows, columns = placeholder.shape
         if self._per_channel and capabilities.runs_shuffled_rows(rows):
             # Triton's kernel, which is one for any number of rows.
-            return _shuffled(self.quantizer(storage.weight.device, 0), placeholder, storage)
+            return _shuffled(self.quantizer(0), placeholder, storage)
         grid = UnitGrid.per_slice((rows, columns)) if self._per_channel else UnitGrid.one((rows, columns))
-        return ParameterPlan(grid, self.quantizer(storage.weight.device, rows), storage)
+        return ParameterPlan(grid, self.quantizer(rows), storage)
 
-    def quantizer(self, device: torch.device, rows: int) -> UnitQuantizer:
+    def quantizer(self, rows: int) -> UnitQuantizer:
         """What turns rows of a weight that has ``rows``, or all of it, into fp8: upstream's own functions."""
         from sglang.srt.layers.quantization import fp8
 

@@ -10,15 +10,8 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.cpu_quantizers import (
-    KernelArithmetic,
-    PerTensorQuantizer,
-    RatioArithmetic,
-    quantize_rows,
-    quantize_rows_as_groups,
-)
 from sglang_overlay.core.placeholders import twin
-from sglang_overlay.core.quantizers import RowQuantizer, ShuffledUnits, UnitQuantizer
+from sglang_overlay.core.quantizers import ShuffledUnits, UnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.schemes import capabilities
 from sglang_overlay.schemes.layer_plan import ParameterPlan
@@ -29,16 +22,6 @@ from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
     """``LinearPlan`` of a layer that may be updated."""
-
-    def quantizer(self, device: torch.device, rows: int) -> UnitQuantizer:
-        from sglang.srt.layers.quantization import fp8
-
-        if device.type != "cpu":
-            return super().quantizer(device, rows)
-        if self._per_channel:
-            quantize = quantize_rows if capabilities.has_row_kernel() else quantize_rows_as_groups
-            return RowQuantizer(lambda values: quantize(values, fp8.fp8_dtype))
-        return PerTensorQuantizer(RatioArithmetic(torch.finfo(fp8.fp8_dtype).max))
 
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         from sglang.srt.layers.quantization import fp8
@@ -83,13 +66,6 @@ class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
         if name not in self._row_scales:
             return plan
         return replace(plan, quantizer=AiterExperts(plan.quantizer, self._row_scales[name]))
-
-    def quantizer(self, device: torch.device) -> UnitQuantizer:
-        from sglang.srt.layers.quantization import fp8
-
-        if device.type != "cpu":
-            return super().quantizer(device)
-        return PerTensorQuantizer(KernelArithmetic(torch.finfo(fp8.fp8_dtype).max))
 
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         from sglang.srt.layers.quantization import fp8

@@ -80,7 +80,7 @@ class SerializedPlan(UpdatablePlan):
         """How the parameter ``name``, which is ``weight``, divides into units: large ones on a device."""
 
     @abc.abstractmethod
-    def quantizer(self, device: torch.device) -> UnitQuantizer:
+    def quantizer(self) -> UnitQuantizer:
         """What turns units into values and scales; it is given all scales of a unit in one dimension."""
 
     def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
@@ -99,7 +99,7 @@ class SerializedPlan(UpdatablePlan):
         return self._storage(name, *self._real[name])
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        return ParameterPlan(self._grids[name], self.quantizer(storage.weight.device), storage)
+        return ParameterPlan(self._grids[name], self.quantizer(), storage)
 
     def register(self, layer: torch.nn.Module, storages: Mapping[str, Storage]) -> None:
         layer._parameters.update({name: weight for name, (weight, _) in self._real.items()})

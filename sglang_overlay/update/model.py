@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.load.diagnostics import WantedShapes
 from sglang_overlay.load.updatable_layer import UpdatableLayer
 from sglang_overlay.update.session import NOTHING_KNOWN, WeightUpdate
@@ -42,8 +43,12 @@ class UpdatableModel:
         known = {layer.name for layer in self.layers}
         self._stock = {name: reason for name, reason in stock.items() if name not in known}
 
-    def begin(self, workers: int = 0) -> WeightUpdate:
-        """Open an update, in place of one that was never ended."""
+    def begin(self, executor: Executor | None = None) -> WeightUpdate:
+        """Open an update, in place of one that was never ended.
+
+        Args:
+            executor: does the work; one of the model's device without threads unless given.
+        """
         self.abort()
         if self._stock:
             logger.warning(
@@ -52,8 +57,15 @@ class UpdatableModel:
                 shortened([f"{name} ({reason})" for name, reason in self._stock.items()]),
             )
             self._stock = {}
-        self.open = WeightUpdate(self.layers, workers, self._wanted)
+        if executor is None:
+            executor = executor_for(self._device, threads=False)
+        self.open = WeightUpdate(self.layers, executor, self._wanted)
         return self.open
+
+    @property
+    def _device(self) -> torch.device:
+        weights = (weight for layer in self.layers for weight in layer.module.parameters() if not weight.is_meta)
+        return next((weight.device for weight in weights), torch.device("cpu"))
 
     def commit(self) -> None:
         """Close the open update, if any. What it has written stays."""

@@ -33,9 +33,9 @@ import torch
 
 from sglang_overlay.core.capture import WriteSink, storage_key
 from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.loader_calls import LoaderCalls, WatchedSink
-from sglang_overlay.core.mapped_sources import MappedSources
-from sglang_overlay.core.pipeline import Pipeline
+from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.tensor_names import PACKED
 from sglang_overlay.core.whole import WholeParameter
@@ -77,7 +77,7 @@ class WeightUpdate:
 
     Args:
         layers: of the model.
-        workers: threads that quantize beside the loader, where the source allows it.
+        executor: does the work; none but the plain one unless given.
         wanted: what the model wants of its checkpoint's tensors.
 
     Attributes:
@@ -85,15 +85,15 @@ class WeightUpdate:
     """
 
     def __init__(
-        self, layers: Iterable[UpdatableLayer], workers: int = 0, wanted: WantedShapes = NOTHING_KNOWN
+        self, layers: Iterable[UpdatableLayer], executor: Executor | None = None, wanted: WantedShapes = NOTHING_KNOWN
     ) -> None:
-        self.sources = MappedSources()
+        self.sources = CheckpointSources()
         self.account = StagingAccount()
         self.given = GivenTensors()
         self._undo = UndoLog()
         self._wanted = wanted
         self._calls = LoaderCalls(parallel_ranks().tp.size, lambda tensor: self.given.name_of(tensor) or "")
-        self._pipeline = Pipeline(workers)
+        self._executor = Executor() if executor is None else executor
         self._layers = {layer.module: layer for layer in layers}
         self._wrappers: dict[torch.nn.Module, UpdatableLayer] = {}
         self._streams: dict[str, UpdateStream] = {}
@@ -176,7 +176,7 @@ class WeightUpdate:
     def undo(self) -> None:
         """Put back everything that was overwritten since the update began."""
         # First: workers may still be writing.
-        self._pipeline.close()
+        self._executor.close()
         self._undo.undo()
         for bindings in reversed(self._bindings):
             _put_back(bindings)
@@ -263,8 +263,8 @@ class WeightUpdate:
             PartialUpdateError: some units came only in part.
             WeightUpdateError: weights came that do not go together, or that have failed and not been sent again.
         """
-        self._pipeline.close()
-        self._pipeline.check()
+        self._executor.close()
+        self._executor.check()
         if self._unrepeated:
             raise WeightUpdateError(
                 f"a call of this update failed, and what it was to bring has not come since: "
@@ -302,7 +302,7 @@ class WeightUpdate:
 
     def close(self) -> None:
         """End what runs beside the update and give all staging memory back. May be called again."""
-        self._pipeline.close()
+        self._executor.close()
         self._undo.forget()
         for stream in self._streams.values():
             stream.release()
@@ -358,7 +358,7 @@ class WeightUpdate:
         self._quantized[storage_key(storage.weight)] = name
         self._quantized[storage_key(storage.scale)] = f"the scale of {name}"
         plan = layer.plan.parameter(key, placeholder, storage)
-        plan = replace(plan, quantizer=UndoableQuantizer(plan.quantizer, self._undo))
+        plan = replace(plan, quantizer=UndoableQuantizer(self._executor.quantizer(plan.quantizer), self._undo))
         if layer.reads_whole:
             return self._whole_sink(name, placeholder, storage.weight.device, plan)
         ready = None
@@ -393,8 +393,7 @@ class WeightUpdate:
             self.sources,
             ready=ready,
             under_way=self._calls.under_way,
-            quantized=_ignore,
-            pipeline=self._pipeline,
+            executor=self._executor,
             rows=rows_over_ranks.of(plan),
         )
         self._take_values[storage_key(placeholder)] = plan.storage.weight.dtype
@@ -551,7 +550,3 @@ def _refuse_cast(name: str, served: torch.dtype, sent: torch.dtype) -> None:
 def _put_back(bindings: Bindings | None) -> None:
     if bindings is not None:
         bindings.put_back()
-
-
-def _ignore(_size: int) -> None:
-    """Nobody watches the progress of an update."""

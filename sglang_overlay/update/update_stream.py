@@ -9,20 +9,22 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.loader_calls import LoaderCall
-from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.staging import StagedUnit
+from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import LayerNotStreamableError, WeightUpdateError
 from sglang_overlay.update.ready_values import ReadyValues
 from sglang_overlay.update.update_capture import VALUES, dtype_name
 
 
-class UpdateStream(PipelinedStream):
-    """As ``PipelinedStream``, for a parameter that is being served.
+class UpdateStream(ParameterStream):
+    """As ``ParameterStream``, for a parameter that is being served.
 
     Args:
-        arguments, options: those of ``PipelinedStream``.
+        arguments: those of ``ParameterStream``, and ``rows`` and ``executor``.
         ready: takes values that are quantized already, and their scales; None where they cannot be taken.
         under_way: this thread's loader call; None where there is none.
     """
@@ -32,9 +34,11 @@ class UpdateStream(PipelinedStream):
         *arguments: Any,
         ready: ReadyValues | None,
         under_way: Callable[[], LoaderCall | None],
-        **options: Any,
+        rows: WholeRows | None,
+        executor: Executor,
     ) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, executor=executor, rows=rows)
+        self.rows = rows
         self._ready = ready
         self._under_way = under_way
 
@@ -55,6 +59,16 @@ class UpdateStream(PipelinedStream):
             )
         if destination.numel():
             self._ready.write_values(destination, source)
+
+    @property
+    def partial_units(self) -> list[int]:
+        """Units of which a part has come and the rest has not, in order. For when no loader runs."""
+        self._wait()
+        return sorted(
+            unit
+            for unit, staged in self._staged.items()
+            if not self._done[unit] and staged.covered < self._grid.unit_volume
+        )
 
     def _as_padding(self, source: torch.Tensor) -> torch.Tensor:
         """``source``; a number that upstream's loader puts around quantized values in the values' dtype."""

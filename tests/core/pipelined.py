@@ -8,24 +8,33 @@ from typing import Any
 import pytest
 
 from core import streams
-from sglang_overlay.core.cpu_quantizers import PerTensorQuantizer, RatioArithmetic
-from sglang_overlay.core.mapped_sources import MappedSources
-from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.pipelined_stream import PipelinedStream
-
-PIPELINE = Pipeline(2, smallest=0)
+from sglang_overlay.core.executor import Executor
+from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.cpu_reference.per_tensor import PerTensorQuantizer, RatioArithmetic
+from sglang_overlay.cpu_reference.workers import Workers
 
 
-class NotedStream(PipelinedStream):
+class InThreads(Executor):
+    """Quantizes in threads, with the quantizers that it is given."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.takes = workers.takes
+        self.submit = workers.submit
+        self.check = workers.check
+
+
+EXECUTOR: Executor = InThreads(Workers(2, smallest=0))
+
+
+class NotedStream(ParameterStream):
     """Attributes: ``progress``, what has been reported of it."""
 
     def __init__(self, *arguments: Any) -> None:
         self.progress: list[int] = []
-        super().__init__(*arguments, quantized=self.progress.append, pipeline=PIPELINE)
+        super().__init__(*arguments, quantized=self.progress.append, executor=EXECUTOR)
 
 
 def use(patch: pytest.MonkeyPatch) -> None:
     """Until ``patch`` is undone."""
     patch.setattr(streams, "make_stream", NotedStream)
-    patch.setattr(streams, "make_sources", MappedSources)
     patch.setattr(streams, "one_scale", lambda: PerTensorQuantizer(RatioArithmetic(streams.FP8_MAX)))

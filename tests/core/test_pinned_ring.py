@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core import pipelined
+from core.pipelined import InThreads
 from core.streams import per_channel, per_expert, per_tensor
-from sglang_overlay.core.pinned_ring import PinnedRing, with_index
+from sglang_overlay.cpu_reference.workers import Workers
+from sglang_overlay.load.pinned_ring import PinnedRing, RingExecutor, with_index
 
 DTYPES = [torch.bfloat16, torch.float32, torch.uint8, torch.float64]
 
@@ -224,6 +227,14 @@ def test_a_slot_survives_a_copy_that_cannot_be_started(device, monkeypatch):
     assert torch.equal(_after(ring, ring.upload(torch.ones(4))), torch.ones(4))
 
 
+class Uploading(InThreads, RingExecutor):
+    """Threads, and a ring."""
+
+    def __init__(self, upload):
+        super().__init__(Workers(2, smallest=0))
+        self._ring = SimpleNamespace(upload=upload)
+
+
 def _after(ring: PinnedRing, arrived: torch.Tensor) -> torch.Tensor:
     ring.close()
     return arrived
@@ -242,7 +253,7 @@ def test_a_parameter_comes_out_the_same_through_a_ring(device, make, dtype, monk
         return arrived
 
     streamed = make((4, 24, 16) if make is per_expert else (24, 16))
-    streamed.stream._upload = upload
+    streamed.stream._executor = Uploading(upload)
     weight = torch.randn(streamed.placeholder.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     # In two writes each, so that one half is staged and the other completes it.
     for place, values in zip(streamed.placeholder.chunk(2, -2), weight.chunk(2, -2), strict=True):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from core import pipelined
@@ -47,18 +46,6 @@ def test_checkpoint_tensor_that_is_changed_while_it_is_quantized_is_an_error():
     changed.set()
     with pytest.raises(ConflictingWriteError, match="changed after its weight loader returned"):
         streamed.stream.settle()
-
-
-def test_partial_units_are_those_of_which_a_part_is_missing():
-    streamed = per_expert((4, 6, 8))
-    values = torch.randn(4, 6, 8, dtype=torch.bfloat16)
-    with streamed.capture():
-        streamed.placeholder.data[1].copy_(values[1])
-        for expert in (0, 3):
-            streamed.placeholder.data[expert, :3].copy_(values[expert, :3])
-        streamed.placeholder.data[0, 3:].copy_(values[0, 3:])
-    assert streamed.stream.partial_units == [3]
-    assert streamed.stream.done_units == 2
 
 
 def test_units_are_reported_when_they_are_quantized():

@@ -4,7 +4,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_overlay.core.mapped_sources import MappedSources
 from sglang_overlay.core.sources import CheckpointSources, oddity
 
 ODD = {
@@ -21,7 +20,7 @@ ODD = {
 @pytest.mark.parametrize("kind", ODD)
 def test_what_is_no_tensor_in_memory_is_passed_over(kind):
     make, told = ODD[kind]
-    value, sources = make(), MappedSources()
+    value, sources = make(), CheckpointSources()
     sources.offer(value, "odd")
     assert oddity(value) == told
     if isinstance(value, torch.Tensor):

@@ -14,11 +14,10 @@ from core import pipelined, streams
 from core.streams import FP8, quantize_rows, same_bytes
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import capture_of
-from sglang_overlay.core.mapped_sources import MappedSources
-from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.quantizers import RowQuantizer
+from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import Storage
+from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.core.whole_rows import LoadedTensor, WholeRows, WholeRowsQuantizer, row_magnitudes
 
@@ -29,14 +28,14 @@ RANKS = 4
 class Split:
     """One rank's columns of ``[..., rows, columns]``, streamed in units of some rows."""
 
-    stream: PipelinedStream
+    stream: ParameterStream
     rows: WholeRows
     placeholder: torch.nn.Parameter
     loaded: LoadedTensor
     rank: int
 
     @classmethod
-    def of(cls, shape, rows_a_unit, rank=1, kind=PipelinedStream, **options):
+    def of(cls, shape, rows_a_unit, rank=1, kind=ParameterStream, **options):
         *others, columns_here = (*shape[:-1], shape[-1] // RANKS)
         shape = (*others, columns_here)
         unit = (rows_a_unit, columns_here) if rows_a_unit else (columns_here,)
@@ -48,8 +47,8 @@ class Split:
         rows = WholeRows(loaded, columns_here * RANKS, grid, torch.bfloat16)
         quantizer = WholeRowsQuantizer(RowQuantizer(quantize_rows), rows, scales)
         stream = kind(
-            "layer.weight", placeholder, grid, quantizer, storage, StagingAccount(), MappedSources(),
-            quantized=lambda _: None, pipeline=pipelined.PIPELINE, rows=rows, **options,
+            "layer.weight", placeholder, grid, quantizer, storage, StagingAccount(), CheckpointSources(),
+            executor=pipelined.EXECUTOR, rows=rows, **options,
         )  # fmt: skip
         return cls(stream, rows, placeholder, loaded, rank)
 

@@ -12,9 +12,7 @@ from core.operations import operations
 from core.streams import make_parameter, make_sources
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sglang_overlay.core.mapped_sources import MappedSources
-from sglang_overlay.core.pipeline import Pipeline
-from sglang_overlay.core.pipelined_stream import PipelinedStream
+from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.schemes import registry, rows_over_ranks
@@ -172,9 +170,9 @@ def test_down_projection_split_over_ranks_uploads_a_scale_a_row_more_and_no_othe
     layer.w2_weight.weight_loader = lambda param, given, expert: stream.write(param[expert], given.chunk(8, 1)[3])
     placeholder = plan.create(lambda: None, layer, torch.bfloat16).parameters["w2_weight"]
     parameter = plan.parameter("w2_weight", placeholder, plan.allocate("w2_weight", placeholder, CUDA))
-    stream = PipelinedStream(
+    stream = ParameterStream(
         "w2_weight", placeholder, parameter.grid, parameter.quantizer, parameter.storage, StagingAccount(),
-        MappedSources(), quantized=lambda _: None, pipeline=Pipeline(0), rows=rows_over_ranks.of(parameter),
+        CheckpointSources(), rows=rows_over_ranks.of(parameter),
     )  # fmt: skip
     whole = torch.empty(hidden, 8 * intermediate, dtype=torch.bfloat16)
 

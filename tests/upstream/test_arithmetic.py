@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_overlay.core import cpu_kernels
-from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.core.staging import Piece
+from sglang_overlay.cpu_reference import kernels
+from sglang_overlay.cpu_reference.per_tensor import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.cpu_reference.quantizer import quantize_per_tensor
 
 FP8 = torch.float8_e4m3fn
@@ -30,7 +30,7 @@ def loops(request):
     """The same with the compiled loops and without them."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr(cpu_kernels, "source", lambda values: None)
+            patch.setattr(kernels, "source", lambda values: None)
         yield
 
 

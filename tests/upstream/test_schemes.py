@@ -17,7 +17,7 @@ from workbench.fingerprints import hash_of
 from workbench.loads import PROMPTS, STORED_AS_FP8, LoadFailed, LoadJob, LoadWorkers, compare
 from workbench.updates import Update
 
-from sglang_overlay.core.cpu_quantizers import quantize_rows
+from sglang_overlay.schemes.arithmetic import quantize_rows
 from sglang_overlay.schemes.int8 import Int8RowQuantizer
 from upstream.streamed import assert_streamed, load_reported, warnings_of
 

@@ -13,9 +13,9 @@ from workbench.loads import PROMPTS, LoadJob, compare
 from workbench.mutations import altered
 from workbench.updates import Update
 
-from sglang_overlay.core.cpu_quantizers import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.core.regions import whole as whole_of
 from sglang_overlay.core.staging import Piece
+from sglang_overlay.cpu_reference.per_tensor import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.settings import SCHEME_VARIABLE
 
 SEED = 1

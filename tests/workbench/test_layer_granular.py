@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from workbench.loads import LoadJob, compare
 
-from sglang_overlay.load import overlay_load
+from sglang_overlay.load import model_load
 from sglang_overlay.observe.report import read_folder
 from sglang_overlay.offline.plan.layers import whole_layers
 
@@ -50,7 +50,7 @@ def test_a_layers_bf16_bytes_are_held_where_units_hold_few(workers, checkpoint, 
 
 
 def test_loads_after_it_stream_units_again():
-    stream = overlay_load.PipelinedStream
+    stream = model_load.ParameterStream
     with whole_layers():
-        assert overlay_load.PipelinedStream is not stream
-    assert overlay_load.PipelinedStream is stream
+        assert model_load.ParameterStream is not stream
+    assert model_load.ParameterStream is stream

@@ -9,10 +9,10 @@ import pytest
 import torch
 from workbench.quality import BF16, STOCK, dequantized, ratio, served_losses
 
-from sglang_overlay.core.cpu_quantizers import quantize_rows
 from sglang_overlay.core.regions import whole
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.cpu_reference.mxfp8 import mxfp8_group_quantize
+from sglang_overlay.schemes.arithmetic import quantize_rows
 from sglang_overlay.schemes.block import BlockQuantizer
 
 FP8 = torch.float8_e4m3fn

@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_overlay.core.pipeline import WORTH_HANDING_OVER
-from sglang_overlay.core.pipelined_stream import PipelinedStream
 from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.load import overlay_load
+from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.load import model_load
 from sglang_overlay.offline.plan.replacing import replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_PART_BYTES = 1 << 18
+"""Of a layer that is quantized at once, what one job gets: worker threads are to share it."""
 
 
 class _Layer:
@@ -40,8 +42,8 @@ class _Layer:
         self.members: list[GatheredStream] = []
 
 
-class GatheredStream(PipelinedStream):
-    """A parameter that waits for the rest of its layer. Arguments are those of ``PipelinedStream``."""
+class GatheredStream(ParameterStream):
+    """A parameter that waits for the rest of its layer. Arguments are those of ``ParameterStream``."""
 
     def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(name, placeholder, *args, **kwargs)
@@ -88,7 +90,7 @@ class GatheredStream(PipelinedStream):
         assert gathered is not None
         self._is_passed_on = True
         self._sources.offer(gathered)
-        parts = min(self.units, max(1, gathered.nbytes // WORTH_HANDING_OVER)) if self._grid.sliced else 1
+        parts = min(self.units, max(1, gathered.nbytes // _PART_BYTES)) if self._grid.sliced else 1
         placeholder = self._placeholder.detach().view(self._shape)
         for place, values in zip(placeholder.chunk(parts), gathered.chunk(parts), strict=True):
             super().write(place, values)
@@ -113,5 +115,5 @@ def whole_layers(peak_seconds: float = 0.0) -> Iterator[None]:
         layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds))
         return GatheredStream(layer, name, *args, **kwargs)
 
-    with replaced(overlay_load, "PipelinedStream", stream):
+    with replaced(model_load, "ParameterStream", stream):
         yield

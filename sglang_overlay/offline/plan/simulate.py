@@ -8,17 +8,17 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.hooks.catalogue import STREAMING
 from sglang_overlay.hooks.hook import State, inspect_points
-from sglang_overlay.load import overlay_load
 from sglang_overlay.load.model_load import tensors_of, under_way
 from sglang_overlay.load.overlay_load import OverlayLoad
 from sglang_overlay.load.summary import stored_bytes
@@ -28,10 +28,8 @@ from sglang_overlay.offline.plan.from_config import from_config
 from sglang_overlay.offline.plan.host import HeldTensors, HostMemory
 from sglang_overlay.offline.plan.job import DeviceWork, Job, PlannedLoad
 from sglang_overlay.offline.plan.layers import whole_layers
-from sglang_overlay.offline.plan.replacing import replaced
 from sglang_overlay.offline.plan.weightless import EmptyFile, weightless
 from sglang_overlay.offline.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
-from sglang_overlay.schemes.layer_plan import ParameterPlan
 from sglang_overlay.settings import Mode as StreamingMode
 from sglang_overlay.settings import Settings
 
@@ -105,29 +103,20 @@ def _config_folder(model: Path) -> Iterator[Path]:
 
 @contextmanager
 def _modelled(job: Job, work: DeviceWork) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    # One thread: no workers beside the loader, so the same plan every time.
-    torch.set_num_threads(1)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(loading_in_this_thread())
-            stack.enter_context(replaced(overlay_load, "free_huge_pages", lambda: 0))
-            # Either is touched where it is written.
-            stack.enter_context(replaced(overlay_load, "zeros_on_demand", partial(torch.empty_like, device="cpu")))
-            if job.mode == "layers":
-                stack.enter_context(whole_layers())
-            if job.device == "cuda":
-                stack.enter_context(cuda_kernels(work))
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        stack.enter_context(loading_in_this_thread())
+        if job.mode == "layers":
+            stack.enter_context(whole_layers())
+        if job.device == "cuda":
+            stack.enter_context(cuda_kernels(work))
+        yield
 
 
 def _load(job: Job, device: torch.device) -> OverlayLoad:
     if job.mode == "stock":
         return OverlayLoad(Settings(StreamingMode.OFF), device)
     settings = Settings(StreamingMode.ON, schemes=job.schemes)
-    return (OverlayLoad if job.device == "cuda" else _UncomputedLoad)(settings, device)
+    return OverlayLoad(settings, device, executor=Executor() if job.device == "cuda" else _NoComputing())
 
 
 def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
@@ -152,11 +141,17 @@ def _weights(
     held.finish()
 
 
-class _UncomputedLoad(OverlayLoad):
-    """Streams as ever, but computes nothing: the CPU's own quantizers need no memory, and read what is not there."""
+class _NoComputing(Executor):
+    """Computes nothing: the CPU's own quantizers need no memory, and read what is not there. Without threads."""
 
-    def _quantizer(self, plan: ParameterPlan) -> UnitQuantizer:
+    quantizes_late = True
+
+    def quantizer(self, quantizer: UnitQuantizer, fresh: torch.Tensor | None = None) -> UnitQuantizer:
         return _NoQuantizer()
+
+    def zeros_like(self, placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:
+        # Touched where it is written, as the CPU's zeros are.
+        return torch.empty_like(placeholder, device=device)
 
 
 class _NoQuantizer:

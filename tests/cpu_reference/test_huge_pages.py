@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_overlay.core import huge_pages
-from sglang_overlay.core.host_memory import zeros_on_demand
-from sglang_overlay.core.huge_pages import SLOW_SECONDS, HugePages, free_huge_pages, huge_page_bytes
+from sglang_overlay.cpu_reference import huge_pages
+from sglang_overlay.cpu_reference.host_memory import zeros_on_demand
+from sglang_overlay.cpu_reference.huge_pages import SLOW_SECONDS, HugePages, free_huge_pages, huge_page_bytes
 
 SIZE = huge_page_bytes()
 needs_huge_pages = pytest.mark.skipif(not SIZE, reason="this kernel has no huge pages")

@@ -22,7 +22,7 @@ def zeros_on_demand(like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8).view(like.dtype).view(like.shape)
 
 
-def give_back() -> None:
+def trim() -> None:
     """Return pages of freed memory to the system that the C library keeps, where it can (glibc); takes milliseconds.
 
     Upstream makes tensors of some megabytes on the way: DeepSeek's loader fuses two weights, of which a dozen may wait
@@ -33,7 +33,7 @@ def give_back() -> None:
         trim(0)
 
 
-class GiveBackLate:
+class TrimLate:
     """Gives freed pages back once, when seven eighths of a load are done: at its peak they would be on top.
 
     More often would cost more than it brings: pages that are needed again have to be got again. Any thread may call;
@@ -53,7 +53,7 @@ class GiveBackLate:
             is_due = 0 < self._left <= size
             self._left -= size
         if is_due:
-            give_back()
+            trim()
 
 
 @cache

@@ -6,17 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_overlay.core import cpu_kernels
+from sglang_overlay.cpu_reference import kernels
 
 EVERY_VALUE = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
 
 def quantize(values, multiplier, out):
-    cpu_kernels.quantize(cpu_kernels.source(values), multiplier, cpu_kernels.target(out))
+    kernels.quantize(kernels.source(values), multiplier, kernels.target(out))
 
 
 def largest(values):
-    return cpu_kernels.largest(cpu_kernels.source(values))
+    return kernels.largest(kernels.source(values))
 
 
 FINITE = EVERY_VALUE[torch.isfinite(EVERY_VALUE)]
@@ -64,24 +64,24 @@ def test_largest_sees_nothing_between_the_rows():
 
 def test_only_bfloat16_and_fp8_in_rows_is_taken():
     values, out = torch.ones(8, 8, dtype=torch.bfloat16), torch.empty(8, 8, dtype=torch.float8_e4m3fn)
-    assert cpu_kernels.source(values)[1:] == cpu_kernels.target(out)[1:] == (8, 8, 8)
-    assert cpu_kernels.source(values[:, 2:6])[1:] == (8, 4, 8)
-    assert cpu_kernels.source(values.t()) is None
-    assert cpu_kernels.source(values.unsqueeze(0)[:, :, :4]) is None
-    assert cpu_kernels.source(values.float()) is None
-    assert cpu_kernels.source(values[:0]) is None
-    assert cpu_kernels.source(values.to("meta")) is None
-    assert cpu_kernels.target(out.t()) is None
-    assert cpu_kernels.target(out.to(torch.float8_e5m2)) is None
+    assert kernels.source(values)[1:] == kernels.target(out)[1:] == (8, 8, 8)
+    assert kernels.source(values[:, 2:6])[1:] == (8, 4, 8)
+    assert kernels.source(values.t()) is None
+    assert kernels.source(values.unsqueeze(0)[:, :, :4]) is None
+    assert kernels.source(values.float()) is None
+    assert kernels.source(values[:0]) is None
+    assert kernels.source(values.to("meta")) is None
+    assert kernels.target(out.t()) is None
+    assert kernels.target(out.to(torch.float8_e5m2)) is None
 
 
 def test_torch_converts_where_nothing_can_be_compiled(monkeypatch):
     def fail():
         raise ImportError("no llvmlite")
 
-    monkeypatch.setattr(cpu_kernels, "compile_loops", fail)
-    cpu_kernels._compiled_once.cache_clear()
+    monkeypatch.setattr(kernels, "compile_loops", fail)
+    kernels._compiled_once.cache_clear()
     try:
-        assert cpu_kernels.source(torch.ones(8, dtype=torch.bfloat16)) is None
+        assert kernels.source(torch.ones(8, dtype=torch.bfloat16)) is None
     finally:
-        cpu_kernels._compiled_once.cache_clear()
+        kernels._compiled_once.cache_clear()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_overlay.core.host_memory import libc
+from sglang_overlay.cpu_reference.host_memory import libc
 
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _FREE = Path("/proc/buddyinfo")

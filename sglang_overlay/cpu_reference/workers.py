@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 MOST_WORKERS = 8
-"""More threads than this wait for memory, not for each other."""
+"""Beyond this, memory bandwidth is the bottleneck."""
 
 _WAITING = 2
 """Jobs that may wait for each worker, so that none is idle while callers bring the next."""
@@ -23,12 +23,11 @@ WORTH_HANDING_OVER = 1 << 18
 """Bytes of a source that take about as long to quantize as another thread takes to wake up and get Python's lock."""
 
 
-class Pipeline:
+class Workers:
     """Runs jobs in worker threads; a caller waits while enough of them are under way.
 
-    So the sources that jobs keep alive are bounded. Callers do none themselves: while one did, and others waited for
-    their turn, the next would begin a wake-up and a wait for Python's lock after the last had ended. Every job computes
-    with one thread: a unit is too small to be worth waking torch's thread team for.
+    So the sources that jobs keep alive are bounded. Callers only enqueue: running jobs inline would stall the other
+    loaders on the GIL. Every job computes with one thread: a unit is too small to be worth waking torch's thread team.
 
     ``_slots`` holds one token for each job that may still be put under way: callers take them, workers put them back.
     ``_errors`` has what jobs have raised, in that order; workers append and whoever asks takes, each in one operation
@@ -48,7 +47,7 @@ class Pipeline:
         for _ in range(workers * (1 + _WAITING)):
             self._slots.put(None)
         self._errors: deque[BaseException] = deque()
-        self._workers = _started(workers, self._work)
+        self._threads = _started(workers, self._work)
 
     def takes(self, size: int) -> bool:
         """Whether a job that reads ``size`` bytes is worth submitting."""
@@ -56,12 +55,12 @@ class Pipeline:
 
     def submit(self, job: Callable[[], Any]) -> None:
         """Run ``job`` soon, or now where there are no workers; what it raises surfaces in ``check``, or here."""
-        if not self._workers:
+        if not self._threads:
             job()
             return
         self._slots.get()
         self._jobs.put(job)
-        if not self._workers:
+        if not self._threads:
             # Closed meanwhile: nobody else would do it.
             self._do_left()
 
@@ -76,11 +75,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Wait for all jobs and end the threads. May be called again."""
-        for _ in self._workers:
+        for _ in self._threads:
             self._jobs.put(None)
-        for worker in self._workers:
+        for worker in self._threads:
             worker.join()
-        self._workers = []
+        self._threads = []
         self._do_left()
 
     def _work(self) -> None:
@@ -109,7 +108,7 @@ class Pipeline:
 def one_thread_each() -> Iterator[None]:
     """Have torch compute with one thread in this thread, and in those that start meanwhile.
 
-    What a weight loader computes, such as fusing two weights, is not worth a team of threads beside a pipeline's: its
+    What a weight loader computes, such as fusing two weights, is not worth a team of threads beside these: its
     members go on spinning for milliseconds when they are done, on the cores that the workers need.
     """
     threads = torch.get_num_threads()
@@ -120,9 +119,9 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def workers_for(device: torch.device) -> int:
-    """As many as torch has threads, where they have to compute: a device works beside the loader by itself."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
+def threads_beside_loader() -> int:
+    """As many as torch has; none where that is one."""
+    threads = torch.get_num_threads()
     return threads if threads > 1 else 0
 
 

@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_overlay.core import mapped_sources
-from sglang_overlay.core.mapped_sources import MappedSources, Watch, mapping_at
+from sglang_overlay.core import mapped_files
+from sglang_overlay.core.mapped_files import mapping_at
+from sglang_overlay.core.sources import CheckpointSources, Watch
 
 
 def is_mapped(tensor):
-    sources = MappedSources()
+    sources = CheckpointSources()
     sources.offer(tensor)
     return sources.is_mapped(tensor)
 
 
 def test_sources_know_views_and_forget_nothing_that_lives():
-    sources = MappedSources()
+    sources = CheckpointSources()
     tensor = torch.randn(4, 8)
     sources.offer(tensor)
     assert sources.holds(tensor[1:3].t())
@@ -38,7 +39,7 @@ def test_mapped_checkpoint_is_told_from_a_copy_of_it(tmp_path):
     assert is_mapped(mapped)
     assert is_mapped(mapped[3:5].t())
     assert not is_mapped(mapped.clone())
-    sources = MappedSources()
+    sources = CheckpointSources()
     sources.offer(mapped)
     assert sources.is_mapped(mapped[1])
     assert not sources.is_mapped(mapped.clone())
@@ -54,14 +55,14 @@ def test_anonymous_and_empty_memory_is_not_mapped():
 def lookups(monkeypatch):
     """Addresses for which the process's mappings were read."""
     asked = []
-    monkeypatch.setattr(mapped_sources, "mapping_at", lambda address: asked.append(address) or mapping_at(address))
+    monkeypatch.setattr(mapped_files, "mapping_at", lambda address: asked.append(address) or mapping_at(address))
     return asked
 
 
 def test_mappings_are_read_once_a_file(tmp_path, lookups):
     for file in ("a", "b"):
         save_file({str(n): torch.randn(256) for n in range(50)}, tmp_path / file)
-    sources = MappedSources()
+    sources = CheckpointSources()
     for file in ("a", "b"):
         for tensor in load_file(tmp_path / file).values():
             sources.offer(tensor)
@@ -74,7 +75,7 @@ def test_mappings_are_read_once_a_file_also_where_files_are_read_by_turns(tmp_pa
     for file in files:
         save_file({str(n): torch.randn(256) for n in range(50)}, tmp_path / file)
     contents = [load_file(tmp_path / file) for file in files]
-    sources, copied = MappedSources(), torch.randn(256)
+    sources, copied = CheckpointSources(), torch.randn(256)
     sources.offer(copied)
     for number in range(50):
         for content in contents:
@@ -99,13 +100,13 @@ def test_mapping_at_an_address_is_what_the_kernel_says(tmp_path):
 
 
 def test_nothing_is_mapped_where_nothing_tells(monkeypatch, tmp_path):
-    monkeypatch.setattr(mapped_sources, "_MAPS", tmp_path / "missing")
+    monkeypatch.setattr(mapped_files, "_MAPS", tmp_path / "missing")
     assert mapping_at(torch.zeros(8).data_ptr()) is None
 
 
 def test_mapping_that_may_be_gone_is_looked_up_again(tmp_path, lookups):
     save_file({"weight": torch.randn(256), "other": torch.randn(256)}, tmp_path / "model.safetensors")
-    sources = MappedSources()
+    sources = CheckpointSources()
     for name in ("weight", "other"):
         tensor = load_file(tmp_path / "model.safetensors")[name]
         sources.offer(tensor)
@@ -129,7 +130,7 @@ def test_watch_takes_tensors_of_inference_mode():
 
 
 def test_mappings_are_read_once_for_memory_of_no_file(lookups):
-    sources, block = MappedSources(), torch.zeros(1 << 25)
+    sources, block = CheckpointSources(), torch.zeros(1 << 25)
     for part in block.split(1 << 20):
         tensor = torch.empty(0).set_(part.untyped_storage(), part.storage_offset(), part.shape)
         sources.offer(tensor)

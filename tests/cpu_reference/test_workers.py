@@ -9,13 +9,13 @@ from functools import partial
 
 import pytest
 import torch
-
 from core import pipelined, streams
-from sglang_overlay.core.pipeline import Pipeline, one_thread_each, workers_for
+
+from sglang_overlay.cpu_reference.workers import Workers, one_thread_each, threads_beside_loader
 
 
 def test_caller_waits_once_enough_are_under_way():
-    pipeline, gate, done = Pipeline(2), threading.Event(), []
+    pipeline, gate, done = Workers(2), threading.Event(), []
     for _ in range(6):
         pipeline.submit(lambda: gate.wait(30))
     caller = threading.Thread(target=pipeline.submit, args=(lambda: done.append(threading.current_thread()),))
@@ -30,7 +30,7 @@ def test_caller_waits_once_enough_are_under_way():
 
 
 def test_many_callers_have_all_their_jobs_done_once():
-    pipeline, done = Pipeline(2), []
+    pipeline, done = Workers(2), []
     with ThreadPoolExecutor(8) as callers:
         list(callers.map(lambda number: pipeline.submit(lambda: done.append(number)), range(500)))
     pipeline.close()
@@ -39,7 +39,7 @@ def test_many_callers_have_all_their_jobs_done_once():
 
 def test_jobs_that_come_while_it_closes_are_done():
     for _ in range(50):
-        pipeline, done = Pipeline(2), []
+        pipeline, done = Workers(2), []
         with ThreadPoolExecutor(4) as callers:
             for number in range(100):
                 callers.submit(pipeline.submit, partial(done.append, number))
@@ -48,7 +48,7 @@ def test_jobs_that_come_while_it_closes_are_done():
 
 
 def test_jobs_that_fail_leave_room_for_others():
-    pipeline, done = Pipeline(1), []
+    pipeline, done = Workers(1), []
     for _ in range(20):
         pipeline.submit(lambda: 1 / 0)
     pipeline.submit(lambda: done.append(1))
@@ -59,7 +59,7 @@ def test_jobs_that_fail_leave_room_for_others():
 
 
 def test_error_of_a_job_surfaces_once():
-    pipeline = Pipeline(1)
+    pipeline = Workers(1)
     done = threading.Event()
 
     def fail():
@@ -77,7 +77,7 @@ def test_error_of_a_job_surfaces_once():
 
 
 def test_first_of_several_errors_surfaces_to_one_of_those_who_ask():
-    pipeline = Pipeline(1)
+    pipeline = Workers(1)
     pipeline.submit(lambda: [][0])
     pipeline.submit(lambda: {}[0])
     pipeline.close()
@@ -87,7 +87,7 @@ def test_first_of_several_errors_surfaces_to_one_of_those_who_ask():
 
 
 def test_pipeline_can_be_closed_twice():
-    pipeline = Pipeline(1)
+    pipeline = Workers(1)
     pipeline.close()
     pipeline.close()
 
@@ -103,7 +103,7 @@ def test_workers_end_where_not_all_can_be_started(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", start_two)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        Pipeline(4)
+        Workers(4)
     for thread in started:
         thread.join(10)
     assert [thread.is_alive() for thread in started] == [False, False]
@@ -112,7 +112,7 @@ def test_workers_end_where_not_all_can_be_started(monkeypatch):
 
 def test_without_workers_a_job_runs_where_it_is_submitted():
     where = []
-    pipeline = Pipeline(0)
+    pipeline = Workers(0)
     pipeline.submit(lambda: where.append(threading.current_thread()))
     assert where == [threading.current_thread()]
     pipeline.close()
@@ -120,7 +120,7 @@ def test_without_workers_a_job_runs_where_it_is_submitted():
 
 def test_workers_compute_with_one_thread_and_others_keep_theirs():
     before = torch.get_num_threads()
-    pipeline = Pipeline(2)
+    pipeline = Workers(2)
     seen = []
     for _ in range(4):
         pipeline.submit(lambda: seen.append(torch.get_num_threads()))
@@ -149,19 +149,19 @@ def test_one_thread_each_ends_with_an_error_as_well():
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("device", "threads", "workers"), [("cpu", 4, 4), ("cpu", 1, 0), ("meta", 4, 0)])
-def test_there_are_workers_where_they_have_to_compute_and_are_not_alone(monkeypatch, device, threads, workers):
+@pytest.mark.parametrize(("threads", "workers"), [(4, 4), (1, 0)])
+def test_there_are_workers_where_they_are_not_alone(monkeypatch, threads, workers):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert workers_for(torch.device(device)) == workers
+    assert threads_beside_loader() == workers
 
 
 @pytest.mark.parametrize(("columns", "is_beside"), [(64, False), (4096, True)])
 def test_only_units_worth_it_are_quantized_beside_the_loader(monkeypatch, columns, is_beside):
-    pipeline, seen = Pipeline(1), []
+    pipeline, seen = Workers(1), []
     pipelined.use(monkeypatch)
-    monkeypatch.setattr(pipelined, "PIPELINE", pipeline)
+    monkeypatch.setattr(pipelined, "EXECUTOR", pipelined.InThreads(pipeline))
     streamed, weight = streams.per_expert((1, 32, columns)), torch.randn(1, 32, columns).to(torch.bfloat16)
-    streamed.stream._count = lambda _: seen.append(threading.current_thread())
+    streamed.stream._report = lambda _: seen.append(threading.current_thread())
     streamed.sources.offer(weight)
     streamed.stream.write(streamed.placeholder, weight)
     pipeline.close()

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_overlay.core.cpu_loops import COMPARED, CONVERTED, Loops, compile_loops
 from sglang_overlay.core.regions import Box
+from sglang_overlay.cpu_reference.loops import COMPARED, CONVERTED, Loops, compile_loops
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which memory belongs to the checkpoint, and so may still be read when a weight loader has returned.
-
-Memory that a model's code made on the way may be used again at once. What lies in a mapped file costs nothing while it
-waits.
-"""
+"""Which memory is a mapped file: keeping it costs no memory."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from sglang_overlay.core.sources import CheckpointSources
 
 _MAPS = Path("/proc/self/maps")
 
@@ -36,55 +30,25 @@ class _Mapping:
         return self.start <= address < self.stop and (self.is_living_file or not self.is_file)
 
 
-class Watch:
-    """Tells whether a tensor, or any view of the same memory, is changed from now on; keeps it alive.
-
-    By torch's version counter, so blind to tensors made in inference mode and to writes that bypass torch.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        self._version = self._count()
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether anything was written to the memory since."""
-        return self._count() != self._version
-
-    def _count(self) -> int:
-        return 0 if self._tensor.is_inference() else self._tensor._version
-
-
-class MappedSources(CheckpointSources):
-    """The checkpoint's storages, and which of them cost no memory.
-
-    ``_lock`` guards the known mappings as well: of some files, which loaders may read by turns.
-    """
+class MappedFiles:
+    """Finds out which memory is a mapped file. ``_lock`` guards what is known: of some files, read by turns."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._lock = threading.Lock()
         self._mappings: list[_Mapping] = []
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is a view of memory that was offered."""
-        return self._source_of(tensor) is not None
-
-    def is_mapped(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is a view of offered memory that is a mapped file: keeping it costs no memory."""
-        source = self._source_of(tensor)
-        if source is None or not tensor.is_cpu or not tensor.numel():
-            return False
-        address = tensor.data_ptr()
+    def holds(self, address: int, witness: StorageWeakRef) -> bool:
+        """Whether ``address`` lies in a mapped file, which the storage ``witness`` keeps mapped while it lives."""
         with self._lock:
             known = next((mapping for mapping in self._mappings if mapping.holds(address)), None)
             if known is None:
                 found = mapping_at(address)
                 if found is None:
                     return False
-                known = _Mapping(*found, source.reference)
+                known = _Mapping(*found, witness)
                 self._mappings = [known, *(mapping for mapping in self._mappings if mapping.is_living_file)]
             # The newest storage is the likeliest to be alive when the next one comes, and then it vouches for that one.
-            known.witness = source.reference
+            known.witness = witness
             return known.is_file
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_overlay.core import host_memory
-from sglang_overlay.core.host_memory import GiveBackLate, give_back, zeros_on_demand
+from sglang_overlay.cpu_reference import host_memory
+from sglang_overlay.cpu_reference.host_memory import TrimLate, trim, zeros_on_demand
 
 BLOCK = 96 << 10
 """Less than malloc maps by itself, more than a page."""
@@ -32,7 +32,7 @@ def test_pages_between_memory_in_use_go_back_to_the_system():
     for block in blocks[::2]:
         libc.free(ctypes.c_void_p(block))
     before = resident()
-    give_back()
+    trim()
     released = before - resident()
     for block in blocks[1::2]:
         libc.free(ctypes.c_void_p(block))
@@ -66,8 +66,8 @@ def test_zeros_take_memory_as_they_are_written_and_none_when_they_are_gone():
 @pytest.mark.parametrize("steps", [[1] * 80, [69, 1, 10], [80], [100, 100], [0, 71, 0, 9]])
 def test_pages_go_back_once_when_most_of_a_load_is_done(monkeypatch, steps):
     done, given = [], []
-    monkeypatch.setattr(host_memory, "give_back", lambda: given.append(sum(done)))
-    late = GiveBackLate(80)
+    monkeypatch.setattr(host_memory, "trim", lambda: given.append(sum(done)))
+    late = TrimLate(80)
     for step in steps:
         done.append(step)
         late.advance(step)
@@ -78,6 +78,6 @@ def test_pages_go_back_once_when_most_of_a_load_is_done(monkeypatch, steps):
 
 def test_pages_stay_where_a_load_ends_early(monkeypatch):
     given = []
-    monkeypatch.setattr(host_memory, "give_back", lambda: given.append(1))
-    GiveBackLate(80).advance(69)
+    monkeypatch.setattr(host_memory, "trim", lambda: given.append(1))
+    TrimLate(80).advance(69)
     assert given == []

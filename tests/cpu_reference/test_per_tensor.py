@@ -8,18 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from core.kernels import RowKernel
 from core.streams import same_bytes
-from sglang_overlay.core.cpu_quantizers import (
+
+from sglang_overlay.core.quantizers import RowQuantizer
+from sglang_overlay.core.staging import Piece
+from sglang_overlay.cpu_reference.per_tensor import (
     KernelArithmetic,
     PerTensorQuantizer,
     RatioArithmetic,
-    quantize_rows,
-    quantize_rows_as_groups,
 )
-from sglang_overlay.core.quantizers import RowQuantizer
-from sglang_overlay.core.staging import Piece
+from sglang_overlay.schemes.arithmetic import quantize_rows, quantize_rows_as_groups
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fp8 quantization on the CPU, where upstream's kernels cannot run or would need memory for a whole unit in float32.
+"""fp8 quantization with one scale a unit on the CPU, without a copy of the unit in float32.
 
-The arithmetic is upstream's, to the bit; ``cpu_kernels.py`` has compiled loops for most of it.
+The arithmetic is upstream's, to the bit; ``kernels.py`` has compiled loops for most of it.
 """
 
 from __future__ import annotations
@@ -14,67 +14,11 @@ from typing import Protocol
 
 import torch
 
-from sglang_overlay.core import cpu_kernels
 from sglang_overlay.core.quantizers import OneScaleAUnit
 from sglang_overlay.core.regions import Box, cut, whole
 from sglang_overlay.core.staging import Piece
-
-CHUNK_ELEMENTS = 1 << 18
-"""Elements cast at once: 1 MiB of float32, so that the intermediate stays in cache."""
-
-
-def quantize_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-channel quantization of ``[rows, columns]`` in torch, for where upstream's kernel cannot run.
-
-    The arithmetic, in float32, of SGLang's CUDA kernel for rows (``per_token_quant_fp8.cuh``, 0.5.17 to 0.5.23; read,
-    not run): the scale is the largest magnitude over the largest fp8 value, and values are multiplied by its
-    reciprocal. NaN counts for nothing and is stored as the largest value. A row of zeros has scale 0 and zeros, as
-    where that kernel gets many rows. For Hopper, SGLang compiles it with ``--use_fast_math``: last places may differ.
-
-    Returns:
-        fp8 ``[rows, columns]`` and float32 ``[rows, 1]``.
-    """
-    quantized, scales = _results(values, dtype)
-    largest_value = torch.finfo(dtype).max
-    # The scale must be a normal number: the reciprocal of a subnormal one may be infinite.
-    smallest = 2 * largest_value * torch.finfo(torch.float32).smallest_normal
-    for wide, out, scale in _row_chunks(values, quantized, scales):
-        absmax = wide.abs().amax(dim=-1, keepdim=True)
-        is_ordinary = bool(((absmax >= smallest) & (absmax < torch.inf)).all())
-        if not is_ordinary:
-            absmax = wide.abs().nan_to_num_(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
-        products = wide.mul_(torch.div(absmax, largest_value, out=scale).reciprocal())
-        if not is_ordinary:
-            products.nan_to_num_(nan=largest_value, posinf=torch.inf, neginf=-torch.inf)
-            products.clamp_(-largest_value, largest_value).masked_fill_(scale == 0, 0.0)
-        out.copy_(products)
-    return quantized, scales
-
-
-def quantize_rows_as_groups(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``quantize_rows``, with the arithmetic of releases that take a row for a group.
-
-    That of ``per_token_group_quant_8bit.cuh`` (0.5.13 and 0.5.15): the largest magnitude counts as 1e-10 at least, and
-    values are divided by the scale.
-    """
-    quantized, scales = _results(values, dtype)
-    largest_value = torch.finfo(dtype).max
-    for wide, out, scale in _row_chunks(values, quantized, scales):
-        torch.div(wide.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10), largest_value, out=scale)
-        out.copy_(wide.div_(scale).clamp_(-largest_value, largest_value))
-    return quantized, scales
-
-
-def _results(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    # Named, since the default dtype is the model's while SGLang loads one.
-    return torch.empty(values.shape, dtype=dtype), torch.empty(len(values), 1, dtype=torch.float32)
-
-
-def _row_chunks(values: torch.Tensor, *results: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Some rows of ``values``, as float32 in memory of their own, and the same rows of ``results``."""
-    rows = max(1, CHUNK_ELEMENTS // values.shape[-1])
-    for part, *outputs in zip(*(tensor.split(rows) for tensor in (values, *results)), strict=True):
-        yield part.to(torch.float32, copy=True), *outputs
+from sglang_overlay.cpu_reference import kernels
+from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 
 
 class PerTensorArithmetic(Protocol):
@@ -156,13 +100,13 @@ class PerTensorQuantizer(OneScaleAUnit):
         self._arithmetic = arithmetic
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> float:
-        matrices = [cpu_kernels.source(piece.values) for piece in pieces]
+        matrices = [kernels.source(piece.values) for piece in pieces]
         absmax = found = _most([_largest(piece.values, matrix) for piece, matrix in zip(pieces, matrices, strict=True)])
         in_range = self._arithmetic.smallest <= absmax < math.inf
         if not in_range:
             absmax = _most([self._arithmetic.absmax(piece.values) for piece in pieces])
         multiplier, stored = self._arithmetic.factors(absmax)
-        out = cpu_kernels.target(weight) if in_range else None
+        out = kernels.target(weight) if in_range else None
         for piece, matrix in zip(pieces, matrices, strict=True):
             if not cast_by_loops(matrix, multiplier, out, piece.box):
                 self._cast(piece.values, multiplier, cut(weight, piece.box), in_range)
@@ -184,16 +128,14 @@ class PerTensorQuantizer(OneScaleAUnit):
             out.copy_(products)
 
 
-def cast_by_loops(
-    values: cpu_kernels.Matrix | None, multiplier: float, out: cpu_kernels.Matrix | None, box: Box
-) -> bool:
+def cast_by_loops(values: kernels.Matrix | None, multiplier: float, out: kernels.Matrix | None, box: Box) -> bool:
     """Whether the compiled loops could write ``values`` to a box of ``out``, and have."""
     if values is None or out is None:
         return False
-    target = cpu_kernels.part_of(out, box)
+    target = kernels.part_of(out, box)
     if target is None or (values.rows, values.columns) != (target.rows, target.columns):
         return False
-    cpu_kernels.quantize(values, multiplier, target)
+    kernels.quantize(values, multiplier, target)
     return True
 
 
@@ -206,10 +148,10 @@ def _inverse(value: float) -> float:
     return 1.0 / value if value else math.inf
 
 
-def _largest(values: torch.Tensor, matrix: cpu_kernels.Matrix | None = None) -> float:
+def _largest(values: torch.Tensor, matrix: kernels.Matrix | None = None) -> float:
     """Largest magnitude; NaN where any value is. ``matrix`` is what the compiled loops see of ``values``."""
     if matrix is not None:
-        return cpu_kernels.largest(matrix)
+        return kernels.largest(matrix)
     low, high = values.aminmax()
     return max(abs(float(low)), abs(float(high)))
 

@@ -13,6 +13,7 @@ first is :class:`PinnedRing`'s, on whatever device; the others are its transport
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ from queue import SimpleQueue
 from typing import Protocol
 
 import torch
+
+from sglang_overlay.core import executor as core_executor
+from sglang_overlay.core.executor import Executor
+
+logger = logging.getLogger(__name__)
 
 SLOTS = 4
 SLOT_BYTES = 32 << 20
@@ -199,9 +205,28 @@ class CudaTransport:
         target.record_stream(current)
 
 
-def ring_for(device: torch.device) -> PinnedRing | None:
-    """A ring to ``device``, where it is a CUDA device; without an index, the calling thread's current one."""
-    return PinnedRing(CudaTransport(with_index(device))) if device.type == "cuda" else None
+class RingExecutor(Executor):
+    """Brings what is read to the device through a ring."""
+
+    uploads = True
+
+    def __init__(self, ring: PinnedRing) -> None:
+        self._ring = ring
+
+    def to_device(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        values = self._ring.upload(values) if values.is_cpu else values
+        return super().to_device(values, device, dtype)
+
+    def close(self) -> None:
+        self._ring.close()
+
+
+def executor_for(device: torch.device) -> Executor:
+    """An executor with a ring to ``device``, where that is a CUDA device; without an index, the current one."""
+    if device.type != "cuda":
+        return core_executor.executor_for(device)
+    logger.info("StreamFP8: what is read goes to %s through a pinned ring.", device)
+    return RingExecutor(PinnedRing(CudaTransport(with_index(device))))
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a load works on the CPU: worker threads beside the loader, compiled loops, huge pages, memory that is trimmed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sglang_overlay.core.executor import Executor
+from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.staging import Piece
+from sglang_overlay.core.whole_rows import WholeRowsQuantizer
+from sglang_overlay.cpu_reference import kernels
+from sglang_overlay.cpu_reference.host_memory import TrimLate, trim, zeros_on_demand
+from sglang_overlay.cpu_reference.huge_pages import HugePages, free_huge_pages
+from sglang_overlay.cpu_reference.per_tensor import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
+from sglang_overlay.cpu_reference.workers import Workers, one_thread_each, threads_beside_loader
+from sglang_overlay.schemes.arithmetic import row_quantizer
+
+
+class CpuExecutor(Executor):
+    """Quantizes in worker threads beside the loader.
+
+    Args:
+        threads: whether to; else jobs run where they are submitted.
+
+    Attributes:
+        quantizes_late: stock would take several times as long, and make copies in float32.
+    """
+
+    quantizes_late = True
+
+    def __init__(self, *, threads: bool = True) -> None:
+        self._count = threads_beside_loader() if threads else 0
+        self._workers: Workers | None = None
+        # Half: reading the files needs free memory as well.
+        self._pages = HugePages(free_huge_pages() // 2)
+        self._late: TrimLate | None = None
+
+    def prepare(self) -> None:
+        kernels.prepare()
+
+    def quantizer(self, quantizer: UnitQuantizer, fresh: torch.Tensor | None = None) -> UnitQuantizer:
+        if self._workers is None:
+            self._workers = Workers(self._count)
+        if fresh is None:
+            return on_cpu(quantizer)
+        self._pages.request(fresh)
+        return _Filling(on_cpu(quantizer), self._pages.use, self._filled)
+
+    def takes(self, size: int) -> bool:
+        return self._workers is not None and self._workers.takes(size)
+
+    def submit(self, job: Callable[[], Any]) -> None:
+        assert self._workers is not None
+        self._workers.submit(job)
+
+    def check(self) -> None:
+        if self._workers is not None:
+            self._workers.check()
+
+    def zeros_like(self, placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return zeros_on_demand(placeholder)
+
+    @contextmanager
+    def reading(self, size: int) -> Iterator[None]:
+        self._late = TrimLate(size)
+        with one_thread_each():
+            yield
+        # What upstream has made on the way.
+        trim()
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+
+    def _filled(self, size: int) -> None:
+        if self._late is not None:
+            self._late.advance(size)
+
+
+def on_cpu(quantizer: UnitQuantizer) -> UnitQuantizer:
+    """What has the bits of one of upstream's kernels on a CPU, where those cannot run; others as they are."""
+    from sglang.srt.layers.quantization import fp8
+
+    limit = torch.finfo(fp8.fp8_dtype).max
+    if isinstance(quantizer, WholeRowsQuantizer):
+        return quantizer.over(on_cpu(quantizer.quantizer))
+    if isinstance(quantizer, RowKernelQuantizer):
+        return row_quantizer()
+    if isinstance(quantizer, WholeUnitQuantizer) and quantizer.function is fp8.input_to_float8:
+        return PerTensorQuantizer(RatioArithmetic(limit))
+    if isinstance(quantizer, WholeUnitQuantizer) and quantizer.function is fp8.scaled_fp8_quant:
+        return PerTensorQuantizer(KernelArithmetic(limit))
+    return quantizer
+
+
+class _Filling:
+    """A quantizer into memory that nobody has touched yet.
+
+    Args:
+        quantizer: does the work.
+        use: called with the addresses that are about to be written, from the first to the one behind the last.
+        filled: called with the bytes that have been.
+    """
+
+    def __init__(
+        self, quantizer: UnitQuantizer, use: Callable[[int, int], None], filled: Callable[[int], None]
+    ) -> None:
+        self._quantizer = quantizer
+        self._use = use
+        self._filled = filled
+        self.could_be = quantizer.could_be
+
+    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | float:
+        self._about_to_fill(weight)
+        found = self._quantizer.quantize(pieces, weight, scale)
+        self._filled(weight.nbytes)
+        return found
+
+    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        self._about_to_fill(weight)
+        found = self._quantizer.quantize_run(values, weight, scale)
+        self._filled(weight.nbytes)
+        return found
+
+    def _about_to_fill(self, weight: torch.Tensor) -> None:
+        start = weight.data_ptr()
+        self._use(start, start + weight.nbytes)
