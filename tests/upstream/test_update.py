@@ -187,6 +187,7 @@ def test_weight_that_cannot_be_replaced_is_refused_under_its_own_name(repacked):
 
 
 def test_what_is_remembered_of_a_model_goes_with_it():
+    gc.collect()
     model = torch.nn.Linear(2, 2)
     known_models.remember(model, UpdatableModel([], {}))
     assert known_models.updatable(model) is not None

@@ -12,6 +12,7 @@ import torch
 from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
 from sglang_overlay.hooks import update_hooks
 from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome
+from sglang_overlay.update import model as known_models
 from sglang_overlay.update import session
 from sglang_overlay.update.model import UpdatableModel, remember, updatable
 from sglang_overlay.update.session import WeightUpdate
@@ -84,7 +85,7 @@ def test_session_whose_workers_failed_is_closed_and_answered(known):
 def test_session_that_cannot_be_opened_is_answered_at_its_end_and_the_next_one_succeeds(known, monkeypatch):
     updater, found = known
     with monkeypatch.context() as patch:
-        patch.setattr(session, "WeightUpdate", run_out)
+        patch.setattr(known_models, "WeightUpdate", run_out)
         update_hooks.begin_weight_update(lambda _updater: None, updater)
     assert found.open is None
     assert end(updater) == [f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}"]
