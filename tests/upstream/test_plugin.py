@@ -403,7 +403,7 @@ def test_discovery_imports_nothing_of_sglangs_or_torchs_and_little_of_this_packa
         "sglang_overlay",
         "sglang_overlay.cpu_reference",
         "sglang_overlay.cpu_reference.plugin",
-        "sglang_overlay.upstream",
+        "sglang_overlay.hooks",
         "sglang_overlay.hooks.plugin",
     }
 
