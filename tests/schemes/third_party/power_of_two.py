@@ -16,7 +16,7 @@ class PowerOfTwoQuantizer(BlockQuantizer):
 
 
 class PowerOfTwoPlan(BlockPlan):
-    def quantizer(self, device):
+    def quantizer(self):
         return PowerOfTwoQuantizer()
 
 
