@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
-from upstream.streamed import load_reported
-from workbench.checkpoints import CheckpointSpec, build
-from workbench.loads import LoadJob, LoadResult, LoadWorkers
+from harness.streamed import load_reported
+from workbench.loads.checkpoints import CheckpointSpec, build
+from workbench.loads.loads import LoadJob, LoadResult, LoadWorkers
 
 from sglang_overlay.hooks import releases
 from sglang_overlay.observe.report import LoadReport
 
+HARNESS = Path(__file__).parent / "harness"
 WORKER_BYTES = 7 << 30
 """What the loads of one test may take: stock's bf16 and fp8 of a 4 GB checkpoint, and the processes around them."""
 
@@ -76,3 +78,33 @@ def both(workers: LoadWorkers, tmp_path: Path) -> Callable[..., Both]:
         return stock, *load_reported(workers.load, job, tmp_path / "reports")
 
     return load
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """The cache of models from the hub that ``odd_workers`` have: puts a checkpoint there, and returns its name."""
+    folder = tmp_path_factory.mktemp("hub")
+
+    def add(checkpoint, name):
+        repository = folder / f"models--tiny--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0123abcd")
+        return Path("tiny", name), shutil.copytree(checkpoint, repository / "snapshots" / "0123abcd")
+
+    add.folder = folder
+    return add
+
+
+@pytest.fixture(scope="session")
+def odd_workers(tmp_path_factory, hub):
+    """Workers that know the models of ``misbehaving``, and those in ``hub``."""
+    with pytest.MonkeyPatch.context() as patch:
+        # A spawned process gets its parent's sys.path.
+        patch.syspath_prepend(str(HARNESS))
+        environ = {
+            "SGLANG_EXTERNAL_MODEL_PACKAGE": "misbehaving",
+            "HF_HUB_CACHE": str(hub.folder),
+            "HF_HUB_OFFLINE": "1",
+        }
+        with LoadWorkers(tmp_path_factory.mktemp("odd"), environ, start_method="spawn") as group:
+            yield group

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-SOURCES = ("", "sglang_overlay", "tests", "tests/upstream", "ci")
+SOURCES = ("", "sglang_overlay", "tests", "tests/load", "tests/update", "tests/hooks", "tests/schemes", "ci")
 """Where a path in a page may begin. What docs/patches.md says of SGLang's tree is under python/ or test/."""
 
 LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from workbench import patched, repository, series
+from workbench.releases import patched, repository, series
 
 from sglang_overlay import patches
 from sglang_overlay.cli import main

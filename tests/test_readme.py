@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from reports import load_report
-from workbench import patched, series
+from workbench.releases import patched, series
 
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import StagingUsage, UnitCounts, summary_line, write
@@ -27,21 +27,21 @@ OUTPUT = ("StreamFP8: ", "Quantizing weights to FP8: ")
 
 ELSEWHERE = {
     "pip install": "tests/test_packaging.py::test_wheel_installs_and_its_command_runs",
-    "python -m sglang.launch_server": "tests/upstream/test_server.py::test_server_streams_and_answers",
-    "SGLANG_STREAMFP8_REPORT=": "tests/upstream/test_server.py::test_server_streams_and_answers",
-    "SGLANG_STREAMFP8=0": "tests/upstream/test_plugin.py::test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone",
-    "SGLANG_STREAMFP8=require": "tests/upstream/test_server.py::test_server_streams_and_answers",
+    "python -m sglang.launch_server": "tests/load/test_server.py::test_server_streams_and_answers",
+    "SGLANG_STREAMFP8_REPORT=": "tests/load/test_server.py::test_server_streams_and_answers",
+    "SGLANG_STREAMFP8=0": "tests/hooks/test_plugin.py::test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone",
+    "SGLANG_STREAMFP8=require": "tests/load/test_server.py::test_server_streams_and_answers",
     "SGLANG_STREAMFP8_CPU_REFERENCE=": "tests/workbench/test_demo.py::test_command_serves_a_checkpoint_both_ways",
-    "SGLANG_STREAMFP8_SCHEME=": "tests/upstream/test_schemes.py::"
+    "SGLANG_STREAMFP8_SCHEME=": "tests/schemes/test_schemes.py::"
     "test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint",
-    "python -m sglang_overlay run": "tests/upstream/test_launch.py::test_one_batch_benchmark_streams",
+    "python -m sglang_overlay run": "tests/hooks/test_launch.py::test_one_batch_benchmark_streams",
     "ci/baseline": ".github/workflows/nightly.yml",
     "ci/bench": "tests/workbench/test_bench.py::test_command_measures_writes_and_leaves_no_checkpoint_behind",
     "ci/demo": "tests/workbench/test_demo.py::test_command_serves_a_checkpoint_both_ways",
     "ci/gpu_check": "tests/workbench/test_gpu_check.py::test_rehearsal_runs_steps_one_after_another",
     "ci/gpu_wheels": "tests/workbench/test_gpu_wheels.py::test_what_is_collected_is_packed_with_what_it_is_for",
     "ci/peaks": "tests/workbench/test_peaks.py::test_readme_shows_what_is_kept_and_nothing_else",
-    "ci/plans": "tests/plan/test_baselines.py::test_the_pages_show_the_newest_releases_baselines",
+    "ci/plans": "tests/offline/plan/test_baselines.py::test_the_pages_show_the_newest_releases_baselines",
     "ci/docs": ".github/workflows/pull-request.yml",
     "ci/test": ".ci/run",
 }

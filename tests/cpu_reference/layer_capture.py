@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 # Before SGLang's modules, as in a scheduler process: it loads the plugins.
-from workbench import load_worker  # isort: skip
-from workbench import runtime
-from workbench.loads import LoadJob, free_port
+from workbench.loads import load_worker  # isort: skip
+from workbench.loads import runtime
+from workbench.loads.loads import LoadJob, free_port
 
 #: Two requests of different length, then this many decode steps of both.
 PROMPTS = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9))

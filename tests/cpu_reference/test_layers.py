@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from workbench.checkpoints import CheckpointSpec, build, model_config
+from workbench.loads.checkpoints import CheckpointSpec, build, model_config
 
 HERE = Path(__file__).parent
 SPEC = CheckpointSpec("deepseek_v3")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench.loads import LoadJob, LoadResult, LoadWorkers
+from workbench.loads.loads import LoadJob, LoadResult, LoadWorkers
 
 from standin.checkpoints import with_zeros
 from standin.gpus import environ

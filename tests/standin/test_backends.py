@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench import families
-from workbench.exports import ExportJob, run_export
-from workbench.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
-from workbench.updates import Update
+from harness.exports import ExportJob, run_export
+from workbench.loads.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
+from workbench.loads.updates import Update
+from workbench.quality import families
 
 from sglang_overlay.offline.simulation import UnsimulatedReleaseError
 from standin.conftest import DEVICES, SERVER_ARGS
@@ -27,7 +27,7 @@ from standin.gpus import environ
 BOTH = ("flashinfer", "deep_gemm")
 """Packages that give SGLang the most to choose from."""
 GPT_OSS = "GptOssForCausalLM"
-"""Experts with biases; by this name ``workbench.families`` has it."""
+"""Experts with biases; by this name ``workbench.quality.families`` has it."""
 OVERRIDES: Mapping[tuple[str, str], tuple[tuple[str, Any], ...]] = {
     # Marlin wants a multiple of 64 rows, and the tiny model's fused q_a_proj and kv_a_proj have 288.
     ("a100", "deepseek_v3"): (("q_lora_rank", 160),),
@@ -51,7 +51,7 @@ class Case:
     """One way of loading.
 
     Attributes:
-        family: of ``workbench.checkpoints``, or an architecture of ``workbench.families``.
+        family: of ``workbench.loads.checkpoints``, or an architecture of ``workbench.quality.families``.
         args: fields of SGLang's ``ServerArgs``.
         quantization: as ``--quantization``.
         scheme: as ``SGLANG_STREAMFP8_SCHEME``; empty for stock's.

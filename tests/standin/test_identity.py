@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from workbench.loads import compare
+from workbench.loads.loads import compare
 
 pytestmark = pytest.mark.every_release
 

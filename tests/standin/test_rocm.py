@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
+from harness.trainer import has_sessions
 from triton.runtime import interpreter
-from workbench import families
-from workbench.loads import compare
-from workbench.trainer import has_sessions
-from workbench.updates import Update
+from workbench.loads.loads import compare
+from workbench.loads.updates import Update
+from workbench.quality import families
 
 from sglang_overlay.schemes import capabilities
 from standin.aiter import shuffle_weight

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from workbench.loads import compare
-from workbench.updates import Update
+from workbench.loads.loads import compare
+from workbench.loads.updates import Update
 
 FILES = {"files": 3, "assignment": "round_robin"}
 

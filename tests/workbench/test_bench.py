@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from workbench import bench_cli
-from workbench.bench import (
+from workbench.bench import bench_cli
+from workbench.bench.bench import (
     BENCH_FAMILIES,
     CONTENDERS,
     INTERCEPTING,
@@ -28,11 +28,11 @@ from workbench.bench import (
     size_cases,
     sized_spec,
 )
-from workbench.bench_chart import draw
-from workbench.bench_document import document, with_table
-from workbench.checkpoints import CheckpointSpec, build, tensor_plans
-from workbench.loads import LoadJob
-from workbench.page_tables import README
+from workbench.bench.bench_chart import draw
+from workbench.bench.bench_document import document, with_table
+from workbench.bench.page_tables import README
+from workbench.loads.checkpoints import CheckpointSpec, build, tensor_plans
+from workbench.loads.loads import LoadJob
 
 NAMES = [contender.name for contender in CONTENDERS]
 PNG = b"\x89PNG\r\n\x1a\n"

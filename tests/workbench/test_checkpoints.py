@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors import safe_open
-from workbench.checkpoints import (
+from workbench.loads.checkpoints import (
     FAMILIES,
     SIZES,
     CheckpointSpec,

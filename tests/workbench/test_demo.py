@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from reports import load_report
 from rich.console import Console
-from workbench import demo, serving
-from workbench.demo import Comparison, DemoError, Mode, Subject, Trial
+from workbench.docs import demo
+from workbench.docs.demo import Comparison, DemoError, Mode, Subject, Trial
+from workbench.loads import serving
 
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import LoadReport
@@ -132,7 +133,7 @@ def test_command_serves_a_checkpoint_both_ways(checkpoint, tmp_path: Path) -> No
         sys.executable,
         "-P",
         "-m",
-        "workbench.demo",
+        "workbench.docs.demo",
         "--model",
         str(checkpoint("qwen3")),
         "--out",

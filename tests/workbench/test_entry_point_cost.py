@@ -1,4 +1,4 @@
-from workbench.entry_point_cost import main, measure
+from workbench.bench.entry_point_cost import main, measure
 
 
 def test_every_process_is_measured():

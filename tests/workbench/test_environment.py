@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from workbench import environment
-from workbench.environment import EnvironmentSetupError, Plan
+from workbench.releases import environment
+from workbench.releases.environment import EnvironmentSetupError, Plan
 
 from sglang_overlay.hooks import releases
 

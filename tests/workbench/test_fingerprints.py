@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from workbench.fingerprints import fingerprint, model_bytes, model_prints, named_tensors
+from workbench.loads.fingerprints import fingerprint, model_bytes, model_prints, named_tensors
 
 
 class Attention(torch.nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from workbench import fork, patched, repository, series
+from workbench.releases import fork, patched, repository, series
 
 from sglang_overlay import patches
 from sglang_overlay.hooks import releases

@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 import torch
+from harness.fuzz import SPECS, is_stock_in_another_order
+from harness.load_series import LoadSeries, series_process
+from harness.mutations import each_rival_alone
 from safetensors.torch import load_file, save_file
-from workbench.fuzz import SPECS, is_stock_in_another_order
-from workbench.load_series import LoadSeries, series_process
-from workbench.mutations import each_rival_alone
 
 DOWN = "model.layers.1.mlp.experts.2.down_proj.weight"
 

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from workbench import devices, environment, gpu_check, gpu_steps, load_worker, pieces
-from workbench.bench import STREAMING
-from workbench.checkpoints import CheckpointSpec, build
-from workbench.environment import EnvironmentSetupError
-from workbench.gpu_check import Interpreter, Options
-from workbench.gpu_steps import PROMPTS, RING, Finding, Findings, Setting, ThisProcess, TimeIsUp, Variant
-from workbench.loads import LoadJob
+from workbench.bench.bench import STREAMING
+from workbench.gpu import gpu_check, gpu_steps, pieces
+from workbench.gpu.gpu_check import Interpreter, Options
+from workbench.gpu.gpu_steps import PROMPTS, RING, Finding, Findings, Setting, ThisProcess, TimeIsUp, Variant
+from workbench.loads import devices, load_worker
+from workbench.loads.checkpoints import CheckpointSpec, build
+from workbench.loads.loads import LoadJob
+from workbench.releases import environment
+from workbench.releases.environment import EnvironmentSetupError
 
 from sglang_overlay.settings import PINNED_RING_VARIABLE
 
@@ -85,7 +87,7 @@ def stand_in(folder: Path, code: str) -> Interpreter:
     program = folder / "python"
     begin = (
         "import json, os, sys, time\n"
-        "arguments = sys.argv[sys.argv.index('workbench.gpu_steps') + 1:]\n"
+        "arguments = sys.argv[sys.argv.index('workbench.gpu.gpu_steps') + 1:]\n"
         "steps = arguments[:arguments.index('--device')]\n"
         "out = open(arguments[arguments.index('--out') + 1], 'a')\n"
         "def write(step, verdict):\n"

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 from standin import kernels as emulations
-from workbench import gpu_kernels
-from workbench.gpu_kernels import Comparison
+from workbench.gpu import gpu_kernels
+from workbench.gpu.gpu_kernels import Comparison
 
 COLUMNS = 64
 

@@ -8,9 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from workbench import environment, gpu_modules, gpu_wheels, pieces
-from workbench.environment import EnvironmentSetupError
-from workbench.gpu_wheels import Wanted
+from workbench.gpu import gpu_modules, gpu_wheels, pieces
+from workbench.gpu.gpu_wheels import Wanted
+from workbench.releases import environment
+from workbench.releases.environment import EnvironmentSetupError
 
 
 def files(folder: Path, *names: str) -> Path:

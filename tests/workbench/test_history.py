@@ -7,8 +7,8 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from workbench.bench import BF16, LAYERS, STOCK, STREAMING
-from workbench.history import main
+from workbench.bench.bench import BF16, LAYERS, STOCK, STREAMING
+from workbench.bench.history import main
 
 SECONDS = {BF16.name: 2.0, STOCK.name: 4.0, LAYERS.name: 3.0, STREAMING.name: 1.0}
 PEAK = {BF16.name: 200, STOCK.name: 220, LAYERS.name: 150, STREAMING.name: 110}

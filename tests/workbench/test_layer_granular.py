@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from workbench.loads import LoadJob, compare
+from workbench.loads.loads import LoadJob, compare
 
 from sglang_overlay.load import model_load
 from sglang_overlay.observe.report import read_folder

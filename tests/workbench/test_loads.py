@@ -8,9 +8,18 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from workbench.checkpoints import CheckpointSpec, build
-from workbench.fingerprints import TensorPrint
-from workbench.loads import PROMPTS, LoadFailed, LoadJob, LoadResult, LoadWorkers, RankResult, changed_environ, compare
+from workbench.loads.checkpoints import CheckpointSpec, build
+from workbench.loads.fingerprints import TensorPrint
+from workbench.loads.loads import (
+    PROMPTS,
+    LoadFailed,
+    LoadJob,
+    LoadResult,
+    LoadWorkers,
+    RankResult,
+    changed_environ,
+    compare,
+)
 
 from sglang_overlay.observe.memory import MemoryUsage
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from workbench import make_patches, patched, repository, series
-from workbench.edits import EditError, EnvironmentField, Hook, edited
+from workbench.releases import make_patches, patched, repository, series
+from workbench.releases.edits import EditError, EnvironmentField, Hook, edited
 
 from sglang_overlay import patches
 from sglang_overlay.hooks import built_in, releases

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench import new_release
-from workbench.environment import CLONE, RELEASES
+from workbench.releases import new_release
+from workbench.releases.environment import CLONE, RELEASES
 
 from sglang_overlay.hooks.hook import HookKind, Place, TouchPoint
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from workbench.checkpoints import model_config, tensor_plans
-from workbench.outliers import add_outliers
-from workbench.small_models import FAMILIES, build_model, spec_of
+from workbench.loads.checkpoints import model_config, tensor_plans
+from workbench.quality.outliers import add_outliers
+from workbench.quality.small_models import FAMILIES, build_model, spec_of
 
 
 def state(model, names):

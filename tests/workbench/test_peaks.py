@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from workbench import peaks
-from workbench.environment import supported
+from workbench.bench import peaks
+from workbench.releases.environment import supported
 
 PEAK = peaks.Peak("qwen3_moe", of_model=1.012, of_stock=0.455, is_identical=True)
 

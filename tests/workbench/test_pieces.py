@@ -7,8 +7,8 @@ import random
 import shutil
 
 import pytest
-from workbench import pieces
-from workbench.pieces import DamagedPiecesError
+from workbench.gpu import pieces
+from workbench.gpu.pieces import DamagedPiecesError
 
 CONTENTS = {"site/a.py": b"", "site/b/c.so": random.Random(0).randbytes(25_000), "jit/d.so": b"d" * 5000}
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from workbench.quality import BF16, STOCK, dequantized, ratio, served_losses
+from workbench.quality.quality import BF16, STOCK, dequantized, ratio, served_losses
 
 from sglang_overlay.core.regions import whole
 from sglang_overlay.core.staging import Piece

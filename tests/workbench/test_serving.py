@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from workbench import serving
+from workbench.loads import serving
 
 SERVER = """
     import http.server, json, os, signal, subprocess, sys, time

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from workbench import site
+from workbench.docs import site
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from workbench import families, remote_families
-from workbench.sweep import OUTCOMES, Outcome, to_json, to_markdown, try_one
+from workbench.quality import families, remote_families
+from workbench.quality.sweep import OUTCOMES, Outcome, to_json, to_markdown, try_one
 
 OUTCOME = Outcome("SomeForCausalLM", "identical", streamed=4)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sglang
 from click.testing import CliRunner
-from workbench import watch
+from workbench.releases import watch
 
 SRT = Path(sglang.__file__).parent / "srt"
 FP8 = Path("layers", "quantization", "fp8.py")

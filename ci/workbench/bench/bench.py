@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory and load time of a checkpoint, loaded in four ways in alternating runs.
+
+Every run is ``ModelRunner.load_model`` in real SGLang, in a process that has loaded a model before, so that imports and
+first-use costs are in none of them. Times on a shared machine drift: quote the ratios, which compare neighbours, and
+look at processor seconds beside them.
+
+A case is one checkpoint read in one order. ``measure`` makes its checkpoint, runs the contenders in turn and, unless
+told otherwise, removes it; ``size_cases`` and ``scaling_cases`` are the series that ``ci/bench`` runs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from workbench.loads.checkpoints import CheckpointSpec, Family, build, checkpoint_path, tensor_plans
+from workbench.loads.loads import LoadJob, LoadResult, LoadWorkers
+
+GIGABYTE = 10**9
+
+FileOrder = Literal["sorted", "staggered", "shuffled"]
+ORDERS: tuple[FileOrder, ...] = get_args(FileOrder)
+SIZES = (0.5, 1, 2, 4, 8)
+"""GB of bf16 weights, doubling."""
+BENCH_FAMILIES: tuple[Family, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to load a checkpoint; ``environ`` are variables of its loads."""
+
+    name: str
+    quantization: str | None
+    streaming: str
+    staging: Literal["units", "layers"] = "units"
+    quantizing: Literal["units", "once", "none"] = "units"
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+
+BF16 = Contender("stock bf16", None, "0")
+STOCK = Contender("stock fp8", "fp8", "0")
+LAYERS = Contender("layer-granular", "fp8", "require", staging="layers")
+STREAMING = Contender("streaming", "fp8", "require")
+INTERCEPTING = Contender("not quantizing", "fp8", "require", quantizing="none")
+"""Streaming that takes and stages every write, and nothing else: what intercepting costs."""
+ONE_PASS = Contender("one pass", "fp8", "require", quantizing="once")
+"""Streaming that reads each weight once and writes it once, with a scale of 1: the least that a load can take."""
+CONTENDERS = (BF16, STOCK, LAYERS, STREAMING)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint, read in one order.
+
+    Args:
+        name: what tells it from the others of its series.
+        value: where it lies on the axis of its series: GB, layers, experts, threads.
+        spec: the checkpoint.
+        order: of its files. ``staggered`` is ``SGLANG_SORT_WEIGHT_FILES=1``, by which each rank begins with another.
+        tp_size: ranks.
+        threads: of each rank; None takes all.
+        device: that models are loaded to.
+    """
+
+    name: str
+    value: float
+    spec: CheckpointSpec
+    order: FileOrder = "sorted"
+    tp_size: int = 1
+    threads: int | None = None
+    device: str = "cpu"
+
+    @property
+    def environ(self) -> Mapping[str, str]:
+        """Variables of its loads."""
+        return {"SGLANG_SORT_WEIGHT_FILES": "1"} if self.order == "staggered" else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One load: wall and processor seconds, and bytes above start (``peak``) and of the loaded model (``final``).
+
+    Seconds are the slowest rank's; processor seconds and bytes are summed over ranks. ``reserved`` is what the device's
+    allocator had at most taken; 0 on the CPU.
+    """
+
+    contender: str
+    seconds: float
+    cpu_seconds: float
+    peak: int
+    final: int
+    reserved: int = 0
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """The counted runs of a case, in the order made, and the bytes and number of its checkpoint's weights."""
+
+    case: Case
+    checkpoint_bytes: int
+    checkpoint_tensors: int
+    runs: tuple[Run, ...]
+
+
+def size_cases(
+    families: Iterable[Family], gigabytes: Iterable[float], orders: Iterable[FileOrder], tp_size: int = 1
+) -> list[Case]:
+    """Every family in every order at every size. Staggering needs ranks: it has two at least."""
+    return [
+        Case(
+            f"{family} {size:g} GB {order}",
+            size,
+            sized_spec(family, size, order),
+            order,
+            max(tp_size, 2) if order == "staggered" else tp_size,
+        )
+        for family in families
+        for order in orders
+        for size in gigabytes
+    ]
+
+
+def scaling_cases(threads: Sequence[int]) -> dict[str, list[Case]]:
+    """By what is varied: size (in whole layers of many experts), layers of few, experts (more of the same), threads."""
+
+    def spec(layers: int, experts: int) -> CheckpointSpec:
+        chosen = (("num_hidden_layers", layers), ("num_experts", experts))
+        return CheckpointSpec("qwen3_moe", size="bench", files=4, overrides=chosen)
+
+    return {
+        "size": [replace(case, name=f"{case.value:g} GB") for case in size_cases(["qwen3_moe"], SIZES, ["sorted"])],
+        "layers": [Case(f"{n} layers", n, spec(n, 32)) for n in (1, 2, 4, 8)],
+        "experts": [Case(f"{n} experts", n, spec(2, n)) for n in (16, 32, 64, 128)],
+        "threads": [Case(f"{n} threads", n, spec(4, 32), threads=n) for n in threads],
+    }
+
+
+def overhead_case() -> Case:
+    """Thousands of tensors of 4 kB, which take no time to read or quantize: what a load costs is a cost per tensor."""
+    chosen = (
+        ("num_hidden_layers", 8),
+        ("num_experts", 512),
+        ("hidden_size", 64),
+        ("moe_intermediate_size", 32),
+    )
+    return Case("small tensors", 1, CheckpointSpec("qwen3_moe", files=4, overrides=chosen))
+
+
+def sized_spec(family: Family, gigabytes: float, order: FileOrder = "sorted") -> CheckpointSpec:
+    """The checkpoint of that family, of as many whole layers as come nearest to ``gigabytes``."""
+    dense = 1 if family.startswith("deepseek") else 0  # A first layer without experts.
+    one, two = (_weight_bytes(_layered(family, dense + n)) for n in (1, 2))
+    layers = dense + max(1, round((gigabytes * GIGABYTE - 2 * one + two) / (two - one)))
+    files = max(4, round(gigabytes * 2))
+    return _layered(family, layers, files, "shuffled" if order == "shuffled" else "ordered")
+
+
+def _layered(
+    family: Family, layers: int, files: int = 1, file_names: Literal["ordered", "shuffled"] = "ordered"
+) -> CheckpointSpec:
+    return CheckpointSpec(
+        family, size="bench", files=files, file_names=file_names, overrides=(("num_hidden_layers", layers),)
+    )
+
+
+def _weight_bytes(spec: CheckpointSpec) -> int:
+    return sum(plan.nbytes for plan in tensor_plans(spec))
+
+
+def measure(
+    workers: LoadWorkers,
+    case: Case,
+    folder: Path,
+    rounds: int,
+    contenders: Sequence[Contender] = CONTENDERS,
+    done: Callable[[Run], None] = lambda _: None,
+    warm_ups: int = 1,
+) -> CaseResult:
+    """So many warm-ups of each contender that are not counted, then ``rounds`` times each in turn.
+
+    ``folder`` is where the checkpoint is, or is written.
+    """
+    checkpoint = build(case.spec, folder)
+    runs = []
+    for number in range(warm_ups + rounds):
+        for contender in contenders:
+            run = _run(contender, workers.load(_job(case, contender, checkpoint)))
+            if number >= warm_ups:
+                runs.append(run)
+            done(run)
+    return CaseResult(case, _weight_bytes(case.spec), len(tensor_plans(case.spec)), tuple(runs))
+
+
+def remove(case: Case, folder: Path) -> None:
+    """Delete the checkpoint of ``case``, if it is there."""
+    shutil.rmtree(checkpoint_path(case.spec, folder), ignore_errors=True)
+
+
+def _job(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
+    return LoadJob(
+        checkpoint,
+        streaming=contender.streaming,
+        quantization=contender.quantization,
+        staging=contender.staging,
+        quantizing=contender.quantizing,
+        tp_size=case.tp_size,
+        threads=case.threads,
+        environ={**case.environ, **contender.environ},
+        device=case.device,
+        described="sizes",
+        timeout_seconds=900,
+    )
+
+
+def _run(contender: Contender, result: LoadResult) -> Run:
+    return Run(
+        contender=contender.name,
+        seconds=max(rank.load_seconds for rank in result.ranks),
+        cpu_seconds=sum(rank.load_cpu_seconds for rank in result.ranks),
+        peak=sum(rank.memory.peak_above_start for rank in result.ranks),
+        final=sum(rank.model_bytes for rank in result.ranks),
+        reserved=sum(rank.reserved for rank in result.ranks),
+    )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians of one contender."""
+
+    contender: str
+    seconds: float
+    cpu_seconds: float
+    peak: float
+    final: float
+    seconds_range: tuple[float, float] = field(default=(0.0, 0.0))
+
+    @property
+    def peak_of_final(self) -> float:
+        """Peak above start over the loaded model's bytes."""
+        return self.peak / self.final
+
+
+def figures(runs: Sequence[Run]) -> dict[str, Figures]:
+    """Medians by contender, in the order in which they ran."""
+    return {name: _figures(name, _of(runs, name)) for name in dict.fromkeys(run.contender for run in runs)}
+
+
+def _figures(name: str, runs: Sequence[Run]) -> Figures:
+    seconds = [run.seconds for run in runs]
+    return Figures(
+        contender=name,
+        seconds=statistics.median(seconds),
+        cpu_seconds=statistics.median(run.cpu_seconds for run in runs),
+        peak=statistics.median(run.peak for run in runs),
+        final=statistics.median(run.final for run in runs),
+        seconds_range=(min(seconds), max(seconds)),
+    )
+
+
+def ratio(runs: Sequence[Run], one: str, other: str, measured: str) -> float:
+    """Median over the rounds of ``one / other``, each round's runs compared with each other."""
+    pairs = zip(_of(runs, one), _of(runs, other), strict=True)
+    return float(statistics.median(getattr(a, measured) / getattr(b, measured) for a, b in pairs))
+
+
+def added_seconds_a_tensor(result: CaseResult, one: str, other: str) -> float:
+    """Median over the rounds of the processor seconds that ``one`` takes beyond ``other``, for each tensor."""
+    pairs = zip(_of(result.runs, one), _of(result.runs, other), strict=True)
+    return statistics.median(a.cpu_seconds - b.cpu_seconds for a, b in pairs) / result.checkpoint_tensors
+
+
+def _of(runs: Sequence[Run], contender: str) -> list[Run]:
+    return [run for run in runs if run.contender == contender]

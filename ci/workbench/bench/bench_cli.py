@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ci/bench``: arguments and printing."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from sglang_overlay.observe.formats import bytes_text
+from workbench.bench.bench import (
+    BENCH_FAMILIES,
+    BF16,
+    CONTENDERS,
+    INTERCEPTING,
+    ONE_PASS,
+    ORDERS,
+    STOCK,
+    Case,
+    CaseResult,
+    Contender,
+    FileOrder,
+    Run,
+    added_seconds_a_tensor,
+    figures,
+    measure,
+    overhead_case,
+    ratio,
+    remove,
+    scaling_cases,
+    size_cases,
+)
+from workbench.bench.bench_chart import draw
+from workbench.bench.bench_document import document, with_table
+from workbench.loads.checkpoints import Family, checkpoint_path
+from workbench.loads.loads import LoadWorkers
+from workbench.releases.environment import cache_root
+
+console = Console(width=165)
+
+
+def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 0.5,1,2") from None
+
+
+@click.command()
+@click.option(
+    "--family",
+    "families",
+    multiple=True,
+    type=click.Choice(BENCH_FAMILIES),
+    default=["qwen3_moe"],
+    show_default=True,
+    help="Shape of the model; may be given more than once.",
+)
+@click.option("--sizes", default="2", callback=_numbers, show_default=True, help="GB of bf16 weights, such as 0.5,1,2.")
+@click.option(
+    "--order",
+    "orders",
+    multiple=True,
+    type=click.Choice(get_args(FileOrder)),
+    default=["sorted"],
+    show_default=True,
+    help="How weight files are read; may be given more than once. staggered has two ranks.",
+)
+@click.option("--all", "everything", is_flag=True, help="All families and orders.")
+@click.option("--scaling", is_flag=True, help="Vary size, layers, experts and threads instead.")
+@click.option(
+    "--overhead",
+    is_flag=True,
+    help="Thousands of tiny tensors instead, and also streamed without quantizing them.",
+)
+@click.option("--floor", is_flag=True, help="Also read each weight once and write it once, without finding its scale.")
+@click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
+@click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
+@click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run to this file.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the chart into this file.")
+@click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the table into this page as well.")
+def main(
+    families: tuple[Family, ...],
+    sizes: tuple[float, ...],
+    orders: tuple[FileOrder, ...],
+    everything: bool,  # noqa: FBT001
+    scaling: bool,  # noqa: FBT001
+    overhead: bool,  # noqa: FBT001
+    floor: bool,  # noqa: FBT001
+    rounds: int,
+    tp: int,
+    keep: bool,  # noqa: FBT001
+    json_file: Path | None,
+    png: Path | None,
+    readme: Path | None,
+) -> None:
+    """Compare peak memory and load time of stock bf16, stock fp8, layer-granular streaming and streaming."""
+    if everything:
+        families, orders = BENCH_FAMILIES, ORDERS
+    series: Mapping[str, list[Case]]
+    if scaling:
+        series = scaling_cases(_thread_numbers())
+        axis = {"size": "bf16 weights, GB", "layers": "layers", "experts": "experts a layer", "threads": "threads"}
+    elif overhead:
+        series, axis = {"overhead": [overhead_case()]}, {"overhead": "checkpoints"}
+    else:
+        series = {
+            f"{family}, {order}": size_cases([family], sizes, [order], tp) for family in families for order in orders
+        }
+        axis = dict.fromkeys(series, "bf16 weights, GB")
+    contenders = (*CONTENDERS, *([INTERCEPTING] if overhead else []), *([ONE_PASS] if floor else []))
+    with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:
+        measured = {
+            heading: [_measured(workers, case, rounds, contenders, keep=keep) for case in cases]
+            for heading, cases in series.items()
+        }
+    results = [result for column in measured.values() for result in column]
+    about = document(results)
+    if json_file is not None:
+        json_file.write_text(json.dumps(about, indent=2) + "\n")
+    if readme is not None:
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), about), encoding="utf-8")
+    console.print(_table(results, rounds))
+    if png is not None:
+        draw(measured, axis, png, f"Loading with --quantization fp8, medians of {rounds} alternating runs")
+
+
+def _thread_numbers() -> list[int]:
+    """1, 2, 4, ... up to the cores there are."""
+    cores = len(os.sched_getaffinity(0))
+    return [number for number in (1, 2, 4, 8, 16) if number <= cores]
+
+
+def _measured(
+    workers: LoadWorkers, case: Case, rounds: int, contenders: Sequence[Contender], *, keep: bool
+) -> CaseResult:
+    folder = cache_root() / "checkpoints"
+    with _removed_unless(case, folder, keep=keep or checkpoint_path(case.spec, folder).exists()):
+        console.print(f"{case.name}:", highlight=False)
+        return measure(workers, case, folder, rounds, contenders, done=_say)
+
+
+@contextmanager
+def _removed_unless(case: Case, folder: Path, *, keep: bool) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if not keep:
+            remove(case, folder)
+
+
+def _say(run: Run) -> None:
+    seconds = f"{run.seconds:6.2f} s ({run.cpu_seconds:6.2f} s of processors)"
+    console.print(f"  {run.contender:14} {seconds}  peak +{bytes_text(run.peak)}", highlight=False)
+
+
+_HEADINGS = (
+    "checkpoint",
+    "",
+    "seconds",
+    "min to max",
+    "processor s",
+    "peak",
+    "/ model",
+    "peak / stock",
+    "time / stock",
+    "time / bf16",
+    "processor / bf16",
+    "+ µs / tensor",
+)
+
+
+def _table(results: list[CaseResult], rounds: int) -> Table:
+    table = Table(title=f"medians of {rounds} alternating runs; ratios are medians of the rounds' own")
+    for number, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
+    for result in results:
+        _add_rows(table, result)
+    return table
+
+
+def _add_rows(table: Table, result: CaseResult) -> None:
+    runs = result.runs
+    for number, (name, found) in enumerate(figures(runs).items()):
+        low, high = found.seconds_range
+        table.add_row(
+            "" if number else result.case.name,
+            name,
+            f"{found.seconds:.2f}",
+            f"{low:.2f} to {high:.2f}",
+            f"{found.cpu_seconds:.2f}",
+            bytes_text(found.peak),
+            f"{found.peak_of_final:.3f}",
+            f"{ratio(runs, name, STOCK.name, 'peak'):.2f}",
+            f"{ratio(runs, name, STOCK.name, 'seconds'):.2f}",
+            f"{ratio(runs, name, BF16.name, 'seconds'):.2f}",
+            f"{ratio(runs, name, BF16.name, 'cpu_seconds'):.2f}",
+            f"{added_seconds_a_tensor(result, name, BF16.name) * 1e6:.0f}",
+            end_section=number == len(figures(runs)) - 1,
+        )
+
+
+if __name__ == "__main__":
+    main()

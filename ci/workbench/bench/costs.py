@@ -1,0 +1,85 @@
+"""What loads ask of a GPU beside memory, planned: which models, in which schemes, and the page that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang_overlay.offline.plan.job import Job, Layout, PlannedLoad
+from sglang_overlay.schemes.choice import STOCK, SchemeChoice
+from workbench.bench import page_tables
+from workbench.bench.plans import CONFIGS
+
+if TYPE_CHECKING:
+    from sglang_overlay.offline.plan.process import Planners
+
+PAGE = CONFIGS.parents[3] / "docs" / "costs.md"
+MODELS = {"DeepSeek-V3": 8, "Qwen3-235B-A22B": 4, "Qwen3-30B-A3B": 1}
+"""Models and the TP size of each."""
+SCHEMES = {
+    STOCK: SchemeChoice(),
+    "block": SchemeChoice(linear="block", moe="block"),
+    "channel": SchemeChoice(linear="channel", moe="channel"),
+    "int8": SchemeChoice(moe="int8"),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One load: of a model, by stock or streaming in a scheme."""
+
+    model: str
+    tp: int
+    loading: str
+    load: PlannedLoad
+
+
+def planned(planners: Planners, models: Sequence[str], configs: Path = CONFIGS) -> Iterator[Cost]:
+    """Plan each, as many beside one another as there are workers."""
+    wanted = [(model, loading, job) for model in models for loading, job in _jobs(configs / f"{model}.json", model)]
+    loads = planners.run([job for _, _, job in wanted])
+    for (model, loading, job), load in zip(wanted, loads, strict=True):
+        yield Cost(model, job.layout.tp, loading, load)
+
+
+def _jobs(config: Path, model: str) -> Iterator[tuple[str, Job]]:
+    job = Job(config, Layout(tp=MODELS.get(model, 1)))
+    yield "stock", replace(job, mode="stock")
+    for name, schemes in SCHEMES.items():
+        yield "streaming" if name == STOCK else f"streaming, {name}", replace(job, schemes=schemes)
+
+
+def to_markdown(release: str, costs: Sequence[Cost]) -> str:
+    """The page."""
+    rows = [
+        [
+            cost.model,
+            str(cost.tp),
+            cost.loading,
+            f"{cost.load.work.launches:,}",
+            f"{cost.load.work.uploads:,}",
+            f"{cost.load.work.waits:,}",
+        ]
+        for cost in costs
+    ]
+    return f"""# What a load costs on a GPU
+
+Beside memory a load costs launches (each takes the host some microseconds, however little there is to do), copies to
+the GPU, and waits for its answers. These are of one rank, as the [planner](planner.md) counts them in SGLang's own
+model code and loaders on a device without memory, for SGLang {release}. No GPU was used; on a stand-in GPU the tests
+hold the same rules for loads of real checkpoints (`tests/standin/test_costs.py`). `ci/costs` writes this page.
+
+{page_tables.markdown(("model", "TP:", "loading", "launches:", "copies to the GPU:", "waits:"), rows)}
+A *launch* is an operation of torch's or a kernel of SGLang's that runs on the GPU, copies within it included; views and
+allocations are none. *Streaming* without a scheme makes what stock makes.
+
+- An expert takes at most 30 launches in any scheme, and a unit of stock's at most 14 beside upstream's own
+  (`tests/schemes/test_launches.py`); a projection that lies in two tensors of the checkpoint takes a few more.
+- Each checkpoint tensor is copied to the GPU once. What waits for the rest of its unit waits in host memory: in a
+  mapped file it takes none. Under `channel` and `int8` at TP above 1, a tensor that is split along columns brings a
+  second, small copy: the largest magnitude of each whole row.
+- Stock awaits six answers in each MLA layer (DeepSeek), and none elsewhere. Streaming awaits three more at the end of a
+  load, whatever its size: which parameters nobody wrote, and which weights and other parameters hold NaN or Inf.
+"""

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables in Markdown; those in pages that tests hold lie between two comments, of which one names the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from workbench.releases.environment import CLONE
+
+README = CLONE / "README.md"
+_END = "<!-- its end -->\n"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table's lines. Columns whose heading ends in a colon are numbers, to the right."""
+    rules = ["---:" if heading.endswith(":") else "---" for heading in header]
+    lines = [[heading.removesuffix(":") for heading in header], rules, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def with_table(page: str, command: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The page with the command's table made anew, from what ``markdown`` takes.
+
+    Raises:
+        ValueError: the page has no place for it.
+    """
+    marker = f"<!-- {command} writes this table -->\n"
+    if page.count(marker) != 1:
+        raise ValueError(f"the page has no one place for what {command} writes: {marker.strip()}")
+    begin = page.index(marker) + len(marker)
+    end = page.index(_END, begin)
+    return f"{page[:begin]}\n{markdown(header, rows)}\n{page[end:]}"

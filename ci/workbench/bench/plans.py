@@ -1,0 +1,160 @@
+"""The models whose plans are published and held: which, in what layouts, and the page that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_overlay.observe.formats import bytes_text
+from sglang_overlay.offline.plan import gpus
+from sglang_overlay.offline.plan.job import MODES, Layout, Order
+from sglang_overlay.offline.plan.planner import Plan, Request, collect
+from sglang_overlay.offline.plan.timeline import LABELS
+from workbench.bench import page_tables
+
+if TYPE_CHECKING:
+    from sglang_overlay.offline.plan.process import Planners
+
+CONFIGS = Path(__file__).resolve().parents[3] / "tests" / "offline" / "plan" / "configs"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "plans.md"
+ORDERS: tuple[Order, ...] = ("sorted", "shuffled")
+_SIZES = {
+    "Qwen1.5-MoE-A2.7B": (1, 2, 8),
+    "Qwen3-30B-A3B": (1, 2, 8),
+    "Qwen3-235B-A22B": (2, 8),
+    "DeepSeek-V2-Lite": (1, 2, 8),
+    "DeepSeek-V2": (2, 8),
+    "DeepSeek-V3": (8,),
+}
+"""TP sizes at which the FP8 weights of a rank fit one of the largest GPUs."""
+
+CHECKED_ALWAYS = ("Qwen1.5-MoE-A2.7B-tp8-sorted", "DeepSeek-V2-Lite-tp8-shuffled")
+"""Plans that the test suite compares with their baselines, in seconds; the others are compared every night."""
+
+
+@dataclass(frozen=True)
+class PublishedPlan:
+    """One model at one TP size in one order of files."""
+
+    model: str
+    tp: int
+    order: Order
+
+    @property
+    def name(self) -> str:
+        """For files and tables."""
+        return f"{self.model}-tp{self.tp}-{self.order}"
+
+    @property
+    def names(self) -> set[str]:
+        """What it may be asked for by."""
+        return {self.model, f"{self.model}-tp{self.tp}", self.name}
+
+    @property
+    def request(self) -> Request:
+        """What to plan."""
+        return Request(CONFIGS / f"{self.model}.json", Layout(tp=self.tp), MODES, self.order)
+
+
+def published(names: Sequence[str] = ()) -> list[PublishedPlan]:
+    """All of them, or those of the names of a model, of a model at a TP size (``DeepSeek-V3-tp8``), or of a plan."""
+    plans = [PublishedPlan(model, tp, order) for model, sizes in _SIZES.items() for tp in sizes for order in ORDERS]
+    return [plan for plan in plans if not names or not plan.names.isdisjoint(names)]
+
+
+def compute(planners: Planners, plans: Iterable[PublishedPlan]) -> Iterator[tuple[PublishedPlan, Plan]]:
+    """Plan each, in order, as many loads beside one another as there are workers."""
+    listed = list(plans)
+    loads = planners.run([job for found in listed for job in found.request.jobs()])
+    for found in listed:
+        yield found, collect(found.request, loads)
+
+
+def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
+    """The page: a row for each plan, from its baseline."""
+    lines = [
+        "# Planned peaks of published models",
+        "",
+        f"What `python -m sglang_overlay plan` says of SGLang {release} for one rank on a GPU, bf16 served as FP8.",
+        "`ci/baseline --refresh` works it out, `ci/plans` writes this page. Names and shapes come from each model's",
+        "`config.json` alone; [planner.md](planner.md) says what is counted.",
+        "",
+        page_tables.markdown(_COLUMNS, [_row(published_plan, baseline) for published_plan, baseline in found]),
+        "*Open* is the most high-precision memory of layers, or of units, of which a part has not been read yet.",
+        "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak,",
+        "and on which SGLang serves fp8 experts: an A100 loads them, and has no e4m3 in Triton to compute with.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_COLUMNS = (
+    "model",
+    "parameters:",
+    "TP:",
+    "files",
+    *(f"{LABELS[mode]} peak:" for mode in MODES),
+    "FP8 model:",
+    "streaming / model:",
+    "open: whole layers:",
+    "open: units:",
+    "stock loads on",
+    "streaming loads on",
+)
+
+
+def with_table(page: str, found: Iterable[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
+    """A page, such as README.md, with a row for each model and TP size, from the baselines of both orders of files."""
+    layouts: dict[tuple[str, int], dict[Order, Mapping[str, Any]]] = {}
+    for plan, baseline in found:
+        layouts.setdefault((plan.model, plan.tp), {})[plan.order] = baseline["planned"]
+    rows = [[model, str(tp), *_summary(orders)] for (model, tp), orders in layouts.items()]
+    return page_tables.with_table(page, "ci/plans", _SUMMARY, rows)
+
+
+_SUMMARY = (
+    "model",
+    "TP:",
+    "stock:",
+    "whole layers, files sorted:",
+    "shuffled:",
+    "streaming:",
+    "FP8 model:",
+    "stock loads on",
+    "streaming loads on",
+)
+
+
+def _summary(orders: Mapping[Order, Mapping[str, Any]]) -> list[str]:
+    """Of what depends on the order of files, the higher, apart from whole layers."""
+    stock, streaming = (max(loads[mode]["peak_bytes"] for loads in orders.values()) for mode in ("stock", "streaming"))
+    layers = [orders[order]["layers"]["peak_bytes"] if order in orders else 0 for order in ORDERS]
+    (model,) = {loads["streaming"]["final_bytes"] for loads in orders.values()}
+    sizes = [bytes_text(size) if size else "not planned" for size in (stock, *layers, streaming, model)]
+    return [*sizes, _smallest_gpu(stock), _smallest_gpu(streaming)]
+
+
+def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> list[str]:
+    loads = baseline["planned"]
+    streaming = loads["streaming"]
+    return [
+        published_plan.model,
+        f"{baseline['parameters'] / 1e9:.1f} B",
+        str(published_plan.tp),
+        published_plan.order,
+        *(bytes_text(loads[mode]["peak_bytes"]) for mode in MODES),
+        bytes_text(streaming["final_bytes"]),
+        f"{streaming['peak_bytes'] / streaming['final_bytes']:.3f}",
+        bytes_text(loads["layers"]["staging_peak_bytes"]),
+        bytes_text(streaming["staging_peak_bytes"]),
+        _smallest_gpu(loads["stock"]["peak_bytes"]),
+        _smallest_gpu(streaming["peak_bytes"]),
+    ]
+
+
+def _smallest_gpu(peak: int) -> str:
+    # All published models have experts.
+    serving = (gpu for gpu in gpus.known() if gpu.serves_experts)
+    fitting = [gpu for gpu in sorted(serving, key=lambda gpu: gpu.memory) if peak <= gpu.usable]
+    return fitting[0].name if fitting else "none"

@@ -1,0 +1,485 @@
+"""Real loads in real SGLang: describe a job, get back what every rank ended up with, compare two of them.
+
+    with LoadWorkers(folder) as workers:
+        stock = workers.load(LoadJob(path, streaming="0", quantization="fp8", prompts=PROMPTS))
+        stream = workers.load(LoadJob(path, streaming="1", quantization="fp8", prompts=PROMPTS))
+    assert compare(stock, stream) == []
+
+Importing SGLang takes far longer than loading a tiny model, so it is done once: Python's fork server imports
+``load_worker.py`` and every worker process is forked from there. :class:`LoadWorkers` keeps one process a
+rank alive for each TP size and sends it one job after another. A failed job costs its processes; the next job starts
+new ones.
+
+Processes are started by ``multiprocessing``, so a script that uses this needs its ``if __name__ == "__main__":``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import socket
+import time
+from dataclasses import dataclass, field
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench.loads import devices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from multiprocessing.context import ForkServerContext, SpawnContext
+    from types import TracebackType
+
+    from sglang_overlay.observe.memory import MemoryUsage
+    from workbench.loads.fingerprints import TensorPrint
+    from workbench.loads.updates import Update, UpdateResult
+
+#: Token ids every tiny vocabulary has; lengths differ so that a batch is ragged.
+PROMPTS: tuple[tuple[int, ...], ...] = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9), (259, 4, 300))
+
+STORED_AS_FP8 = ("qkv_proj_with_rope_is_fp8", "shared_experts_is_fp8", "shared_experts_weight_block_size")
+"""Flags of ``deepseek_v2.py`` that say, when a layer is made, whether its checkpoint is fp8: False under every online
+quantization, stock's too. They choose kernels for AMX, and optional ones (``SGLANG_OPT_MOE_QUANT_ONCE``, MegaMoE)."""
+
+StartMethod = Literal["forkserver", "spawn"]
+
+_WORKER_MODULE = "workbench.loads.load_worker"
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_START_SECONDS = 300.0
+_GRACE_SECONDS = 5.0
+
+
+class LoadFailed(RuntimeError):  # noqa: N818 - reads as what happened
+    """A job did not come to its end; the message has the failing rank's traceback and where its log is."""
+
+
+@dataclass(frozen=True)
+class LoadJob:
+    """One load of one checkpoint.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        streaming: value of ``SGLANG_STREAMFP8`` during the job: ``"0"``, ``"1"``, ``"require"``; None leaves it unset.
+            With ``"0"`` no hook is in place.
+        quantization: ``"fp8"`` or None, as ``--quantization``.
+        tp_size, ep_size, pp_size: as the options of the server; a process for each of ``tp_size * pp_size`` ranks.
+        environ: further environment variables during the job, e.g. ``{"SGLANG_SORT_WEIGHT_FILES": "1"}``. Only those
+            which SGLang reads at run time work here; for the others see ``LoadWorkers(environ=...)``.
+        loader_config: ``--model-loader-extra-config``, e.g. ``{"enable_multithread_load": False}``.
+        server_args: further fields of SGLang's ``ServerArgs``.
+        updates: weight updates to make after loading, in order, before anything is described or generated.
+        draft: folder of a draft model (``--speculative-draft-model-path``), which is loaded in place of the target,
+            as a speculative worker does it.
+        save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
+        prompts: token ids to continue greedily; none, no generation.
+        new_tokens: tokens generated for each prompt.
+        recorded_inputs: file for what the prompts give each linear and expert layer (``layer_inputs.py``).
+        uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
+            two loads agree on it; None leaves it as it is.
+        staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.offline.plan.layers``.
+        peak_seconds: how long a whole layer is kept once quantized, for its peak not to fall between readings.
+        quantizing: ``once`` leaves out the pass that finds the scale, ``none`` takes every write and quantizes nothing
+            (``interception.py``).
+        threads: of torch's, and so of streaming's; None leaves their number as it is.
+        device: as ``--device``; ``devices.py`` has what else that asks for.
+        graphs: whether CUDA graphs are captured, after loading and before weight updates, as a server does it.
+        linear: whose scales linear layers have; ``tensor`` has SGLang take its path for devices on which its kernels
+            want one scale a matrix.
+        tokens_of: what generates: the ``last`` weights, or ``each``: the loaded ones before weight updates as well.
+        recorder: ``module:function``, a context manager around the load in each rank; what it yields is ``recorded``.
+        described: ``tensors``, or only their ``sizes``, where fingerprints of a large model would take long.
+        timeout_seconds: of the job, processes' start not counted.
+    """
+
+    checkpoint: Path
+    streaming: str | None = "1"
+    quantization: str | None = "fp8"
+    tp_size: int = 1
+    ep_size: int = 1
+    pp_size: int = 1
+    environ: Mapping[str, str] = field(default_factory=dict)
+    loader_config: Mapping[str, Any] = field(default_factory=dict)
+    server_args: Mapping[str, Any] = field(default_factory=dict)
+    updates: tuple[Update, ...] = ()
+    draft: Path | None = None
+    save_sharded_state: Path | None = None
+    prompts: tuple[tuple[int, ...], ...] = ()
+    new_tokens: int = 8
+    recorded_inputs: Path | None = None
+    uninitialized: float | None = None
+    staging: Literal["units", "layers"] = "units"
+    peak_seconds: float = 0.0
+    quantizing: Literal["units", "once", "none"] = "units"
+    threads: int | None = None
+    device: str = "cpu"
+    graphs: Literal["off", "captured"] = "off"
+    linear: Literal["stock", "tensor"] = "stock"
+    tokens_of: Literal["last", "each"] = "last"
+    recorder: str = ""
+    described: Literal["tensors", "sizes"] = "tensors"
+    timeout_seconds: float = 300.0
+
+    @property
+    def ranks(self) -> int:
+        """Processes that load together."""
+        return self.tp_size * self.pp_size
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """One rank's side of a finished job.
+
+    Args:
+        tensors: name -> print; parameters in ``named_parameters`` order, then buffers, then attributes.
+        flags: name -> value of each plain attribute of modules and parameters.
+        parameter_order: names as ``named_parameters`` gives them.
+        model_bytes: of all distinct storages the model holds.
+        load_seconds: wall time of ``ModelRunner.load_model``.
+        load_cpu_seconds: time that the process's threads had a processor meanwhile.
+        memory: of the process during ``load_model``, read every 3 ms.
+        reserved: the most bytes that the device's allocator has held during ``load_model``; 0 on the CPU.
+        torch_threads: that torch computes with when the model has been loaded.
+        recorded: what the job's ``recorder`` has yielded.
+        job_seconds: wall time of the whole job in the process.
+        updates: what became of each of the job's updates.
+        tokens: generated ids, one tuple a prompt.
+        tokens_before: the same before weight updates, where ``tokens_of`` asks for ``each``.
+        graph_steps: forward passes among these that ran as a CUDA graph.
+        logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
+        logits_finite: whether all of these are finite.
+        log: warnings of any logger, and everything of what streams, as ``LEVEL logger: message``.
+    """
+
+    rank: int
+    tensors: dict[str, TensorPrint]
+    flags: dict[str, str]
+    parameter_order: tuple[str, ...]
+    model_bytes: int
+    load_seconds: float
+    load_cpu_seconds: float
+    job_seconds: float
+    memory: MemoryUsage
+    tokens: tuple[tuple[int, ...], ...]
+    logits_sha256: str
+    logits_finite: bool
+    log: tuple[str, ...]
+    updates: tuple[UpdateResult, ...] = ()
+    reserved: int = 0
+    tokens_before: tuple[tuple[int, ...], ...] = ()
+    graph_steps: int = 0
+    torch_threads: int = 0
+    recorded: Any = None
+
+
+@dataclass(frozen=True)
+class RankError:
+    """What a rank answers when its job failed."""
+
+    rank: int
+    traceback: str
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """A finished job, one entry a rank in rank order."""
+
+    ranks: tuple[RankResult, ...]
+
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Rank 0's tokens."""
+        return self.ranks[0].tokens
+
+    @property
+    def log(self) -> tuple[str, ...]:
+        """The log lines of all ranks, rank 0 first."""
+        return tuple(line for rank in self.ranks for line in rank.log)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare(first: LoadResult, second: LoadResult) -> list[str]:
+    """Everything in which two loads differ: a line each, empty when the models are bit-identical.
+
+    Names, ``named_parameters`` order, kind, class, dtype, shape, stride, device and bytes of every tensor; plain
+    attributes of modules and parameters; tokens and logits where both generated.
+    """
+    if len(first.ranks) != len(second.ranks):
+        return [f"ranks: {len(first.ranks)} != {len(second.ranks)}"]
+    pairs = zip(first.ranks, second.ranks, strict=True)
+    return [f"rank {a.rank}: {line}" for a, b in pairs for line in _compare_ranks(a, b)]
+
+
+def _compare_ranks(first: RankResult, second: RankResult) -> list[str]:
+    lines = [f"{name}: only in the first" for name in first.tensors if name not in second.tensors]
+    lines += [f"{name}: only in the second" for name in second.tensors if name not in first.tensors]
+    if not lines and first.parameter_order != second.parameter_order:
+        lines.append("named_parameters come in another order")
+    for name, print_ in first.tensors.items():
+        if name in second.tensors:
+            lines += _compare_tensors(name, print_, second.tensors[name])
+    lines += _compare_flags(first.flags, second.flags)
+    return lines + _compare_outputs(first, second)
+
+
+def _compare_tensors(name: str, first: TensorPrint, second: TensorPrint) -> list[str]:
+    lines = []
+    for aspect in ("kind", "class_name", "requires_grad", "dtype", "shape", "stride", "device"):
+        one, other = getattr(first, aspect), getattr(second, aspect)
+        if one != other:
+            lines.append(f"{name}: {aspect} {one} != {other}")
+    if not lines and first.sha256 != second.sha256:
+        lines.append(f"{name}: bytes differ ({first.dtype} {list(first.shape)})")
+    return lines
+
+
+def _compare_flags(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    names = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    return [f"{name}: {first.get(name, 'absent')} != {second.get(name, 'absent')}" for name in names]
+
+
+def _compare_outputs(first: RankResult, second: RankResult) -> list[str]:
+    if not (first.tokens and second.tokens):
+        return []
+    lines = []
+    if first.tokens != second.tokens:
+        lines.append(f"tokens {first.tokens} != {second.tokens}")
+    if first.logits_sha256 != second.logits_sha256:
+        lines.append("logits of the prompts differ")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is sent: a job, and the port at which its ranks meet."""
+
+    job: LoadJob
+    port: int
+
+
+def free_port() -> int:
+    """A TCP port that is free now on the loopback interface. SGLang makes others from it by adding, up to 30000."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def core_binding(ranks: int) -> str:
+    """``SGLANG_CPU_OMP_THREADS_BIND``: this process's cores dealt out to `ranks`, e.g. ``0|1``."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return "|".join(",".join(map(str, share)) for share in shares)
+
+
+@contextlib.contextmanager
+def changed_environ(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """`changes` laid over ``os.environ``; None removes a variable."""
+    before = dict(os.environ)
+    for name, value in changes.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def process_context(start_method: StartMethod) -> ForkServerContext | SpawnContext:
+    """What starts processes; with ``forkserver`` they have SGLang and ``load_worker.py`` imported."""
+    if start_method == "spawn":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_WORKER_MODULE])
+    # Python 3.11's fork server ignores the sys.path it is given, and then that the module cannot be found.
+    with changed_environ({"PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])}):
+        forkserver.ensure_running()
+    return context
+
+
+def _serve(rank: int, orders: connection.Connection, log_path: str, environ: dict[str, str]) -> None:
+    """A worker process, from its first line: `environ` first, then SGLang, unless the fork server has it already."""
+    os.environ.clear()
+    os.environ.update(environ)
+    from workbench.loads.load_worker import serve
+
+    serve(rank, orders, log_path)
+
+
+class _RankProcess:
+    """One worker process: an :class:`Order` in, a :class:`RankResult` or :class:`RankError` out."""
+
+    def __init__(self, rank: int, folder: Path, environ: Mapping[str, str], start_method: StartMethod) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rank = rank
+        self.log_path = folder / f"rank{rank}.log"
+        context = process_context(start_method)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve,
+            args=(rank, theirs, str(self.log_path), dict(environ)),
+            name=f"load-rank{rank}",
+            daemon=True,
+        )
+        with changed_environ(dict(environ)):
+            self.process.start()
+        theirs.close()
+
+    def send(self, order: Order) -> None:
+        # A dead process shows when its answer is waited for, with its log.
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send(order)
+
+    def receive(self) -> RankResult | RankError:
+        """The answer, once :attr:`pipe` is ready; an error where the process died without one."""
+        try:
+            answer: RankResult | RankError = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(_GRACE_SECONDS)
+            return RankError(self.rank, f"the process ended with exit code {self.process.exitcode}\n{self._tail()}")
+        return answer
+
+    def _tail(self) -> str:
+        if not self.log_path.exists():
+            return "(it wrote no log)"
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-40:])
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join(_GRACE_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class LoadWorkers:
+    """Worker processes, one a rank and a TP size, started when first needed and used for many jobs.
+
+    Args:
+        folder: for logs; made if missing.
+        environ: variables laid over this process's environment in all workers.
+        start_method: ``forkserver``, or ``spawn`` for workers that import SGLang themselves: needed where a variable
+            in `environ` is read when SGLang is imported or plugins are loaded (``SGLANG_PLUGINS``), and with CUDA,
+            which does not survive a fork.
+    """
+
+    def __init__(
+        self, folder: Path, environ: Mapping[str, str] | None = None, start_method: StartMethod = "forkserver"
+    ) -> None:
+        self._folder = folder
+        self._environ = dict(environ or {})
+        self._start_method: StartMethod = start_method
+        self._groups: dict[int, list[_RankProcess]] = {}
+        self._started = 0
+
+    @classmethod
+    def on(cls, device: str, folder: Path) -> LoadWorkers:
+        """Workers for jobs of this ``device``."""
+        return cls(folder, devices.environ(device), devices.start_method(device))
+
+    def __enter__(self) -> LoadWorkers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def load(self, job: LoadJob) -> LoadResult:
+        """Run `job` in as many workers as it has ranks.
+
+        Raises:
+            LoadFailed: the job failed, or took longer than ``job.timeout_seconds``.
+        """
+        group = self._group(job.ranks)
+        order = Order(job, free_port())
+        for process in group:
+            process.send(order)
+        try:
+            return LoadResult(tuple(_collect(group, job.timeout_seconds)))
+        except BaseException:
+            self._discard(job.ranks)
+            raise
+
+    def load_fresh(self, job: LoadJob) -> LoadResult:
+        """Run `job` in processes of its own.
+
+        For memory: memory which an earlier job's allocator kept makes the next job's peak look smaller than it is.
+        """
+        self._started += 1
+        with LoadWorkers(self._folder / f"fresh-{self._started}", self._environ, self._start_method) as workers:
+            return workers.load(job)
+
+    def load_all(self, jobs: Sequence[LoadJob]) -> list[LoadResult]:
+        """``load`` for each, in order."""
+        return [self.load(job) for job in jobs]
+
+    def close(self) -> None:
+        """Let all workers end."""
+        for group in self._groups.values():
+            for process in group:
+                process.close()
+        self._groups.clear()
+
+    def _group(self, ranks: int) -> list[_RankProcess]:
+        if ranks not in self._groups:
+            self._started += 1
+            folder = self._folder / f"tp{ranks}-{self._started}"
+            environ = {"SGLANG_CPU_OMP_THREADS_BIND": core_binding(ranks), **os.environ, **self._environ}
+            self._groups[ranks] = [_RankProcess(rank, folder, environ, self._start_method) for rank in range(ranks)]
+            _wait_until_ready(self._groups[ranks])
+        return self._groups[ranks]
+
+    def _discard(self, ranks: int) -> None:
+        for process in self._groups.pop(ranks, ()):
+            process.kill()
+
+
+def _wait_until_ready(group: list[_RankProcess]) -> None:
+    """Importing SGLang is not a job's time: each process says when it has it."""
+    for process in group:
+        if not process.pipe.poll(_START_SECONDS):
+            raise LoadFailed(f"rank {process.rank} did not start within {_START_SECONDS:.0f} s: {process.log_path}")
+        answer = process.receive()
+        if isinstance(answer, RankError):
+            raise LoadFailed(f"rank {process.rank} did not start:\n{answer.traceback}")
+
+
+def _collect(group: list[_RankProcess], seconds: float) -> list[RankResult]:
+    """All ranks' results in rank order; a rank that failed ends the wait, as its peers may wait for it for ever."""
+    deadline = time.monotonic() + seconds
+    waiting = {process.pipe: process for process in group}
+    results: dict[int, RankResult] = {}
+    while waiting:
+        ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            logs = ", ".join(str(process.log_path) for process in group)
+            raise LoadFailed(f"no answer within {seconds:.0f} s; logs: {logs}")
+        for pipe in ready:
+            process = waiting.pop(pipe)  # type: ignore[call-overload]
+            results[process.rank] = _result_of(process)
+    return [results[process.rank] for process in group]
+
+
+def _result_of(process: _RankProcess) -> RankResult:
+    answer = process.receive()
+    if isinstance(answer, RankError):
+        raise LoadFailed(f"rank {process.rank} failed, its log is {process.log_path}:\n{answer.traceback}")
+    return answer

@@ -1,0 +1,150 @@
+"""Weight updates of a loaded model, as SGLang's scheduler makes them: a step of ``LoadJob``."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench.loads.fingerprints import named_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from sglang_overlay.observe.memory import MemoryUsage
+    from workbench.loads.update_rule import RandomUpdates, RuleResult
+
+_MEMORY_INTERVAL_MS = 3.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update.
+
+    Args:
+        source: ``disk``; ``tensor``, ``bucket`` (flattened) or ``direct`` (parameters' own names) in a session.
+        checkpoint: where the new weights are.
+        names: only tensors in whose name this regular expression is found.
+        calls: of ``update_weights_from_tensor``, each with its share of the tensors.
+        order: in which tensors come: as in the ``file``, or ``shuffled``, which parts what belongs together.
+    """
+
+    source: Literal["disk", "tensor", "bucket", "direct"]
+    checkpoint: Path
+    names: str = ""
+    calls: int = 1
+    order: Literal["file", "shuffled"] = "file"
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update did on one rank.
+
+    Args:
+        success, message: upstream's answer; the exception where there was one.
+        moved: tensors that lie elsewhere than before, or are new or gone.
+        memory: of the process during the update.
+        seconds: wall time.
+    """
+
+    success: bool
+    message: str
+    moved: tuple[str, ...]
+    memory: MemoryUsage
+    seconds: float
+
+
+def run(runner: Any, update: Update | RandomUpdates) -> UpdateResult | RuleResult:
+    """Update the model of ``runner``, a ``ModelRunner``."""
+    from sglang_overlay.observe.memory import MemorySampler, meter_for
+    from workbench.loads import update_rule
+
+    if isinstance(update, update_rule.RandomUpdates):
+        return update_rule.run(runner, update)
+
+    calls = [] if update.source == "disk" else list(_dealt(update, runner.device))
+    before = _addresses(runner.model)
+    with MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
+        begin = time.perf_counter()
+        # Until 0.5.15 the runner updates its weights itself.
+        success, message = _answer(getattr(runner, "weight_updater", runner), update, calls)
+        seconds = time.perf_counter() - begin
+    after = _addresses(runner.model)
+    moved = tuple(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
+    return UpdateResult(success, message, moved, sampler.usage, seconds)
+
+
+def _answer(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
+    try:
+        if update.source == "disk":
+            pattern = re.compile(update.names)
+            only = {"weight_name_filter": lambda name: bool(pattern.search(name))} if update.names else {}
+            answer: tuple[bool, str] = updater.update_weights_from_disk(str(update.checkpoint), "auto", **only)
+            return answer
+        return _session(updater, update, calls)
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}"
+
+
+def _session(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
+    """All calls in one session, or each by itself where there are no sessions (before 0.5.21)."""
+    has_sessions = hasattr(updater, "begin_weight_update")
+    if has_sessions:
+        updater.begin_weight_update()
+    answers = [_send(updater, update, tensors) for tensors in calls]
+    if has_sessions:
+        try:
+            updater.end_weight_update(run_post_load=not calls)
+        except Exception as error:
+            answers.append((False, f"{type(error).__name__}: {error}"))
+    return all(success for success, _ in answers), "; ".join(message for _, message in answers)
+
+
+def _send(updater: Any, update: Update, tensors: list[tuple[str, torch.Tensor]]) -> tuple[bool, str]:
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    answer: tuple[bool, str]
+    if update.source == "bucket":
+        bucket = FlattenedTensorBucket(named_tensors=tensors)
+        content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+        answer = updater.update_weights_from_tensor(content, "flattened_bucket")
+        content["flattened_tensor"].fill_(0)
+        return answer
+    load_format = "direct" if update.source == "direct" else None
+    answer = updater.update_weights_from_tensor(tensors, load_format)
+    # A trainer uses its buffers again.
+    for _, tensor in tensors:
+        tensor.fill_(0)
+    return answer
+
+
+def _dealt(update: Update, device: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    # Memory of their own: what a mapped file's pages cost when they are written to would count as the update's.
+    tensors = [
+        (name, tensor.to(device, copy=True))
+        for name, tensor in tensors_of(update.checkpoint)
+        if re.search(update.names, name)
+    ]
+    if update.order == "shuffled":
+        random.Random(0).shuffle(tensors)
+    size = -(-len(tensors) // update.calls)
+    for start in range(0, len(tensors), size):
+        yield tensors[start : start + size]
+
+
+def tensors_of(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of every tensor of a checkpoint, in its files' order."""
+    from safetensors.torch import load_file
+
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        yield from load_file(file).items()
+
+
+def _addresses(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Which object each tensor is, and where its memory lies."""
+    return {name: (id(tensor), tensor.data_ptr()) for _, name, tensor in named_tensors(model)}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of schemes, and the sweep over architectures."""

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each scheme costs in quality: perplexity on text nobody has trained on, and errors of weights and outputs.
+
+Everything is taken from models that real SGLang has loaded: logprobs are its server's, weights are those it serves,
+read back from what its ``ShardedStateLoader`` saves, and layers' inputs are those of the bf16 model on the same text.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from sglang_overlay.settings import MODE_VARIABLE, SCHEME_VARIABLE
+from workbench.loads import serving
+from workbench.loads.loads import LoadJob, LoadWorkers
+from workbench.quality.corpus import windows
+from workbench.quality.small_models import SmallModel
+
+RECORDED_WINDOWS = 8
+"""Of which layers' inputs are kept."""
+SERVER_SECONDS = 600.0
+
+Windows = Sequence[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way of serving a model.
+
+    Attributes:
+        name: for tables.
+        quantization: as ``--quantization``.
+        scheme: as ``SGLANG_STREAMFP8_SCHEME``.
+    """
+
+    name: str
+    quantization: str | None
+    scheme: str
+
+
+BF16 = Contender("bf16", None, "stock")
+STOCK = Contender("stock (GPU)", "fp8", '{"linear": "channel", "moe": "tensor"}')
+"""What stock SGLang makes of a checkpoint on NVIDIA GPUs."""
+
+CONTENDERS = (
+    BF16,
+    STOCK,
+    Contender("tensor", "fp8", "tensor"),
+    Contender("channel", "fp8", "channel"),
+    Contender("block", "fp8", "block"),
+    Contender("mxfp8", "mxfp8", "stock"),
+    Contender("int8 experts", "fp8", '{"linear": "channel", "moe": "int8"}'),
+)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One quantized weight: signal to quantization noise, in dB.
+
+    Attributes:
+        weight: of the weight itself.
+        output: of the product with the layer's input; None for a weight that is not multiplied with it.
+    """
+
+    name: str
+    weight: float
+    output: float | None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One contender's figures.
+
+    Attributes:
+        losses: mean loss of each window, nats a token.
+        model_bytes: of the loaded model.
+        layers: those that are quantized.
+    """
+
+    contender: Contender
+    losses: tuple[float, ...]
+    model_bytes: int
+    layers: tuple[LayerError, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean loss."""
+        return math.exp(statistics.fmean(self.losses))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one contender's loss from another's on the same windows, nats a token.
+
+    Attributes:
+        mean: above zero where it is worse.
+        error: standard error of the mean.
+    """
+
+    mean: float
+    error: float
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether it is more than two standard errors from zero."""
+        return abs(self.mean) > 2 * self.error
+
+
+def measure(model: SmallModel, workers: LoadWorkers, logs: Path, length: int, count: int) -> Iterator[Quality]:
+    """All contenders on one model, over ``count`` windows of ``length`` tokens of held-out text.
+
+    Args:
+        model: to be measured.
+        workers: for what is read from inside.
+        logs: folder for the servers' logs.
+        length: of a window.
+        count: of windows.
+
+    Raises:
+        ServerError: a server did not start, or did not answer.
+    """
+    text = tuple(tuple(window) for window in windows(model.held_out, length, count).tolist())
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, original = Path(scratch) / "inputs", Path(scratch) / "original"
+        for number, contender in enumerate(CONTENDERS):
+            is_original = contender is BF16
+            state = original if is_original else Path(scratch) / f"quantized-{number}"
+            state.mkdir()
+            job = LoadJob(
+                model.folder,
+                quantization=contender.quantization,
+                environ={SCHEME_VARIABLE: contender.scheme},
+                prompts=text[:RECORDED_WINDOWS] if is_original else (),
+                new_tokens=1,
+                recorded_inputs=inputs if is_original else None,
+                save_sharded_state=state,
+                server_args={"max_total_tokens": 2 * RECORDED_WINDOWS * length},
+                timeout_seconds=1800,
+            )
+            model_bytes = workers.load(job).ranks[0].model_bytes
+            errors = () if is_original else layer_errors(_tensors(original), _tensors(state), load_file(inputs))
+            losses = served_losses(model.folder, contender, text, logs / f"{model.family}-{number}.log")
+            yield Quality(contender, losses, model_bytes, tuple(errors))
+
+
+def served_losses(model: Path, contender: Contender, text: Windows, log: Path) -> tuple[float, ...]:
+    """Mean loss of each window, nats a token, by the logprobs that a server returns.
+
+    Raises:
+        ServerError: it did not start, or did not answer.
+    """
+    port = serving.free_port()
+    quantization = () if contender.quantization is None else ("--quantization", contender.quantization)
+    command = serving.sglang_command(sys.executable, str(model), port, (*quantization, "--device", "cpu"))
+    variables = {MODE_VARIABLE: "require", SCHEME_VARIABLE: contender.scheme}
+    with serving.running(serving.Launch(command, port, log, variables), SERVER_SECONDS) as url:
+        # One at a time: what shares a batch with a window would change its rounding.
+        found = [serving.input_logprobs(url, [window])[0] for window in text]
+    return tuple(-statistics.fmean(window) for window in found)
+
+
+def difference(one: Quality, other: Quality) -> Difference:
+    """How much worse ``one`` is than ``other``."""
+    found = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
+    return Difference(statistics.fmean(found), statistics.stdev(found) / math.sqrt(len(found)))
+
+
+def is_pointless(found: Quality, stock: Quality) -> bool:
+    """Whether it is worse than stock without being smaller."""
+    worse = difference(found, stock)
+    return bool(found.layers) and worse.is_certain and worse.mean > 0 and found.model_bytes >= stock.model_bytes
+
+
+def layer_errors(
+    original: Mapping[str, torch.Tensor], quantized: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> Iterator[LayerError]:
+    """Errors of every weight that differs in its dtype, against float64.
+
+    Args:
+        original: parameters of the bf16 model, by name.
+        quantized: of the quantized one.
+        inputs: of layers, ``[rows, columns]``, by the layer's name.
+    """
+    for name, weight in original.items():
+        if name not in quantized or quantized[name].dtype == weight.dtype:
+            continue
+        exact, rounded = weight.double(), dequantized(name, quantized)
+        layer, _, last = name.rpartition(".")
+        given = inputs.get(layer)
+        if given is not None and last == "w2_weight":
+            given = _hidden(given.double(), original[f"{layer}.w13_weight"].double())
+        output = None if given is None else _output_ratio(exact, rounded, given.double())
+        yield LayerError(name, ratio(exact, rounded), output)
+
+
+def dequantized(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A weight as its scales say, float64: ``[N, K]``, experts' ``[E, N, K]``."""
+    weight = tensors[name].double()
+    if f"{name}_scale_inv" in tensors:
+        scale = tensors[f"{name}_scale_inv"]
+        if scale.dtype == torch.uint8:
+            return weight * torch.exp2(scale.double() - 127).repeat_interleave(32, -1)
+        scale = scale.double().repeat_interleave(128, -2).repeat_interleave(128, -1)
+        return weight * scale[..., : weight.shape[-2], : weight.shape[-1]]
+    scale = tensors[f"{name}_scale"].double()
+    if weight.ndim == 2:
+        return weight.t() * scale.reshape(-1, 1)
+    return weight * scale.reshape(len(weight), -1, 1)
+
+
+def ratio(exact: torch.Tensor, rounded: torch.Tensor) -> float:
+    """Signal to noise in dB."""
+    noise = (exact - rounded).square().sum()
+    return float(10 * torch.log10(exact.square().sum() / noise))
+
+
+def _output_ratio(exact: torch.Tensor, rounded: torch.Tensor, given: torch.Tensor) -> float:
+    return ratio(given @ exact.transpose(-1, -2), given @ rounded.transpose(-1, -2))
+
+
+def _hidden(given: torch.Tensor, w13: torch.Tensor) -> torch.Tensor:
+    """What w2 is given, ``[E, rows, I]``, were every token sent to every expert."""
+    gate, up = (given @ w13.transpose(-1, -2)).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def median_ratio(layers: Sequence[LayerError], part: str, kind: str) -> float:
+    """Median over layers of which the name contains ``part``, of their ``weight`` or ``output`` ratio."""
+    found = [getattr(layer, kind) for layer in layers if part in layer.name]
+    known = [float(value) for value in found if value is not None]
+    return statistics.median(known or [math.nan])

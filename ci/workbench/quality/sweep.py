@@ -1,0 +1,160 @@
+"""Load every model family both ways in real SGLang and say which are the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from sglang_overlay.load.snapshots import NOTED
+from sglang_overlay.observe.report import LoadReport, read_folder
+from sglang_overlay.settings import REPORT_VARIABLE
+from workbench.loads.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
+from workbench.quality.families import server_args
+
+OUTCOMES = {
+    "identical": "every layer that stock quantizes was streamed, and the models are bit-identical; where the remark "
+    "says that stock keeps references to bf16 weights, streaming makes those refer to the fp8 parameters",
+    "partly stock": "bit-identical; some layers took stock's path, with a warning that says why",
+    "stock path": "bit-identical; the model was loaded as in stock, with one warning",
+    "nothing to stream": "bit-identical; stock has no fp8 layer in it either",
+    "refused": "the checkpoint lacks weights that SGLang's model has: stock serves uninitialized memory, streaming "
+    "stops with an error that names them",
+    "error": "streaming does not load what stock loads; must not happen",
+    "differs": "the models differ; must not happen",
+    "stock cannot load": "stock SGLang fails with `--quantization fp8` on a machine without a GPU",
+    "no checkpoint": "`transformers` cannot build the model from this tiny config",
+}
+"""What can become of an architecture, and what that means."""
+
+BAD = ("differs", "error")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture.
+
+    Attributes:
+        outcome: a key of ``OUTCOMES``.
+        streamed, deferred, fallback: layers by the way they took.
+        detail: the reason, or the first differences.
+    """
+
+    architecture: str
+    outcome: str
+    streamed: int = 0
+    deferred: int = 0
+    fallback: int = 0
+    detail: str = ""
+
+
+def sweep(
+    architectures: Iterable[str], build: Callable[[str], Path], workers: LoadWorkers, folder: Path
+) -> Iterable[Outcome]:
+    """Try one architecture after the other; reports go into `folder`."""
+    for architecture in architectures:
+        yield try_one(architecture, build, workers, folder / architecture)
+
+
+def try_one(architecture: str, build: Callable[[str], Path], workers: LoadWorkers, reports: Path) -> Outcome:
+    """Load one architecture both ways."""
+    try:
+        path = build(architecture)
+    except Exception as error:
+        return Outcome(architecture, "no checkpoint", detail=_first_line(f"{type(error).__name__}: {error}"))
+    job = LoadJob(path, streaming="0", server_args=server_args(architecture), uninitialized=math.nan)
+    try:
+        stock = workers.load(job)
+    except LoadFailed as error:
+        return Outcome(architecture, "stock cannot load", detail=_last_error(str(error)))
+    for old in reports.glob("*.json"):
+        old.unlink()
+    try:
+        result = workers.load(replace(job, streaming="1", environ={REPORT_VARIABLE: str(reports)}))
+    except LoadFailed as error:
+        again = workers.load(replace(job, uninitialized=1.0))
+        return Outcome(architecture, _kind_of(error, stock, again), detail=_last_error(str(error)))
+    return _judged(architecture, compare(stock, result), read_folder(reports)[0])
+
+
+def _judged(architecture: str, differences: list[str], report: LoadReport) -> Outcome:
+    layers = report.layers
+    counted = partial(
+        Outcome,
+        architecture,
+        streamed=layers.streamed,
+        deferred=len(layers.deferred),
+        fallback=len(layers.fallback),
+    )
+    stale = [line for line in differences if any(f"{name}[" in line for name in NOTED)]
+    if stale and stale == differences:
+        return counted(outcome="identical", detail="stock keeps references to bf16 weights")
+    if differences:
+        return counted(outcome="differs", detail="; ".join(differences[:3]))
+    if layers.fallback:
+        return counted(outcome="partly stock", detail=layers.fallback[0].reason)
+    if report.mode == "stock" and report.warnings:
+        return counted(outcome="stock path", detail=report.warnings[0])
+    if not layers.streamed:
+        return counted(outcome="nothing to stream")
+    return counted(outcome="identical")
+
+
+def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:
+    """An incomplete load is no fault where stock quantized memory that nobody wrote, whatever that was filled with."""
+    missing = re.findall(r"([\w.]+)\.\w+ \(\d+ of \d+ units", str(error))
+    one, other = stock.ranks[0].tensors, again.ranks[0].tensors
+    uninitialized = {name.rpartition(".")[0] for name, print_ in one.items() if print_ != other[name]}
+    return "refused" if missing and uninitialized.issuperset(missing) else "error"
+
+
+def _first_line(text: str) -> str:
+    """As much as a table takes, without what differs from run to run: folders, and the time of a log line."""
+    told = re.sub(r"(?<![\w/])/(?:[\w.+-]+/)+", "", re.sub(r"^\[?\d{4}-\d\d-\d\d [\d:,.]+\]?\s*", "", text.strip()))
+    return " ".join(told.split())[:240]
+
+
+def _last_error(traceback: str) -> str:
+    errors = [line for line in traceback.splitlines() if re.match(r"^[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    if not errors:
+        return _first_line(traceback.strip().splitlines()[-1])
+    # A table has no room for modules.
+    module = errors[-1].partition(":")[0].rpartition(".")[0]
+    return _first_line(traceback[traceback.rindex(errors[-1]) :].removeprefix(f"{module}."))
+
+
+def to_json(release: str, outcomes: list[Outcome]) -> str:
+    """The outcomes as a JSON document."""
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    document = {"release": release, "counts": dict(sorted(counts.items())), "families": [asdict(o) for o in outcomes]}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def to_markdown(release: str, outcomes: list[Outcome]) -> str:
+    """The outcomes as a page."""
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    lines = [
+        "# Model families",
+        "",
+        f"Every architecture that SGLang {release} and `transformers` share, and some that `transformers` lacks, at",
+        "tiny sizes with random weights, loaded with `--quantization fp8` by stock and by streaming in real SGLang on",
+        "a CPU, and compared tensor by tensor: name, dtype, shape, stride, bytes. Made by `ci/sweep`. What it says:",
+        "",
+        *(f"- **{outcome}**: {meaning}" for outcome, meaning in OUTCOMES.items()),
+        "",
+        f"{len(outcomes)} architectures: {listed}. What stock cannot load here says nothing of streaming:",
+        "DeepSeek-V2 in its published proportions loads, and is compared in `tests/load/test_identity.py`.",
+        "",
+        "| architecture | outcome | streamed | deferred | stock's path | remark |",
+        "|---|---|---|---|---|---|",
+    ]
+    for o in sorted(outcomes, key=lambda o: (list(OUTCOMES).index(o.outcome), o.architecture)):
+        detail = o.detail.replace("|", "\\|")
+        lines.append(f"| {o.architecture} | {o.outcome} | {o.streamed} | {o.deferred} | {o.fallback} | {detail} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,366 @@
+"""The virtual environment that `ci/test` and `ci/demo` run in, made once and used again.
+
+Runs before anything is installed, so it uses the standard library only. Three parts, all under `cache_root()` and none
+in the clone:
+
+1. `uv-<version>-py<X.Y>`: uv, installed by pip from `ci/locks/uv.txt`.
+2. `environments/<release>-<packages>-py<X.Y>-<lock digest>`: everything of `ci/locks/<release>.txt`, hashes checked. It
+   knows nothing of any clone, so all clones share it.
+3. `clones/<clone digest>-<environment>`: a virtual environment that holds this clone's editable install and nothing
+   else, and sees the packages of 2. Two clones never see each other's code.
+
+An environment counts as built when its marker file exists, which is written last. One without it is removed and built
+anew, and a file lock keeps two processes from building the same one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CLONE = Path(__file__).resolve().parents[3]
+RELEASES = Path("sglang_overlay", "hooks", "releases.json")
+"""The supported releases, in a clone; newest last."""
+PYTHON_NEEDED = (3, 11)
+"""What SGLang 0.5.22 and later ask for; earlier releases run on it as well."""
+MARKER = "complete.json"
+BYTES_NEEDED = {"cpu": 9 * 2**30, "gpu": 16 * 2**30}
+"""Disk an environment takes while it is built, by package selection, rounded up."""
+
+
+class EnvironmentSetupError(RuntimeError):
+    """Setting up failed; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which environment is wanted.
+
+    Attributes:
+        release: SGLang release, one of `locked()`.
+        packages: "cpu" leaves out what only runs on an NVIDIA GPU; "gpu" is the whole lock.
+        clone: root of the working tree whose code is to be run.
+        cache: folder that everything goes under.
+    """
+
+    release: str
+    packages: str
+    clone: Path
+    cache: Path
+
+    @property
+    def lock(self) -> Path:
+        """The lock file with a hash for every package."""
+        return self.clone / "ci" / "locks" / f"{self.release}.txt"
+
+    @property
+    def requirements(self) -> str:
+        """What is installed: the lock, less the GPU-only packages for "cpu"."""
+        text = self.lock.read_text(encoding="utf-8")
+        if self.packages == "gpu":
+            return text
+        return without(text, names_in(self.clone / "ci" / "locks" / "gpu_only.txt"))
+
+    @property
+    def name(self) -> str:
+        """Folder name of the shared environment; a change of lock, selection or interpreter changes it."""
+        return f"{self.release}-{self.packages}-py{python_tag()}-{digest(self.requirements)}"
+
+    @property
+    def base(self) -> Path:
+        """The environment all clones share."""
+        return self.cache / "environments" / self.name
+
+    @property
+    def layer(self) -> Path:
+        """This clone's own environment on top of `base`."""
+        return self.cache / "clones" / f"{digest(str(self.clone))}-{self.name}"
+
+
+def cache_root() -> Path:
+    """Folder for environments: `STREAMFP8_CACHE`, else `sglang-streamfp8` in the user's cache folder."""
+    if override := os.environ.get("STREAMFP8_CACHE"):
+        return Path(override).expanduser().resolve()
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache).expanduser().resolve() / "sglang-streamfp8"
+
+
+def supported(clone: Path = CLONE) -> list[str]:
+    """Supported SGLang releases, oldest first; the last one is what everything uses unless told otherwise."""
+    entries = json.loads((clone / RELEASES).read_text(encoding="utf-8"))["supported"]
+    return [str(entry["release"]) for entry in entries]
+
+
+def sample(clone: Path = CLONE) -> list[str]:
+    """The oldest supported release, one in the middle and the newest."""
+    found = supported(clone)
+    return list(dict.fromkeys([found[0], found[len(found) // 2], found[-1]]))
+
+
+def locked(clone: Path = CLONE) -> list[str]:
+    """SGLang releases that have a lock file, oldest first."""
+    found = (path.stem for path in (clone / "ci" / "locks").glob("[0-9]*.txt"))
+    return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver lists a GPU; torch would know better but is not installed yet."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return False
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def names_in(listing: Path) -> frozenset[str]:
+    """Normalized package names in a file of one name a line, `#` starting a comment."""
+    lines = (line.partition("#")[0].strip() for line in listing.read_text(encoding="utf-8").splitlines())
+    return frozenset(normalized(line) for line in lines if line)
+
+
+def normalized(name: str) -> str:
+    """Package name as PEP 503 has it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def without(lock: str, names: frozenset[str]) -> str:
+    """The lock text with the entries of `names` taken out, their hashes included."""
+    entries = re.split(r"^(?=\S)", lock, flags=re.MULTILINE)
+    kept = (entry for entry in entries if normalized(re.split(r"[=<>! \[;]", entry, maxsplit=1)[0]) not in names)
+    return "".join(kept)
+
+
+def digest(text: str) -> str:
+    """Twelve hexadecimal digits that stand for `text` in a folder name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def python_tag() -> str:
+    """Version of the running interpreter, which every environment is made with, as "3.11"."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def interpreter(environment: Path) -> Path:
+    """The Python of a virtual environment."""
+    return environment / "bin" / "python"
+
+
+def site_packages(environment: Path) -> Path:
+    """Where a virtual environment keeps its packages."""
+    return environment / "lib" / f"python{python_tag()}" / "site-packages"
+
+
+def ensure(plan: Plan) -> Path:
+    """Make what is missing of `plan` and return the interpreter that runs the clone's code.
+
+    Raises:
+        EnvironmentSetupError: the machine does not fit, or a step failed.
+    """
+    check_machine(plan)
+    plan.cache.mkdir(parents=True, exist_ok=True)
+    with exclusive(plan.base):
+        if not is_complete(plan.base):
+            build_base(plan)
+    with exclusive(plan.layer):
+        if not is_complete(plan.layer) or marker_of(plan.layer).get("fingerprint") != fingerprint(plan):
+            build_layer(plan)
+    return interpreter(plan.layer)
+
+
+def check_machine(plan: Plan) -> None:
+    """Refuse what cannot work, before hours or gigabytes are spent on it."""
+    if sys.version_info < PYTHON_NEEDED:
+        raise EnvironmentSetupError(f"Python {python_tag()} is too old: SGLang {plan.release} needs 3.11 or newer.")
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise EnvironmentSetupError(
+            f"The lock files are for Linux on x86_64, and this is {sys.platform} on {platform.machine()}. Install "
+            "SGLang as its documentation says for this machine, then this project with `pip install -e '.[test]'`."
+        )
+    if not plan.lock.is_file():
+        raise EnvironmentSetupError(
+            f"There is no lock file for SGLang {plan.release}. Choose one of: {', '.join(locked(plan.clone))}."
+        )
+
+
+@contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Hold the file lock that belongs to `target`, waiting for another process that has it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(target.name + ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is setting up {target.name}, waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def marker_of(environment: Path) -> dict[str, object]:
+    """What was recorded when `environment` was completed; empty if it never was."""
+    try:
+        content = json.loads((environment / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def is_complete(environment: Path) -> bool:
+    """Whether `environment` was built to the end, and the interpreter it was made with is still there."""
+    return bool(marker_of(environment)) and interpreter(environment).exists()
+
+
+def complete(environment: Path, **facts: object) -> None:
+    """Record that `environment` was built to the end; it is not used before."""
+    draft = environment / f"{MARKER}.partial"
+    draft.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    draft.replace(environment / MARKER)
+
+
+def build_base(plan: Plan) -> None:
+    """Install the lock into a new environment, replacing what an interrupted build left."""
+    started = time.monotonic()
+    check_disk(plan)
+    uv = ensure_uv(plan)
+    requirements = plan.requirements
+    count = len(re.findall(r"^\w", requirements, flags=re.MULTILINE))
+    say(f"installing SGLang {plan.release} and what it needs, {count} packages, into {plan.base}")
+    make_venv(plan, plan.base, "--without-pip")
+    listing = plan.base / "requirements.txt"
+    listing.write_text(requirements, encoding="utf-8")
+    # Every process of a server imports 6,000 files, and compiling them each time takes half of its start.
+    compiled = ["--compile-bytecode", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    install(plan, uv, plan.base, [*compiled, "-r", str(listing)])
+    seconds = time.monotonic() - started
+    complete(plan.base, release=plan.release, packages=plan.packages, count=count, seconds=round(seconds, 1))
+    say(f"installed in {seconds:.0f} s")
+
+
+def build_layer(plan: Plan) -> None:
+    """Install the clone, editable, into an environment of its own that also sees the shared one."""
+    uv = ensure_uv(plan)
+    if not is_complete(plan.layer):
+        make_venv(plan, plan.layer, "--without-pip")
+        # addsitedir instead of a bare path, so the .pth files of the shared environment are honoured too.
+        link = f"import site; site.addsitedir({str(site_packages(plan.base))!r})\n"
+        (site_packages(plan.layer) / "_shared_environment.pth").write_text(link, encoding="utf-8")
+    install(plan, uv, plan.layer, ["--no-deps", "--no-build-isolation", "--editable", str(plan.clone)])
+    complete(plan.layer, fingerprint=fingerprint(plan), clone=str(plan.clone))
+
+
+def fingerprint(plan: Plan) -> str:
+    """Stands for everything the editable install depends on; source files are not among it."""
+    return digest("".join((plan.clone / name).read_text(encoding="utf-8") for name in ("setup.py", "pyproject.toml")))
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a build that would fill the disk."""
+    free, needed = shutil.disk_usage(plan.cache).free, BYTES_NEEDED[plan.packages]
+    if free < needed:
+        raise EnvironmentSetupError(
+            f"{plan.cache} has {free / 2**30:.1f} GiB free and the environment takes up to {needed / 2**30:.0f} GiB. "
+            "Make room, or set STREAMFP8_CACHE to a folder on a larger disk."
+        )
+
+
+def ensure_uv(plan: Plan) -> Path:
+    """The pinned uv, installed by pip with its hash checked if it is not there yet."""
+    lock = plan.clone / "ci" / "locks" / "uv.txt"
+    version = re.findall(r"^uv==(\S+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE)[0]
+    home = plan.cache / f"uv-{version}-py{python_tag()}"
+    with exclusive(home):
+        if not is_complete(home):
+            say(f"installing uv {version}")
+            make_venv(plan, home)
+            pip = [str(interpreter(home)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            step(plan, [*pip, "--require-hashes", "--only-binary", ":all:", "-r", str(lock)])
+            complete(home, version=version)
+    return home / "bin" / "uv"
+
+
+def make_venv(plan: Plan, environment: Path, *options: str) -> None:
+    """Make an empty virtual environment, replacing whatever lies there."""
+    if environment.exists():
+        shutil.rmtree(environment)
+    step(plan, [sys.executable, "-m", "venv", *options, str(environment)])
+
+
+def install(plan: Plan, uv: Path, environment: Path, arguments: list[str]) -> None:
+    """Install with uv into `environment`."""
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    step(plan, [str(uv), "pip", "install", *quiet, "--python", str(interpreter(environment)), *arguments])
+
+
+def step(plan: Plan, command: list[str]) -> None:
+    """Run one command, its output on standard error, which leaves standard output to the result."""
+    try:
+        subprocess.run(command, check=True, env=step_environment(plan), cwd=plan.cache, stdout=sys.stderr)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise EnvironmentSetupError(
+            f"This step failed: {' '.join(command)}\n{error}\nIts own message is above. What was done so far is kept: "
+            "once the cause is gone (often the network or the package index), run the same command again."
+        ) from error
+
+
+def step_environment(plan: Plan) -> dict[str, str]:
+    """The caller's variables less those that would redirect an install, and uv's cache next to the environments.
+
+    On one file system uv links packages out of its cache instead of copying them, so the cache costs no extra disk.
+    """
+    redirecting = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PIP_PREFIX", "PIP_TARGET", "PIP_USER"}
+    kept = {name: value for name, value in os.environ.items() if name not in redirecting}
+    defaults = {"UV_CACHE_DIR": str(plan.cache / "uv-cache"), "UV_HTTP_TIMEOUT": "300"}
+    return {**defaults, **kept, "UV_PYTHON_DOWNLOADS": "never"}
+
+
+def say(message: str) -> None:
+    """One line of progress, on standard error."""
+    print(f"[environment] {message}", file=sys.stderr, flush=True)
+
+
+def planned(release: str | None = None, packages: str = "auto", clone: Path = CLONE) -> Plan:
+    """The plan for this machine: the newest release where none is given, GPU packages for "auto" where there is one."""
+    release = release or supported(clone)[-1]
+    if packages == "auto":
+        packages = "gpu" if has_nvidia_gpu() else "cpu"
+    return Plan(release=release, packages=packages, clone=clone, cache=cache_root())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make or reuse the environment and print the path of its interpreter."""
+    parser = argparse.ArgumentParser(prog="ci/env", description=main.__doc__)
+    parser.add_argument("--release", default=supported()[-1], help=f"one of {', '.join(locked())}")
+    parser.add_argument("--packages", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu if there is one")
+    parser.add_argument("--uv", action="store_true", help="only make uv ready, and print its path instead")
+    listing = {"all": supported, "newest": lambda: supported()[-1:], "sample": sample}
+    parser.add_argument(
+        "--list", choices=listing, help="only print releases, one a line; sample: oldest, middle, newest"
+    )
+    options = parser.parse_args(arguments)
+    if options.list:
+        print(*listing[options.list](), sep="\n")
+        return 0
+    plan = planned(options.release, options.packages)
+    try:
+        path = ensure_uv(plan) if options.uv else ensure(plan)
+    except EnvironmentSetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Makes or updates the branch `streamfp8/v<release>` in a clone of SGLang: the release's tag, then the patch series.
+
+The clone's own working tree, index and other branches are left as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from sglang_overlay import patches
+from workbench.releases import environment, patched, repository
+
+
+class ForkError(Exception):
+    """The branch cannot be made; the clone is as it was."""
+
+
+def branch_of(release: str) -> str:
+    """Name of the branch for a release."""
+    return f"streamfp8/v{release}"
+
+
+def fork(clone: Path, release: str) -> str:
+    """Put the branch where the release's tag and the series lead; returns the commit.
+
+    Raises:
+        ForkError: there is no such tag, the series does not fit, or somebody has committed to the branch.
+    """
+    tag, branch = f"v{release}", branch_of(release)
+    if not _has(clone, f"refs/tags/{tag}"):
+        raise ForkError(f"{clone} has no tag {tag}; fetch it: git fetch origin tag {tag} --no-tags")
+    _refuse_other_commits(clone, tag, branch)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        repository.git(clone, "worktree", "add", "--quiet", "--detach", str(tree), tag)
+        try:
+            patched.apply_with_git(tree, patches.files_of(release))
+            commit = repository.git(tree, "rev-parse", "HEAD").strip()
+        except RuntimeError as error:
+            raise ForkError(f"the series does not fit {tag} of {clone}: {error}") from error
+        finally:
+            repository.git(clone, "worktree", "remove", "--force", str(tree))
+    repository.git(clone, "update-ref", f"refs/heads/{branch}", commit)
+    return commit
+
+
+def _refuse_other_commits(clone: Path, tag: str, branch: str) -> None:
+    if not _has(clone, f"refs/heads/{branch}"):
+        return
+    if repository.git(clone, "branch", "--show-current").strip() == branch:
+        raise ForkError(f"{branch} is checked out in {clone}; check out another branch first")
+    authors = set(repository.git(clone, "log", "--format=%ae", f"{tag}..{branch}").split())
+    others = sorted(authors - {repository.EMAIL})
+    if others:
+        raise ForkError(f"{branch} has commits by {', '.join(others)}, which an update would lose; move them elsewhere")
+
+
+def _has(clone: Path, reference: str) -> bool:
+    command = ["git", "rev-parse", "--quiet", "--verify", reference]
+    return subprocess.run(command, cwd=clone, capture_output=True, check=False).returncode == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, make the branches, print."""
+    parser = argparse.ArgumentParser(
+        prog="ci/fork", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("clone", type=Path, help="a clone of SGLang that has the release's tag")
+    supported = environment.supported()
+    parser.add_argument("--release", default=supported[-1], help=f"all, or one of {', '.join(supported)}; the newest")
+    options = parser.parse_args(arguments)
+    for release in supported if options.release == "all" else [options.release]:
+        try:
+            print(f"{branch_of(release)} {fork(options.clone, release)}")
+        except (ForkError, patches.PatchError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Makes `patches/<release>/`: the series that puts streaming into that release's source tree, as `git am` takes it.
+
+Each release's own package is fetched once. The same sources and the same release always give the same text.
+With --check nothing is written; the exit code is 1 where a series is not what would be made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from workbench.releases import environment, new_release, series
+from workbench.releases.edits import EditError
+from workbench.releases.repository import commit, git
+
+FOLDER = environment.CLONE / "patches"
+SERIES = "series"
+
+
+def made(package: Path) -> dict[str, str]:
+    """The series of a release: its files' names and texts, `series` among them.
+
+    Args:
+        package: folder that the release's `sglang` package lies in.
+
+    Raises:
+        EditError: the release does not have what is to be changed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        repository, out = folder / "tree", folder / "out"
+        repository.mkdir()
+        git(repository, "init", "--quiet", "--initial-branch=main")
+        commit(repository, series.touched(package), "release")
+        for message, files in series.commits(package):
+            commit(repository, files, message)
+        git(repository, "format-patch", *_FORMAT, f"--output-directory={out}", f"HEAD~{len(series.PATCHES)}")
+        patches = {file.name: file.read_text(encoding="utf-8") for file in sorted(out.iterdir())}
+    return {**patches, SERIES: "".join(f"{name}\n" for name in patches)}
+
+
+_FORMAT = (
+    "--quiet",
+    "--zero-commit",
+    "--no-signature",
+    "--full-index",
+    "--no-renames",
+    "--stat=80",
+    "--diff-algorithm=myers",
+)
+
+
+def stored(release: str) -> dict[str, str]:
+    """The series of a release as it lies in the clone."""
+    folder = FOLDER / release
+    return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()} if folder.is_dir() else {}
+
+
+def store(release: str, files: Mapping[str, str]) -> None:
+    """Replace the series of a release."""
+    folder = FOLDER / release
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def stale(release: str, package: Path) -> list[str]:
+    """Names of a release's files that are not what would be made, those included that are missing or too many."""
+    found, wanted = stored(release), made(package)
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
+def line_counts(files: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:
+    """Each patch with the lines it adds, to code and to tests or documentation."""
+    for name, text in files.items():
+        if name == SERIES:
+            continue
+        code = other = 0
+        path = ""
+        for line in text.splitlines():
+            path = line.removeprefix("+++ b/") if line.startswith("+++ b/") else path
+            added = line.startswith("+") and not line.startswith("+++ ")
+            code += added and path.startswith("python/")
+            other += added and not path.startswith("python/")
+        yield name, code, other
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, make or check, print."""
+    parser = argparse.ArgumentParser(
+        prog="ci/make_patches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--release", default="all", help=f"all (default), or one of {', '.join(environment.supported())}"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    releases = environment.supported() if options.release == "all" else [options.release]
+    problems = []
+    for release in releases:
+        package = new_release.fetch(release)
+        try:
+            if options.check:
+                problems += [
+                    f"patches/{release}/{name} is stale; run ci/make_patches" for name in stale(release, package)
+                ]
+                continue
+            files = made(package)
+        except EditError as error:
+            problems.append(f"SGLang {release}: {error}")
+            continue
+        store(release, files)
+        for name, code, other in line_counts(files):
+            print(f"{release}/{name}: +{code} lines of code, +{other} of tests and documentation")
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

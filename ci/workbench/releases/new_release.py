@@ -1,0 +1,268 @@
+"""Takes on a new SGLang release, up to where a person has to decide.
+
+1. Fetches its package, and that of the newest supported release before it.
+2. Compares every function that is hooked: where it is, what it takes, what it does.
+3. Enters it into releases.json, with what its package says of Python, torch and transformers, and what it lacks, and
+   what its hooked functions do into bodies.json (`ci/bodies`).
+4. Resolves its lock (`ci/lock`).
+5. Makes its patch series (`ci/make_patches`).
+6. Makes its environment, and has `python -m sglang_overlay check` look at the release itself.
+7. Runs the tests that have to pass with each release, as overlay and on the patched release.
+8. Makes its baselines (`ci/baseline`), half an hour for the largest models.
+
+Then it prints what to look at. With --compare-only it stops after the second step and changes nothing. The exit code
+is 0 where all that was done went well, whatever there is to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import difflib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from email.parser import Parser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
+from sglang_overlay.hooks import source_tree
+from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.hook import PointState, State, TouchPoint
+from workbench.releases import environment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+TESTS = ("-m", "every_release")
+
+_LOCK_INPUT = """\
+# What ci/lock resolves into {release}.txt: the release, then what the project, its tests and its demo need beside it.
+sglang=={release}
+
+-r project.in
+"""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a hooked function from one release to the next.
+
+    Args:
+        target: where the later release has it, or else where it was.
+        problem: why it cannot be hooked; empty where it can.
+        notes: what is different, a line each.
+        diff: of the function itself, in unified form; empty where nothing is different.
+    """
+
+    target: str
+    problem: str
+    notes: tuple[str, ...]
+    diff: str
+
+
+def compare(before: Path, after: Path, points: Iterable[TouchPoint]) -> list[Change]:
+    """How hooked functions differ between two releases, those that do not left out.
+
+    Args:
+        before: folder that the ``sglang`` package of the earlier release lies in.
+        after: that of the later one.
+        points: what is hooked.
+    """
+    changes = (_change(before, after, point) for point in points)
+    return [change for change in changes if change.problem or change.notes or change.diff]
+
+
+def _change(before: Path, after: Path, point: TouchPoint) -> Change:
+    (old,), (new,) = (source_tree.inspect_points(root, [point]) for root in (before, after))
+    was, now = _source(before, old), _source(after, new)
+    notes = []
+    if old.state.fits and new.state is State.ABSENT and old.state is not State.ABSENT:
+        notes.append(f"it is gone, and with it: {new.detail}")
+    if was and now and old.point.target != new.point.target:
+        notes.append(f"it was {old.point.target}")
+    if was and now and was.parameters != now.parameters:
+        notes.append(f"it took {', '.join(was.parameters)}; it takes {', '.join(now.parameters)}")
+    problem = "" if new.state.fits else f"{new.state.value} {new.detail}".strip()
+    return Change(new.point.target, problem, tuple(notes), _diff(was, now) if was and now else "")
+
+
+def _source(root: Path, found: PointState) -> source_tree.Source | None:
+    return source_tree.find(root, found.point.target)
+
+
+def _diff(was: source_tree.Source, now: source_tree.Source) -> str:
+    lines = difflib.unified_diff(was.text.splitlines(), now.text.splitlines(), "before", "after", lineterm="")
+    return "\n".join(lines)
+
+
+def entry_of(root: Path, release: str, date: str) -> dict[str, Any]:
+    """What releases.json says of a release, from its package."""
+    (metadata,) = root.glob("sglang-*.dist-info/METADATA")
+    fields = Parser().parsestr(metadata.read_text(encoding="utf-8"))
+    pins = {need.name: need for need in map(Requirement, fields.get_all("Requires-Dist", [])) if need.marker is None}
+    absent = [
+        found.point.target for found in source_tree.inspect_points(root, STREAMING) if found.state is State.ABSENT
+    ]
+    return {
+        "release": release,
+        "date": date,
+        "python": fields["Requires-Python"],
+        "torch": str(pins["torch"].specifier).removeprefix("=="),
+        "transformers": str(pins["transformers"].specifier).removeprefix("=="),
+        "absent": absent,
+    }
+
+
+def with_entry(text: str, entry: Mapping[str, Any]) -> str:
+    """The text of releases.json with a release entered, or entered anew."""
+    others = [known for known in json.loads(text)["supported"] if known["release"] != entry["release"]]
+    entries = sorted([*others, entry], key=lambda known: Version(known["release"]))
+    return '{\n  "supported": [\n' + ",\n".join(map(_written, entries)) + "\n  ]\n}\n"
+
+
+def _written(entry: Mapping[str, Any]) -> str:
+    facts = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in entry.items() if name != "absent")
+    absent = ",".join(f"\n        {json.dumps(target)}" for target in entry["absent"])
+    return f'    {{\n      {facts},\n      "absent": [{absent}' + ("\n      ]" if absent else "]") + "\n    }"
+
+
+def fetch(release: str) -> Path:
+    """Folder with the release's own package, none of what it needs; fetched once."""
+    plan = environment.planned(release)
+    folder = plan.cache / "packages" / release
+    if not (folder / "sglang").is_dir():
+        uv = environment.ensure_uv(plan)
+        target = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder), "--python", sys.executable]
+        environment.step(plan, [str(uv), "pip", "install", *target, f"sglang=={release}"])
+    return folder
+
+
+def enter(release: str, package: Path, date: str) -> None:
+    """Write the release into releases.json and bodies.json, and its lock."""
+    file = environment.CLONE / environment.RELEASES
+    file.write_text(with_entry(file.read_text(encoding="utf-8"), entry_of(package, release, date)), encoding="utf-8")
+    wanted = environment.CLONE / "ci" / "locks" / f"{release}.in"
+    if not wanted.exists():
+        wanted.write_text(_LOCK_INPUT.format(release=release), encoding="utf-8")
+    _run("ci/bodies")
+    _run("ci/lock", release)
+
+
+def check(release: str) -> list[str]:
+    """What `python -m sglang_overlay check` has against the release in its own environment."""
+    python = environment.ensure(environment.planned(release))
+    command = [str(python), "-m", "sglang_overlay", "check", "--json"]
+    done = subprocess.run(command, cwd=environment.CLONE, capture_output=True, text=True, check=False)
+    try:
+        problems: list[str] = json.loads(done.stdout)["problems"]
+    except ValueError:
+        return [f"the check itself failed:\n{done.stderr}"]
+    return problems
+
+
+def _run(script: str, *arguments: str) -> None:
+    subprocess.run([str(environment.CLONE / script), *arguments], cwd=environment.CLONE, check=True)
+
+
+def tests_pass(release: str, *options: str) -> bool:
+    """Run ``ci/test`` on a release."""
+    command = [str(environment.CLONE / "ci" / "test"), "--release", release, *options]
+    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
+
+
+def patches_made(release: str) -> bool:
+    """Make the release's patch series."""
+    command = [str(environment.CLONE / "ci" / "make_patches"), "--release", release]
+    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
+
+
+def baselines_made(release: str) -> bool:
+    """Plan the published models, load small ones for real, and keep what that took."""
+    command = [str(environment.CLONE / "ci" / "baseline"), "--release", release, "--refresh", "--measured"]
+    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
+
+
+def report(changes: Sequence[Change], before: str, after: str) -> str:
+    """What a person has to look at in the hooked functions."""
+    if not changes:
+        return f"No hooked function differs between {before} and {after}."
+    parts = [f"Hooked functions that differ between {before} and {after}: {len(changes)}"]
+    for change in changes:
+        head = [f"## {change.target}", f"CANNOT BE HOOKED: {change.problem}" if change.problem else ""]
+        parts.append("\n".join(line for line in (*head, *change.notes, change.diff) if line))
+    return "\n\n".join(parts)
+
+
+def previous(release: str, known: Sequence[str]) -> str:
+    """The newest of the known releases before this one.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    earlier = [name for name in known if Version(name) < Version(release)]
+    if not earlier:
+        sys.exit(f"error: no supported release is older than {release}: {', '.join(known)}")
+    return max(earlier, key=Version)
+
+
+def take_on(release: str, package: Path, date: str) -> list[str]:
+    """Steps 3 to 8; what went wrong, a line each."""
+    enter(release, package, date)
+    has_patches = patches_made(release)
+    problems = [] if has_patches else [f"no patch series: ci/make_patches --release {release}"]
+    problems += [f"check: {problem}" for problem in check(release)]
+    for options in (("--tests-only", "--", *TESTS), *([("--patched",)] if has_patches else [])):
+        if not tests_pass(release, *options):
+            problems.append(f"tests fail: ci/test --release {release} {' '.join(options)}")
+    if not baselines_made(release):
+        problems.append(f"no baselines: ci/baseline --release {release} --refresh --measured")
+    return problems
+
+
+def to_do(release: str) -> str:
+    """What is left to a person in any case."""
+    return (
+        f"Left to you: look at the differences above; set the date of {release} in {environment.RELEASES}; run "
+        f"ci/test --release {release}, ci/peaks --release {release} and ci/plans; add a row to docs/releases.md and "
+        "what differs, and the release to the table of README.md."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, do the steps, print."""
+    parser = argparse.ArgumentParser(
+        prog="ci/new_release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("release", type=_release, help="such as 0.5.24")
+    parser.add_argument("--compare-only", action="store_true", help="change nothing")
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="of the release; today unless said")
+    options = parser.parse_args(arguments)
+    before = previous(options.release, environment.supported())
+    package = fetch(options.release)
+    changes = compare(fetch(before), package, (*STREAMING, *TELLING, *TOUCH_POINTS))
+    problems = [f"{change.target}: {change.problem}" for change in changes if change.problem]
+    if not options.compare_only:
+        problems += take_on(options.release, package, options.date)
+    print(report(changes, before, options.release))
+    if not options.compare_only:
+        print(f"\n{to_do(options.release)}")
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _release(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)+(\.?(post|rc|dev)\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no release")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

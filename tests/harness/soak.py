@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a model, or update its weights, again and again in one process and watch its memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.loads.loads import LoadJob, free_port
+
+from harness.load_series import LoadSeries, series_process, streaming_threads
+from sglang_overlay.settings import MODE_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workbench.loads.updates import Update
+
+
+def soak(checkpoint: Path, folder: Path, loads: int) -> list[int]:
+    """Anonymous memory in bytes after each of `loads` streaming loads, the model let go each time."""
+    return _measured(_load_again_and_again, folder, checkpoint, loads)
+
+
+def soak_updates(checkpoint: Path, updates: tuple[Update, ...], folder: Path, cycles: int) -> list[int]:
+    """Anonymous memory in bytes after each of `cycles` rounds of `updates` of one streamed model."""
+    return _measured(_update_again_and_again, folder, checkpoint, updates, cycles)
+
+
+def _measured(target: Callable[..., None], folder: Path, *arguments: Any) -> list[int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "memory.json"
+    with series_process(target, folder / "log.txt", *arguments, results) as process:
+        process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the soak ended with exit code {process.exitcode}: {folder / 'log.txt'}")
+    found: list[int] = json.loads(results.read_text())
+    return found
+
+
+def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
+    from workbench.loads.load_worker import give_back_memory
+    from workbench.loads.loads import changed_environ
+
+    from sglang_overlay.observe.memory import meter_for
+
+    series = LoadSeries(checkpoint)
+    meter = meter_for("cpu")
+    found = []
+    with changed_environ({MODE_VARIABLE: "require"}):
+        for _ in range(loads):
+            series.load(checkpoint)
+            give_back_memory()
+            found.append(meter.read())
+    _conclude(found, results)
+
+
+def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycles: int, results: Path) -> None:
+    from workbench.loads.load_worker import build_runner, give_back_memory
+    from workbench.loads.loads import changed_environ
+    from workbench.loads.updates import run
+
+    from sglang_overlay.observe.memory import meter_for
+
+    meter = meter_for("cpu")
+    found = []
+    with changed_environ({MODE_VARIABLE: "require"}):
+        runner = build_runner(LoadJob(checkpoint), rank=0, port=free_port())
+        for _ in range(cycles):
+            failed = [done.message for done in (run(runner, update) for update in updates) if not done.success]
+            if failed:
+                raise RuntimeError(f"updates failed: {failed}")
+            give_back_memory()
+            found.append(meter.read())
+    _conclude(found, results)
+
+
+def _conclude(found: list[int], results: Path) -> None:
+    if streaming_threads():
+        raise RuntimeError(f"threads left: {streaming_threads()}")
+    results.write_text(json.dumps(found))

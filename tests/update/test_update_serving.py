@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight updates as users make them, over HTTP and through ``sglang.Engine``, with requests before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from harness.mutations import altered
+from harness.trainer import has_sessions, until_idle
+from workbench.loads import serving
+from workbench.loads.loads import PROMPTS, LoadJob
+from workbench.loads.serving import post
+
+from sglang_overlay.hooks.update_hooks import BEFORE_UPDATE
+
+SEED = 1
+LAYERS = 3
+
+
+@pytest.fixture
+def tokens(workers, checkpoint):
+    """What a streamed load of a family's weights generates, in a process that has held no other server's settings."""
+
+    def generate(family, seed):
+        job = LoadJob(checkpoint(family, seed=seed), streaming="require", prompts=PROMPTS)
+        return [list(ids) for ids in workers.load_fresh(job).tokens]
+
+    return generate
+
+
+def run_trainer(*arguments):
+    command = (sys.executable, "-m", "harness.trainer", *map(str, arguments))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SGLANG_STREAMFP8": "require"}
+    # A session of its own: an engine that fails kills its process group.
+    ran = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=600, start_new_session=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-8000:]
+    return ran.stdout
+
+
+@pytest.fixture
+def server(checkpoint, tmp_path):
+    def start(family):
+        port = serving.free_port()
+        arguments = ("--quantization", "fp8", "--device", "cpu", "--log-level", "info")
+        command = serving.sglang_command(sys.executable, str(checkpoint(family)), port, arguments)
+        launch = serving.Launch(command, port, tmp_path / "server.log", {"SGLANG_STREAMFP8": "require"})
+        return serving.running(launch, timeout=300)
+
+    return start
+
+
+def checksum(url):
+    """Of each tensor. None where this release reads checksums on a GPU only: all that is left to compare are tokens."""
+    try:
+        (rank,) = post(url, "weights_checker", {"action": "checksum"}).json()["ranks"]
+    except serving.ServerError as error:
+        if "Found no NVIDIA driver" not in str(error):
+            raise
+        return None
+    assert rank["checksums"]
+    return rank["checksums"]
+
+
+def generated(url):
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    content = {"input_ids": [list(prompt) for prompt in PROMPTS], "sampling_params": sampling}
+    answers = post(url, "generate", content).json()
+    until_idle(url)
+    return [answer["output_ids"] for answer in answers]
+
+
+def test_server_is_updated_from_disk_and_back_by_broadcast(server, checkpoint, tokens):
+    old, new = checkpoint("deepseek_v3"), checkpoint("deepseek_v3", seed=SEED)
+    with server("deepseek_v3") as url:
+        before, weights = generated(url), checksum(url)
+        post(url, "update_weights_from_disk", {"model_path": str(new)})
+        updated, changed = generated(url), checksum(url)
+        run_trainer("distributed", "--url", url, "--checkpoint", old)
+        after, restored = generated(url), checksum(url)
+    assert updated == tokens("deepseek_v3", SEED)
+    assert before == after == tokens("deepseek_v3", 0)
+    if weights is not None:
+        assert restored == weights
+        assert [name for name in weights if weights[name] == changed[name]] == []
+
+
+SPECULATING = """
+import runpy
+import sglang
+from sglang_overlay.cpu_reference.platform import CpuReferencePlatform
+CpuReferencePlatform.supports_speculative_algorithm = lambda *_: True
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture
+def speculating(checkpoint, tmp_path):
+    """A server with a draft model, up to the first request: SGLang builds trees of drafts on GPUs only.
+
+    It starts on the CPU where the platform says that it can, and with Triton's kernels in the interpreter.
+    """
+
+    def start(draft):
+        launcher = tmp_path / "speculating.py"
+        launcher.write_text(SPECULATING)
+        port = serving.free_port()
+        arguments = (
+            *("--quantization", "fp8", "--device", "cpu", "--log-level", "info", "--attention-backend", "triton"),
+            *("--disable-radix-cache", "--max-total-tokens", "512", "--skip-server-warmup"),
+            *("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft)),
+            *("--speculative-draft-model-quantization", "fp8", "--speculative-num-steps", "1"),
+            *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"),
+        )
+        python, _, _, *rest = serving.sglang_command(sys.executable, str(checkpoint("qwen3")), port, arguments)
+        environ = {"SGLANG_STREAMFP8": "require", "TRITON_INTERPRET": "1"}
+        launch = serving.Launch((python, str(launcher), *rest), port, tmp_path / "server.log", environ)
+        return serving.running(launch, timeout=300)
+
+    return start
+
+
+def test_target_and_draft_are_updated_together_and_one_answer_tells_of_both(speculating, checkpoint, tmp_path):
+    """The draft has a layer less. SGLang answers what the draft's update said, the last of the two."""
+    shallow = (("num_hidden_layers", LAYERS - 1),)
+    with speculating(checkpoint("qwen3", seed=2, overrides=shallow)) as url:
+        folder = checkpoint("qwen3", seed=SEED)
+        whole = post(url, "update_weights_from_disk", {"model_path": str(folder)}).json()
+        folder = checkpoint("qwen3", seed=SEED, overrides=shallow)
+        lacking = post(url, "update_weights_from_disk", {"model_path": str(folder)}).json()
+    assert "Nothing took" not in whole["message"]
+    assert f"model.layers.{LAYERS - 1}.mlp.down_proj" in lacking["message"]
+    counts = re.findall(r"weight update: (\d+) units of \d+ layers replaced", (tmp_path / "server.log").read_text())
+    assert counts == ["12", "8", "8", "8"]
+
+
+def test_target_goes_back_where_the_draft_cannot_be_updated(speculating, checkpoint, tmp_path):
+    """Both are read from the folder that is sent, and the draft is narrower."""
+    narrow = checkpoint("qwen3", overrides=(("hidden_size", 64),))
+    with speculating(narrow) as url:
+        before = checksum(url)
+        with pytest.raises(serving.ServerError, match=rf"(?s)400.*{BEFORE_UPDATE}"):
+            post(url, "update_weights_from_disk", {"model_path": str(checkpoint("qwen3", seed=SEED))})
+        assert checksum(url) == before
+    assert "weight update: 12 units of 12 layers replaced" in (tmp_path / "server.log").read_text()
+
+
+def test_server_keeps_what_it_serves_when_an_update_fails(server, checkpoint, tmp_path):
+    """Whatever fails: a file, values that mean nothing here, names; and wherever the weights served came from."""
+    new = checkpoint("qwen3_moe", seed=SEED)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in new.iterdir():
+        content = file.read_bytes()
+        (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    prefixed = altered(new, tmp_path / "prefixed", _prefix)
+    fp8 = checkpoint("qwen3_moe", seed=SEED, stored="fp8_block")
+    with server("qwen3_moe") as url:
+        run_trainer("distributed", "--url", url, "--checkpoint", new)
+        before, weights = generated(url), checksum(url)
+        for folder, told in ((broken, "SafetensorError"), (fp8, "float8_e4m3fn"), (prefixed, "_orig_mod.")):
+            with pytest.raises(serving.ServerError, match=rf"(?s)400.*{told}.*{BEFORE_UPDATE}"):
+                post(url, "update_weights_from_disk", {"model_path": str(folder)})
+            assert generated(url) == before
+            assert checksum(url) == weights
+        if has_sessions():
+            post(url, "begin_weight_update", {})
+            assert generated(url) == before
+            post(url, "end_weight_update", {})
+        # A folder that the server has never heard of before: where it was started is not what it serves.
+        post(url, "update_weights_from_disk", {"model_path": str(checkpoint("qwen3_moe"))})
+        assert generated(url) != before
+
+
+def _prefix(tensors):
+    for name in list(tensors):
+        tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+
+def test_engine_is_updated_by_tensors_by_buckets_and_from_disk_but_not_by_half_an_expert(checkpoint, tokens):
+    old, new = checkpoint("qwen3_moe"), checkpoint("qwen3_moe", seed=SEED)
+    printed = run_trainer("engine", "--model", old, "--checkpoint", new, "--prompts", json.dumps(PROMPTS))
+    found = json.loads(printed.splitlines()[-1])
+    half, *whole = found["answers"]
+    assert [answer[0] for answer in half] == ([True, True, False] if has_sessions() else [False])
+    assert "experts.w13_weight (1 of 8 units)" in half[-1][1]
+    assert all(answer[0] for answers in whole for answer in answers), whole
+    before, after = tokens("qwen3_moe", 0), tokens("qwen3_moe", SEED)
+    assert before != after
+    assert found["tokens"] == [before, before, after, before, after]
