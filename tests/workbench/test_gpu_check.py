@@ -379,7 +379,7 @@ def test_loads_to_a_gpu_ask_for_what_needs_no_other_kernels(monkeypatch):
 
 def test_without_flashinfer_sglang_finds_the_names_it_asks_for_and_sgl_kernel_its_own_norms():
     code = (
-        "from workbench import devices; devices.prepare('cuda')\n"
+        "from workbench.loads import devices; devices.prepare('cuda')\n"
         "from flashinfer import bmm_fp8\n"
         "from flashinfer.sampling import min_p_sampling_from_probs\n"
         "assert bmm_fp8 is devices.bmm_fp8\n"
@@ -402,7 +402,7 @@ def test_product_of_fp8_matrices_is_the_scaled_product_of_their_values():
 
 @pytest.mark.server
 def test_rehearsal_runs_steps_one_after_another(tmp_path):
-    command = [sys.executable, environment.CLONE / "ci" / "workbench" / "gpu_check.py", "--rehearse"]
+    command = [sys.executable, environment.CLONE / "ci" / "workbench" / "gpu" / "gpu_check.py", "--rehearse"]
     ran = subprocess.run(
         [*command, "--work", tmp_path, "--steps", "environment,graphs,memory"],
         capture_output=True,
