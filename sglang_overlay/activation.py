@@ -2,7 +2,7 @@
 """Is streaming active in the processes SGLang starts from this environment? Answered by doing what they do.
 
 SGLang logs and swallows whatever goes wrong in a plugin, so a plugin that is installed may still be idle. Here
-``load_plugins()`` runs in this process, and then every touch point is looked at.
+``load_plugins()`` runs in this process, and then every hook is looked at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sglang_overlay.hooks import built_in, compatibility, hook, releases
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from sglang_overlay.hooks.hook import PointState, TouchPoint
+    from sglang_overlay.hooks.hook import Hook, HookState
 
 SCHEMA = "sglang-streamfp8/check"
 VERSION = 1
@@ -44,8 +44,8 @@ _WATCHED_LOGGERS = ("sglang.srt.plugins", "sglang_overlay")
 
 
 @dataclass(frozen=True)
-class Hook:
-    """One touch point and its state in this process ('ready' means it fits but is not applied)."""
+class HookLine:
+    """One hook and its state in this process ('ready' means it fits but is not applied)."""
 
     target: str
     kind: str
@@ -67,9 +67,9 @@ class Activation:
     supported: tuple[str, ...]
     mode: str | None
     report_folder: str | None
-    streaming: tuple[Hook, ...]
-    cpu_reference: tuple[Hook, ...]
-    telling: tuple[Hook, ...]
+    streaming: tuple[HookLine, ...]
+    cpu_reference: tuple[HookLine, ...]
+    telling: tuple[HookLine, ...]
     problems: tuple[str, ...]
     messages: tuple[str, ...]
     notes: tuple[str, ...] = NOTES
@@ -87,7 +87,7 @@ def to_json(found: Activation) -> dict[str, Any]:
 
 
 def inspect_activation(environ: Mapping[str, str]) -> Activation:
-    """Load SGLang's plugins as a server would and report what became of each touch point. Imports SGLang: seconds."""
+    """Load SGLang's plugins as a server would and report what became of each hook. Imports SGLang: seconds."""
     mode, folder, problems = _read_settings(environ)
     if built_in.streams_itself():
         return _stands_aside(mode, folder, problems)
@@ -206,27 +206,27 @@ def _platform_problems() -> list[str]:
 
 @dataclass(frozen=True)
 class _Hooks:
-    """All touch points, by what they are for."""
+    """All hooks, by what they are for."""
 
-    streaming: tuple[Hook, ...] = ()
-    cpu_reference: tuple[Hook, ...] = ()
-    telling: tuple[Hook, ...] = ()
+    streaming: tuple[HookLine, ...] = ()
+    cpu_reference: tuple[HookLine, ...] = ()
+    telling: tuple[HookLine, ...] = ()
 
 
 def _hooks() -> _Hooks:
     from sglang_overlay.cpu_reference import catalogue as cpu_reference
     from sglang_overlay.hooks import catalogue as upstream
 
-    return _Hooks(_states(upstream.STREAMING), _states(cpu_reference.TOUCH_POINTS), _states(upstream.TELLING))
+    return _Hooks(_states(upstream.STREAMING), _states(cpu_reference.HOOKS), _states(upstream.TELLING))
 
 
-def _states(points: Iterable[TouchPoint]) -> tuple[Hook, ...]:
-    return tuple(_hook(found) for found in hook.inspect_points(points))
+def _states(points: Iterable[Hook]) -> tuple[HookLine, ...]:
+    return tuple(_hook(found) for found in hook.inspect_hooks(points))
 
 
-def _hook(found: PointState) -> Hook:
+def _hook(found: HookState) -> HookLine:
     point = found.point
-    return Hook(
+    return HookLine(
         target=point.target,
         kind=point.kind.value,
         state=found.state.value,
@@ -237,7 +237,7 @@ def _hook(found: PointState) -> Hook:
     )
 
 
-def _hook_problems(hooks: Sequence[Hook], messages: Sequence[str]) -> list[str]:
+def _hook_problems(hooks: Sequence[HookLine], messages: Sequence[str]) -> list[str]:
     """One problem for all hooks together: they are registered together, so one cause keeps them all away."""
     placed = (hook.State.ACTIVE.value, hook.State.ABSENT.value)
     idle = [hook for hook in hooks if hook.state not in placed]

@@ -5,12 +5,12 @@ import sys
 import pytest
 
 from sglang_overlay import activation
-from sglang_overlay.activation import Activation, Hook, to_json
+from sglang_overlay.activation import Activation, HookLine, to_json
 from sglang_overlay.hooks import releases
 
 
-def _hook(state: str, detail: str = "") -> Hook:
-    return Hook("sglang.thing", "around", state, detail, "a reason", (), "it is fixed")
+def _hook(state: str, detail: str = "") -> HookLine:
+    return HookLine("sglang.thing", "around", state, detail, "a reason", (), "it is fixed")
 
 
 def _activation(problems: tuple[str, ...]) -> Activation:

@@ -86,7 +86,7 @@ def test_names_in_code_are_those_of_the_code(page):
         "STREAMED_LOADERS",
         "ABSORBED",
         "Place",
-        "TouchPoint",
+        "Hook",
         "SerializedPlan",
         "PATCHED_MODULES",
         "STREAMING",

@@ -24,7 +24,7 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources, Watch
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
-from sglang_overlay.core.units import Landing, Landings, UnitGrid
+from sglang_overlay.core.units import TargetRegion, TargetRegions, UnitGrid
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,28 @@ class Origins:
     """Names of the checkpoint tensors that were written into a parameter. Outlives its stream, for messages."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, Landing], str] = {}
+        self._found: dict[tuple[int, TargetRegion], str] = {}
 
     def __call__(self, units: Sequence[int] | None = None) -> list[str]:
         """Those that were written into ``units``, or anywhere, where they are known."""
         wanted = None if units is None else set(units)
         touching = (
             name
-            for (first, landing), name in self._found.items()
-            if wanted is None or not wanted.isdisjoint(range(first, first + landing.count))
+            for (first, region), name in self._found.items()
+            if wanted is None or not wanted.isdisjoint(range(first, first + region.count))
         )
         return list(dict.fromkeys(touching))
 
-    def note(self, first: int, landing: Landing, name: str) -> None:
+    def note(self, first: int, region: TargetRegion, name: str) -> None:
         """``name`` was written, beginning in unit ``first``."""
-        self._found[first, landing] = name
+        self._found[first, region] = name
 
 
 class RowWatcher(Protocol):
     """Looks at the checkpoint's rows when some of their columns are written (``core/whole_rows.py``)."""
 
-    def see(self, first: int, landing: Landing, source: torch.Tensor) -> None:
-        """This thread is about to write ``source`` to ``landing``, beginning in unit ``first``."""
+    def see(self, first: int, region: TargetRegion, source: torch.Tensor) -> None:
+        """This thread is about to write ``source`` to ``region``, beginning in unit ``first``."""
 
     def note(self, units: range) -> None:
         """This thread has claimed ``units``, and goes on to write what it has shown to ``see``."""
@@ -116,7 +116,7 @@ class ParameterStream:
         self.storage = storage
         self.units = grid.count
         self._shape = torch.Size(grid.parameter_shape)
-        self._landings = Landings(grid)
+        self._regions = TargetRegions(grid)
         self._placeholder_shape = placeholder.shape
         self._dtype = placeholder.dtype
         self._grid = grid
@@ -166,24 +166,24 @@ class ParameterStream:
         # Quantizers read memory, where the lazy sign of a negative view is not.
         source = source.resolve_neg()
         try:
-            first, landing = self._landings.of(destination)
+            first, region = self._regions.of(destination)
         except UnsupportedWriteError as refused:
-            for part in self._landings.split(destination, source, refused):
+            for part in self._regions.split(destination, source, refused):
                 self.write(*part)
             return
         if self._rows is not None:
-            self._rows.see(first, landing, source)
-        values = landing.lay_out(source)
+            self._rows.see(first, region, source)
+        values = region.lay_out(source)
         if origin:
-            self.origins.note(first, landing, origin)
-        if landing.is_whole and any(values.stride()):
-            self._write_whole(range(first, first + landing.count), values, source)
+            self.origins.note(first, region, origin)
+        if region.is_whole and any(values.stride()):
+            self._write_whole(range(first, first + region.count), values, source)
             return
-        if landing.count == 1:
-            self._write_part(first, Piece(landing.box, values), source)
+        if region.count == 1:
+            self._write_part(first, Piece(region.box, values), source)
             return
-        for number in range(landing.count):
-            self._write_part(first + number, Piece(landing.box, values[number]), source)
+        for number in range(region.count):
+            self._write_part(first + number, Piece(region.box, values[number]), source)
 
     def settle(self) -> list[int]:
         """Quantize what was only waiting for the end of loading, and release all staging memory.

@@ -61,7 +61,7 @@ class UnitGrid:
         return (0, 1), box
 
 
-class Landing:
+class TargetRegion:
     """How views of one form lie in units: the same box in each of some units in a row.
 
     Attributes:
@@ -84,8 +84,8 @@ class Landing:
         return self._placement.lay_out(source, self._shape)
 
 
-class Landings:
-    """Landings of the views of one parameter. Any thread may ask.
+class TargetRegions:
+    """TargetRegions of the views of one parameter. Any thread may ask.
 
     Views that differ only in the unit in which they begin, as those of experts do, are looked into once: a view lies
     within its parameter, so what holds in one such place holds in all of them. Two threads that meet a form first do
@@ -95,9 +95,9 @@ class Landings:
     def __init__(self, grid: UnitGrid) -> None:
         self._grid = grid
         self._shape = torch.Size(grid.parameter_shape)
-        self._known: dict[tuple[int, torch.Size, tuple[int, ...]], Landing] = {}
+        self._known: dict[tuple[int, torch.Size, tuple[int, ...]], TargetRegion] = {}
 
-    def of(self, view: torch.Tensor) -> tuple[int, Landing]:
+    def of(self, view: torch.Tensor) -> tuple[int, TargetRegion]:
         """The first unit that ``view`` lies in, and how it lies there.
 
         Raises:
@@ -105,10 +105,10 @@ class Landings:
         """
         unit, rest = divmod(int(view.storage_offset()), self._grid.unit_volume)
         form = (rest, view.shape, view.stride())
-        landing = self._known.get(form)
-        if landing is None:
-            landing = self._known[form] = Landing(Placement(view, self._shape), self._grid)
-        return unit, landing
+        region = self._known.get(form)
+        if region is None:
+            region = self._known[form] = TargetRegion(Placement(view, self._shape), self._grid)
+        return unit, region
 
     def split(
         self, view: torch.Tensor, source: torch.Tensor, refused: UnsupportedWriteError

@@ -19,7 +19,7 @@ from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
-from sglang_overlay.core.units import Landing, UnitGrid
+from sglang_overlay.core.units import TargetRegion, UnitGrid
 
 CHUNK_ELEMENTS = 1 << 18
 """Elements compared at once on a CPU, so that the intermediate stays in cache."""
@@ -78,25 +78,25 @@ class WholeRows:
         self._least = columns - grid.shape[-1] + 1
         self._thread = threading.local()
 
-    def see(self, first: int, landing: Landing, source: torch.Tensor) -> None:
-        """This thread is about to write ``source`` to ``landing``, beginning in unit ``first``."""
+    def see(self, first: int, region: TargetRegion, source: torch.Tensor) -> None:
+        """This thread is about to write ``source`` to ``region``, beginning in unit ``first``."""
         self._thread.seen = None
         if not _is_high_precision(source):
             return  # Refused where it is written.
-        values = landing.lay_out(source)
+        values = region.lay_out(source)
         rows = self._whole(values, source)
         if rows is None and any(source.stride()):
             self.is_narrowed = True
             rows = values
         if rows is not None:
-            self._thread.seen = first, landing, row_magnitudes(rows).to("cpu", self.found.dtype)
+            self._thread.seen = first, region, row_magnitudes(rows).to("cpu", self.found.dtype)
 
     def note(self, units: range) -> None:
         """This thread has claimed ``units``, and goes on to write what it has shown to ``see``."""
         if self._thread.seen is not None:
-            first, landing, found = self._thread.seen
-            part = found if landing.count == 1 else found[units.start - first : units.stop - first]
-            self.found[(slice(units.start, units.stop), *slices(landing.box[:-1]))] = part
+            first, region, found = self._thread.seen
+            part = found if region.count == 1 else found[units.start - first : units.stop - first]
+            self.found[(slice(units.start, units.stop), *slices(region.box[:-1]))] = part
 
     def _whole(self, values: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
         """The rows that ``values``, which are ``source`` as it lies in the parameter, are of; None where unknown."""

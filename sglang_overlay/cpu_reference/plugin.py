@@ -13,7 +13,7 @@ from sglang_overlay.hooks.plugin import SETTINGS_PREFIX
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from sglang_overlay.hooks.hook import TouchPoint
+    from sglang_overlay.hooks.hook import Hook
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,18 @@ def activate() -> None:
         return
     from sglang_overlay.core.executor import register
     from sglang_overlay.cpu_reference.attention import MLA_HANDLERS, select_absorbed_mla
-    from sglang_overlay.cpu_reference.catalogue import OWN_METHODS, TOUCH_POINTS
+    from sglang_overlay.cpu_reference.catalogue import HOOKS, OWN_METHODS
     from sglang_overlay.cpu_reference.executor import CpuExecutor
     from sglang_overlay.hooks.applying import when_imported
     from sglang_overlay.hooks.hook import by_module
 
     register("cpu", CpuExecutor)
-    for module, points in by_module((*TOUCH_POINTS, *OWN_METHODS)).items():
+    for module, points in by_module((*HOOKS, *OWN_METHODS)).items():
         when_imported(module, partial(_patch, points), _warn)
     when_imported(MLA_HANDLERS, select_absorbed_mla, _warn)
 
 
-def _patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
+def _patch(points: tuple[Hook, ...], _module: ModuleType) -> None:
     from sglang_overlay.hooks.hook import apply
 
     mismatch = apply(points)

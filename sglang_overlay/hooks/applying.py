@@ -69,9 +69,9 @@ def _stand_aside(settings: Settings) -> None:
 def _patch_when_imported(settings: Settings) -> None:
     from sglang_overlay.hooks import ray_actors
     from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
-    from sglang_overlay.hooks.hook import TouchPoint, apply, apply_fitting, by_module
+    from sglang_overlay.hooks.hook import Hook, apply, apply_fitting, by_module
 
-    def patch(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
+    def patch(points: tuple[Hook, ...], _module: ModuleType) -> None:
         mismatch = apply(points)
         if mismatch is not None:
             note_mismatch(mismatch)
@@ -82,7 +82,7 @@ def _patch_when_imported(settings: Settings) -> None:
         guard.note_mismatch(reason)
         _guard(settings.required_by, reason)
 
-    def patch_fitting(points: tuple[TouchPoint, ...], _module: ModuleType) -> None:
+    def patch_fitting(points: tuple[Hook, ...], _module: ModuleType) -> None:
         apply_fitting(points)
 
     is_off = settings.mode is Mode.OFF

@@ -7,7 +7,7 @@ fits, since a load is right without it.
 
 from __future__ import annotations
 
-from sglang_overlay.hooks.hook import BuiltIn, HookKind, Place, TouchPoint
+from sglang_overlay.hooks.hook import BuiltIn, Hook, HookKind, Place
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
 _LOADER = "sglang.srt.model_loader.loader"
@@ -24,10 +24,10 @@ _NO_SESSIONS = (
 )
 _MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-project/sglang#8337")
 
-STREAMING: tuple[TouchPoint, ...] = (
-    TouchPoint(
+STREAMING: tuple[Hook, ...] = (
+    Hook(
         target=f"{_LOADER}.DefaultModelLoader.load_model",
-        hook="sglang_overlay.hooks.loader_hooks:load_model",
+        wrapper="sglang_overlay.hooks.loader_hooks:load_model",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "device_config"),
         why="Opens and closes the load that owns all streaming state, measures memory and reports.",
@@ -39,9 +39,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         ),
     ),
     *(
-        TouchPoint(
+        Hook(
             target=f"{_LOADER}.{loader}.load_model",
-            hook=f"sglang_overlay.hooks.loader_hooks:{hook}",
+            wrapper=f"sglang_overlay.hooks.loader_hooks:{hook}",
             kind=HookKind.AROUND,
             parameters=("self", "model_config", "device_config"),
             why=why,
@@ -61,9 +61,9 @@ STREAMING: tuple[TouchPoint, ...] = (
             ("ShardedStateLoader", "load_quantized", "Its files are fp8 already: no bf16 weights, nothing to do."),
         )
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.ShardedStateLoader.save_model",
-        hook="sglang_overlay.hooks.loader_hooks:save_sharded_state",
+        wrapper="sglang_overlay.hooks.loader_hooks:save_sharded_state",
         kind=HookKind.AROUND,
         parameters=("model", "path"),
         why="Online fp8 leaves linear weights as transposed views, which safetensors refuses to save: stock cannot "
@@ -71,9 +71,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         related=("sgl-project/sglang#17945",),
         remove_when="ShardedStateLoader.save_model makes tensors contiguous, as PreshardedModelLoader's dump does",
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.PreshardedModelLoader._load_from_presharded",
-        hook="sglang_overlay.hooks.loader_hooks:load_from_presharded",
+        wrapper="sglang_overlay.hooks.loader_hooks:load_from_presharded",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "device_config"),
         why="The dump is fp8 already: no bf16 weights are allocated, nothing is to be quantized.",
@@ -81,9 +81,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         without=_NO_PRESHARDED,
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.PreshardedModelLoader._compute_local_structural_signature",
-        hook="sglang_overlay.hooks.loader_hooks:describe_without_loading",
+        wrapper="sglang_overlay.hooks.loader_hooks:describe_without_loading",
         kind=HookKind.AROUND,
         parameters=("self", "model_config"),
         why="Builds the model on the meta device only to hash its shapes; those must be stock's.",
@@ -91,18 +91,18 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         without=_NO_PRESHARDED,
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.initialize_dummy_weights",
-        hook="sglang_overlay.hooks.loader_hooks:initialize_dummy_weights",
+        wrapper="sglang_overlay.hooks.loader_hooks:initialize_dummy_weights",
         kind=HookKind.AROUND,
         parameters=("model",),
         why="Fills the state dict in place, which a parameter without memory cannot take: here one weight at a time.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}._initialize_model",
-        hook="sglang_overlay.hooks.loader_hooks:initialize_model",
+        wrapper="sglang_overlay.hooks.loader_hooks:initialize_model",
         kind=HookKind.AROUND,
         parameters=("model_config", "load_config", "quant_config"),
         why="Once the model is built: finds each streamed layer's name, checks that the model left its placeholders "
@@ -112,9 +112,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(2, "model_loading:initialize_model"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
-        hook="sglang_overlay.load.checked_load:get_all_weights",
+        wrapper="sglang_overlay.load.checked_load:get_all_weights",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "model"),
         why="Sees the checkpoint's tensors go by: their memory stays as it is, so units can be quantized beside the "
@@ -123,9 +123,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(4, "checked_load:get_all_weights"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.DefaultModelLoader._prepare_weights",
-        hook="sglang_overlay.load.checkpoint_files:prepare_weights",
+        wrapper="sglang_overlay.load.checkpoint_files:prepare_weights",
         kind=HookKind.AROUND,
         parameters=("self", "model_name_or_path", "revision", "fall_back_to_pt"),
         why="Notes which files are read, for errors of loads and of updates from disk: those of torch and safetensors "
@@ -133,9 +133,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         related=("sgl-project/sglang#17945",),
         remove_when="SGLang names the file that cannot be read",
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.device_loading_context",
-        hook="sglang_overlay.hooks.fp8_methods:device_loading_context",
+        wrapper="sglang_overlay.hooks.fp8_methods:device_loading_context",
         kind=HookKind.AROUND,
         parameters=("module", "target_device"),
         why="Runs right before a layer's process_weights_after_loading: swaps the placeholders for the fp8 parameters, "
@@ -145,9 +145,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(2, "model_loading:device_loading_context"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_FP8}.Fp8Config.get_quant_method",
-        hook="sglang_overlay.hooks.methods:get_quant_method",
+        wrapper="sglang_overlay.hooks.methods:get_quant_method",
         kind=HookKind.AROUND,
         parameters=("self", "layer", "prefix"),
         why="Gives a layer the quantization method of the scheme that the user chose for it. Stock has one scheme for "
@@ -155,9 +155,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         related=("sgl-project/sglang#15440", "sgl-project/sglang#29727"),
         remove_when="SGLang offers a choice of online schemes",
     ),
-    TouchPoint(
+    Hook(
         target=f"{_FP8}.Fp8LinearMethod.create_weights",
-        hook="sglang_overlay.hooks.fp8_methods:create_linear_weights",
+        wrapper="sglang_overlay.hooks.fp8_methods:create_linear_weights",
         kind=HookKind.AROUND,
         parameters=("self", "layer", "params_dtype"),
         why="Runs upstream's code with the bf16 weight on the meta device: shape, attributes and loader, no memory.",
@@ -165,9 +165,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(2, "linear_method:create_weights"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_FP8}.Fp8LinearMethod.process_weights_after_loading",
-        hook="sglang_overlay.hooks.fp8_methods:process_weights_after_loading",
+        wrapper="sglang_overlay.hooks.fp8_methods:process_weights_after_loading",
         kind=HookKind.AROUND,
         parameters=("self", "layer"),
         why="The weight is fp8 already: registers it as stock would leave it instead of quantizing.",
@@ -175,9 +175,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(2, "linear_method:process_weights_after_loading"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_FP8}.Fp8MoEMethod.create_weights",
-        hook="sglang_overlay.hooks.fp8_methods:create_experts_weights",
+        wrapper="sglang_overlay.hooks.fp8_methods:create_experts_weights",
         kind=HookKind.AROUND,
         parameters=("self", "layer", "params_dtype"),
         why="As for linear layers: w13 and w2 on the meta device, scales and biases real.",
@@ -185,9 +185,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(3, "experts_method:create_weights"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_FP8}.Fp8MoEMethod.process_weights_after_loading",
-        hook="sglang_overlay.hooks.fp8_methods:process_weights_after_loading",
+        wrapper="sglang_overlay.hooks.fp8_methods:process_weights_after_loading",
         kind=HookKind.AROUND,
         parameters=("self", "layer"),
         why="The experts are fp8 already: registers them as stock would leave them instead of quantizing.",
@@ -195,9 +195,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         built_in=(BuiltIn(3, "experts_method:process_weights_after_loading"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_LOADER}.DefaultModelLoader.load_weights_and_postprocess",
-        hook="sglang_overlay.hooks.update_hooks:load_weights_and_postprocess",
+        wrapper="sglang_overlay.hooks.update_hooks:load_weights_and_postprocess",
         kind=HookKind.AROUND,
         parameters=("model", "weights", "target_device"),
         why="Called again when weights are updated from disk: streams them into the fp8 storage that "
@@ -205,9 +205,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         related=_UPDATE_ISSUES,
         remove_when=_WHEN_UPSTREAM_UPDATES,
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_disk",
-        hook="sglang_overlay.hooks.update_hooks:update_weights_from_disk",
+        wrapper="sglang_overlay.hooks.update_hooks:update_weights_from_disk",
         kind=HookKind.AROUND,
         parameters=("self", "model_path", "load_format"),
         why="Makes upstream go back to the weights it served before when an update fails, and answer "
@@ -216,9 +216,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_disk"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}.WeightUpdater.begin_weight_update",
-        hook="sglang_overlay.hooks.update_hooks:begin_weight_update",
+        wrapper="sglang_overlay.hooks.update_hooks:begin_weight_update",
         kind=HookKind.AROUND,
         parameters=("self",),
         why="Opens an update, which keeps units that come in several calls.",
@@ -226,9 +226,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         without=_NO_SESSIONS,
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}.WeightUpdater.end_weight_update",
-        hook="sglang_overlay.hooks.update_hooks:end_weight_update",
+        wrapper="sglang_overlay.hooks.update_hooks:end_weight_update",
         kind=HookKind.AROUND,
         parameters=("self", "run_post_load"),
         why="Closes the update; upstream's post-processing must not quantize fp8 weights once more.",
@@ -236,9 +236,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         without=_NO_SESSIONS,
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}.WeightUpdater.receive_weights_from_distributed",
-        hook="sglang_overlay.hooks.update_hooks:receive_weights",
+        wrapper="sglang_overlay.hooks.update_hooks:receive_weights",
         kind=HookKind.AROUND,
         parameters=("self", "names", "dtypes", "shapes", "group_name"),
         why="A rank that has received nothing does not load: the others must hear of it, and keep their weights.",
@@ -246,9 +246,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         without="Nothing: update_weights_from_distributed receives and loads.",
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}.WeightUpdater.load_weights_from_distributed",
-        hook="sglang_overlay.hooks.update_hooks:load_weights_from_distributed",
+        wrapper="sglang_overlay.hooks.update_hooks:load_weights_from_distributed",
         kind=HookKind.AROUND,
         parameters=("self", "named_tensors"),
         why="Streams the tensors of one call.",
@@ -263,9 +263,9 @@ STREAMING: tuple[TouchPoint, ...] = (
             for owner in (f"{_UPDATER}.WeightUpdater", f"{_RUNNER}.ModelRunner")
         ),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_tensor",
-        hook="sglang_overlay.hooks.update_hooks:update_weights_from_tensor",
+        wrapper="sglang_overlay.hooks.update_hooks:update_weights_from_tensor",
         kind=HookKind.AROUND,
         parameters=("self", "named_tensors", "load_format"),
         why="Streams the tensors of one call, flattened buckets as well; a failure is answered and "
@@ -274,9 +274,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_tensor"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}.WeightUpdater.update_weights_from_ipc",
-        hook="sglang_overlay.hooks.update_hooks:update_weights_from_ipc",
+        wrapper="sglang_overlay.hooks.update_hooks:update_weights_from_ipc",
         kind=HookKind.AROUND,
         parameters=("self", "recv_req"),
         why="Streams what the checkpoint engine sends.",
@@ -284,9 +284,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         elsewhere=(Place(f"{_RUNNER}.ModelRunner.update_weights_from_ipc"),),
     ),
-    TouchPoint(
+    Hook(
         target=f"{_UPDATER}._model_load_weights_direct",
-        hook="sglang_overlay.hooks.update_hooks:load_weights_direct",
+        wrapper="sglang_overlay.hooks.update_hooks:load_weights_direct",
         kind=HookKind.AROUND,
         parameters=("model", "named_tensors"),
         why="Names parameters, not checkpoint tensors: tells high-precision weights from fp8 values and scales.",
@@ -295,9 +295,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         elsewhere=(Place(f"{_RUNNER}._model_load_weights_direct"),),
     ),
     *(
-        TouchPoint(
+        Hook(
             target=f"{_SESSIONS}.{name}",
-            hook="sglang_overlay.hooks.update_hooks:update_of_all_models",
+            wrapper="sglang_overlay.hooks.update_hooks:update_of_all_models",
             kind=HookKind.AROUND,
             parameters=("self", "recv_req"),
             why="Where a draft model cannot be updated, has the target go back to its weights too.",
@@ -306,9 +306,9 @@ STREAMING: tuple[TouchPoint, ...] = (
         )
         for name in ("update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_ipc")
     ),
-    TouchPoint(
+    Hook(
         target=f"{_SESSIONS}.end_weight_update",
-        hook="sglang_overlay.hooks.update_hooks:end_session",
+        wrapper="sglang_overlay.hooks.update_hooks:end_session",
         kind=HookKind.AROUND,
         parameters=("self", "recv_req"),
         why="Lets the end of a session fail where units came only in part; upstream always answers success.",
@@ -318,13 +318,13 @@ STREAMING: tuple[TouchPoint, ...] = (
     ),
 )
 
-MEASURING: tuple[TouchPoint, ...] = tuple(point for point in STREAMING if point.target.endswith(".load_model"))
+MEASURING: tuple[Hook, ...] = tuple(point for point in STREAMING if point.target.endswith(".load_model"))
 """All that is put in place for the report of a stock load: ``SGLANG_STREAMFP8=0`` with a folder for reports."""
 
-TELLING: tuple[TouchPoint, ...] = (
-    TouchPoint(
+TELLING: tuple[Hook, ...] = (
+    Hook(
         target="sglang.srt.observability.metrics_collector.SchedulerMetricsCollector.__init__",
-        hook="sglang_overlay.load.metrics:add_gauges",
+        wrapper="sglang_overlay.load.metrics:add_gauges",
         kind=HookKind.AFTER,
         parameters=("self", "labels"),
         why="Adds what loads cost to the scheduler's own metrics, with the same labels.",
@@ -332,9 +332,9 @@ TELLING: tuple[TouchPoint, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
         without="What loads cost is not in /metrics.",
     ),
-    TouchPoint(
+    Hook(
         target="sglang.srt.managers.scheduler.Scheduler.get_internal_state",
-        hook="sglang_overlay.load.metrics:add_state",
+        wrapper="sglang_overlay.load.metrics:add_state",
         kind=HookKind.AFTER,
         parameters=("self", "recv_req"),
         why="Adds what loads cost to what /server_info tells of each scheduler.",

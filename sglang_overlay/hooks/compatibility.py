@@ -43,11 +43,11 @@ def untested_note() -> str | None:
 
 
 def _changed_since(release: releases.Release) -> str:
-    """Touch points that do not fit the installed SGLang, or that it lacks and the release has."""
+    """Hooks that do not fit the installed SGLang, or that it lacks and the release has."""
     root = _root()
     if root is None:
         return "its source files are not there to compare"
-    states = source_tree.inspect_points(root, STREAMING)
+    states = source_tree.inspect_hooks(root, STREAMING)
     return listed(
         state
         for state in states

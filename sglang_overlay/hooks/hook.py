@@ -34,7 +34,7 @@ class HookKind(enum.Enum):
 
 
 class State(str, enum.Enum):
-    """What became of a touch point in this process."""
+    """What became of a hook in this process."""
 
     READY = "ready"
     ABSENT = "absent"
@@ -50,39 +50,39 @@ class State(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where other releases have what a touch point patches.
+    """Where other releases have what a hook patches.
 
     Attributes:
-        target: as of the touch point.
-        hook: as of the touch point; None where it is the same one.
-        parameters: as of the touch point; None where they are the same.
+        target: as of the hook.
+        wrapper: as of the hook; None where it is the same one.
+        parameters: as of the hook; None where they are the same.
     """
 
     target: str
-    hook: str | None = None
+    wrapper: str | None = None
     parameters: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """What stands at a touch point in an SGLang that streams by itself, where the patch series has been applied.
+    """What stands at a hook in an SGLang that streams by itself, where the patch series has been applied.
 
     Attributes:
         patch: number of the patch, from 1, that puts it there.
-        hook: ``module:function`` of the package that the series adds.
+        wrapper: ``module:function`` of the package that the series adds.
     """
 
     patch: int
-    hook: str
+    wrapper: str
 
 
 @dataclass(frozen=True)
-class TouchPoint:
+class Hook:
     """One place where SGLang is patched.
 
     Attributes:
         target: dotted name of the function or method patched.
-        hook: ``module:function`` of this package put there.
+        wrapper: ``module:function`` of this package put there.
         kind: how the hook relates to the original.
         parameters: names the target's parameters must have, in this order (others may stand between).
         why: what the patch is for.
@@ -94,7 +94,7 @@ class TouchPoint:
     """
 
     target: str
-    hook: str
+    wrapper: str
     kind: HookKind
     parameters: tuple[str, ...]
     why: str
@@ -105,13 +105,13 @@ class TouchPoint:
     built_in: tuple[BuiltIn, ...] = ()
 
     @property
-    def candidates(self) -> tuple[TouchPoint, ...]:
-        """The touch point at each of its places, the newest release's first."""
+    def candidates(self) -> tuple[Hook, ...]:
+        """The hook at each of its places, the newest release's first."""
         others = (
             replace(
                 self,
                 target=place.target,
-                hook=place.hook or self.hook,
+                wrapper=place.wrapper or self.wrapper,
                 parameters=self.parameters if place.parameters is None else place.parameters,
                 elsewhere=(),
             )
@@ -139,15 +139,15 @@ def module_of(target: str) -> str:
 
 
 @dataclass(frozen=True)
-class PointState:
-    """A touch point, at the place where it was found, and what was found there."""
+class HookState:
+    """A hook, at the place where it was found, and what was found there."""
 
-    point: TouchPoint
+    point: Hook
     state: State
     detail: str = ""
 
 
-def inspect_point(point: TouchPoint) -> PointState:
+def inspect_hook(point: Hook) -> HookState:
     """Look at the target in the installed SGLang, wherever that has it; imports the modules that may define it."""
     errors = []
     for candidate in point.candidates:
@@ -158,34 +158,34 @@ def inspect_point(point: TouchPoint) -> PointState:
             continue
         return _inspect_target(candidate, target)
     if point.without:
-        return PointState(point, State.ABSENT, point.without)
-    return PointState(point, State.MISSING, "; ".join(errors))
+        return HookState(point, State.ABSENT, point.without)
+    return HookState(point, State.MISSING, "; ".join(errors))
 
 
-def _inspect_target(point: TouchPoint, target: Any) -> PointState:
+def _inspect_target(point: Hook, target: Any) -> HookState:
     try:
         taken = _taken_by_hook(point)
     except Exception as error:  # Something that it imports is not where it was.
-        return PointState(point, State.MISSING, f"its hook cannot be imported: {type(error).__name__}: {error}")
+        return HookState(point, State.MISSING, f"its hook cannot be imported: {type(error).__name__}: {error}")
     problem = why_not_called(point, list(inspect.signature(target).parameters), taken)
     if problem:
-        return PointState(point, State.SIGNATURE, problem)
+        return HookState(point, State.SIGNATURE, problem)
     is_active = point.target in _applied and _is_called(point.target)
-    return PointState(point, State.ACTIVE if is_active else State.READY)
+    return HookState(point, State.ACTIVE if is_active else State.READY)
 
 
-def inspect_points(points: Iterable[TouchPoint]) -> list[PointState]:
-    """``inspect_point`` for each, in order."""
-    return [inspect_point(point) for point in points]
+def inspect_hooks(points: Iterable[Hook]) -> list[HookState]:
+    """``inspect_hook`` for each, in order."""
+    return [inspect_hook(point) for point in points]
 
 
-def apply(points: Iterable[TouchPoint]) -> str | None:
+def apply(points: Iterable[Hook]) -> str | None:
     """Put hooks in place: all of them, or none where one would not fit. Those that are in place stay as they are.
 
     Returns:
         What is not as expected, or None.
     """
-    found = inspect_points(points)
+    found = inspect_hooks(points)
     broken = [state for state in found if not state.state.fits]
     if broken:
         from sglang_overlay.hooks import releases
@@ -196,26 +196,26 @@ def apply(points: Iterable[TouchPoint]) -> str | None:
     return None
 
 
-def apply_fitting(points: Iterable[TouchPoint]) -> None:
+def apply_fitting(points: Iterable[Hook]) -> None:
     """Put hooks in place, those whose targets are as expected."""
-    _put_on(inspect_points(points))
+    _put_on(inspect_hooks(points))
 
 
-def _put_on(found: Iterable[PointState]) -> None:
+def _put_on(found: Iterable[HookState]) -> None:
     for state in found:
         if state.state is State.READY:
             _applied[state.point.target] = hooked = _hooked(state.point)
             hooked.put_on()
 
 
-def displaced(points: Iterable[TouchPoint]) -> list[str]:
+def displaced(points: Iterable[Hook]) -> list[str]:
     """Targets whose hooks were in place, and are called no more: another plugin has replaced function or class."""
     targets = dict.fromkeys(candidate.target for point in points for candidate in point.candidates)
     return [target for target in targets if target in _applied and not _is_called(target)]
 
 
 @contextlib.contextmanager
-def lifted(points: Iterable[TouchPoint]) -> Iterator[None]:
+def lifted(points: Iterable[Hook]) -> Iterator[None]:
     """Stock SGLang for a while: hooks that are in place are taken off, and put on again at the end."""
     targets = dict.fromkeys(candidate.target for point in points for candidate in point.candidates)
     taken = [_applied[target] for target in targets if target in _applied]
@@ -263,7 +263,7 @@ class _Hooked:
 _applied: dict[str, _Hooked] = {}
 
 
-def _hooked(point: TouchPoint) -> _Hooked:
+def _hooked(point: Hook) -> _Hooked:
     owner_name, _, name = point.target.rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
     before = inspect.getattr_static(owner, name)
@@ -325,16 +325,16 @@ def _holds(function: FunctionType, value: Any) -> bool:
     return any(cell.cell_contents is value for cell in function.__closure__ or ())
 
 
-def by_module(points: Iterable[TouchPoint]) -> dict[str, tuple[TouchPoint, ...]]:
+def by_module(points: Iterable[Hook]) -> dict[str, tuple[Hook, ...]]:
     """Points by the names of the modules that may define their targets."""
-    found: dict[str, tuple[TouchPoint, ...]] = {}
+    found: dict[str, tuple[Hook, ...]] = {}
     for point in points:
         for module in point.modules:
             found[module] = (*found.get(module, ()), point)
     return found
 
 
-def listed(states: Iterable[PointState]) -> str:
+def listed(states: Iterable[HookState]) -> str:
     """States for a message."""
     return "; ".join(f"{found.point.target}: {found.state.value} ({found.detail})" for found in states)
 
@@ -345,7 +345,7 @@ def in_order(expected: Sequence[str], names: Sequence[str]) -> bool:
     return all(name in remaining for name in expected)
 
 
-def why_not_called(point: TouchPoint, names: Sequence[str], taken: int | None) -> str:
+def why_not_called(point: Hook, names: Sequence[str], taken: int | None) -> str:
     """Why a hook cannot stand for its target; empty where it can.
 
     Args:
@@ -360,13 +360,13 @@ def why_not_called(point: TouchPoint, names: Sequence[str], taken: int | None) -
     return ""
 
 
-def _taken_by_hook(point: TouchPoint) -> int | None:
+def _taken_by_hook(point: Hook) -> int | None:
     parameters = inspect.signature(_hook(point)).parameters.values()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     return None if takes_any else len(parameters)
 
 
-def _hook(point: TouchPoint) -> Callable[..., Any]:
-    module, _, name = point.hook.partition(":")
+def _hook(point: Hook) -> Callable[..., Any]:
+    module, _, name = point.wrapper.partition(":")
     hook: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return hook

@@ -22,7 +22,7 @@ class Release:
         date: of its publication.
         python: versions that it runs on.
         torch: version that it pins; so is ``transformers``.
-        absent: targets of touch points for which it has nothing.
+        absent: targets of hooks for which it has nothing.
     """
 
     release: str
@@ -54,5 +54,5 @@ def installed() -> str | None:
 
 
 def absent() -> tuple[str, ...]:
-    """Targets of touch points for which the installed SGLang has nothing, where it is a supported release."""
+    """Targets of hooks for which the installed SGLang has nothing, where it is a supported release."""
     return next((entry.absent for entry in facts() if entry.release == installed()), ())

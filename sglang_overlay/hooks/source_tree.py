@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sglang_overlay.hooks.hook import PointState, State, TouchPoint, module_of, why_not_called
+from sglang_overlay.hooks.hook import Hook, HookState, State, module_of, why_not_called
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -65,26 +65,26 @@ def find(root: Path, target: str) -> Source | None:
     return None if function is None else Source(_file(root, module), function)
 
 
-def inspect_points(root: Path, points: Iterable[TouchPoint]) -> list[PointState]:
-    """What ``touch_point.inspect_points`` finds in a running SGLang, told from its source files.
+def inspect_hooks(root: Path, points: Iterable[Hook]) -> list[HookState]:
+    """What ``hook.inspect_hooks`` finds in a running SGLang, told from its source files.
 
     A target that is as expected is ``ready``.
     """
     return [_inspect(root, point) for point in points]
 
 
-def _inspect(root: Path, point: TouchPoint) -> PointState:
+def _inspect(root: Path, point: Hook) -> HookState:
     for candidate in point.candidates:
         source = find(root, candidate.target)
         if source is None:
             continue
         problem = why_not_called(candidate, source.parameters, _taken_by_hook(candidate))
-        return PointState(candidate, State.SIGNATURE if problem else State.READY, problem)
-    return PointState(point, State.ABSENT, point.without) if point.without else PointState(point, State.MISSING)
+        return HookState(candidate, State.SIGNATURE if problem else State.READY, problem)
+    return HookState(point, State.ABSENT, point.without) if point.without else HookState(point, State.MISSING)
 
 
-def _taken_by_hook(point: TouchPoint) -> int | None:
-    hook = find(Path(__file__).parents[2], point.hook.replace(":", "."))
+def _taken_by_hook(point: Hook) -> int | None:
+    hook = find(Path(__file__).parents[2], point.wrapper.replace(":", "."))
     return None if hook is None or hook.takes_any else len(hook.parameters)
 
 

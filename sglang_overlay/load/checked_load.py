@@ -18,7 +18,7 @@ from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.load.checkpoint_files import CheckpointFiles
-from sglang_overlay.load.diagnostics import Findings, Read, Tolerance, WantedShapes, kept_misfits
+from sglang_overlay.load.diagnostics import Diagnostics, Read, Tolerance, WantedShapes, kept_misfits
 from sglang_overlay.load.model_load import ModelLoad, current
 
 
@@ -44,7 +44,7 @@ class CheckedLoad(ModelLoad):
         self._tolerance = tolerance
         self.files = CheckpointFiles()
         self.wanted = WantedShapes()
-        self._findings = Findings()
+        self._diagnostics = Diagnostics()
         self._seen: dict[str, str | None] = {}
 
     def see(self, name: str, tensor: object) -> None:
@@ -71,7 +71,7 @@ class CheckedLoad(ModelLoad):
     @property
     def warnings(self) -> list[str]:
         """What was found wrong with the checkpoint, and is served all the same."""
-        return self._findings.warnings
+        return self._diagnostics.warnings
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
         """As ``ModelLoad.check``, and everything was written from the checkpoint.
@@ -81,18 +81,20 @@ class CheckedLoad(ModelLoad):
             NonFiniteWeightError: a weight is not finite, where that is an error.
             MisfitError: a tensor does not fill its part of a weight, where that is an error.
         """
-        self.wanted = self._findings.wanted(Path(model_config.model_path), model_config.hf_config.to_dict())
+        self.wanted = self._diagnostics.wanted(Path(model_config.model_path), model_config.hf_config.to_dict())
         held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
-        self._findings.conclude_misfits(self._tolerance, self.wanted)
-        self._findings.conclude(self._tolerance, Read(self._seen, held), self.files.in_folder(model_config.model_path))
+        self._diagnostics.conclude_misfits(self._tolerance, self.wanted)
+        self._diagnostics.conclude(
+            self._tolerance, Read(self._seen, held), self.files.in_folder(model_config.model_path)
+        )
         super().check(model, model_config)
 
     def _settle(self, stream: LayerStream) -> None:
-        self._findings.misfits += kept_misfits(stream.name, stream.misfits, stream.placeholders)
+        self._diagnostics.misfits += kept_misfits(stream.name, stream.misfits, stream.placeholders)
         super()._settle(stream)
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
-        self._findings.note(layer, part, missing)
+        self._diagnostics.note(layer, part, missing)
 
 
 def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -168,7 +168,7 @@ class _NotFinite:
         return shortened(damaged or self.origins) or "tensors of unknown name"
 
 
-class Findings:
+class Diagnostics:
     """Collects what ``note`` is told of each parameter; ``conclude`` warns or raises, once, when loading has ended."""
 
     def __init__(self) -> None:

@@ -208,7 +208,7 @@ class OverlayLoad(CheckedLoad):
             missing = self._unstreamed.missing(model_config)
             self.missing += missing
             for text in self._unstreamed.problems(missing):
-                self._findings.warn(text)
+                self._diagnostics.warn(text)
         snapshots.refresh(model)
         super().check(model, model_config)
 
@@ -226,7 +226,7 @@ class OverlayLoad(CheckedLoad):
         """Tell of the weights of a layer that is left to stock, and forget them."""
         for key, weight in self._kept.pop(layer, {}).items():
             self.missing += [weight.name] if missing[key] else []
-            self._findings.note(weight.name.rpartition(".")[0], weight, missing[key])
+            self._diagnostics.note(weight.name.rpartition(".")[0], weight, missing[key])
             weight.let_go()
 
     def _forget_deleted(self, model: torch.nn.Module) -> None:
@@ -246,7 +246,7 @@ class OverlayLoad(CheckedLoad):
         )
         if self.settings.mode is Mode.REQUIRE:
             raise UnsupportedDtypeError(f"{told}. {NOT_SAID}")
-        self._findings.warn(f"{told}. {NOT_SAID.removesuffix('.')}")
+        self._diagnostics.warn(f"{told}. {NOT_SAID.removesuffix('.')}")
 
     def _tell_narrowed(self) -> None:
         """Scales of some rows depend on the number of ranks.
@@ -257,7 +257,7 @@ class OverlayLoad(CheckedLoad):
         text = rows_over_ranks.told(self._narrowed)
         if self.settings.mode is Mode.REQUIRE:
             refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", text)
-        self._findings.warn(text)
+        self._diagnostics.warn(text)
 
     def _looked_after(self) -> Iterator[str]:
         """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""

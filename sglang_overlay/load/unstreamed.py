@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class KeptWeight:
-    """A weight that stock quantizes itself, as one unit; for ``Findings`` it is like a ``ParameterStream``.
+    """A weight that stock quantizes itself, as one unit; for ``Diagnostics`` it is like a ``ParameterStream``.
 
     Args:
         name: for messages.

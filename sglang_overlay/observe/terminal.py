@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from sglang_overlay.activation import Activation, Hook
+    from sglang_overlay.activation import Activation, HookLine
     from sglang_overlay.observe.report import LayerNote, LoadReport, Ranks
 
-    Selection = Callable[[Hook], bool]
+    Selection = Callable[[HookLine], bool]
 
 _PIPE_WIDTH = 140
 _WIDE = 120
@@ -49,12 +49,12 @@ _MODES = {
 }
 
 
-def every(_hook: Hook) -> bool:
+def every(_hook: HookLine) -> bool:
     """Describe each hook."""
     return True
 
 
-def unfit(hook: Hook) -> bool:
+def unfit(hook: HookLine) -> bool:
     """Describe those hooks that this SGLang has no place for."""
     return hook.state not in ("active", "ready")
 
@@ -167,7 +167,7 @@ def _facts(found: Activation) -> Table:
     return facts
 
 
-def _print_hooks(out: Console, title: str, hooks: Sequence[Hook], described: Selection) -> None:
+def _print_hooks(out: Console, title: str, hooks: Sequence[HookLine], described: Selection) -> None:
     if not hooks:
         return
     states = Counter(hook.state for hook in hooks)
@@ -184,7 +184,7 @@ def _print_hooks(out: Console, title: str, hooks: Sequence[Hook], described: Sel
         out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
-def _hook_lines(hook: Hook) -> list[tuple[str, str]]:
+def _hook_lines(hook: HookLine) -> list[tuple[str, str]]:
     lines = [
         ("lost:" if hook.state == "absent" else "found:", hook.detail),
         ("why:", hook.why),

@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Landing:
+class TargetRegion:
     """Where a matrix of the checkpoint is written.
 
     Attributes:
@@ -59,12 +59,12 @@ class Trace:
     Attributes:
         architecture: name of the model's class.
         layers: names of the layers that are quantized.
-        landings: for each checkpoint tensor that is written into one, where.
+        regions: for each checkpoint tensor that is written into one, where.
     """
 
     architecture: str
     layers: list[str] = field(default_factory=list)
-    landings: dict[str, list[Landing]] = field(default_factory=dict)
+    regions: dict[str, list[TargetRegion]] = field(default_factory=dict)
 
 
 def trace(folder: Path, schemes: SchemeChoice, server_args: Mapping[str, Any]) -> Trace:
@@ -175,7 +175,7 @@ class _TracedLoad(OverlayLoad):
         self.trace.layers.append(name)
         for weight in weights:
             parameter = layer.get_parameter(weight)
-            sink = _Sink(f"{name}.{weight}", parameter, self.provenance, self.trace.landings)
+            sink = _Sink(f"{name}.{weight}", parameter, self.provenance, self.trace.regions)
             loader = parameter.weight_loader  # type: ignore[attr-defined]
             set_loader(parameter, _followed(loader, {storage_key(parameter): sink}))
 
@@ -198,13 +198,13 @@ class _Sink:
     """Notes the writes to one parameter. Any thread may write; each checkpoint tensor is written by one at a time."""
 
     def __init__(
-        self, name: str, parameter: torch.Tensor, provenance: _Provenance, landings: dict[str, list[Landing]]
+        self, name: str, parameter: torch.Tensor, provenance: _Provenance, regions: dict[str, list[TargetRegion]]
     ) -> None:
         self.name = name
         self._shape = parameter.shape
         self._dtype = parameter.dtype
         self._provenance = provenance
-        self._landings = landings
+        self._regions = regions
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if not destination.numel() or not any(source.stride()):
@@ -215,8 +215,8 @@ class _Sink:
             raise UnsupportedWriteError(f"{_described(parts, source)} is not written row by row")
         for name, count in parts:
             box = (*outer, (start, start + count), columns)
-            landing = Landing(self.name, tuple(self._shape), self._dtype, box)
-            self._landings.setdefault(name, []).append(landing)
+            region = TargetRegion(self.name, tuple(self._shape), self._dtype, box)
+            self._regions.setdefault(name, []).append(region)
             start += count
 
 

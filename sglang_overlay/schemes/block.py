@@ -16,7 +16,7 @@ from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 from sglang_overlay.schemes.expert_rows import grid_of_rows, projection_rows
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.schemes.stored_format import StoredFormat
 from sglang_overlay.schemes.updatable_plan import SerializedPlan
 
 BLOCK_SIZE = 128
@@ -44,10 +44,10 @@ class BlockScheme:
     def plan(self, kind: LayerKind, method: Any) -> BlockPlan:
         return BlockPlan(kind)
 
-    def stored(self) -> StoredForm | None:
+    def stored(self) -> StoredFormat | None:
         """As DeepSeek-V3's fp8 checkpoint: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers."""
         quantizer = self.plan(LayerKind.LINEAR, None).quantizer()
-        return StoredForm(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE, SAME_AS)
+        return StoredFormat(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE, SAME_AS)
 
 
 SAME_AS = "at any tensor parallel size: no block is split over ranks"

@@ -21,7 +21,7 @@ from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.rows_over_ranks import WholeRowScales
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stock_updatable import UpdatableExpertsPlan, UpdatableLinearPlan
-from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.schemes.stored_format import StoredFormat
 
 
 class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
@@ -56,7 +56,7 @@ class TensorScheme:
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         return ChosenLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else UpdatableExpertsPlan()
 
-    def stored(self) -> StoredForm | None:
+    def stored(self) -> StoredFormat | None:
         # Stock quantizes the parts of a fused layer anew on loading such a checkpoint, from values already rounded.
         return None
 
@@ -82,9 +82,9 @@ class ChannelScheme:
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         return ChannelLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
-    def stored(self) -> StoredForm | None:
+    def stored(self) -> StoredFormat | None:
         """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
-        return StoredForm(
+        return StoredFormat(
             STORED,
             "ignore",
             "_scale",

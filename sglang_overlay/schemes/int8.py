@@ -25,7 +25,7 @@ from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.schemes.stored_format import StoredFormat
 
 INT8_MAX = 127
 """The range is symmetric: -128 is not used."""
@@ -52,7 +52,7 @@ class Int8Scheme:
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         return Int8ExpertsPlan()
 
-    def stored(self) -> StoredForm | None:
+    def stored(self) -> StoredFormat | None:
         return None  # No quantization method of SGLang's reads it.
 
 

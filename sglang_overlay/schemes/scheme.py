@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.schemes.stored_format import StoredFormat
 from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 
@@ -51,5 +51,5 @@ class Scheme(Protocol):
             method: what ``method`` returned for it.
         """
 
-    def stored(self) -> StoredForm | None:
+    def stored(self) -> StoredFormat | None:
         """How its weights are stored in a checkpoint that stock SGLang loads; None where there is no such form."""

@@ -11,7 +11,7 @@ import torch
 from sglang_overlay.core.regions import Box, difference, slices
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import Storage
-from sglang_overlay.core.units import Landing, Landings, UnitGrid
+from sglang_overlay.core.units import TargetRegion, TargetRegions, UnitGrid
 from sglang_overlay.errors import UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.update.undo import UndoLog
 from sglang_overlay.update.update_capture import dtype_name
@@ -19,15 +19,15 @@ from sglang_overlay.update.update_capture import dtype_name
 
 @dataclass(frozen=True, eq=False)
 class _Write:
-    """Quantized values that go into ``landing``'s box of ``landing.count`` units from ``first`` on."""
+    """Quantized values that go into ``region``'s box of ``region.count`` units from ``first`` on."""
 
     first: int
-    landing: Landing
+    region: TargetRegion
     values: torch.Tensor
 
     @property
     def units(self) -> slice:
-        return slice(self.first, self.first + self.landing.count)
+        return slice(self.first, self.first + self.region.count)
 
 
 class ReadyValues:
@@ -59,7 +59,7 @@ class ReadyValues:
         self.name = scale_name
         self._parameter = name
         self._grid = grid
-        self._landings = Landings(grid)
+        self._regions = TargetRegions(grid)
         self._storage = storage
         self._undo = undo
         self._account = account
@@ -88,15 +88,15 @@ class ReadyValues:
             UnsupportedWriteError: the view is no box of the parameter.
         """
         try:
-            first, landing = self._landings.of(destination)
+            first, region = self._regions.of(destination)
         except UnsupportedWriteError as refused:
-            for part in self._landings.split(destination, source, refused):
+            for part in self._regions.split(destination, source, refused):
                 self.write_values(*part)
             return
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             # The sender may use the tensor's memory again.
-            values = landing.lay_out(source).to(self._storage.weight.device, copy=True)
-            write = _Write(first, landing, values)
+            values = region.lay_out(source).to(self._storage.weight.device, copy=True)
+            write = _Write(first, region, values)
             self._account.add(values.nbytes)
             self._waiting.append(write)
             self._cover(write)
@@ -139,12 +139,12 @@ class ReadyValues:
         self._waiting = []
 
     def _cover(self, write: _Write) -> None:
-        if write.landing.is_whole:
+        if write.region.is_whole:
             self._whole[write.units] = True
             return
         for unit in range(write.units.start, write.units.stop):
             boxes = self._missing.get(unit, [self._grid.full])
-            self._missing[unit] = [part for box in boxes for part in difference(box, write.landing.box)]
+            self._missing[unit] = [part for box in boxes for part in difference(box, write.region.box)]
             self._whole[unit] |= not self._missing[unit]
 
     def _replace(self) -> None:
@@ -171,8 +171,8 @@ class ReadyValues:
     def _write(self, write: _Write) -> None:
         weight, scale = self._storage.weight[write.units], self._storage.scale[write.units]
         self._undo.keep(weight, scale)
-        box = slices(write.landing.box)
-        if write.landing.count == 1:
+        box = slices(write.region.box)
+        if write.region.count == 1:
             weight[0][box].copy_(write.values)
         else:
             weight[(slice(None), *box)].copy_(write.values)

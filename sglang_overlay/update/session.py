@@ -34,11 +34,11 @@ import torch
 from sglang_overlay.core.capture import WriteSink, storage_key
 from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.executor import Executor
+from sglang_overlay.core.full_precision import FullPrecisionParameter
 from sglang_overlay.core.loader_calls import LoaderCalls, WatchedSink
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.tensor_names import PACKED
-from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.load.diagnostics import WantedShapes, kept_misfits
 from sglang_overlay.load.model_load import tensors_of
@@ -97,7 +97,7 @@ class WeightUpdate:
         self._layers = {layer.module: layer for layer in layers}
         self._wrappers: dict[torch.nn.Module, UpdatableLayer] = {}
         self._streams: dict[str, UpdateStream] = {}
-        self._whole: dict[str, tuple[WholeParameter, ParameterPlan | None]] = {}
+        self._whole: dict[str, tuple[FullPrecisionParameter, ParameterPlan | None]] = {}
         self._sinks: dict[int, WatchedSink] = {}
         self._take_values: dict[int, torch.dtype] = {}
         self._quantized: dict[int, str] = {}
@@ -376,7 +376,7 @@ class WeightUpdate:
     def _whole_sink(
         self, name: str, placeholder: torch.nn.Parameter, device: torch.device, plan: ParameterPlan | None
     ) -> WriteSink:
-        sink = WholeParameter(name, placeholder, device)
+        sink = FullPrecisionParameter(name, placeholder, device)
         self._whole[name] = (sink, plan)
         return sink
 

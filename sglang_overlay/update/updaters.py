@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What SGLang's weight updaters can do, where supported releases differ: asked of SGLang itself, never of its version.
 
-That a function has moved, or is not there at all, is said by its touch point (``catalogue.py``) instead.
+That a function has moved, or is not there at all, is said by its hook (``catalogue.py``) instead.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ load_plugins()
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.model_loader import loader
 from sglang_overlay.hooks.catalogue import STREAMING
-from sglang_overlay.hooks.hook import State, inspect_points
+from sglang_overlay.hooks.hook import State, inspect_hooks
 print("built in:", loader.DefaultModelLoader.load_model.__wrapped__.__name__)
-print("hooks:", [found.point.target for found in inspect_points(STREAMING) if found.state is State.ACTIVE])
+print("hooks:", [found.point.target for found in inspect_hooks(STREAMING) if found.state is State.ACTIVE])
 """
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 import pytest
 
 from sglang_overlay.errors import StreamingUnavailableError
-from sglang_overlay.load.diagnostics import Findings
+from sglang_overlay.load.diagnostics import Diagnostics
 from sglang_overlay.load.refusal import refuse
 
 
 def test_reason_that_is_a_sentence_gets_no_second_full_stop(caplog):
     refuse(None, "there is no more room. Make some.")
-    Findings().warn("something is wrong with it.")
+    Diagnostics().warn("something is wrong with it.")
     assert [record.getMessage() for record in caplog.records] == [
         "StreamFP8: there is no more room. Make some. The model is loaded as in stock SGLang.",
         "StreamFP8: something is wrong with it.",

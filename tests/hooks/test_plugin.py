@@ -32,9 +32,9 @@ load_plugins()
 assert "sglang.srt.layers.quantization.fp8" not in sys.modules, "the plugin imports SGLang's layers"
 from sglang.srt.layers.quantization import fp8
 from sglang_overlay.hooks.catalogue import STREAMING
-from sglang_overlay.hooks.hook import State, inspect_points
+from sglang_overlay.hooks.hook import State, inspect_hooks
 import sglang.srt.model_loader.loader
-print("ACTIVE", sum(found.state is State.ACTIVE for found in inspect_points(STREAMING)), "of", len(STREAMING))
+print("ACTIVE", sum(found.state is State.ACTIVE for found in inspect_hooks(STREAMING)), "of", len(STREAMING))
 fp8.Fp8Config(is_checkpoint_fp8_serialized=True)
 print("SERIALIZED")
 for _ in range(2):
@@ -369,7 +369,7 @@ catalogue.TELLING = tuple(replace(point, parameters=("self", "renamed")) for poi
 TOLD = """
 import sglang.srt.managers.scheduler
 from sglang_overlay.hooks.catalogue import TELLING
-print("TELLING", *(found.state.value for found in inspect_points(TELLING)))
+print("TELLING", *(found.state.value for found in inspect_hooks(TELLING)))
 """
 
 

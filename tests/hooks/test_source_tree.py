@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a release's source files says of each touch point what importing the release would say."""
+"""Reading a release's source files says of each hook what importing the release would say."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
+from sglang_overlay.cpu_reference.catalogue import HOOKS
 from sglang_overlay.hooks import hook, source_tree
 from sglang_overlay.hooks.catalogue import STREAMING, TELLING
-from sglang_overlay.hooks.hook import HookKind, Place, State, TouchPoint
+from sglang_overlay.hooks.hook import Hook, HookKind, Place, State
 
 INSTALLED = Path(util.find_spec("sglang").origin).parents[1]
 
@@ -30,15 +30,15 @@ def package(tmp_path):
 
 
 def point(target, parameters=("self",), **fields):
-    return TouchPoint(target, "os:getcwd", HookKind.AROUND, parameters, "a reason", (), "it is fixed", **fields)
+    return Hook(target, "os:getcwd", HookKind.AROUND, parameters, "a reason", (), "it is fixed", **fields)
 
 
-ALL = (*STREAMING, *TELLING, *TOUCH_POINTS)
+ALL = (*STREAMING, *TELLING, *HOOKS)
 
 
 @pytest.mark.parametrize("hooked", ALL, ids=lambda point: point.target.split(".", 3)[-1])
 def test_sources_and_the_running_release_agree(hooked):
-    imported, (read,) = hook.inspect_point(hooked), source_tree.inspect_points(INSTALLED, [hooked])
+    imported, (read,) = hook.inspect_hook(hooked), source_tree.inspect_hooks(INSTALLED, [hooked])
     assert read.point.target == imported.point.target
     assert read.state is (State.READY if imported.state is State.ACTIVE else imported.state)
 
@@ -71,19 +71,19 @@ def test_layout_and_comments_are_no_difference(package):
 
 
 def test_other_parameters_are_shown(package):
-    (found,) = source_tree.inspect_points(package(a="def load(path): pass\n"), [point("up.a.load", ("path", "device"))])
+    (found,) = source_tree.inspect_hooks(package(a="def load(path): pass\n"), [point("up.a.load", ("path", "device"))])
     assert (found.state, found.detail) == (State.SIGNATURE, "expected path, device; found path")
 
 
 def test_target_is_found_where_an_earlier_release_had_it(package):
     moved = point("up.new.load", elsewhere=(Place("up.old.load", parameters=("path",)),))
-    (found,) = source_tree.inspect_points(package(old="def load(path): pass\n"), [moved])
+    (found,) = source_tree.inspect_hooks(package(old="def load(path): pass\n"), [moved])
     assert (found.state, found.point.target) == (State.READY, "up.old.load")
 
 
 @pytest.mark.parametrize(("without", "state"), [("", State.MISSING), ("A thing.", State.ABSENT)])
 def test_target_that_is_nowhere_is_absent_where_streaming_can_do_without(without, state, package):
-    (found,) = source_tree.inspect_points(package(), [point("up.a.load", without=without)])
+    (found,) = source_tree.inspect_hooks(package(), [point("up.a.load", without=without)])
     assert (found.state, found.detail) == (state, without)
 
 

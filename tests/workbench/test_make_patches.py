@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from workbench.releases import make_patches, patched, repository, series
-from workbench.releases.edits import EditError, EnvironmentField, Hook, edited
+from workbench.releases.edits import EditError, EnvironmentField, HookEdit, edited
 
 from sglang_overlay import patches
 from sglang_overlay.hooks import built_in, releases
@@ -130,19 +130,19 @@ def load(path):
 
 
 def test_decorator_stands_above_all_others() -> None:
-    text = edited(SOURCE, [Hook("Loader.load", "entry:load")], MODULE, "loader.py")
+    text = edited(SOURCE, [HookEdit("Loader.load", "entry:load")], MODULE, "loader.py")
     assert '    @streaming_hook("entry:load")\n    @staticmethod\n    def load(path):' in text
     assert text.count("streaming_hook(") == 1
 
 
 def test_function_of_the_same_name_elsewhere_is_left_alone() -> None:
-    text = edited(SOURCE, [Hook("load", "entry:load")], MODULE, "loader.py")
+    text = edited(SOURCE, [HookEdit("load", "entry:load")], MODULE, "loader.py")
     assert '\n\n@streaming_hook("entry:load")\ndef load(path):' in text
     assert text.count("streaming_hook(") == 1
 
 
 def test_import_stands_in_order() -> None:
-    text = edited(SOURCE, [Hook("load", "entry:load")], MODULE, "loader.py")
+    text = edited(SOURCE, [HookEdit("load", "entry:load")], MODULE, "loader.py")
     assert f"import a\nfrom {MODULE} import streaming_hook\nfrom sglang.srt.utils import (\n" in text
 
 
@@ -158,7 +158,7 @@ def test_environment_variable_follows_its_like() -> None:
 @pytest.mark.parametrize("name", ["Loader.gone", "Gone.load", "gone"])
 def test_function_that_a_release_lacks_is_an_error_that_names_it(name: str) -> None:
     with pytest.raises(EditError, match=rf"loader\.py has no function {name}"):
-        edited(SOURCE, [Hook(name, "entry:load")], MODULE, "loader.py")
+        edited(SOURCE, [HookEdit(name, "entry:load")], MODULE, "loader.py")
 
 
 def test_environment_that_has_changed_is_an_error() -> None:

@@ -10,9 +10,9 @@ import pytest
 from workbench.releases import new_release
 from workbench.releases.environment import CLONE, RELEASES
 
-from sglang_overlay.hooks.hook import HookKind, Place, TouchPoint
+from sglang_overlay.hooks.hook import Hook, HookKind, Place
 
-LOAD = TouchPoint("up.a.load", "os:getcwd", HookKind.AROUND, ("path",), "a reason", (), "it is fixed")
+LOAD = Hook("up.a.load", "os:getcwd", HookKind.AROUND, ("path",), "a reason", (), "it is fixed")
 METADATA = """\
 Metadata-Version: 2.4
 Name: sglang
@@ -30,7 +30,7 @@ def tree(folder: Path, **modules: str) -> Path:
     return folder
 
 
-def changes(tmp_path: Path, before: str, after: str, point: TouchPoint = LOAD, module: str = "a") -> list[Any]:
+def changes(tmp_path: Path, before: str, after: str, point: Hook = LOAD, module: str = "a") -> list[Any]:
     return new_release.compare(tree(tmp_path / "1", a=before), tree(tmp_path / "2", **{module: after}), [point])
 
 
@@ -57,13 +57,13 @@ def test_function_that_is_gone_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_function_that_streaming_can_do_without_is_said_to_be_gone(tmp_path: Path) -> None:
-    point = TouchPoint(**{**vars(LOAD), "without": "Loading."})
+    point = Hook(**{**vars(LOAD), "without": "Loading."})
     (change,) = changes(tmp_path, "def load(path): pass", "", point)
     assert (change.problem, change.notes) == ("", ("it is gone, and with it: Loading.",))
 
 
 def test_function_that_has_moved_is_noted(tmp_path: Path) -> None:
-    point = TouchPoint(**{**vars(LOAD), "target": "up.b.load", "elsewhere": (Place("up.a.load"),)})
+    point = Hook(**{**vars(LOAD), "target": "up.b.load", "elsewhere": (Place("up.a.load"),)})
     (change,) = changes(tmp_path, "def load(path): pass", "def load(path): pass", point, module="b")
     assert change.notes == ("it was up.a.load",)
 

@@ -19,16 +19,16 @@ class EditError(Exception):
 
 
 @dataclass(frozen=True)
-class Hook:
+class HookEdit:
     """A function to be decorated.
 
     Attributes:
         name: of a function or `Class.method`.
-        hook: what the decorator is given.
+        wrapper: what the decorator is given.
     """
 
     name: str
-    hook: str
+    wrapper: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EnvironmentField:
     comment: tuple[str, ...]
 
 
-def edited(text: str, edits: Sequence[Hook | EnvironmentField], module: str, path: str) -> str:
+def edited(text: str, edits: Sequence[HookEdit | EnvironmentField], module: str, path: str) -> str:
     """A file with all edits made.
 
     Args:
@@ -60,13 +60,13 @@ def edited(text: str, edits: Sequence[Hook | EnvironmentField], module: str, pat
     """
     body = ast.parse(text).body
     added: dict[int, list[str]] = {}
-    hooks = [edit for edit in edits if isinstance(edit, Hook)]
+    hooks = [edit for edit in edits if isinstance(edit, HookEdit)]
     if hooks:
         added[_import_line(body, module, path)] = [f"from {module} import {DECORATOR}"]
     for hook in hooks:
         function = _function(body, hook.name, path)
         first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-        added.setdefault(first - 1, []).append(f'{" " * function.col_offset}@{DECORATOR}("{hook.hook}")')
+        added.setdefault(first - 1, []).append(f'{" " * function.col_offset}@{DECORATOR}("{hook.wrapper}")')
     for field in edits:
         if isinstance(field, EnvironmentField):
             lines, indent = added.setdefault(_anchor_line(body, path), []), " " * 4

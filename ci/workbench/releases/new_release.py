@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from sglang_overlay.cpu_reference.catalogue import TOUCH_POINTS
+from sglang_overlay.cpu_reference.catalogue import HOOKS
 from sglang_overlay.hooks import source_tree
 from sglang_overlay.hooks.catalogue import STREAMING, TELLING
-from sglang_overlay.hooks.hook import PointState, State, TouchPoint
+from sglang_overlay.hooks.hook import Hook, HookState, State
 from workbench.releases import environment
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Change:
     diff: str
 
 
-def compare(before: Path, after: Path, points: Iterable[TouchPoint]) -> list[Change]:
+def compare(before: Path, after: Path, points: Iterable[Hook]) -> list[Change]:
     """How hooked functions differ between two releases, those that do not left out.
 
     Args:
@@ -79,8 +79,8 @@ def compare(before: Path, after: Path, points: Iterable[TouchPoint]) -> list[Cha
     return [change for change in changes if change.problem or change.notes or change.diff]
 
 
-def _change(before: Path, after: Path, point: TouchPoint) -> Change:
-    (old,), (new,) = (source_tree.inspect_points(root, [point]) for root in (before, after))
+def _change(before: Path, after: Path, point: Hook) -> Change:
+    (old,), (new,) = (source_tree.inspect_hooks(root, [point]) for root in (before, after))
     was, now = _source(before, old), _source(after, new)
     notes = []
     if old.state.fits and new.state is State.ABSENT and old.state is not State.ABSENT:
@@ -93,7 +93,7 @@ def _change(before: Path, after: Path, point: TouchPoint) -> Change:
     return Change(new.point.target, problem, tuple(notes), _diff(was, now) if was and now else "")
 
 
-def _source(root: Path, found: PointState) -> source_tree.Source | None:
+def _source(root: Path, found: HookState) -> source_tree.Source | None:
     return source_tree.find(root, found.point.target)
 
 
@@ -107,9 +107,7 @@ def entry_of(root: Path, release: str, date: str) -> dict[str, Any]:
     (metadata,) = root.glob("sglang-*.dist-info/METADATA")
     fields = Parser().parsestr(metadata.read_text(encoding="utf-8"))
     pins = {need.name: need for need in map(Requirement, fields.get_all("Requires-Dist", [])) if need.marker is None}
-    absent = [
-        found.point.target for found in source_tree.inspect_points(root, STREAMING) if found.state is State.ABSENT
-    ]
+    absent = [found.point.target for found in source_tree.inspect_hooks(root, STREAMING) if found.state is State.ABSENT]
     return {
         "release": release,
         "date": date,
@@ -246,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = previous(options.release, environment.supported())
     package = fetch(options.release)
-    changes = compare(fetch(before), package, (*STREAMING, *TELLING, *TOUCH_POINTS))
+    changes = compare(fetch(before), package, (*STREAMING, *TELLING, *HOOKS))
     problems = [f"{change.target}: {change.problem}" for change in changes if change.problem]
     if not options.compare_only:
         problems += take_on(options.release, package, options.date)

@@ -2,7 +2,7 @@
 
 Everything is generated. Modules are the overlay's own, with imports renamed; what only an SGLang with streaming built
 in needs (how it is switched on, its tests on a GPU, its documentation) lies in `patches/upstream`, laid out as SGLang's
-repository is. SGLang's own files get a decorator at each touch point (`edits.py`).
+repository is. SGLang's own files get a decorator at each hook (`edits.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sglang_overlay.hooks.built_in import PACKAGE
 from sglang_overlay.hooks.catalogue import STREAMING
-from workbench.releases.edits import EditError, EnvironmentField, Hook, edited
+from workbench.releases.edits import EditError, EnvironmentField, HookEdit, edited
 from workbench.releases.environment import CLONE
 
 PACKAGE_FOLDER = f"python/{PACKAGE.replace('.', '/')}"
@@ -202,13 +202,13 @@ def _ruff(*arguments: str) -> None:
 
 def _changed(release: Path, upto: int) -> dict[str, str]:
     """Those of the release's files that patches up to this one have changed, each as it is then."""
-    hooks: dict[str, dict[str, Hook]] = {}
+    hooks: dict[str, dict[str, HookEdit]] = {}
     for point in STREAMING:
         for built_in in point.built_in:
             if built_in.patch <= upto:
                 path = f"python/{point.module.replace('.', '/')}.py"
                 name = point.target.removeprefix(f"{point.module}.")
-                hooks.setdefault(path, {})[name] = Hook(name, built_in.hook)
+                hooks.setdefault(path, {})[name] = HookEdit(name, built_in.wrapper)
     changed = {
         path: edited(_original(release, path), list(named.values()), f"{PACKAGE}.hooks", path)
         for path, named in hooks.items()

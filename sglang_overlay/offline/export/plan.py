@@ -13,9 +13,9 @@ from sglang_overlay.core.regions import extent
 from sglang_overlay.errors import ExportError
 from sglang_overlay.offline.export.source import SourceTensor
 from sglang_overlay.offline.export.weight_file import Entry
-from sglang_overlay.offline.tracing import Landing, Trace
+from sglang_overlay.offline.tracing import TargetRegion, Trace
 from sglang_overlay.safetensors_format import shard_name, split_by_size
-from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.schemes.stored_format import StoredFormat
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ExportPlan:
 
 
 def make_plan(
-    tensors: Sequence[SourceTensor], config: Mapping[str, Any], trace: Trace, form: StoredForm, most: int
+    tensors: Sequence[SourceTensor], config: Mapping[str, Any], trace: Trace, form: StoredFormat, most: int
 ) -> ExportPlan:
     """Plan an export.
 
@@ -94,7 +94,7 @@ def make_plan(
     Raises:
         ExportError: a tensor would not have in the export the values that it has in an online load.
     """
-    items = [_item(tensor, trace.landings.get(tensor.name, ()), form) for tensor in tensors]
+    items = [_item(tensor, trace.regions.get(tensor.name, ()), form) for tensor in tensors]
     if not any(item.is_quantized for item in items):
         raise ExportError(f"{trace.architecture} has no layer that would be quantized, so there is nothing to export")
     ignored = [_module(item.source.name) for item in items if not item.is_quantized and _is_matrix(item.source)]
@@ -103,44 +103,44 @@ def make_plan(
     return ExportPlan(_shards(items, most), {**config, "quantization_config": quantization})
 
 
-def _item(tensor: SourceTensor, landings: Sequence[Landing], form: StoredForm) -> Item:
-    if not landings:
+def _item(tensor: SourceTensor, regions: Sequence[TargetRegion], form: StoredFormat) -> Item:
+    if not regions:
         return Item(tensor, (Entry(tensor.name, tensor.shape, tensor.dtype),))
-    dtype = _dtype_loaded(tensor, landings)
-    for landing in landings:
-        _check_landing(tensor, landing, form)
+    dtype = _dtype_loaded(tensor, regions)
+    for region in regions:
+        _check_landing(tensor, region, form)
     scales = Entry(tensor.name + form.scale, form.scale_shape(tensor.shape), torch.float32)
     return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales), dtype)
 
 
-def _dtype_loaded(tensor: SourceTensor, landings: Sequence[Landing]) -> torch.dtype:
+def _dtype_loaded(tensor: SourceTensor, regions: Sequence[TargetRegion]) -> torch.dtype:
     """The dtype in which an online load quantizes the tensor."""
     if not tensor.dtype.is_floating_point:
         raise ExportError(
-            f"{tensor.name}, which goes into {landings[0].parameter}, is of dtype {tensor.dtype}. A checkpoint whose "
+            f"{tensor.name}, which goes into {regions[0].parameter}, is of dtype {tensor.dtype}. A checkpoint whose "
             "weights are integers is quantized already: export the unquantized one."
         )
-    dtypes = {landing.dtype: landing.parameter for landing in landings}
+    dtypes = {region.dtype: region.parameter for region in regions}
     if len(dtypes) > 1:
         places = " and ".join(f"{parameter} of dtype {dtype}" for dtype, parameter in dtypes.items())
         raise ExportError(f"{tensor.name} goes into {places}, which have different scales: it can be stored with one")
-    return landings[0].dtype
+    return regions[0].dtype
 
 
-def _check_landing(tensor: SourceTensor, landing: Landing, form: StoredForm) -> None:
+def _check_landing(tensor: SourceTensor, region: TargetRegion, form: StoredFormat) -> None:
     """Make sure that the parameter's scales are those that the tensor alone has."""
-    where = f"{tensor.name} {list(tensor.shape)} goes into {landing.parameter} {list(landing.shape)}"
-    if extent(landing.box)[-2:] != tensor.shape or landing.box[-1] != (0, landing.shape[-1]):
+    where = f"{tensor.name} {list(tensor.shape)} goes into {region.parameter} {list(region.shape)}"
+    if extent(region.box)[-2:] != tensor.shape or region.box[-1] != (0, region.shape[-1]):
         raise ExportError(
-            f"{where} as {list(extent(landing.box))}. Only matrices that are loaded whole can be exported. Where all "
+            f"{where} as {list(extent(region.box))}. Only matrices that are loaded whole can be exported. Where all "
             "experts are stored in one tensor, store them one by one."
         )
-    first, last = landing.box[-2]
-    if first % form.rows or (last != landing.shape[-2] and last % form.rows):
+    first, last = region.box[-2]
+    if first % form.rows or (last != region.shape[-2] and last % form.rows):
         raise ExportError(
             f"{where} from row {first} to {last}, which cuts a block of {form.rows} rows: the online load gives that "
             f'block one scale, a checkpoint two. Leave the layer out: --scheme \'{{..., "ignore": '
-            f'["{landing.parameter.rpartition(".")[0]}"]}}\'.'
+            f'["{region.parameter.rpartition(".")[0]}"]}}\'.'
         )
 
 

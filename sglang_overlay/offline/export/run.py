@@ -24,7 +24,7 @@ from sglang_overlay.offline.export.writing import shard_bytes, write_shard
 from sglang_overlay.safetensors_format import INDEX
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import NONE, SchemeChoice
-from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.schemes.stored_format import StoredFormat
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _SPARE = 64 << 20
@@ -125,7 +125,7 @@ def export(
     )
 
 
-def form_of(schemes: SchemeChoice) -> StoredForm:
+def form_of(schemes: SchemeChoice) -> StoredFormat:
     """How the weights of a choice of schemes are stored.
 
     Raises:
@@ -146,7 +146,7 @@ def form_of(schemes: SchemeChoice) -> StoredForm:
     return form
 
 
-def _record(schemes: SchemeChoice, form: StoredForm) -> dict[str, Any]:
+def _record(schemes: SchemeChoice, form: StoredFormat) -> dict[str, Any]:
     """What whoever finds the checkpoint may want to know of it."""
     return {
         "schema": "sglang-streamfp8/export-record",

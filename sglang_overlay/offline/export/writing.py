@@ -11,7 +11,7 @@ import torch
 from sglang_overlay.offline.export.plan import Item, Shard
 from sglang_overlay.offline.export.source import Files
 from sglang_overlay.offline.export.weight_file import appearing, as_bytes, header
-from sglang_overlay.schemes.stored import StoredForm
+from sglang_overlay.schemes.stored_format import StoredFormat
 
 RUN_ELEMENTS = 1 << 21
 """Elements quantized at once: 4 MiB of bf16."""
@@ -20,7 +20,7 @@ Written = Callable[[int], None]
 """Called with the bytes written."""
 
 
-def write_shard(shard: Shard, form: StoredForm, files: Files, path: Path, written: Written) -> None:
+def write_shard(shard: Shard, form: StoredFormat, files: Files, path: Path, written: Written) -> None:
     """Write a shard to ``path``, which is there when it is complete and on disk, and not before."""
     with appearing(path) as file:
         file.write(header(shard.entries))
@@ -36,7 +36,7 @@ def shard_bytes(shard: Shard) -> int:
     return len(header(shard.entries)) + sum(entry.nbytes for entry in shard.entries)
 
 
-def _contents(item: Item, form: StoredForm, files: Files) -> Iterator[torch.Tensor]:
+def _contents(item: Item, form: StoredFormat, files: Files) -> Iterator[torch.Tensor]:
     tensor = files.open(item.source.file).get_tensor(item.source.name)
     if item.dtype is None:
         rows = tensor.reshape(-1, 1) if tensor.ndim < 2 else tensor

@@ -18,7 +18,7 @@ from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.hooks.catalogue import STREAMING
-from sglang_overlay.hooks.hook import State, inspect_points
+from sglang_overlay.hooks.hook import State, inspect_hooks
 from sglang_overlay.load.model_load import tensors_of, under_way
 from sglang_overlay.load.overlay_load import OverlayLoad
 from sglang_overlay.load.summary import stored_bytes
@@ -66,7 +66,7 @@ def simulate(job: Job) -> PlannedLoad:
 
 def _check_hooked() -> None:
     """A plan of streaming in a process whose SGLang is not patched would be stock's."""
-    if not any(found.state is State.ACTIVE for found in inspect_points(STREAMING)):
+    if not any(found.state is State.ACTIVE for found in inspect_hooks(STREAMING)):
         raise NotHookedError(
             "SGLang has not loaded this package's plugin, so nothing would be streamed: "
             "`python -m sglang_overlay check` says what is wrong"

@@ -11,7 +11,7 @@ from sglang_overlay.core.placeholders import materialize
 from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
 
 
-class WholeParameter:
+class FullPrecisionParameter:
     """Takes the writes to a placeholder; once all of it has been written, the placeholder holds the values itself.
 
     Whoever looked the placeholder up before the loaders ran sees them as well. Any thread may write; ``_lock`` is held

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sglang_overlay.core.capture import WriteCapture, storage_key
+from sglang_overlay.core.full_precision import FullPrecisionParameter
 from sglang_overlay.core.partial_capture import PartialCapture
-from sglang_overlay.core.whole import WholeParameter
 from sglang_overlay.errors import UnsupportedWriteError
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def placeholder():
 
 @pytest.fixture
 def whole(placeholder):
-    return WholeParameter("layer.weight", placeholder, CPU)
+    return FullPrecisionParameter("layer.weight", placeholder, CPU)
 
 
 def capture(whole, placeholder, kind=WriteCapture):

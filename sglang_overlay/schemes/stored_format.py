@@ -13,7 +13,7 @@ from sglang_overlay.core.quantizers import UnitQuantizer
 
 
 @dataclass(frozen=True)
-class StoredForm:
+class StoredFormat:
     """A quantized matrix ``[N, K]`` becomes values of the same shape under its own name, and scales beside it.
 
     Attributes:
