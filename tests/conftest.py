@@ -14,7 +14,8 @@ import psutil
 import pytest
 from harness.streamed import load_reported
 from workbench.loads.checkpoints import CheckpointSpec, build
-from workbench.loads.loads import LoadJob, LoadResult, LoadWorkers
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadResult, LoadWorkers
 
 from sglang_overlay.hooks import releases
 from sglang_overlay.observe.report import LoadReport

@@ -30,10 +30,11 @@ LEAVES = {"observe": {"errors", "safetensors_format"}}
 """What a folder that nothing else of the package is needed for may import, beside itself."""
 
 
-def test_no_modules_import_one_another():
-    imports = imports_of(PACKAGE)
-    assert len(imports) > 100
-    assert sum(map(len, imports.values())) > 300
+@pytest.mark.parametrize("package", [PACKAGE, PACKAGE.parent / "ci" / "workbench"], ids=lambda package: package.name)
+def test_no_modules_import_one_another(package):
+    imports = imports_of(package)
+    assert len(imports) > 60
+    assert sum(map(len, imports.values())) > 100
     TopologicalSorter(imports).prepare()
 
 

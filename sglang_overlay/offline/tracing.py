@@ -36,7 +36,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class TargetRegion:
+class Destination:
     """Where a matrix of the checkpoint is written.
 
     Attributes:
@@ -64,7 +64,7 @@ class Trace:
 
     architecture: str
     layers: list[str] = field(default_factory=list)
-    regions: dict[str, list[TargetRegion]] = field(default_factory=dict)
+    regions: dict[str, list[Destination]] = field(default_factory=dict)
 
 
 def trace(folder: Path, schemes: SchemeChoice, server_args: Mapping[str, Any]) -> Trace:
@@ -198,7 +198,7 @@ class _Sink:
     """Notes the writes to one parameter. Any thread may write; each checkpoint tensor is written by one at a time."""
 
     def __init__(
-        self, name: str, parameter: torch.Tensor, provenance: _Provenance, regions: dict[str, list[TargetRegion]]
+        self, name: str, parameter: torch.Tensor, provenance: _Provenance, regions: dict[str, list[Destination]]
     ) -> None:
         self.name = name
         self._shape = parameter.shape
@@ -215,7 +215,7 @@ class _Sink:
             raise UnsupportedWriteError(f"{_described(parts, source)} is not written row by row")
         for name, count in parts:
             box = (*outer, (start, start + count), columns)
-            region = TargetRegion(self.name, tuple(self._shape), self._dtype, box)
+            region = Destination(self.name, tuple(self._shape), self._dtype, box)
             self._regions.setdefault(name, []).append(region)
             start += count
 

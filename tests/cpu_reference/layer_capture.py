@@ -16,7 +16,8 @@ import torch
 # Before SGLang's modules, as in a scheduler process: it loads the plugins.
 from workbench.loads import load_worker  # isort: skip
 from workbench.loads import runtime
-from workbench.loads.loads import LoadJob, free_port
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import free_port
 
 #: Two requests of different length, then this many decode steps of both.
 PROMPTS = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9))

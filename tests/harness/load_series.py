@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.loads.loads import LoadJob, free_port, process_context
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import free_port, process_context
 
 from sglang_overlay.settings import MODE_VARIABLE
 

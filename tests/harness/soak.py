@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.loads.loads import LoadJob, free_port
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import free_port
 
 from harness.load_series import LoadSeries, series_process, streaming_threads
 from sglang_overlay.settings import MODE_VARIABLE
@@ -40,8 +41,8 @@ def _measured(target: Callable[..., None], folder: Path, *arguments: Any) -> lis
 
 
 def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
+    from workbench.loads.job import changed_environ
     from workbench.loads.load_worker import give_back_memory
-    from workbench.loads.loads import changed_environ
 
     from sglang_overlay.observe.memory import meter_for
 
@@ -57,8 +58,8 @@ def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
 
 
 def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycles: int, results: Path) -> None:
+    from workbench.loads.job import changed_environ
     from workbench.loads.load_worker import build_runner, give_back_memory
-    from workbench.loads.loads import changed_environ
     from workbench.loads.updates import run
 
     from sglang_overlay.observe.memory import meter_for

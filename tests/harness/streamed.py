@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from workbench.loads.loads import LoadJob, LoadResult, RankResult
+from workbench.loads.job import LoadJob, RankResult
+from workbench.loads.loads import LoadResult
 
 from sglang_overlay.hooks import built_in
 from sglang_overlay.observe.report import LoadReport, read_folder

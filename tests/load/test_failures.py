@@ -16,7 +16,8 @@ from harness.mutations import altered, pickled
 from harness.streamed import load_reported, warnings_of
 from safetensors.torch import load_file, save_file
 from workbench.loads.checkpoints import CheckpointSpec, model_config
-from workbench.loads.loads import PROMPTS, LoadFailed, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, LoadFailed, compare
 from workbench.loads.updates import Update
 
 from sglang_overlay.settings import SCHEME_VARIABLE

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 from harness.mutations import altered
 from harness.streamed import warnings_of
-from workbench.loads.loads import PROMPTS, LoadFailed, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, LoadFailed, compare
 from workbench.loads.updates import Update
 from workbench.quality import families
 

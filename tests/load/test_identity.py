@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from harness.streamed import load_streamed
 from workbench.loads.checkpoints import FAMILIES
-from workbench.loads.loads import PROMPTS, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, compare
 
 pytestmark = [pytest.mark.every_release, pytest.mark.patched]
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from workbench.loads.loads import PROMPTS, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, compare
 
 
 @pytest.mark.parametrize("scheme", ["stock", "block"])

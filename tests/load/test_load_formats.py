@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 from harness.streamed import assert_streamed, load_reported
-from workbench.loads.loads import PROMPTS, LoadFailed, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, LoadFailed, compare
 
 from sglang_overlay.observe.report import read_folder
 

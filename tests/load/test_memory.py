@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from harness.streamed import load_streamed
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 
 from sglang_overlay.hooks import built_in
 

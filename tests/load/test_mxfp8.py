@@ -10,7 +10,8 @@ from functools import cache
 import pytest
 import torch
 from harness.streamed import assert_streamed, load_reported, warnings_of
-from workbench.loads.loads import PROMPTS, LoadFailed, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, LoadFailed, compare
 from workbench.loads.updates import Update
 
 MLA = (("q_lora_rank", 128),)

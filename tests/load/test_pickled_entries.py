@@ -7,7 +7,8 @@ import pytest
 import torch
 from harness.mutations import pickled
 from harness.streamed import assert_streamed, warnings_of
-from workbench.loads.loads import LoadFailed, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadFailed, compare
 from workbench.loads.updates import Update
 
 pytestmark = pytest.mark.every_release

@@ -8,7 +8,7 @@ import os
 import pytest
 from harness.streamed import assert_streamed, load_reported
 from workbench.loads.checkpoints import CheckpointSpec, model_config
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 
 LOADER_THREADS = {"qwen3": 1, "qwen3_moe": 1, "deepseek_v3": (os.cpu_count() or 1) + 4}
 """DeepSeek's ``load_weights`` has a ``ThreadPoolExecutor`` of the default size."""

@@ -14,7 +14,8 @@ import torch
 from harness.streamed import assert_streamed, load_reported, warnings_of
 from safetensors.torch import load_file
 from workbench.loads.fingerprints import hash_of
-from workbench.loads.loads import PROMPTS, STORED_AS_FP8, LoadFailed, LoadJob, LoadWorkers, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, STORED_AS_FP8, LoadFailed, LoadWorkers, compare
 from workbench.loads.updates import Update
 from workbench.quality import families
 

@@ -67,12 +67,12 @@ OPERATIONS = Operations()
 
 
 def counted() -> AbstractContextManager[Counter[str]]:
-    """A recorder of :class:`workbench.loads.loads.LoadJob`."""
+    """A recorder of :class:`workbench.loads.job.LoadJob`."""
     return OPERATIONS.counted()
 
 
 def first_uses() -> AbstractContextManager[dict[str, str]]:
-    """A recorder of :class:`workbench.loads.loads.LoadJob`."""
+    """A recorder of :class:`workbench.loads.job.LoadJob`."""
     return OPERATIONS.first_uses()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench.loads.loads import LoadJob, LoadResult, LoadWorkers
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadResult, LoadWorkers
 
 from standin.checkpoints import with_zeros
 from standin.gpus import environ

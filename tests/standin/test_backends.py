@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 from harness.exports import ExportJob, run_export
-from workbench.loads.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadFailed, LoadResult, LoadWorkers, compare
 from workbench.loads.updates import Update
 from workbench.quality import families
 

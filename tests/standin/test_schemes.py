@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 
 
 @pytest.mark.parametrize("scheme", ["channel", "int8"])

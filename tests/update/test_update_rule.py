@@ -10,7 +10,7 @@ import os
 
 import pytest
 from harness.exports import ExportJob, run_export
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 from workbench.loads.update_rule import RandomUpdates
 
 from sglang_overlay.settings import SCHEME_VARIABLE

@@ -13,7 +13,8 @@ import pytest
 from harness.mutations import altered
 from harness.trainer import has_sessions, until_idle
 from workbench.loads import serving
-from workbench.loads.loads import PROMPTS, LoadJob
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS
 from workbench.loads.serving import post
 
 from sglang_overlay.hooks.update_hooks import BEFORE_UPDATE

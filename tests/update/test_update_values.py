@@ -10,7 +10,8 @@ import pytest
 import torch
 from harness.exports import ExportJob, run_export
 from harness.mutations import altered
-from workbench.loads.loads import PROMPTS, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, compare
 from workbench.loads.updates import Update
 
 from sglang_overlay.core.regions import whole as whole_of

@@ -15,7 +15,8 @@ import torch
 from harness.mutations import altered
 from harness.streamed import warnings_of
 from safetensors.torch import load_file, save_file
-from workbench.loads.loads import PROMPTS, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, compare
 from workbench.loads.updates import Update
 from workbench.quality import families
 

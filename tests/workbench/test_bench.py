@@ -32,7 +32,7 @@ from workbench.bench.bench_chart import draw
 from workbench.bench.bench_document import document, with_table
 from workbench.bench.page_tables import README
 from workbench.loads.checkpoints import CheckpointSpec, build, tensor_plans
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 
 NAMES = [contender.name for contender in CONTENDERS]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -21,7 +21,7 @@ from workbench.gpu.gpu_check import Interpreter, Options
 from workbench.gpu.gpu_steps import PROMPTS, RING, Finding, Findings, Setting, ThisProcess, TimeIsUp, Variant
 from workbench.loads import devices, load_worker
 from workbench.loads.checkpoints import CheckpointSpec, build
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 from workbench.releases import environment
 from workbench.releases.environment import EnvironmentSetupError
 

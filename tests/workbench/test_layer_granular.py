@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from workbench.loads.loads import LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import compare
 
 from sglang_overlay.load import model_load
 from sglang_overlay.observe.report import read_folder

@@ -7,8 +7,8 @@ import json
 
 import torch
 from safetensors.torch import load_file
+from workbench.loads.job import LoadJob
 from workbench.loads.layer_inputs import ROWS
-from workbench.loads.loads import LoadJob
 from workbench.loads.updates import tensors_of
 
 PROMPTS = (tuple(range(3, 403)), tuple(range(100, 300)))

@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from workbench.loads.checkpoints import CheckpointSpec, build
 from workbench.loads.fingerprints import TensorPrint
-from workbench.loads.loads import (
-    PROMPTS,
-    LoadFailed,
-    LoadJob,
-    LoadResult,
-    LoadWorkers,
-    RankResult,
-    changed_environ,
-    compare,
-)
+from workbench.loads.job import LoadJob, RankResult, changed_environ
+from workbench.loads.loads import PROMPTS, LoadFailed, LoadResult, LoadWorkers, compare
 
 from sglang_overlay.observe.memory import MemoryUsage
 

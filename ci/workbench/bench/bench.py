@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from workbench.loads.checkpoints import CheckpointSpec, Family, build, checkpoint_path, tensor_plans
-from workbench.loads.loads import LoadJob, LoadResult, LoadWorkers
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadResult, LoadWorkers
 
 GIGABYTE = 10**9
 

@@ -17,7 +17,8 @@ from sglang_overlay.observe.report import LoadReport, read_folder
 from sglang_overlay.offline.plan.job import MODES, Job, Layout, Mode
 from sglang_overlay.settings import REPORT_VARIABLE
 from workbench.loads.checkpoints import CheckpointSpec, build
-from workbench.loads.loads import LoadJob, LoadWorkers
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadWorkers
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 """glibc raises both as large memory is freed, and then keeps up to 64 MB: here it gives all back, as a plan assumes."""

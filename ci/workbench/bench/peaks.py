@@ -25,7 +25,8 @@ from sglang_overlay.hooks import built_in
 from workbench.bench import page_tables
 from workbench.bench.page_tables import README
 from workbench.loads.checkpoints import CheckpointSpec, build
-from workbench.loads.loads import LoadFailed, LoadJob, LoadWorkers, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadFailed, LoadWorkers, compare
 from workbench.releases import environment
 
 Form = Literal["overlay", "patches"]

@@ -29,18 +29,8 @@ from workbench.gpu import gpu_modules
 from workbench.loads import devices
 from workbench.loads.checkpoints import CheckpointSpec, Family, build, tensor_plans
 from workbench.loads.devices import Accelerator
-from workbench.loads.loads import (
-    PROMPTS,
-    LoadFailed,
-    LoadJob,
-    LoadResult,
-    LoadWorkers,
-    Order,
-    RankError,
-    compare,
-    core_binding,
-    free_port,
-)
+from workbench.loads.job import LoadJob, Order, RankError
+from workbench.loads.loads import PROMPTS, LoadFailed, LoadResult, LoadWorkers, compare, core_binding, free_port
 from workbench.loads.updates import Update
 
 Verdict = Literal["passed", "failed", "skipped"]

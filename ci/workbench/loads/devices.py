@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from workbench.loads.loads import StartMethod
+    from workbench.loads.job import StartMethod
 
 _SERVER_ARGS: dict[str, dict[str, Any]] = {
     # Of the backends that SGLang has for these, the ones that need no package of kernels but sglang-kernel.

@@ -50,12 +50,14 @@ from sglang_overlay.offline.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.offline.plan.replacing import replaced  # noqa: E402
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, Mode  # noqa: E402
 from workbench.bench.interception import nothing_quantized, quantized_in_one_pass  # noqa: E402
-from workbench.loads import devices, runtime, updates  # noqa: E402
+from workbench.loads import devices, runtime, update_rule, updates  # noqa: E402
 from workbench.loads.checkpoints import torch_threads  # noqa: E402
 from workbench.loads.devices import Accelerator  # noqa: E402
 from workbench.loads.fingerprints import hash_of, model_bytes, model_flags, model_prints  # noqa: E402
+from workbench.loads.job import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 from workbench.loads.layer_inputs import recorded_inputs  # noqa: E402
-from workbench.loads.loads import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
+from workbench.loads.update_rule import RandomUpdates, RuleResult  # noqa: E402
+from workbench.loads.updates import Update, UpdateResult  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -216,7 +218,7 @@ def _request(number: int, prompt: tuple[int, ...], new_tokens: int) -> Req:
 
 
 def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
-    """The parts of :class:`workbench.loads.loads.RankResult` that belong to the loaded model."""
+    """The parts of :class:`workbench.loads.job.RankResult` that belong to the loaded model."""
     model = runner.model
     return {
         "tensors": model_prints(model) if job.described == "tensors" else {},
@@ -234,6 +236,10 @@ def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
 def one_scale_a_matrix() -> contextlib.AbstractContextManager[None]:
     """Has linear layers that are made here take SGLang's path for devices without its kernel for scales per channel."""
     return replaced(fp8, "cutlass_fp8_supported", lambda: False)
+
+
+def _update(runner: Any, update: Update | RandomUpdates) -> UpdateResult | RuleResult:
+    return update_rule.run(runner, update) if isinstance(update, RandomUpdates) else updates.run(runner, update)
 
 
 def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
@@ -273,7 +279,7 @@ def finish(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
         runtime.get_ready_to_generate(runner)
     if job.tokens_of == "each":
         first = generate(runner, job)
-    updated = tuple(updates.run(runner, update) for update in job.updates)
+    updated = tuple(_update(runner, update) for update in job.updates)
     described = describe(runner, job)
     if job.save_sharded_state is not None:
         ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))

@@ -21,21 +21,20 @@ import os
 import random
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from workbench.loads import devices
+from workbench.loads.job import LoadJob, Order, RankError, RankResult, StartMethod, changed_environ
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from multiprocessing.context import ForkServerContext, SpawnContext
     from types import TracebackType
 
-    from sglang_overlay.observe.memory import MemoryUsage
     from workbench.loads.fingerprints import TensorPrint
-    from workbench.loads.updates import Update, UpdateResult
 
 #: Token ids every tiny vocabulary has; lengths differ so that a batch is ragged.
 PROMPTS: tuple[tuple[int, ...], ...] = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9), (259, 4, 300))
@@ -43,8 +42,6 @@ PROMPTS: tuple[tuple[int, ...], ...] = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 
 STORED_AS_FP8 = ("qkv_proj_with_rope_is_fp8", "shared_experts_is_fp8", "shared_experts_weight_block_size")
 """Flags of ``deepseek_v2.py`` that say, when a layer is made, whether its checkpoint is fp8: False under every online
 quantization, stock's too. They choose kernels for AMX, and optional ones (``SGLANG_OPT_MOE_QUANT_ONCE``, MegaMoE)."""
-
-StartMethod = Literal["forkserver", "spawn"]
 
 _WORKER_MODULE = "workbench.loads.load_worker"
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -54,132 +51,6 @@ _GRACE_SECONDS = 5.0
 
 class LoadFailed(RuntimeError):  # noqa: N818 - reads as what happened
     """A job did not come to its end; the message has the failing rank's traceback and where its log is."""
-
-
-@dataclass(frozen=True)
-class LoadJob:
-    """One load of one checkpoint.
-
-    Args:
-        checkpoint: folder of the checkpoint.
-        streaming: value of ``SGLANG_STREAMFP8`` during the job: ``"0"``, ``"1"``, ``"require"``; None leaves it unset.
-            With ``"0"`` no hook is in place.
-        quantization: ``"fp8"`` or None, as ``--quantization``.
-        tp_size, ep_size, pp_size: as the options of the server; a process for each of ``tp_size * pp_size`` ranks.
-        environ: further environment variables during the job, e.g. ``{"SGLANG_SORT_WEIGHT_FILES": "1"}``. Only those
-            which SGLang reads at run time work here; for the others see ``LoadWorkers(environ=...)``.
-        loader_config: ``--model-loader-extra-config``, e.g. ``{"enable_multithread_load": False}``.
-        server_args: further fields of SGLang's ``ServerArgs``.
-        updates: weight updates to make after loading, in order, before anything is described or generated.
-        draft: folder of a draft model (``--speculative-draft-model-path``), which is loaded in place of the target,
-            as a speculative worker does it.
-        save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
-        prompts: token ids to continue greedily; none, no generation.
-        new_tokens: tokens generated for each prompt.
-        recorded_inputs: file for what the prompts give each linear and expert layer (``layer_inputs.py``).
-        uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
-            two loads agree on it; None leaves it as it is.
-        staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.offline.plan.layers``.
-        peak_seconds: how long a whole layer is kept once quantized, for its peak not to fall between readings.
-        quantizing: ``once`` leaves out the pass that finds the scale, ``none`` takes every write and quantizes nothing
-            (``interception.py``).
-        threads: of torch's, and so of streaming's; None leaves their number as it is.
-        device: as ``--device``; ``devices.py`` has what else that asks for.
-        graphs: whether CUDA graphs are captured, after loading and before weight updates, as a server does it.
-        linear: whose scales linear layers have; ``tensor`` has SGLang take its path for devices on which its kernels
-            want one scale a matrix.
-        tokens_of: what generates: the ``last`` weights, or ``each``: the loaded ones before weight updates as well.
-        recorder: ``module:function``, a context manager around the load in each rank; what it yields is ``recorded``.
-        described: ``tensors``, or only their ``sizes``, where fingerprints of a large model would take long.
-        timeout_seconds: of the job, processes' start not counted.
-    """
-
-    checkpoint: Path
-    streaming: str | None = "1"
-    quantization: str | None = "fp8"
-    tp_size: int = 1
-    ep_size: int = 1
-    pp_size: int = 1
-    environ: Mapping[str, str] = field(default_factory=dict)
-    loader_config: Mapping[str, Any] = field(default_factory=dict)
-    server_args: Mapping[str, Any] = field(default_factory=dict)
-    updates: tuple[Update, ...] = ()
-    draft: Path | None = None
-    save_sharded_state: Path | None = None
-    prompts: tuple[tuple[int, ...], ...] = ()
-    new_tokens: int = 8
-    recorded_inputs: Path | None = None
-    uninitialized: float | None = None
-    staging: Literal["units", "layers"] = "units"
-    peak_seconds: float = 0.0
-    quantizing: Literal["units", "once", "none"] = "units"
-    threads: int | None = None
-    device: str = "cpu"
-    graphs: Literal["off", "captured"] = "off"
-    linear: Literal["stock", "tensor"] = "stock"
-    tokens_of: Literal["last", "each"] = "last"
-    recorder: str = ""
-    described: Literal["tensors", "sizes"] = "tensors"
-    timeout_seconds: float = 300.0
-
-    @property
-    def ranks(self) -> int:
-        """Processes that load together."""
-        return self.tp_size * self.pp_size
-
-
-@dataclass(frozen=True)
-class RankResult:
-    """One rank's side of a finished job.
-
-    Args:
-        tensors: name -> print; parameters in ``named_parameters`` order, then buffers, then attributes.
-        flags: name -> value of each plain attribute of modules and parameters.
-        parameter_order: names as ``named_parameters`` gives them.
-        model_bytes: of all distinct storages the model holds.
-        load_seconds: wall time of ``ModelRunner.load_model``.
-        load_cpu_seconds: time that the process's threads had a processor meanwhile.
-        memory: of the process during ``load_model``, read every 3 ms.
-        reserved: the most bytes that the device's allocator has held during ``load_model``; 0 on the CPU.
-        torch_threads: that torch computes with when the model has been loaded.
-        recorded: what the job's ``recorder`` has yielded.
-        job_seconds: wall time of the whole job in the process.
-        updates: what became of each of the job's updates.
-        tokens: generated ids, one tuple a prompt.
-        tokens_before: the same before weight updates, where ``tokens_of`` asks for ``each``.
-        graph_steps: forward passes among these that ran as a CUDA graph.
-        logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
-        logits_finite: whether all of these are finite.
-        log: warnings of any logger, and everything of what streams, as ``LEVEL logger: message``.
-    """
-
-    rank: int
-    tensors: dict[str, TensorPrint]
-    flags: dict[str, str]
-    parameter_order: tuple[str, ...]
-    model_bytes: int
-    load_seconds: float
-    load_cpu_seconds: float
-    job_seconds: float
-    memory: MemoryUsage
-    tokens: tuple[tuple[int, ...], ...]
-    logits_sha256: str
-    logits_finite: bool
-    log: tuple[str, ...]
-    updates: tuple[UpdateResult, ...] = ()
-    reserved: int = 0
-    tokens_before: tuple[tuple[int, ...], ...] = ()
-    graph_steps: int = 0
-    torch_threads: int = 0
-    recorded: Any = None
-
-
-@dataclass(frozen=True)
-class RankError:
-    """What a rank answers when its job failed."""
-
-    rank: int
-    traceback: str
 
 
 @dataclass(frozen=True)
@@ -260,14 +131,6 @@ def _compare_outputs(first: RankResult, second: RankResult) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a worker is sent: a job, and the port at which its ranks meet."""
-
-    job: LoadJob
-    port: int
-
-
 def free_port() -> int:
     """A TCP port that is free now on the loopback interface. SGLang makes others from it by adding, up to 30000."""
     while True:
@@ -282,21 +145,6 @@ def core_binding(ranks: int) -> str:
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
     return "|".join(",".join(map(str, share)) for share in shares)
-
-
-@contextlib.contextmanager
-def changed_environ(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """`changes` laid over ``os.environ``; None removes a variable."""
-    before = dict(os.environ)
-    for name, value in changes.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def process_context(start_method: StartMethod) -> ForkServerContext | SpawnContext:

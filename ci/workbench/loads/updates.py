@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from sglang_overlay.observe.memory import MemoryUsage
-    from workbench.loads.update_rule import RandomUpdates, RuleResult
 
 _MEMORY_INTERVAL_MS = 3.0
 
@@ -59,13 +58,9 @@ class UpdateResult:
     seconds: float
 
 
-def run(runner: Any, update: Update | RandomUpdates) -> UpdateResult | RuleResult:
+def run(runner: Any, update: Update) -> UpdateResult:
     """Update the model of ``runner``, a ``ModelRunner``."""
     from sglang_overlay.observe.memory import MemorySampler, meter_for
-    from workbench.loads import update_rule
-
-    if isinstance(update, update_rule.RandomUpdates):
-        return update_rule.run(runner, update)
 
     calls = [] if update.source == "disk" else list(_dealt(update, runner.device))
     before = _addresses(runner.model)

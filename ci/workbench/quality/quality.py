@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from sglang_overlay.settings import MODE_VARIABLE, SCHEME_VARIABLE
 from workbench.loads import serving
-from workbench.loads.loads import LoadJob, LoadWorkers
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadWorkers
 from workbench.quality.corpus import windows
 from workbench.quality.small_models import SmallModel
 

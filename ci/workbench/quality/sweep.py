@@ -14,7 +14,8 @@ from pathlib import Path
 from sglang_overlay.load.snapshots import NOTED
 from sglang_overlay.observe.report import LoadReport, read_folder
 from sglang_overlay.settings import REPORT_VARIABLE
-from workbench.loads.loads import LoadFailed, LoadJob, LoadResult, LoadWorkers, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadFailed, LoadResult, LoadWorkers, compare
 from workbench.quality.families import server_args
 
 OUTCOMES = {

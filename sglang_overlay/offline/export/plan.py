@@ -13,7 +13,7 @@ from sglang_overlay.core.regions import extent
 from sglang_overlay.errors import ExportError
 from sglang_overlay.offline.export.source import SourceTensor
 from sglang_overlay.offline.export.weight_file import Entry
-from sglang_overlay.offline.tracing import TargetRegion, Trace
+from sglang_overlay.offline.tracing import Destination, Trace
 from sglang_overlay.safetensors_format import shard_name, split_by_size
 from sglang_overlay.schemes.stored_format import StoredFormat
 
@@ -103,7 +103,7 @@ def make_plan(
     return ExportPlan(_shards(items, most), {**config, "quantization_config": quantization})
 
 
-def _item(tensor: SourceTensor, regions: Sequence[TargetRegion], form: StoredFormat) -> Item:
+def _item(tensor: SourceTensor, regions: Sequence[Destination], form: StoredFormat) -> Item:
     if not regions:
         return Item(tensor, (Entry(tensor.name, tensor.shape, tensor.dtype),))
     dtype = _dtype_loaded(tensor, regions)
@@ -113,7 +113,7 @@ def _item(tensor: SourceTensor, regions: Sequence[TargetRegion], form: StoredFor
     return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales), dtype)
 
 
-def _dtype_loaded(tensor: SourceTensor, regions: Sequence[TargetRegion]) -> torch.dtype:
+def _dtype_loaded(tensor: SourceTensor, regions: Sequence[Destination]) -> torch.dtype:
     """The dtype in which an online load quantizes the tensor."""
     if not tensor.dtype.is_floating_point:
         raise ExportError(
@@ -127,7 +127,7 @@ def _dtype_loaded(tensor: SourceTensor, regions: Sequence[TargetRegion]) -> torc
     return regions[0].dtype
 
 
-def _check_landing(tensor: SourceTensor, region: TargetRegion, form: StoredFormat) -> None:
+def _check_landing(tensor: SourceTensor, region: Destination, form: StoredFormat) -> None:
     """Make sure that the parameter's scales are those that the tensor alone has."""
     where = f"{tensor.name} {list(tensor.shape)} goes into {region.parameter} {list(region.shape)}"
     if extent(region.box)[-2:] != tensor.shape or region.box[-1] != (0, region.shape[-1]):

@@ -13,7 +13,8 @@ import torch
 from harness.exports import ExportJob, ExportKilled, run_export
 from harness.mutations import altered, pickled
 from safetensors import safe_open
-from workbench.loads.loads import PROMPTS, STORED_AS_FP8, LoadFailed, LoadJob, compare
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, STORED_AS_FP8, LoadFailed, compare
 
 from sglang_overlay.errors import ExportError, SchemeError
 

@@ -11,7 +11,7 @@ from sglang_overlay.core.regions import whole
 from sglang_overlay.errors import ExportError
 from sglang_overlay.offline import tracing
 from sglang_overlay.offline.export.run import export
-from sglang_overlay.offline.tracing import TargetRegion, Trace
+from sglang_overlay.offline.tracing import Destination, Trace
 from sglang_overlay.schemes.choice import parse
 
 BLOCK = parse("block", "--scheme")
@@ -44,7 +44,7 @@ def checkpoint_of(tmp_path, monkeypatch):
     def make(tensors, dtypes=(torch.bfloat16,)):
         matrices = {name: tensor.shape for name, tensor in tensors.items() if tensor.ndim == 2}
         landings = {
-            name: [TargetRegion(f"{name}_{dtype}", tuple(shape), dtype, whole(shape)) for dtype in dtypes]
+            name: [Destination(f"{name}_{dtype}", tuple(shape), dtype, whole(shape)) for dtype in dtypes]
             for name, shape in matrices.items()
         }
         monkeypatch.setattr(tracing, "trace", lambda *_: Trace("Matrices", [], landings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 from workbench.quality import families
 
 from sglang_overlay.observe import terminal

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from workbench.bench.measured import MODELS, measure
-from workbench.loads.loads import LoadJob
+from workbench.loads.job import LoadJob
 from workbench.quality import families
 
 from sglang_overlay.observe.report import read_folder
