@@ -114,14 +114,14 @@ STREAMING: tuple[Hook, ...] = (
     ),
     Hook(
         target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
-        wrapper="sglang_overlay.load.checked_load:get_all_weights",
+        wrapper="sglang_overlay.load.checkpoint_watch:get_all_weights",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "model"),
         why="Sees the checkpoint's tensors go by: their memory stays as it is, so units can be quantized beside the "
         "loader, which must not be done with memory that model code may use again.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(4, "checked_load:get_all_weights"),),
+        built_in=(BuiltIn(4, "checkpoint_watch:get_all_weights"),),
     ),
     Hook(
         target=f"{_LOADER}.DefaultModelLoader._prepare_weights",

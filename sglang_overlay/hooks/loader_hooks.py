@@ -106,7 +106,7 @@ def _remember(load: OverlayLoad, model: torch.nn.Module, loader: Any) -> None:
         layer.seal()
     stock = {"this model": load.abandoned} if load.abandoned and load.settings.mode is not Mode.OFF else load.fallback
     if load.updatable or stock:
-        remember(model, UpdatableModel(load.updatable.values(), stock, load.wanted))
+        remember(model, UpdatableModel(load.updatable.values(), stock, load.checkpoint.wanted))
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -33,6 +33,9 @@ from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
 from sglang_overlay.load import eligibility
 from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan
+
+if TYPE_CHECKING:
+    from sglang_overlay.load.checkpoint_watch import CheckpointWatch
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class ModelLoad:
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
         executor: does the work; none but the plain one unless given.
+        checkpoint: sees what is read; without one, missing weights are warnings, and nothing else is said.
 
     Attributes:
         final: errors that building the model without placeholders would not mend.
@@ -70,7 +74,9 @@ class ModelLoad:
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
         executor: Executor | None = None,
+        checkpoint: CheckpointWatch | None = None,
     ) -> None:
+        self.checkpoint = checkpoint
         self.executor = Executor() if executor is None else executor
         self.sources = CheckpointSources()
         self.account = StagingAccount()
@@ -188,11 +194,14 @@ class ModelLoad:
         return self._finished.get(layer)
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
-        """Make sure that nothing still refers to a placeholder.
+        """Make sure that everything was written, and that nothing still refers to a placeholder.
 
         Raises:
+            StreamFP8Error: as of ``CheckpointWatch.conclude``.
             PlaceholderLeakError: the model holds a tensor that was computed from one, and has no memory.
         """
+        if self.checkpoint is not None:
+            self.checkpoint.conclude(model, model_config)
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta and name not in self._without_memory]
         if leaks and self._streams:
             raise PlaceholderLeakError(
@@ -201,12 +210,20 @@ class ModelLoad:
 
     def reading(self) -> AbstractContextManager[None]:
         """Around all of upstream's load."""
-        return nullcontext()
+        return nullcontext() if self.checkpoint is None else self.checkpoint.reading()
+
+    def see(self, name: str, tensor: object) -> None:
+        """Note an entry of the checkpoint, before the model gets it."""
+        if self.checkpoint is not None:
+            self.checkpoint.see(name, tensor)
+        self.sources.offer(tensor, name)
 
     def explain(self, error: Exception) -> Iterator[str]:
         """What an error that ended upstream's load does not say itself."""
         if is_shortage(error):
             yield told(self.account)
+        if self.checkpoint is not None:
+            yield from self.checkpoint.explain([stream for stream, _ in self._streams.values()])
 
     def close(self) -> None:
         """Release all staging memory. To be called once, also when loading failed."""
@@ -298,6 +315,8 @@ class ModelLoad:
         return "loaded as in stock SGLang"
 
     def _settle(self, stream: LayerStream) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.note_misfits(stream)
         for part in stream.streams.values():
             missing = part.settle_with_zeros()
             self.units += part.units - len(missing)
@@ -306,7 +325,9 @@ class ModelLoad:
 
     def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
         """A parameter is finished; ``missing`` are units that were never completely written, and hold zeros."""
-        if missing:
+        if self.checkpoint is not None:
+            self.checkpoint.note(layer, part, missing)
+        elif missing:
             logger.warning("StreamFP8: %s: %d of %d units were not loaded.", part.name, len(missing), part.units)
 
 

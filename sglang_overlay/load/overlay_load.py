@@ -26,9 +26,9 @@ from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError, UnsupportedDtypeError
 from sglang_overlay.load import eligibility, model_load, pinned_ring, snapshots
-from sglang_overlay.load.checked_load import CheckedLoad
+from sglang_overlay.load.checkpoint_watch import CheckpointWatch
 from sglang_overlay.load.diagnostics import Tolerance
-from sglang_overlay.load.model_load import PendingLayer
+from sglang_overlay.load.model_load import ModelLoad, PendingLayer
 from sglang_overlay.load.ranks import parallel_ranks
 from sglang_overlay.load.refusal import refuse
 from sglang_overlay.load.stored_dtypes import NOT_SAID, QUANTIZED, StoredDtypes
@@ -55,7 +55,7 @@ class SettledLayer:
     size: int
 
 
-class OverlayLoad(CheckedLoad):
+class OverlayLoad(ModelLoad):
     """One load, as the user's settings want it.
 
     Args:
@@ -72,6 +72,7 @@ class OverlayLoad(CheckedLoad):
         missing: parameters that were not completely written from the checkpoint.
     """
 
+    checkpoint: CheckpointWatch
     final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError, StreamingUnavailableError)
 
     def __init__(
@@ -86,7 +87,7 @@ class OverlayLoad(CheckedLoad):
     ) -> None:
         if executor is None:
             executor = pinned_ring.executor_for(device) if settings.pinned_ring else executor_for(device)
-        super().__init__(_tolerance(settings), obstacle, excluded, executor)
+        super().__init__(obstacle, excluded, executor, CheckpointWatch(_tolerance(settings)))
         self.settings = settings
         self._is_part = is_part
         self.schemes = SchemeSelection(settings.schemes)
@@ -113,7 +114,7 @@ class OverlayLoad(CheckedLoad):
 
     @staticmethod
     def covers(config: Any) -> bool:
-        return CheckedLoad.covers(config) or mxfp8.is_online(config)
+        return ModelLoad.covers(config) or mxfp8.is_online(config)
 
     def admits(self, config: Any) -> bool:
         self._is_online |= self.settings.mode is not Mode.OFF and self.covers(config)
@@ -208,7 +209,7 @@ class OverlayLoad(CheckedLoad):
             missing = self._unstreamed.missing(model_config)
             self.missing += missing
             for text in self._unstreamed.problems(missing):
-                self._diagnostics.warn(text)
+                self.checkpoint.warn(text)
         snapshots.refresh(model)
         super().check(model, model_config)
 
@@ -226,7 +227,7 @@ class OverlayLoad(CheckedLoad):
         """Tell of the weights of a layer that is left to stock, and forget them."""
         for key, weight in self._kept.pop(layer, {}).items():
             self.missing += [weight.name] if missing[key] else []
-            self._diagnostics.note(weight.name.rpartition(".")[0], weight, missing[key])
+            self.checkpoint.note(weight.name.rpartition(".")[0], weight, missing[key])
             weight.let_go()
 
     def _forget_deleted(self, model: torch.nn.Module) -> None:
@@ -246,7 +247,7 @@ class OverlayLoad(CheckedLoad):
         )
         if self.settings.mode is Mode.REQUIRE:
             raise UnsupportedDtypeError(f"{told}. {NOT_SAID}")
-        self._diagnostics.warn(f"{told}. {NOT_SAID.removesuffix('.')}")
+        self.checkpoint.warn(f"{told}. {NOT_SAID.removesuffix('.')}")
 
     def _tell_narrowed(self) -> None:
         """Scales of some rows depend on the number of ranks.
@@ -257,7 +258,7 @@ class OverlayLoad(CheckedLoad):
         text = rows_over_ranks.told(self._narrowed)
         if self.settings.mode is Mode.REQUIRE:
             refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", text)
-        self._diagnostics.warn(text)
+        self.checkpoint.warn(text)
 
     def _looked_after(self) -> Iterator[str]:
         """Names of parameters that are loaded as streamed ones are, or filled by quantizing."""

@@ -61,7 +61,7 @@ def summarize(
             figures=tuple(_figures(load, began)),
         ),
         scheme=_scheme(load, model_config),
-        warnings=(*_why_stock(load), *load.warnings),
+        warnings=(*_why_stock(load), *load.checkpoint.warnings),
         missing=tuple(load.missing),
     )
 

@@ -105,7 +105,7 @@ PATCHES = (
     ),
     Patch(
         4,
-        modules=("core/tensor_names", "load/checked_load", "load/checkpoint_files", "load/diagnostics"),
+        modules=("core/tensor_names", "load/checkpoint_files", "load/checkpoint_watch", "load/diagnostics"),
         files=(f"{PACKAGE_FOLDER}/checked_entry.py",),
         tests={"test_tensor_names.py": f"{UNIT_TESTS}/test_streaming_fp8_tensor_names.py"},
         switches=(
