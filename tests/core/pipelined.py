@@ -21,6 +21,7 @@ class InThreads(Executor):
         self.takes = workers.takes
         self.submit = workers.submit
         self.check = workers.check
+        self.close = workers.close
 
 
 EXECUTOR: Executor = InThreads(Workers(2, smallest=0))

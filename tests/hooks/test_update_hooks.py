@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from core.pipelined import InThreads
 
+from sglang_overlay.cpu_reference.workers import Workers
 from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
 from sglang_overlay.hooks import update_hooks
 from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome
@@ -77,7 +79,7 @@ def run_out(*_args, **_kwargs):
 
 def test_session_whose_workers_failed_is_closed_and_answered(known):
     updater, found = known
-    found.begin(workers=1)._pipeline.submit(run_out)
+    found.begin(InThreads(Workers(1)))._executor.submit(run_out)
     assert end(updater) == [f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}"]
     assert found.open is None
 

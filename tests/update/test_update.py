@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from core.pipelined import InThreads
 
 from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.cpu_reference.workers import Workers
 from sglang_overlay.errors import WeightUpdateError
 from sglang_overlay.load.updatable_layer import UpdatableLayer
 from sglang_overlay.update import model as known_models
@@ -171,7 +173,7 @@ def test_update_that_cannot_be_opened_leaves_no_threads(repacked):
     layer.plan.registered = fail
     before, known = set(threading.enumerate()), UpdatableModel([layer], {})
     with pytest.raises(torch.OutOfMemoryError):
-        known.begin(workers=2)
+        known.begin(InThreads(Workers(2)))
     assert set(threading.enumerate()) == before
     assert known.open is None
 

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from core import pipelined
 from core.pipelined import InThreads
 from core.streams import per_channel, per_expert, per_tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from sglang_overlay.cpu_reference.workers import Workers
 from sglang_overlay.load.pinned_ring import PinnedRing, RingExecutor, with_index
 
