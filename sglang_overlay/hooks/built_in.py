@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from importlib import util
-from pathlib import Path
+from sglang_overlay.hooks import releases
 
 PACKAGE = "sglang.srt.layers.quantization.streaming_fp8"
 """What the series adds."""
@@ -19,6 +18,5 @@ NEXT_STEP = "Unset it, or use SGLang's own release"
 
 def streams_itself() -> bool:
     """Whether the SGLang that would be imported streams fp8 loads without the overlay."""
-    found = util.find_spec("sglang")
-    places = found.submodule_search_locations if found is not None else None
-    return any(Path(place, *PACKAGE.split(".")[1:], "__init__.py").is_file() for place in places or ())
+    root = releases.root()
+    return root is not None and root.joinpath(*PACKAGE.split("."), "__init__.py").is_file()

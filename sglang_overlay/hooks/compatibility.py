@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import util
-from pathlib import Path
 
 from sglang_overlay.hooks import bodies, releases, source_tree
 from sglang_overlay.hooks.catalogue import STREAMING
@@ -32,7 +30,7 @@ def unsupported_reason() -> str | None:
 @cache
 def untested_note() -> str | None:
     """What is untested about the installed SGLang, a sentence or two; None where nothing is."""
-    root = _root()
+    root = releases.root()
     changed = () if root is None else bodies.unknown(root)
     if not changed:
         return None
@@ -44,7 +42,7 @@ def untested_note() -> str | None:
 
 def _changed_since(release: releases.Release) -> str:
     """Hooks that do not fit the installed SGLang, or that it lacks and the release has."""
-    root = _root()
+    root = releases.root()
     if root is None:
         return "its source files are not there to compare"
     states = source_tree.inspect_hooks(root, STREAMING)
@@ -53,9 +51,3 @@ def _changed_since(release: releases.Release) -> str:
         for state in states
         if not state.state.fits or (state.state is State.ABSENT and state.point.target not in release.absent)
     )
-
-
-def _root() -> Path | None:
-    """The folder that the installed SGLang's package lies in."""
-    found = util.find_spec("sglang")
-    return None if found is None or found.origin is None else Path(found.origin).parents[1]

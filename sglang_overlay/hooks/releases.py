@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata, resources
+from importlib import metadata, resources, util
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ def installed() -> str | None:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
         return None
+
+
+def root() -> Path | None:
+    """Folder that the installed ``sglang`` package lies in, found without importing it; None where there is none."""
+    found = util.find_spec("sglang")
+    return None if found is None or found.origin is None else Path(found.origin).parents[1]
 
 
 def absent() -> tuple[str, ...]:

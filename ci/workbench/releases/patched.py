@@ -12,10 +12,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from importlib import util
 from pathlib import Path
 
 from sglang_overlay import patches
+from sglang_overlay.hooks import releases
 from workbench.releases import environment, repository
 
 BRANCH = "release"
@@ -25,10 +25,10 @@ _PLUGINS = {"SGLANG_PLUGINS": "streamfp8_cpu_reference,streamfp8_cpu"}
 
 def installed() -> Path:
     """Folder that the installed `sglang` package lies in."""
-    found = util.find_spec("sglang")
-    if found is None or found.origin is None:
+    root = releases.root()
+    if root is None:
         raise ModuleNotFoundError("SGLang is not installed")
-    return Path(found.origin).parents[1]
+    return root
 
 
 def make_tree(release: str, package: Path, folder: Path) -> Path:
