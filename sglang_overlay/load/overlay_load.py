@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The overlay's load: what it adds to streaming itself.
 
-Schemes that stock does not have, progress, what weight updates
-need to know, and a look at weights that are not streamed.
+Schemes that stock does not have, progress, what weight updates need to know, and a look at weights that are not
+streamed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from workbench.bench import bench_cli
+from workbench.bench.ablations import ABLATIONS
 from workbench.bench.bench import (
+    ABLATED,
     BENCH_FAMILIES,
     CONTENDERS,
     INTERCEPTING,
@@ -33,6 +35,7 @@ from workbench.bench.bench_document import document, with_table
 from workbench.bench.page_tables import README
 from workbench.loads.checkpoints import CheckpointSpec, build, tensor_plans
 from workbench.loads.job import LoadJob
+from workbench.loads.loads import compare
 
 NAMES = [contender.name for contender in CONTENDERS]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -162,6 +165,17 @@ def test_one_pass_writes_the_weights_with_a_scale_of_one(workers, checkpoint_fol
     assert not [name for name in names if "norm" in name or "embed" in name]
 
 
+@pytest.mark.parametrize("part", ABLATIONS)
+def test_weights_are_stocks_without_any_part_of_the_cpus_way_of_loading(part, workers, checkpoint):
+    path = checkpoint("deepseek_v3")
+    assert (
+        compare(
+            workers.load(LoadJob(path, streaming="0")), workers.load(LoadJob(path, streaming="require", without=part))
+        )
+        == []
+    )
+
+
 @pytest.mark.parametrize(
     ("asked", "contenders"),
     [
@@ -169,6 +183,7 @@ def test_one_pass_writes_the_weights_with_a_scale_of_one(workers, checkpoint_fol
         (["--scaling"], NAMES),
         (["--overhead"], [*NAMES, INTERCEPTING.name]),
         (["--floor"], [*NAMES, ONE_PASS.name]),
+        (["--ablation"], [*NAMES, *(contender.name for contender in ABLATED)]),
     ],
 )
 def test_command_measures_writes_and_leaves_no_checkpoint_behind(monkeypatch, tmp_path, asked, contenders):

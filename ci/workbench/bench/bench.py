@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from workbench.bench.ablations import ABLATIONS
 from workbench.loads.checkpoints import CheckpointSpec, Family, build, checkpoint_path, tensor_plans
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadResult, LoadWorkers
@@ -40,6 +41,7 @@ class Contender:
     streaming: str
     staging: Literal["units", "layers"] = "units"
     quantizing: Literal["units", "once", "none"] = "units"
+    without: str | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -52,6 +54,8 @@ INTERCEPTING = Contender("not quantizing", "fp8", "require", quantizing="none")
 ONE_PASS = Contender("one pass", "fp8", "require", quantizing="once")
 """Streaming that reads each weight once and writes it once, with a scale of 1: the least that a load can take."""
 CONTENDERS = (BF16, STOCK, LAYERS, STREAMING)
+ABLATED = tuple(Contender(f"without {part}", "fp8", "require", without=part) for part in ABLATIONS)
+"""Streaming without one of the parts that the CPU reference loads fast by."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,7 @@ def _job(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
         quantization=contender.quantization,
         staging=contender.staging,
         quantizing=contender.quantizing,
+        without=contender.without,
         tp_size=case.tp_size,
         threads=case.threads,
         environ={**case.environ, **contender.environ},

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from sglang_overlay.observe.formats import bytes_text
 from workbench.bench.bench import (
+    ABLATED,
     BENCH_FAMILIES,
     BF16,
     CONTENDERS,
@@ -82,6 +83,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
     help="Thousands of tiny tensors instead, and also streamed without quantizing them.",
 )
 @click.option("--floor", is_flag=True, help="Also read each weight once and write it once, without finding its scale.")
+@click.option("--ablation", is_flag=True, help="Also without each part that the CPU reference loads fast by.")
 @click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
@@ -96,6 +98,7 @@ def main(
     scaling: bool,  # noqa: FBT001
     overhead: bool,  # noqa: FBT001
     floor: bool,  # noqa: FBT001
+    ablation: bool,  # noqa: FBT001
     rounds: int,
     tp: int,
     keep: bool,  # noqa: FBT001
@@ -117,7 +120,7 @@ def main(
             f"{family}, {order}": size_cases([family], sizes, [order], tp) for family in families for order in orders
         }
         axis = dict.fromkeys(series, "bf16 weights, GB")
-    contenders = (*CONTENDERS, *([INTERCEPTING] if overhead else []), *([ONE_PASS] if floor else []))
+    contenders = CONTENDERS + overhead * (INTERCEPTING,) + floor * (ONE_PASS,) + ablation * ABLATED
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:
         measured = {
             heading: [_measured(workers, case, rounds, contenders, keep=keep) for case in cases]

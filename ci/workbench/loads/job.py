@@ -45,6 +45,7 @@ class LoadJob:
         peak_seconds: how long a whole layer is kept once quantized, for its peak not to fall between readings.
         quantizing: ``once`` leaves out the pass that finds the scale, ``none`` takes every write and quantizes nothing
             (``interception.py``).
+        without: what of the CPU reference's way of loading is left out (``ablations.py``).
         threads: of torch's, and so of streaming's; None leaves their number as it is.
         device: as ``--device``; ``devices.py`` has what else that asks for.
         graphs: whether CUDA graphs are captured, after loading and before weight updates, as a server does it.
@@ -75,6 +76,7 @@ class LoadJob:
     staging: Literal["units", "layers"] = "units"
     peak_seconds: float = 0.0
     quantizing: Literal["units", "once", "none"] = "units"
+    without: str | None = None
     threads: int | None = None
     device: str = "cpu"
     graphs: Literal["off", "captured"] = "off"

@@ -49,6 +49,7 @@ from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for 
 from sglang_overlay.offline.plan.layers import whole_layers  # noqa: E402
 from sglang_overlay.offline.plan.replacing import replaced  # noqa: E402
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, Mode  # noqa: E402
+from workbench.bench.ablations import ABLATIONS  # noqa: E402
 from workbench.bench.interception import nothing_quantized, quantized_in_one_pass  # noqa: E402
 from workbench.loads import devices, runtime, update_rule, updates  # noqa: E402
 from workbench.loads.checkpoints import torch_threads  # noqa: E402
@@ -256,6 +257,8 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
                 stack.enter_context(nothing_quantized())
             if job.quantizing == "once":
                 stack.enter_context(quantized_in_one_pass())
+            if job.without is not None:
+                stack.enter_context(ABLATIONS[job.without]())
             if job.threads is not None:
                 stack.enter_context(torch_threads(job.threads))
             if job.linear == "tensor":

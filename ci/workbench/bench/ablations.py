@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads on the CPU reference without one of the parts that make them fast, for ``ci/bench --ablation``."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_overlay.core import layer
+from sglang_overlay.core.capture import WriteCapture
+from sglang_overlay.core.executor import Executor
+from sglang_overlay.core.sources import CheckpointSources
+from sglang_overlay.cpu_reference import executor, kernels
+from sglang_overlay.cpu_reference.executor import CpuExecutor
+from sglang_overlay.cpu_reference.host_memory import TrimLate
+from sglang_overlay.load import overlay_load
+from sglang_overlay.offline.plan.replacing import replaced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+
+@contextlib.contextmanager
+def _without_trimming() -> Iterator[None]:
+    with replaced(executor, "trim", lambda: None), replaced(TrimLate, "advance", lambda _late, _size: None):
+        yield
+
+
+def _mode_alone(_placeholders: Any, sinks: Any) -> Callable[[], WriteCapture]:
+    return lambda: WriteCapture(sinks)
+
+
+ABLATIONS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "threads": partial(replaced, executor, "threads_beside_loader", lambda: 0),
+    "loops": partial(replaced, kernels, "_loops", lambda: None),
+    "huge pages": partial(replaced, executor, "free_huge_pages", lambda: 0),
+    "trimming": _without_trimming,
+    "captured views": partial(replaced, layer, "capture_of", _mode_alone),
+    "mapped pieces": partial(replaced, CheckpointSources, "is_mapped", lambda _sources, _tensor: False),
+    "zeros on demand": partial(replaced, executor, "zeros_on_demand", partial(torch.zeros_like, device="cpu")),
+    "late layers": partial(replaced, CpuExecutor, "quantizes_late", False),
+    "all of them": partial(replaced, overlay_load, "executor_for", lambda _device: Executor()),
+}
+"""By the name of what is left out."""
