@@ -16,7 +16,9 @@ SOURCES = ("", "sglang_overlay", "tests", "tests/load", "tests/update", "tests/h
 
 LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-OURS = re.compile(r"(?:(?:sglang_overlay|core|upstream|schemes|observe|plan|export|tests|docs)/|ci/workbench/)[\w/.]+")
+FOLDERS = {folder.name for place in ("sglang_overlay", "tests") for folder in (ROOT / place).iterdir() if folder.is_dir()}
+OURS = re.compile(rf"(?:(?:sglang_overlay|tests|docs|{'|'.join(sorted(FOLDERS))})/|ci/workbench/)[\w/.]+")
+PICTURED = re.compile(r"[a-z_]+/\w+\.py")
 TEST = re.compile(r"((?:\w+/)*test_\w+\.py)?((?:::\w+…?)+)")
 
 
@@ -101,3 +103,10 @@ def test_names_in_code_are_those_of_the_code(page):
     assert named
     definition = r"^\s*((class|def) {0}\b|{0}\b.*[:=])"
     assert [name for name in named if not re.search(definition.format(name), code, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/**/*.svg")), ids=name_of)
+def test_files_that_a_picture_names_are_there(picture):
+    named = PICTURED.findall(picture.read_text(encoding="utf-8"))
+    assert named
+    assert [name for name in named if not resolve(name)] == []

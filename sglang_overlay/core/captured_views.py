@@ -2,11 +2,11 @@
 """Catch what a weight loader writes into a placeholder, where only operations on that placeholder are looked at.
 
 ``WriteCapture`` sees every operation that a loader makes, at several microseconds each, most of which have nothing to
-do with the placeholder; experts' loaders, of which a model has tens of thousands of calls, make seven. Here the
+do with the placeholder: seven a call of an experts' loader, which a model calls tens of thousands of times. Here the
 placeholder and the views that a loader takes of it are tensors of a class of their own. What experts' loaders do with
 them (``data``, an index, ``narrow``, ``copy_``) is known to it; anything else is left to a ``WriteCapture`` around that
-one operation, so both ways take the same writes, in the same order, and refuse the same. A view has to be taken in the
-loader that writes to it, as all of upstream's are; one of before is not seen, and what it brings is said to be missing.
+one operation, so both ways take the same writes, in the same order, and refuse the same. A view that was taken before
+the loader was called is not watched: its writes are lost, and the unit is reported missing. None of upstream's is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of ``sglang.srt.plugins``. Every process that SGLang starts pays for it, so it does next to nothing.
 
-The work is in ``patching``, and waits until SGLang imports the first module that is patched. Only the standard library
+The work is in ``applying.py``, and waits until SGLang imports the first module that is patched. Only the standard library
 is imported here.
 """
 
