@@ -16,7 +16,7 @@ SOURCES = ("", "sglang_overlay", "tests", "tests/load", "tests/update", "tests/h
 
 LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)\s]*)?\)")
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-FOLDERS = {folder.name for place in ("sglang_overlay", "tests") for folder in (ROOT / place).iterdir() if folder.is_dir()}
+FOLDERS = {file.parent.name for place in ("sglang_overlay", "tests") for file in (ROOT / place).glob("*/*.py")}
 OURS = re.compile(rf"(?:(?:sglang_overlay|tests|docs|{'|'.join(sorted(FOLDERS))})/|ci/workbench/)[\w/.]+")
 PICTURED = re.compile(r"[a-z_]+/\w+\.py")
 TEST = re.compile(r"((?:\w+/)*test_\w+\.py)?((?:::\w+…?)+)")

@@ -184,11 +184,11 @@ class OneScaleAUnit:
 
 
 def is_rounding_of(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether fp8 ``weight`` times ``scale`` (broadcast against it) is within half a step of e4m3 of ``values``."""
+    """Whether fp8 ``weight`` times ``scale`` (broadcast against it) is ``values``, rounded: within half a step."""
     wanted = values.float()
-    # Half a step: 2**-4 of the value, or of the smallest normal number below that.
+    # Half a step: 2**-4 of the value for e4m3, or of the smallest normal number below that.
     smallest = torch.finfo(weight.dtype).smallest_normal * scale
-    allowed = torch.maximum(wanted.abs(), smallest) * 2**-4
+    allowed = torch.maximum(wanted.abs(), smallest) * (torch.finfo(weight.dtype).eps / 2)
     return not bool(((weight.float() * scale - wanted).abs() > allowed * 1.01).any())
 
 
@@ -252,7 +252,7 @@ class RowKernelQuantizer(RowQuantizer):
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, torch.Tensor]], rows: int) -> None:
         super().__init__(lambda values: function(values, values.shape[-1]))
-        self._kernel = function
+        self.kernel = function
         self._rows = rows
         self._writes_in_place = {"output_q", "output_s"} <= inspect.signature(function).parameters.keys()
         self._zeros_stay: torch.Tensor | None = None
@@ -260,7 +260,7 @@ class RowKernelQuantizer(RowQuantizer):
     def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
         rows = aligned(rows)
         if self._writes_in_place:
-            self._kernel(rows, rows.shape[-1], output_q=weight, output_s=scale.view(-1, 1))
+            self.kernel(rows, rows.shape[-1], output_q=weight, output_s=scale.view(-1, 1))
         else:
             super()._quantize_rows(rows, weight, scale)
         if len(rows) < self._rows:

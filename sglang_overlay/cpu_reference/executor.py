@@ -89,7 +89,7 @@ def on_cpu(quantizer: UnitQuantizer) -> UnitQuantizer:
     limit = torch.finfo(fp8.fp8_dtype).max
     if isinstance(quantizer, WholeRowsQuantizer):
         return quantizer.over(on_cpu(quantizer.quantizer))
-    if isinstance(quantizer, RowKernelQuantizer):
+    if isinstance(quantizer, RowKernelQuantizer) and quantizer.kernel is fp8.per_token_group_quant_fp8:
         return row_quantizer()
     if isinstance(quantizer, WholeUnitQuantizer) and quantizer.function is fp8.input_to_float8:
         return PerTensorQuantizer(RatioArithmetic(limit))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sglang_overlay.errors import SchemeError
-from sglang_overlay.hooks.fp8_methods import process_weights_after_loading as process_streamed
+from sglang_overlay.hooks import fp8_methods
 from sglang_overlay.load import eligibility
 from sglang_overlay.load.overlay_load import current
 from sglang_overlay.schemes import registry
@@ -26,7 +26,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 CHANNEL = "channel"
 OTHERS = {CHANNEL: "tensor"}
-"""The scheme to offer where one does not fit; ``channel`` in place of all others."""
+"""Which scheme to offer in place of one that does not fit; for those not named here, ``channel``."""
 
 
 def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.Module, prefix: str) -> Any:
@@ -103,7 +103,7 @@ def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
 
     @functools.wraps(process)
     def process_weights_after_loading(layer: torch.nn.Module) -> None:
-        process_streamed(lambda _method, layer: process(layer), method, layer)
+        fp8_methods.process_weights_after_loading(lambda _method, layer: process(layer), method, layer)
 
     method.create_weights = create_weights
     method.process_weights_after_loading = process_weights_after_loading
@@ -112,7 +112,7 @@ def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
 
 def _smaller_degrees(method: Any, layer: torch.nn.Module, call: Mapping[str, Any]) -> str:
     """At which tensor parallel sizes all of a layer's sizes would be multiples of its scheme's blocks."""
-    block = getattr(method.quant_config, "weight_block_size", None)
+    block = getattr(getattr(method, "quant_config", None), "weight_block_size", None)
     if not block:
         return ""
     if "output_partition_sizes" in call:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of ``sglang.srt.plugins``. Every process that SGLang starts pays for it, so it does next to nothing.
 
-The work is in ``applying.py``, and waits until SGLang imports the first module that is patched. Only the standard library
-is imported here.
+The work is in ``applying.py``, and waits until SGLang imports the first module that is patched. Only the standard
+library is imported here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of upstream's kernels for rows, in torch: for exports, and where those kernels cannot run."""
+"""The arithmetic of upstream's kernels for rows, in torch on the CPU: for exports and the CPU reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK_ELEMENTS = 1 << 18
 
 
 def quantize_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-channel quantization of ``[rows, columns]`` in torch, for where upstream's kernel cannot run.
+    """Per-channel quantization of ``[rows, columns]`` on the CPU, where upstream's kernel cannot run.
 
     The arithmetic, in float32, of SGLang's CUDA kernel for rows (``per_token_quant_fp8.cuh``, 0.5.17 to 0.5.23; read,
     not run): the scale is the largest magnitude over the largest fp8 value, and values are multiplied by its

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kind of layer knows about being quantized while it is loaded: the interface between loader and scheme."""
+"""How one layer goes through a load: what the loader asks of it. A scheme (``scheme.py``) makes one for each layer."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class WholeRowsPlan(ParameterPlan):
 
 
 class WholeRowScales(LayerPlan):
-    """Comes before a plan that gives each row a scale, and makes that the scale of the checkpoint's whole row.
+    """Mixin, the first base class of a plan with a scale a row: makes that the scale of the checkpoint's whole row.
 
     Attributes:
         split: the parameters that have some columns of their rows: what their loaders are given, and all columns.

@@ -40,7 +40,8 @@ class Scheme(Protocol):
             name: its full name in the model.
 
         Returns:
-            An object of this layer's own: it is changed for the load.
+            An object of this layer's own: it is changed for the load. Its ``create_weights`` has a parameter
+            ``params_dtype``.
         """
 
     def plan(self, kind: LayerKind, method: Any) -> UpdatablePlan:
@@ -52,4 +53,4 @@ class Scheme(Protocol):
         """
 
     def stored(self) -> StoredFormat | None:
-        """How its weights are stored in a checkpoint that stock SGLang loads; None where there is no such form."""
+        """How its weights are stored in a checkpoint that stock SGLang loads; None where stock has no such format."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock's linear layers and experts with what the overlay adds: quantizing on the CPU, and weight updates."""
+"""Stock's linear layers and experts as the overlay loads them: those of ``stock_*.py``, and updatable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 
 class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
-    """``LinearPlan`` of a layer that may be updated."""
+    """What every streamed linear layer of stock's has; ``LinearPlan`` alone is the patch series'."""
 
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         from sglang.srt.layers.quantization import fp8
@@ -56,7 +56,7 @@ class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
 
 
 class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
-    """``ExpertsPlan`` of a layer that may be updated."""
+    """What every streamed expert layer of stock's has; ``ExpertsPlan`` alone is the patch series'."""
 
     def __init__(self) -> None:
         self._row_scales: dict[str, torch.Tensor] = {}

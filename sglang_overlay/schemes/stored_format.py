@@ -24,7 +24,7 @@ class StoredFormat:
         quantizer: turns rows into values and scales, on the CPU.
         same_as: which online loads have the same weights as the checkpoint.
         rows: rows that share scales. A matrix is quantized in runs of a multiple of them, from its first row.
-        dtype: of the values; scales are float32.
+        dtype: of the values: that of the parameters which stock makes for ``config``. Scales are float32.
     """
 
     config: Mapping[str, Any]

@@ -27,7 +27,7 @@ class UpdatablePlan(LayerPlan):
     """A plan whose layer can be quantized again when it is finished.
 
     Attributes:
-        fills: names of further parameters that quantizing fills, and nothing else.
+        fills: names of further parameters (scales, say) that only quantizing writes.
         replaces_stock: the layer becomes something that upstream does not make of a high-precision weight, so one that
             cannot be streamed is quantized here as well, when it has been loaded whole.
     """

@@ -16,6 +16,7 @@ from sglang_overlay.core.quantizers import (
     RowQuantizer,
     ShuffledUnits,
     WholeUnitQuantizer,
+    is_rounding_of,
     magnitude,
     magnitudes,
     units_not_finite,
@@ -177,3 +178,11 @@ def test_shuffled_units_hold_what_their_kernel_reads_and_know_it_again():
     piece = Piece(((4, 9), (0, 32)), values[1, 4:9])
     assert units.could_be(piece, shuffled[1], scales[1])
     assert not units.could_be(Piece(piece.box, piece.values + 1), shuffled[1], scales[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_rounding_is_told_by_the_step_of_the_dtype(dtype):
+    values, scale = torch.linspace(-300, 300, 10_000), torch.tensor(0.7)
+    rounded = (values / scale).to(dtype)
+    assert is_rounding_of(rounded, scale, values)
+    assert not is_rounding_of(rounded, scale, values * 1.3)

@@ -356,6 +356,13 @@ def test_experts_without_a_gate_are_as_large_as_they_are(scheme, workers, checkp
         assert (scale.shape, scale.sha256) == ((4, 96, 1), hash_of(scales))
 
 
+def test_experts_with_biases_cannot_be_int8_and_are_named(workers, checkpoint_folder):
+    path = families.build("GptOssForCausalLM", checkpoint_folder)
+    job = LoadJob(path, environ={"SGLANG_STREAMFP8_SCHEME": '{"moe": "int8"}'})
+    with pytest.raises(LoadFailed, match=r"experts as 'int8': Experts with biases are not covered"):
+        workers.load(replace(job, server_args=families.server_args("GptOssForCausalLM")))
+
+
 def test_loader_that_knows_no_schemes_is_an_error(load, checkpoint):
     with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8_SCHEME=block.*DummyModelLoader"):
         load(checkpoint("qwen3"), "block", server_args={"load_format": "dummy"})

@@ -10,7 +10,7 @@ from workbench.loads.job import LoadJob
 @pytest.mark.parametrize("scheme", ["channel", "int8"])
 @pytest.mark.parametrize("gpu", ["h200", "b200"])
 def test_experts_have_the_bits_that_they_have_on_a_cpu(gpu, scheme, zeros, workers, loaded):
-    """On a CPU ``schemes/test_schemes.py`` holds them to the formula, and ``export/test_export.py`` to stock."""
+    """On a CPU ``schemes/test_schemes.py`` holds them to the formula, ``offline/export/test_export.py`` to stock."""
     path = zeros("qwen3_moe")
     fields = {"environ": {"SGLANG_STREAMFP8_SCHEME": f'{{"moe": "{scheme}"}}'}}
     results = workers.load(LoadJob(path, streaming="require", **fields)), loaded(gpu, path, **fields)

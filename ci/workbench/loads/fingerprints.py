@@ -1,7 +1,7 @@
 """Everything two loads of a model must agree on, tensor by tensor. Torch only.
 
-``named_tensors`` and ``model_bytes`` do what ``tensors_of`` and ``stored_bytes`` in ``sglang_overlay/load`` do, and share
-no code with them on purpose: a check must not repeat a mistake of what it checks.
+``named_tensors`` and ``model_bytes`` do what ``tensors_of`` and ``stored_bytes`` in ``sglang_overlay/load`` do, and
+share no code with them on purpose: a check must not repeat a mistake of what it checks.
 """
 
 from __future__ import annotations
