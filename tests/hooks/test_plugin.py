@@ -230,7 +230,7 @@ class TestHooksThatCannotBeApplied:
 
 def load(change, checkpoint, *folders, **variables):
     """Loads a tiny checkpoint in a process of which something is changed."""
-    path = [*folders, Path(__file__).parents[2] / "ci", os.environ.get("PYTHONPATH", "")]
+    path = [*folders, Path(__file__).parents[2] / "ci", Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(map(str, path))
     return run(change, LOAD_PLUGINS + LOAD, [checkpoint("qwen3")], PYTHONPATH=path, **variables)
 
