@@ -225,7 +225,7 @@ def _states(points: Iterable[Hook]) -> tuple[HookLine, ...]:
 
 
 def _hook(found: HookState) -> HookLine:
-    point = found.point
+    point = found.hook
     return HookLine(
         target=point.target,
         kind=point.kind.value,

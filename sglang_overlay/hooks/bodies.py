@@ -37,7 +37,7 @@ def unknown(root: Path) -> tuple[str, ...]:
 def hooked(root: Path) -> dict[str, source_tree.Source]:
     """The functions that are hooked where streaming hooks them, by their names; those left out that are not there."""
     states = source_tree.inspect_hooks(root, STREAMING)
-    found = {state.point.target: source_tree.find(root, state.point.target) for state in states if state.state.fits}
+    found = {state.hook.target: source_tree.find(root, state.hook.target) for state in states if state.state.fits}
     return {target: source for target, source in found.items() if source is not None}
 
 

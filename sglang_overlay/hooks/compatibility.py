@@ -49,5 +49,5 @@ def _changed_since(release: releases.Release) -> str:
     return listed(
         state
         for state in states
-        if not state.state.fits or (state.state is State.ABSENT and state.point.target not in release.absent)
+        if not state.state.fits or (state.state is State.ABSENT and state.hook.target not in release.absent)
     )

@@ -142,50 +142,50 @@ def module_of(target: str) -> str:
 class HookState:
     """A hook, at the place where it was found, and what was found there."""
 
-    point: Hook
+    hook: Hook
     state: State
     detail: str = ""
 
 
-def inspect_hook(point: Hook) -> HookState:
+def inspect_hook(hook: Hook) -> HookState:
     """Look at the target in the installed SGLang, wherever that has it; imports the modules that may define it."""
     errors = []
-    for candidate in point.candidates:
+    for candidate in hook.candidates:
         try:
             target = pkgutil.resolve_name(candidate.target)
         except (ImportError, AttributeError, ValueError) as error:
             errors.append(f"{type(error).__name__}: {error}")
             continue
         return _inspect_target(candidate, target)
-    if point.without:
-        return HookState(point, State.ABSENT, point.without)
-    return HookState(point, State.MISSING, "; ".join(errors))
+    if hook.without:
+        return HookState(hook, State.ABSENT, hook.without)
+    return HookState(hook, State.MISSING, "; ".join(errors))
 
 
-def _inspect_target(point: Hook, target: Any) -> HookState:
+def _inspect_target(hook: Hook, target: Any) -> HookState:
     try:
-        taken = _taken_by_hook(point)
+        taken = _taken_by_wrapper(hook)
     except Exception as error:  # Something that it imports is not where it was.
-        return HookState(point, State.MISSING, f"its hook cannot be imported: {type(error).__name__}: {error}")
-    problem = why_not_called(point, list(inspect.signature(target).parameters), taken)
+        return HookState(hook, State.MISSING, f"its hook cannot be imported: {type(error).__name__}: {error}")
+    problem = why_not_called(hook, list(inspect.signature(target).parameters), taken)
     if problem:
-        return HookState(point, State.SIGNATURE, problem)
-    is_active = point.target in _applied and _is_called(point.target)
-    return HookState(point, State.ACTIVE if is_active else State.READY)
+        return HookState(hook, State.SIGNATURE, problem)
+    is_active = hook.target in _applied and _is_called(hook.target)
+    return HookState(hook, State.ACTIVE if is_active else State.READY)
 
 
-def inspect_hooks(points: Iterable[Hook]) -> list[HookState]:
+def inspect_hooks(hooks: Iterable[Hook]) -> list[HookState]:
     """``inspect_hook`` for each, in order."""
-    return [inspect_hook(point) for point in points]
+    return [inspect_hook(hook) for hook in hooks]
 
 
-def apply(points: Iterable[Hook]) -> str | None:
+def apply(hooks: Iterable[Hook]) -> str | None:
     """Put hooks in place: all of them, or none where one would not fit. Those that are in place stay as they are.
 
     Returns:
         What is not as expected, or None.
     """
-    found = inspect_hooks(points)
+    found = inspect_hooks(hooks)
     broken = [state for state in found if not state.state.fits]
     if broken:
         from sglang_overlay.hooks import releases
@@ -196,28 +196,28 @@ def apply(points: Iterable[Hook]) -> str | None:
     return None
 
 
-def apply_fitting(points: Iterable[Hook]) -> None:
+def apply_fitting(hooks: Iterable[Hook]) -> None:
     """Put hooks in place, those whose targets are as expected."""
-    _put_on(inspect_hooks(points))
+    _put_on(inspect_hooks(hooks))
 
 
 def _put_on(found: Iterable[HookState]) -> None:
     for state in found:
         if state.state is State.READY:
-            _applied[state.point.target] = hooked = _hooked(state.point)
+            _applied[state.hook.target] = hooked = _hooked(state.hook)
             hooked.put_on()
 
 
-def displaced(points: Iterable[Hook]) -> list[str]:
+def displaced(hooks: Iterable[Hook]) -> list[str]:
     """Targets whose hooks were in place, and are called no more: another plugin has replaced function or class."""
-    targets = dict.fromkeys(candidate.target for point in points for candidate in point.candidates)
+    targets = dict.fromkeys(candidate.target for hook in hooks for candidate in hook.candidates)
     return [target for target in targets if target in _applied and not _is_called(target)]
 
 
 @contextlib.contextmanager
-def lifted(points: Iterable[Hook]) -> Iterator[None]:
+def lifted(hooks: Iterable[Hook]) -> Iterator[None]:
     """Stock SGLang for a while: hooks that are in place are taken off, and put on again at the end."""
-    targets = dict.fromkeys(candidate.target for point in points for candidate in point.candidates)
+    targets = dict.fromkeys(candidate.target for hook in hooks for candidate in hook.candidates)
     taken = [_applied[target] for target in targets if target in _applied]
     for hooked in taken:
         hooked.take_off()
@@ -263,11 +263,11 @@ class _Hooked:
 _applied: dict[str, _Hooked] = {}
 
 
-def _hooked(point: Hook) -> _Hooked:
-    owner_name, _, name = point.target.rpartition(".")
+def _hooked(hook: Hook) -> _Hooked:
+    owner_name, _, name = hook.target.rpartition(".")
     owner = pkgutil.resolve_name(owner_name)
     before = inspect.getattr_static(owner, name)
-    function = _wrapped(_function(before), _hook(point), point.kind)
+    function = _wrapped(_function(before), _wrapper_of(hook), hook.kind)
     after = type(before)(function) if isinstance(before, (classmethod, staticmethod)) else function
     return _Hooked(owner, name, name in vars(owner), before, after)
 
@@ -278,20 +278,20 @@ def _function(attribute: Any) -> Callable[..., Any]:
     return function
 
 
-def _wrapped(original: Callable[..., Any], hook: Callable[..., Any], kind: HookKind) -> Callable[..., Any]:
+def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any], kind: HookKind) -> Callable[..., Any]:
     @functools.wraps(original)
     def around(*args: Any, **kwargs: Any) -> Any:
-        return hook(original, *args, **kwargs)
+        return wrapper(original, *args, **kwargs)
 
     @functools.wraps(original)
     def after(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        changed = hook(result, *args, **kwargs)
+        changed = wrapper(result, *args, **kwargs)
         return result if changed is None else changed
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        return hook(*args, **kwargs)
+        return wrapper(*args, **kwargs)
 
     return {HookKind.AROUND: around, HookKind.AFTER: after, HookKind.REPLACE: replacement}[kind]
 
@@ -311,8 +311,8 @@ def _is_called(target: str) -> bool:
         function = _function(pkgutil.resolve_name(target))
     except (ImportError, AttributeError):
         return False
-    hook = _function(_applied[target].after)
-    while function is not hook:
+    wrapper = _function(_applied[target].after)
+    while function is not wrapper:
         inner = getattr(function, "__wrapped__", None)
         # What replaces a function may name it as the one it wraps, but does not hold it.
         if inner is None or (type(function) is FunctionType and not _holds(function, inner)):
@@ -325,18 +325,18 @@ def _holds(function: FunctionType, value: Any) -> bool:
     return any(cell.cell_contents is value for cell in function.__closure__ or ())
 
 
-def by_module(points: Iterable[Hook]) -> dict[str, tuple[Hook, ...]]:
+def by_module(hooks: Iterable[Hook]) -> dict[str, tuple[Hook, ...]]:
     """Points by the names of the modules that may define their targets."""
     found: dict[str, tuple[Hook, ...]] = {}
-    for point in points:
-        for module in point.modules:
-            found[module] = (*found.get(module, ()), point)
+    for hook in hooks:
+        for module in hook.modules:
+            found[module] = (*found.get(module, ()), hook)
     return found
 
 
 def listed(states: Iterable[HookState]) -> str:
     """States for a message."""
-    return "; ".join(f"{found.point.target}: {found.state.value} ({found.detail})" for found in states)
+    return "; ".join(f"{found.hook.target}: {found.state.value} ({found.detail})" for found in states)
 
 
 def in_order(expected: Sequence[str], names: Sequence[str]) -> bool:
@@ -345,28 +345,28 @@ def in_order(expected: Sequence[str], names: Sequence[str]) -> bool:
     return all(name in remaining for name in expected)
 
 
-def why_not_called(point: Hook, names: Sequence[str], taken: int | None) -> str:
+def why_not_called(hook: Hook, names: Sequence[str], taken: int | None) -> str:
     """Why a hook cannot stand for its target; empty where it can.
 
     Args:
-        point: says what the target must take.
+        hook: says what the target must take.
         names: the target's parameters.
         taken: how many the hook has, the original itself included; None where it takes any.
     """
-    if not in_order(point.parameters, names):
-        return f"expected {', '.join(point.parameters)}; found {', '.join(names)}"
-    if point.kind is HookKind.AROUND and taken is not None and len(names) > taken - 1:
+    if not in_order(hook.parameters, names):
+        return f"expected {', '.join(hook.parameters)}; found {', '.join(names)}"
+    if hook.kind is HookKind.AROUND and taken is not None and len(names) > taken - 1:
         return f"found {', '.join(names)}, more than its hook passes on"
     return ""
 
 
-def _taken_by_hook(point: Hook) -> int | None:
-    parameters = inspect.signature(_hook(point)).parameters.values()
+def _taken_by_wrapper(hook: Hook) -> int | None:
+    parameters = inspect.signature(_wrapper_of(hook)).parameters.values()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     return None if takes_any else len(parameters)
 
 
-def _hook(point: Hook) -> Callable[..., Any]:
-    module, _, name = point.wrapper.partition(":")
-    hook: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return hook
+def _wrapper_of(hook: Hook) -> Callable[..., Any]:
+    module, _, name = hook.wrapper.partition(":")
+    wrapper: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return wrapper

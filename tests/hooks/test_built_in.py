@@ -23,7 +23,7 @@ from sglang.srt.model_loader import loader
 from sglang_overlay.hooks.catalogue import STREAMING
 from sglang_overlay.hooks.hook import State, inspect_hooks
 print("built in:", loader.DefaultModelLoader.load_model.__wrapped__.__name__)
-print("hooks:", [found.point.target for found in inspect_hooks(STREAMING) if found.state is State.ACTIVE])
+print("hooks:", [found.hook.target for found in inspect_hooks(STREAMING) if found.state is State.ACTIVE])
 """
 
 

@@ -81,14 +81,14 @@ def test_target_of_another_release_is_found_where_that_has_it():
     point = STREAMING[0]
     moved = replace(point, target=f"{point.target}_of_new", elsewhere=(Place(point.target),))
     found = inspect_hook(moved)
-    assert (found.point.target, found.point.wrapper) == (point.target, point.wrapper)
+    assert (found.hook.target, found.hook.wrapper) == (point.target, point.wrapper)
     assert found.state in (State.READY, State.ACTIVE)
 
 
 def test_each_place_may_have_a_hook_and_a_signature_of_its_own():
     place = Place(STREAMING[0].target, "os:getcwd", ("self", "renamed"))
     found = inspect_hook(replace(STREAMING[0], target="sglang.srt.nothing.of_the_kind", elsewhere=(place,)))
-    assert (found.state, found.point.wrapper) == (State.SIGNATURE, "os:getcwd")
+    assert (found.state, found.hook.wrapper) == (State.SIGNATURE, "os:getcwd")
 
 
 def test_target_that_streaming_can_do_without_is_absent_and_says_what_is_lost():

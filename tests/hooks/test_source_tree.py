@@ -39,7 +39,7 @@ ALL = (*STREAMING, *TELLING, *HOOKS)
 @pytest.mark.parametrize("hooked", ALL, ids=lambda point: point.target.split(".", 3)[-1])
 def test_sources_and_the_running_release_agree(hooked):
     imported, (read,) = hook.inspect_hook(hooked), source_tree.inspect_hooks(INSTALLED, [hooked])
-    assert read.point.target == imported.point.target
+    assert read.hook.target == imported.hook.target
     assert read.state is (State.READY if imported.state is State.ACTIVE else imported.state)
 
 
@@ -78,7 +78,7 @@ def test_other_parameters_are_shown(package):
 def test_target_is_found_where_an_earlier_release_had_it(package):
     moved = point("up.new.load", elsewhere=(Place("up.old.load", parameters=("path",)),))
     (found,) = source_tree.inspect_hooks(package(old="def load(path): pass\n"), [moved])
-    assert (found.state, found.point.target) == (State.READY, "up.old.load")
+    assert (found.state, found.hook.target) == (State.READY, "up.old.load")
 
 
 @pytest.mark.parametrize(("without", "state"), [("", State.MISSING), ("A thing.", State.ABSENT)])

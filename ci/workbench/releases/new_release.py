@@ -85,16 +85,16 @@ def _change(before: Path, after: Path, point: Hook) -> Change:
     notes = []
     if old.state.fits and new.state is State.ABSENT and old.state is not State.ABSENT:
         notes.append(f"it is gone, and with it: {new.detail}")
-    if was and now and old.point.target != new.point.target:
-        notes.append(f"it was {old.point.target}")
+    if was and now and old.hook.target != new.hook.target:
+        notes.append(f"it was {old.hook.target}")
     if was and now and was.parameters != now.parameters:
         notes.append(f"it took {', '.join(was.parameters)}; it takes {', '.join(now.parameters)}")
     problem = "" if new.state.fits else f"{new.state.value} {new.detail}".strip()
-    return Change(new.point.target, problem, tuple(notes), _diff(was, now) if was and now else "")
+    return Change(new.hook.target, problem, tuple(notes), _diff(was, now) if was and now else "")
 
 
 def _source(root: Path, found: HookState) -> source_tree.Source | None:
-    return source_tree.find(root, found.point.target)
+    return source_tree.find(root, found.hook.target)
 
 
 def _diff(was: source_tree.Source, now: source_tree.Source) -> str:
@@ -107,7 +107,7 @@ def entry_of(root: Path, release: str, date: str) -> dict[str, Any]:
     (metadata,) = root.glob("sglang-*.dist-info/METADATA")
     fields = Parser().parsestr(metadata.read_text(encoding="utf-8"))
     pins = {need.name: need for need in map(Requirement, fields.get_all("Requires-Dist", [])) if need.marker is None}
-    absent = [found.point.target for found in source_tree.inspect_hooks(root, STREAMING) if found.state is State.ABSENT]
+    absent = [found.hook.target for found in source_tree.inspect_hooks(root, STREAMING) if found.state is State.ABSENT]
     return {
         "release": release,
         "date": date,
