@@ -35,6 +35,55 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().total // WORKER_BYTES))
 
 
+FULL = (
+    "cpu_reference/test_layers.py",
+    "cpu_reference/test_plugin.py",
+    "hooks/test_built_in.py",
+    "hooks/test_launch.py",
+    "hooks/test_plugin.py::TestFunctionThatDoesSomethingElse",
+    "hooks/test_plugin.py::TestHooksThatCannotBeApplied",
+    "hooks/test_plugin.py::TestMetricsOfSGLang",
+    "hooks/test_plugin.py::TestReleaseThatIsNotSupported",
+    "hooks/test_plugin.py::test_private_names_of_sglangs_own_hook_registry_are_not_needed",
+    "hooks/test_ray_actors.py",
+    "load/test_fuzz.py",
+    "load/test_load_formats.py",
+    "load/test_memory.py",
+    "load/test_mxfp8.py",
+    "load/test_nodes.py",
+    "load/test_server.py",
+    "load/test_signals.py",
+    "load/test_soak.py",
+    "offline/export/test_export.py",
+    "offline/plan/test_baselines.py",
+    "offline/plan/test_host.py",
+    "offline/plan/test_plan.py",
+    "offline/plan/test_simulate.py",
+    "standin/test_backends.py",
+    "standin/test_costs.py",
+    "standin/test_rocm.py",
+    "test_readme.py::test_light_command_runs",
+    "update/test_lora.py",
+    "update/test_update_serving.py::test_server",
+    "update/test_update_serving.py::test_target",
+    "workbench/test_bench.py",
+    "workbench/test_demo.py",
+    "workbench/test_gpu_check.py",
+    "workbench/test_make_patches.py",
+    "workbench/test_quality.py",
+)
+"""Tests that only ``ci/test --full`` runs, by what their names begin with: servers, processes, measurements, and what
+shorter tests hold for another release, GPU or loader."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark those of ``FULL``."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(FULL):
+            item.add_marker("full")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests of what the installed SGLang is known not to have."""
     for (target,) in (marker.args for marker in item.iter_markers("needs")):

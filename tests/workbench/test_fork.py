@@ -34,7 +34,7 @@ def test_branch_is_the_tag_and_the_series(clone: Path) -> None:
     assert repository.git(clone, "rev-parse", BRANCH).strip() == commit
     assert len(log(clone)) == len(series.PATCHES)
     assert repository.git(clone, "merge-base", "main", BRANCH) == repository.git(clone, "rev-parse", f"v{RELEASE}")
-    assert "streaming_fp8/load.py" in repository.git(clone, "ls-tree", "-r", "--name-only", BRANCH)
+    assert "streaming_fp8/model_load.py" in repository.git(clone, "ls-tree", "-r", "--name-only", BRANCH)
 
 
 def test_clone_is_otherwise_left_alone(clone: Path) -> None:
