@@ -72,7 +72,8 @@ def draw(series: Mapping[str, Sequence[CaseResult]], axis: Mapping[str, str], fi
 
 def _lines(panel: Any, results: Sequence[CaseResult], value: Any) -> None:
     found: list[dict[str, Figures]] = [figures(result.runs) for result in results]
-    for name in found[0]:
+    # Ablations are for the table: their lines would lie on one another.
+    for name in [name for name in found[0] if name in _COLOURS]:
         panel.plot(
             [result.case.value for result in results],
             [value(medians[name]) for medians in found],
