@@ -49,8 +49,8 @@ class Executor:
     def check(self) -> None:
         """Raise what a job has raised, once. Certain to know of a job only after ``close``."""
 
-    def to_device(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """``values`` on ``device``, in ``dtype`` where one is given."""
+    def to_device(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """``values`` on ``device``, in ``dtype``."""
         return values.to(device=device, dtype=dtype)
 
     def zeros_like(self, placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:

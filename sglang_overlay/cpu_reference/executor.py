@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,9 +37,12 @@ class CpuExecutor(Executor):
     def __init__(self, *, threads: bool = True) -> None:
         self._count = threads_beside_loader() if threads else 0
         self._workers: Workers | None = None
-        # Half: reading the files needs free memory as well.
-        self._pages = HugePages(free_huge_pages() // 2)
         self._late: TrimLate | None = None
+
+    @cached_property
+    def _pages(self) -> HugePages:
+        # Half: reading the files needs free memory as well. Not asked for by updates, whose memory is in use.
+        return HugePages(free_huge_pages() // 2)
 
     def prepare(self) -> None:
         kernels.prepare()

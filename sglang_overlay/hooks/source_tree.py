@@ -65,27 +65,27 @@ def find(root: Path, target: str) -> Source | None:
     return None if function is None else Source(_file(root, module), function)
 
 
-def inspect_hooks(root: Path, points: Iterable[Hook]) -> list[HookState]:
+def inspect_hooks(root: Path, hooks: Iterable[Hook]) -> list[HookState]:
     """What ``hook.inspect_hooks`` finds in a running SGLang, told from its source files.
 
     A target that is as expected is ``ready``.
     """
-    return [_inspect(root, point) for point in points]
+    return [_inspect(root, hook) for hook in hooks]
 
 
-def _inspect(root: Path, point: Hook) -> HookState:
-    for candidate in point.candidates:
+def _inspect(root: Path, hook: Hook) -> HookState:
+    for candidate in hook.candidates:
         source = find(root, candidate.target)
         if source is None:
             continue
-        problem = why_not_called(candidate, source.parameters, _taken_by_hook(candidate))
+        problem = why_not_called(candidate, source.parameters, _taken_by_wrapper(candidate))
         return HookState(candidate, State.SIGNATURE if problem else State.READY, problem)
-    return HookState(point, State.ABSENT, point.without) if point.without else HookState(point, State.MISSING)
+    return HookState(hook, State.ABSENT, hook.without) if hook.without else HookState(hook, State.MISSING)
 
 
-def _taken_by_hook(point: Hook) -> int | None:
-    hook = find(Path(__file__).parents[2], point.wrapper.replace(":", "."))
-    return None if hook is None or hook.takes_any else len(hook.parameters)
+def _taken_by_wrapper(hook: Hook) -> int | None:
+    wrapper = find(Path(__file__).parents[2], hook.wrapper.replace(":", "."))
+    return None if wrapper is None or wrapper.takes_any else len(wrapper.parameters)
 
 
 def _file(root: Path, module: str) -> Path:

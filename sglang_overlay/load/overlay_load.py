@@ -25,10 +25,11 @@ from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import SettingsError, StagingMemoryError, StreamingUnavailableError, UnsupportedDtypeError
-from sglang_overlay.load import eligibility, model_load, pinned_ring, snapshots
+from sglang_overlay.load import eligibility, model_load, snapshots
 from sglang_overlay.load.checkpoint_watch import CheckpointWatch
 from sglang_overlay.load.diagnostics import Tolerance
 from sglang_overlay.load.model_load import ModelLoad, PendingLayer
+from sglang_overlay.load.pinned_ring import ring_executor_for
 from sglang_overlay.load.ranks import parallel_ranks
 from sglang_overlay.load.refusal import refuse
 from sglang_overlay.load.stored_dtypes import NOT_SAID, QUANTIZED, StoredDtypes
@@ -86,7 +87,7 @@ class OverlayLoad(ModelLoad):
         executor: Executor | None = None,
     ) -> None:
         if executor is None:
-            executor = pinned_ring.executor_for(device) if settings.pinned_ring else executor_for(device)
+            executor = ring_executor_for(device) if settings.pinned_ring else executor_for(device)
         super().__init__(obstacle, excluded, executor, CheckpointWatch(_tolerance(settings)))
         self.settings = settings
         self._is_part = is_part

@@ -23,8 +23,7 @@ from typing import Protocol
 
 import torch
 
-from sglang_overlay.core import executor as core_executor
-from sglang_overlay.core.executor import Executor
+from sglang_overlay.core.executor import Executor, executor_for
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +212,7 @@ class RingExecutor(Executor):
     def __init__(self, ring: PinnedRing) -> None:
         self._ring = ring
 
-    def to_device(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def to_device(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         values = self._ring.upload(values) if values.is_cpu else values
         return super().to_device(values, device, dtype)
 
@@ -221,10 +220,10 @@ class RingExecutor(Executor):
         self._ring.close()
 
 
-def executor_for(device: torch.device) -> Executor:
+def ring_executor_for(device: torch.device) -> Executor:
     """An executor with a ring to ``device``, where that is a CUDA device; without an index, the current one."""
     if device.type != "cuda":
-        return core_executor.executor_for(device)
+        return executor_for(device)
     logger.info("StreamFP8: what is read goes to %s through a pinned ring.", device)
     return RingExecutor(PinnedRing(CudaTransport(with_index(device))))
 
