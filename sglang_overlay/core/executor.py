@@ -29,13 +29,8 @@ class Executor:
     def prepare(self) -> None:
         """A layer is about to be created. Called for each."""
 
-    def quantizer(self, quantizer: UnitQuantizer, fresh: torch.Tensor | None = None) -> UnitQuantizer:
-        """What to use in place of ``quantizer``.
-
-        Args:
-            quantizer: a layer plan's.
-            fresh: memory that is to be filled, and that nobody has touched yet.
-        """
+    def quantizer(self, quantizer: UnitQuantizer) -> UnitQuantizer:
+        """What to use in place of a layer plan's ``quantizer``."""
         return quantizer
 
     def takes(self, size: int) -> bool:
@@ -52,10 +47,6 @@ class Executor:
     def to_device(self, values: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """``values`` on ``device``, in ``dtype``."""
         return values.to(device=device, dtype=dtype)
-
-    def zeros_like(self, placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Zeros on ``device`` for a parameter that most likely will be written in full."""
-        return torch.zeros_like(placeholder, device=device)
 
     def reading(self, size: int) -> AbstractContextManager[object]:
         """Around reading the checkpoint, and upstream's loaders; ``size`` bytes of fp8 are to be written."""

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a load works on the CPU: worker threads beside the loader, compiled loops, huge pages, memory that is trimmed."""
+"""How a load works on the CPU: worker threads beside the loader, compiled loops, memory that is trimmed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer, Wh
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.whole_rows import WholeRowsQuantizer
 from sglang_overlay.cpu_reference import kernels
-from sglang_overlay.cpu_reference.host_memory import TrimLate, trim, zeros_on_demand
-from sglang_overlay.cpu_reference.huge_pages import HugePages, free_huge_pages
+from sglang_overlay.cpu_reference.host_memory import TrimLate, trim
 from sglang_overlay.cpu_reference.per_tensor import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.cpu_reference.workers import Workers, one_thread_each, threads_beside_loader
 from sglang_overlay.schemes.arithmetic import row_quantizer
@@ -39,21 +37,13 @@ class CpuExecutor(Executor):
         self._workers: Workers | None = None
         self._late: TrimLate | None = None
 
-    @cached_property
-    def _pages(self) -> HugePages:
-        # Half: reading the files needs free memory as well. Not asked for by updates, whose memory is in use.
-        return HugePages(free_huge_pages() // 2)
-
     def prepare(self) -> None:
         kernels.prepare()
 
-    def quantizer(self, quantizer: UnitQuantizer, fresh: torch.Tensor | None = None) -> UnitQuantizer:
+    def quantizer(self, quantizer: UnitQuantizer) -> UnitQuantizer:
         if self._workers is None:
             self._workers = Workers(self._count)
-        if fresh is None:
-            return on_cpu(quantizer)
-        self._pages.request(fresh)
-        return _Filling(on_cpu(quantizer), self._pages.use, self._filled)
+        return _Counting(on_cpu(quantizer), self._quantized)
 
     def takes(self, size: int) -> bool:
         return self._workers is not None and self._workers.takes(size)
@@ -65,9 +55,6 @@ class CpuExecutor(Executor):
     def check(self) -> None:
         if self._workers is not None:
             self._workers.check()
-
-    def zeros_like(self, placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:
-        return zeros_on_demand(placeholder)
 
     @contextmanager
     def reading(self, size: int) -> Iterator[None]:
@@ -81,7 +68,7 @@ class CpuExecutor(Executor):
         if self._workers is not None:
             self._workers.close()
 
-    def _filled(self, size: int) -> None:
+    def _quantized(self, size: int) -> None:
         if self._late is not None:
             self._late.advance(size)
 
@@ -102,35 +89,25 @@ def on_cpu(quantizer: UnitQuantizer) -> UnitQuantizer:
     return quantizer
 
 
-class _Filling:
-    """A quantizer into memory that nobody has touched yet.
+class _Counting:
+    """A quantizer that tells how many bytes it has written.
 
     Args:
         quantizer: does the work.
-        use: called with the addresses that are about to be written, from the first to the one behind the last.
-        filled: called with the bytes that have been.
+        quantized: called with the bytes of each weight.
     """
 
-    def __init__(
-        self, quantizer: UnitQuantizer, use: Callable[[int, int], None], filled: Callable[[int], None]
-    ) -> None:
+    def __init__(self, quantizer: UnitQuantizer, quantized: Callable[[int], None]) -> None:
         self._quantizer = quantizer
-        self._use = use
-        self._filled = filled
+        self._quantized = quantized
         self.could_be = quantizer.could_be
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | float:
-        self._about_to_fill(weight)
         found = self._quantizer.quantize(pieces, weight, scale)
-        self._filled(weight.nbytes)
+        self._quantized(weight.nbytes)
         return found
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        self._about_to_fill(weight)
         found = self._quantizer.quantize_run(values, weight, scale)
-        self._filled(weight.nbytes)
+        self._quantized(weight.nbytes)
         return found
-
-    def _about_to_fill(self, weight: torch.Tensor) -> None:
-        start = weight.data_ptr()
-        self._use(start, start + weight.nbytes)

@@ -1,25 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch has no words for in memory of the CPU: when pages come, and when they go."""
+"""When freed memory goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import threading
 from functools import cache
-
-import torch
-
-
-def zeros_on_demand(like: torch.Tensor) -> torch.Tensor:
-    """Zeros of the shape and dtype of ``like``, in pages that come when they are written; until then they cost nothing.
-
-    Where the whole is written anyway, zeroing it first would be a pass over memory for nothing.
-    """
-    if not like.nbytes:
-        return torch.zeros_like(like, device="cpu")
-    pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(like.dtype).view(like.shape)
 
 
 def trim() -> None:

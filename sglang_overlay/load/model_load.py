@@ -277,7 +277,7 @@ class ModelLoad:
         return pending.plan.allocate(key, pending.placeholders[key], pending.device)
 
     def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
-        quantizer = self.executor.quantizer(plan.quantizer, fresh=plan.storage.weight)
+        quantizer = self.executor.quantizer(plan.quantizer)
         return ParameterStream(
             name,
             placeholder,

@@ -308,7 +308,7 @@ class OverlayLoad(ModelLoad):
         self.updatable[name].let_go()
         is_marked = name in self._excluded and not self.prequantized
         for key, placeholder in pending.placeholders.items():
-            materialize(placeholder, self.executor.zeros_like(placeholder, pending.device))
+            materialize(placeholder, torch.zeros_like(placeholder, device=pending.device))
             if is_marked:
                 sentinel.fill(placeholder)
             weight = KeptWeight(f"{name}.{key}", placeholder, self.sources, is_marked=is_marked)

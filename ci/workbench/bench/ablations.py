@@ -7,8 +7,6 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sglang_overlay.core import layer
 from sglang_overlay.core.capture import WriteCapture
 from sglang_overlay.core.executor import Executor
@@ -37,11 +35,9 @@ def _mode_alone(_placeholders: Any, sinks: Any) -> Callable[[], WriteCapture]:
 ABLATIONS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "threads": partial(replaced, executor, "threads_beside_loader", lambda: 0),
     "loops": partial(replaced, kernels, "_loops", lambda: None),
-    "huge pages": partial(replaced, executor, "free_huge_pages", lambda: 0),
     "trimming": _without_trimming,
     "captured views": partial(replaced, layer, "capture_of", _mode_alone),
     "mapped pieces": partial(replaced, CheckpointSources, "is_mapped", lambda _sources, _tensor: False),
-    "zeros on demand": partial(replaced, executor, "zeros_on_demand", partial(torch.zeros_like, device="cpu")),
     "late layers": partial(replaced, CpuExecutor, "quantizes_late", False),
     "all of them": partial(replaced, overlay_load, "executor_for", lambda _device: Executor()),
 }

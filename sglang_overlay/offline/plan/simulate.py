@@ -146,12 +146,8 @@ class _NoComputing(Executor):
 
     quantizes_late = True
 
-    def quantizer(self, quantizer: UnitQuantizer, fresh: torch.Tensor | None = None) -> UnitQuantizer:
+    def quantizer(self, quantizer: UnitQuantizer) -> UnitQuantizer:
         return _NoQuantizer()
-
-    def zeros_like(self, placeholder: torch.Tensor, device: torch.device) -> torch.Tensor:
-        # Touched where it is written, as the CPU's zeros are.
-        return torch.empty_like(placeholder, device=device)
 
 
 class _NoQuantizer:
