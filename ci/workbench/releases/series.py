@@ -78,16 +78,16 @@ PATCHES = (
         2,
         modules=(
             "load/eligibility",
-            "load/model_load",
-            "load/model_loading",
             "schemes/capabilities",
-            "schemes/layer_plan",
-            "schemes/stock_linear",
         ),
         files=(
             f"{PACKAGE_FOLDER}/entry.py",
             f"{PACKAGE_FOLDER}/hooks.py",
+            f"{PACKAGE_FOLDER}/layer_plan.py",
             f"{PACKAGE_FOLDER}/linear_method.py",
+            f"{PACKAGE_FOLDER}/model_load.py",
+            f"{PACKAGE_FOLDER}/model_loading.py",
+            f"{PACKAGE_FOLDER}/stock_linear.py",
             "test/registered/quant/test_streaming_fp8.py",
         ),
         switches=(
@@ -100,13 +100,16 @@ PATCHES = (
     ),
     Patch(
         3,
-        modules=("schemes/stock_experts",),
-        files=(f"{PACKAGE_FOLDER}/experts_method.py", "test/registered/quant/test_streaming_fp8_moe.py"),
+        files=(
+            f"{PACKAGE_FOLDER}/experts_method.py",
+            f"{PACKAGE_FOLDER}/stock_experts.py",
+            "test/registered/quant/test_streaming_fp8_moe.py",
+        ),
     ),
     Patch(
         4,
-        modules=("core/tensor_names", "load/checkpoint_files", "load/checkpoint_watch", "load/diagnostics"),
-        files=(f"{PACKAGE_FOLDER}/checked_entry.py",),
+        modules=("core/tensor_names", "load/checkpoint_files", "load/diagnostics"),
+        files=(f"{PACKAGE_FOLDER}/checked_entry.py", f"{PACKAGE_FOLDER}/checkpoint_watch.py"),
         tests={"test_tensor_names.py": f"{UNIT_TESTS}/test_streaming_fp8_tensor_names.py"},
         switches=(
             EnvironmentField(

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert layers: ``Fp8MoEMethod`` of SGLang's ``fp8.py``.
+
+Stock quantizes each expert's w13 ``[2 * intermediate, hidden]`` and w2 ``[hidden, intermediate]`` per tensor
+(``scaled_fp8_quant``); scales are ``[E]``. On ROCm upstream then shuffles or pads the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module, Parameter
+
+from sglang.srt.layers.quantization.streaming_fp8.quantizers import UnitQuantizer, WholeUnitQuantizer
+from sglang.srt.layers.quantization.streaming_fp8.stream import Storage
+from sglang.srt.layers.quantization.streaming_fp8.units import UnitGrid
+from sglang.srt.layers.quantization.streaming_fp8 import capabilities
+from sglang.srt.layers.quantization.streaming_fp8.layer_plan import OnlinePlan, ParameterPlan
+
+
+class ExpertsPlan(OnlinePlan):
+    """Streams ``w13_weight`` and ``w2_weight``, one expert of each a unit."""
+
+    weights = frozenset({"w13_weight", "w2_weight"})
+
+    def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
+        from sglang.srt.layers.quantization import fp8
+
+        weight = torch.empty(placeholder.shape, dtype=fp8.fp8_dtype, device=device)
+        return Storage(weight, torch.ones(placeholder.shape[0], dtype=torch.float32, device=device))
+
+    def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(), storage)
+
+    def quantizer(self) -> UnitQuantizer:
+        """What turns one expert's matrix into fp8: upstream's own function."""
+        from sglang.srt.layers.quantization import fp8
+
+        return WholeUnitQuantizer(fp8.scaled_fp8_quant)
+
+    def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
+        w13, w2 = storages["w13_weight"], storages["w2_weight"]
+        layer.w13_weight_scale = Parameter(w13.scale, requires_grad=False)
+        # In place, as stock does it: experts are moved by references that a model has taken.
+        layer.get_parameter("w2_weight_scale").data.copy_(w2.scale)
+        layer.w13_weight = Parameter(w13.weight, requires_grad=False)
+        layer.w2_weight = Parameter(w2.weight, requires_grad=False)
+
+    def process(self, original: Callable[[], None], method: Any, layer: Module) -> None:
+        from sglang.srt.utils import is_hip
+
+        if is_hip():
+            method.process_weights_hip_scale_padding(layer)
+        _prepare_backend(method, layer)
+        dispatcher: Any = getattr(layer, "dispatcher", None)
+        if dispatcher is not None:
+            kernel = getattr(layer, "w13_kernel", None)
+            wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
+            # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
+            found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
+            dispatcher.set_quant_config(found if wanted is None else wanted)
+
+
+def _prepare_backend(method: Any, layer: Module) -> None:
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    backend = get_moe_runner_backend()
+    if capabilities.takes_activation_params(method, backend):
+        method._prepare_flashinfer_trtllm_activation_params(layer)
+    if capabilities.takes_hpc_ops_weights(backend):
+        method._prepare_hpc_ops_weights(layer)
