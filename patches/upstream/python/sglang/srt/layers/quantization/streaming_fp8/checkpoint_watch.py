@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from sglang.srt.layers.quantization.streaming_fp8.layer import LayerStream
-from sglang.srt.layers.quantization.streaming_fp8.sources import oddity
-from sglang.srt.layers.quantization.streaming_fp8.tensor_names import Misplaced
 from sglang.srt.layers.quantization.streaming_fp8.checkpoint_files import CheckpointFiles
 from sglang.srt.layers.quantization.streaming_fp8.diagnostics import (
     Diagnostics,
@@ -23,7 +19,10 @@ from sglang.srt.layers.quantization.streaming_fp8.diagnostics import (
     Weight,
     kept_misfits,
 )
+from sglang.srt.layers.quantization.streaming_fp8.layer import LayerStream
 from sglang.srt.layers.quantization.streaming_fp8.model_load import current
+from sglang.srt.layers.quantization.streaming_fp8.sources import oddity
+from sglang.srt.layers.quantization.streaming_fp8.tensor_names import Misplaced
 
 
 class CheckpointWatch:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from sglang.srt.layers.quantization.streaming_fp8.errors import UnexpectedParametersError
 from sglang.srt.layers.quantization.streaming_fp8.placeholders import PlaceholderAllocation
 from sglang.srt.layers.quantization.streaming_fp8.quantizers import UnitQuantizer

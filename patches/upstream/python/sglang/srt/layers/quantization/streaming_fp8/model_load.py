@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-
+from sglang.srt.layers.quantization.streaming_fp8 import eligibility
 from sglang.srt.layers.quantization.streaming_fp8.capture import storage_key
 from sglang.srt.layers.quantization.streaming_fp8.errors import (
     LayerNotStreamableError,
@@ -26,13 +26,12 @@ from sglang.srt.layers.quantization.streaming_fp8.errors import (
 )
 from sglang.srt.layers.quantization.streaming_fp8.executor import Executor
 from sglang.srt.layers.quantization.streaming_fp8.layer import LayerStream
+from sglang.srt.layers.quantization.streaming_fp8.layer_plan import LayerPlan, ParameterPlan
 from sglang.srt.layers.quantization.streaming_fp8.placeholders import materialize, set_loader
 from sglang.srt.layers.quantization.streaming_fp8.shortage import is_shortage, shortage_explained, told
 from sglang.srt.layers.quantization.streaming_fp8.sources import CheckpointSources
 from sglang.srt.layers.quantization.streaming_fp8.staging import StagingAccount
 from sglang.srt.layers.quantization.streaming_fp8.stream import ParameterStream, Storage
-from sglang.srt.layers.quantization.streaming_fp8 import eligibility
-from sglang.srt.layers.quantization.streaming_fp8.layer_plan import LayerPlan, ParameterPlan
 
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.streaming_fp8.checkpoint_watch import CheckpointWatch

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-
 from sglang.srt.layers.quantization.streaming_fp8.errors import LayerNotStreamableError, PlaceholderLeakError, annotate
-from sglang.srt.layers.quantization.streaming_fp8.shortage import is_shortage
 from sglang.srt.layers.quantization.streaming_fp8.model_load import ModelLoad, current, under_way
+from sglang.srt.layers.quantization.streaming_fp8.shortage import is_shortage
 
 Load = TypeVar("Load", bound=ModelLoad)
 

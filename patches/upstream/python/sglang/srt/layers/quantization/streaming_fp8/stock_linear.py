@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import Module, Parameter
-
+from sglang.srt.layers.quantization.streaming_fp8 import capabilities
+from sglang.srt.layers.quantization.streaming_fp8.layer_plan import OnlinePlan, ParameterPlan
 from sglang.srt.layers.quantization.streaming_fp8.quantizers import (
     RowKernelQuantizer,
     ShuffledUnits,
@@ -22,8 +22,7 @@ from sglang.srt.layers.quantization.streaming_fp8.quantizers import (
 )
 from sglang.srt.layers.quantization.streaming_fp8.stream import Storage
 from sglang.srt.layers.quantization.streaming_fp8.units import UnitGrid
-from sglang.srt.layers.quantization.streaming_fp8 import capabilities
-from sglang.srt.layers.quantization.streaming_fp8.layer_plan import OnlinePlan, ParameterPlan
+from torch.nn import Module, Parameter
 
 
 class LinearPlan(OnlinePlan):
