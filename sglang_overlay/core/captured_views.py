@@ -54,7 +54,7 @@ class ViewCapture(AbstractContextManager[None]):
         placeholder._streamfp8_view = view  # type: ignore[attr-defined]
 
     @staticmethod
-    def let_go(placeholder: torch.nn.Parameter) -> None:
+    def unwatch(placeholder: torch.nn.Parameter) -> None:
         """Make a watched placeholder the plain one that it was."""
         if type(placeholder) is _WatchedParameter:
             del placeholder._streamfp8_view

@@ -48,8 +48,8 @@ class Executor:
         """``values`` on ``device``, in ``dtype``."""
         return values.to(device=device, dtype=dtype)
 
-    def reading(self, size: int) -> AbstractContextManager[object]:
-        """Around reading the checkpoint, and upstream's loaders; ``size`` bytes of fp8 are to be written."""
+    def reading(self) -> AbstractContextManager[object]:
+        """Around reading the checkpoint, and upstream's loaders."""
         return nullcontext()
 
     def close(self) -> None:

@@ -49,11 +49,11 @@ class LayerStream:
         self.placeholders = {key: placeholder for key, (placeholder, _) in streams.items()}
         self.streams = {key: stream for key, (_, stream) in streams.items()}
         self._calls = LoaderCalls(ranks, self._origin_of)
-        sinks = {
+        self._sinks = {
             storage_key(placeholder): WatchedSink(stream, placeholder.shape, self._calls.under_way)
             for placeholder, stream in streams.values()
         }
-        self._capture = capture_of(self.placeholders.values(), sinks)
+        self._capture = capture_of(self.placeholders.values(), self._sinks)
         self._on_return = on_return
         self._on_loss = on_loss
         self._condition = threading.Condition()
@@ -74,11 +74,8 @@ class LayerStream:
             if getattr(self._thread, "inside", False) or not self._enter():
                 return loader(*args, **kwargs)
             try:
-                self._calls.begin([*args, *kwargs.values()])
-                with self._capture():
-                    result = loader(*args, **kwargs)
-                self._calls.end()
-                return result
+                with self._calls.of([*args, *kwargs.values()]), self._capture():
+                    return loader(*args, **kwargs)
             except UnsupportedWriteError as error:
                 reason = str(error)
             except Exception as error:
@@ -102,7 +99,7 @@ class LayerStream:
         try:
             lost = ""
             for key, stream in self.streams.items():
-                ViewCapture.let_go(self.placeholders[key])
+                ViewCapture.unwatch(self.placeholders[key])
                 try:
                     values = stream.restore()
                 except LayerNotStreamableError as error:
@@ -114,6 +111,7 @@ class LayerStream:
                 self._on_loss(self, f"{reason}, and {lost}")
             else:
                 self._on_return(self, reason)
+            self._forget()
         finally:
             with self._condition:
                 self._returning = False
@@ -122,9 +120,13 @@ class LayerStream:
     def finish(self) -> None:
         """Let go of the placeholders and their streams: the layer has its quantized parameters."""
         for placeholder in self.placeholders.values():
-            ViewCapture.let_go(placeholder)
-        self.placeholders.clear()
-        self.streams.clear()
+            ViewCapture.unwatch(placeholder)
+        self._forget()
+
+    def _forget(self) -> None:
+        # Parameters refer to this, through their loaders, for as long as they live.
+        for kept in (self.placeholders, self.streams, self._sinks):
+            kept.clear()
 
     @property
     def misfits(self) -> list[Misfit]:
@@ -134,10 +136,10 @@ class LayerStream:
     def _origin_of(self, tensor: torch.Tensor) -> str:
         return next((stream.origin_of(tensor) for stream in self.streams.values()), "")
 
-    def release(self) -> None:
+    def drop_staged(self) -> None:
         """Give all staging memory back, when no loader runs any more."""
         for stream in self.streams.values():
-            stream.release()
+            stream.drop_staged()
 
     def _describe_call(self, arguments: Sequence[Any]) -> str:
         """Upstream's loaders assert shapes without a word: say what was being loaded, and into what."""

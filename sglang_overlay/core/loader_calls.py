@@ -150,27 +150,18 @@ class LoaderCalls:
         """This thread's call."""
         return getattr(self._thread, "call", None)
 
-    def begin(self, arguments: Sequence[Any]) -> None:
-        """A loader is going to run."""
-        tensors = [value for value in arguments if isinstance(value, torch.Tensor) and not value.is_meta]
-        self._thread.call = LoaderCall(tensors[0], self._ranks) if len(tensors) == 1 else None
-
     @contextmanager
     def of(self, arguments: Sequence[Any]) -> Iterator[None]:
         """Around a loader that may call others, or fail."""
         if self.under_way() is not None:
             yield
             return
-        self.begin(arguments)
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor) and not value.is_meta]
+        call = self._thread.call = LoaderCall(tensors[0], self._ranks) if len(tensors) == 1 else None
         try:
             yield
-            self.end()
         finally:
             self._thread.call = None
-
-    def end(self) -> None:
-        """It has returned."""
-        call, self._thread.call = self._thread.call, None
         misfit = None if call is None else call.misfit(self._name_of(call.given))
         if misfit is not None:
             self.misfits.append(misfit)

@@ -21,6 +21,9 @@ from sglang_overlay.core.staging import Piece
 Reorder = Callable[[torch.Tensor], torch.Tensor]
 """Puts a tensor's elements into another order; its shape stays."""
 
+CHUNK_ELEMENTS = 1 << 18
+"""Elements that are cast at once on the host: 1 MiB of float32, so that the intermediate stays in cache."""
+
 
 def made_current(device: torch.device) -> AbstractContextManager[object]:
     """Make ``device`` the thread's current one: kernels are launched there, and loader threads begin with the first."""

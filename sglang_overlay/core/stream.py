@@ -62,7 +62,13 @@ class Origins:
 
 
 class RowWatcher(Protocol):
-    """Looks at the checkpoint's rows when some of their columns are written (``core/whole_rows.py``)."""
+    """Looks at the checkpoint's rows when some of their columns are written (``core/whole_rows.py``).
+
+    Attributes:
+        is_narrowed: some values came without the rest of their rows.
+    """
+
+    is_narrowed: bool
 
     def see(self, first: int, region: TargetRegion, source: torch.Tensor) -> None:
         """This thread is about to write ``source`` to ``region``, beginning in unit ``first``."""
@@ -95,6 +101,7 @@ class ParameterStream:
 
     Attributes:
         origins: of what was written.
+        rows: as given.
     """
 
     def __init__(
@@ -125,7 +132,7 @@ class ParameterStream:
         self._sources = sources
         self._executor = Executor() if executor is None else executor
         self._report = quantized
-        self._rows = rows
+        self.rows = rows
         self._mark = mark
         self._unit_bytes = grid.unit_volume * storage.weight.element_size()
         self._condition = threading.Condition(threading.Lock())
@@ -171,8 +178,8 @@ class ParameterStream:
             for part in self._regions.split(destination, source, refused):
                 self.write(*part)
             return
-        if self._rows is not None:
-            self._rows.see(first, region, source)
+        if self.rows is not None:
+            self.rows.see(first, region, source)
         values = region.lay_out(source)
         if origin:
             self.origins.note(first, region, origin)
@@ -197,7 +204,7 @@ class ParameterStream:
             ConflictingWriteError: part of a quantized unit was written again, with other values.
         """
         missing = self._settle()
-        self.release()
+        self.drop_staged()
         return missing
 
     def settle_with_zeros(self) -> list[int]:
@@ -205,7 +212,7 @@ class ParameterStream:
         missing = self._settle()
         for unit in missing:
             self._quantize_missing(unit)
-        self.release()
+        self.drop_staged()
         return missing
 
     def _settle(self) -> list[int]:
@@ -257,13 +264,13 @@ class ParameterStream:
         for unit, staged in self._staged.items():
             for piece in staged.pieces:
                 units[unit][slices(piece.box)].copy_(piece.values)
-        self.release()
+        self.drop_staged()
         return weight.view(self._placeholder_shape)
 
     def abandon(self) -> torch.Tensor:
         """Memory as of ``restore``, where the values are lost. Ends streaming."""
         self._wait()
-        self.release()
+        self.drop_staged()
         return self._unwritten().view(self._placeholder_shape)
 
     def _unwritten(self) -> torch.Tensor:
@@ -273,7 +280,7 @@ class ParameterStream:
             self._mark(weight)
         return weight
 
-    def release(self) -> None:
+    def drop_staged(self) -> None:
         """Give all staging memory back."""
         for staged in self._staged.values():
             staged.release()
@@ -450,9 +457,9 @@ class ParameterStream:
                 self._wait_until(lambda: self._busy.isdisjoint(units))
             self._busy.update(units)
         claim = ReleaseOnError(self, units)
-        if self._rows is not None:
+        if self.rows is not None:
             with claim:
-                self._rows.note(units)
+                self.rows.note(units)
         return claim
 
     def _release(self, units: range) -> None:

@@ -16,13 +16,10 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.capture import storage_key
-from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer
+from sglang_overlay.core.quantizers import CHUNK_ELEMENTS, AssembledUnits, UnitQuantizer
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import TargetRegion, UnitGrid
-
-CHUNK_ELEMENTS = 1 << 18
-"""Elements compared at once on a CPU, so that the intermediate stays in cache."""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

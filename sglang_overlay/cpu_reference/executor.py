@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a load works on the CPU: worker threads beside the loader, compiled loops, memory that is trimmed."""
+"""How a load works on the CPU: worker threads beside the loader, and compiled loops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer, WholeUnitQuantizer
-from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.whole_rows import WholeRowsQuantizer
 from sglang_overlay.cpu_reference import kernels
-from sglang_overlay.cpu_reference.host_memory import TrimLate, trim
 from sglang_overlay.cpu_reference.per_tensor import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.cpu_reference.workers import Workers, one_thread_each, threads_beside_loader
 from sglang_overlay.schemes.arithmetic import row_quantizer
@@ -35,7 +33,6 @@ class CpuExecutor(Executor):
     def __init__(self, *, threads: bool = True) -> None:
         self._count = threads_beside_loader() if threads else 0
         self._workers: Workers | None = None
-        self._late: TrimLate | None = None
 
     def prepare(self) -> None:
         kernels.prepare()
@@ -43,7 +40,7 @@ class CpuExecutor(Executor):
     def quantizer(self, quantizer: UnitQuantizer) -> UnitQuantizer:
         if self._workers is None:
             self._workers = Workers(self._count)
-        return _Counting(on_cpu(quantizer), self._quantized)
+        return on_cpu(quantizer)
 
     def takes(self, size: int) -> bool:
         return self._workers is not None and self._workers.takes(size)
@@ -56,21 +53,12 @@ class CpuExecutor(Executor):
         if self._workers is not None:
             self._workers.check()
 
-    @contextmanager
-    def reading(self, size: int) -> Iterator[None]:
-        self._late = TrimLate(size)
-        with one_thread_each():
-            yield
-        # What upstream has made on the way.
-        trim()
+    def reading(self) -> AbstractContextManager[object]:
+        return one_thread_each()
 
     def close(self) -> None:
         if self._workers is not None:
             self._workers.close()
-
-    def _quantized(self, size: int) -> None:
-        if self._late is not None:
-            self._late.advance(size)
 
 
 def on_cpu(quantizer: UnitQuantizer) -> UnitQuantizer:
@@ -87,27 +75,3 @@ def on_cpu(quantizer: UnitQuantizer) -> UnitQuantizer:
     if isinstance(quantizer, WholeUnitQuantizer) and quantizer.function is fp8.scaled_fp8_quant:
         return PerTensorQuantizer(KernelArithmetic(limit))
     return quantizer
-
-
-class _Counting:
-    """A quantizer that tells how many bytes it has written.
-
-    Args:
-        quantizer: does the work.
-        quantized: called with the bytes of each weight.
-    """
-
-    def __init__(self, quantizer: UnitQuantizer, quantized: Callable[[int], None]) -> None:
-        self._quantizer = quantizer
-        self._quantized = quantized
-        self.could_be = quantizer.could_be
-
-    def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | float:
-        found = self._quantizer.quantize(pieces, weight, scale)
-        self._quantized(weight.nbytes)
-        return found
-
-    def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        found = self._quantizer.quantize_run(values, weight, scale)
-        self._quantized(weight.nbytes)
-        return found

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import torch
 
+from sglang_overlay.core.quantizers import CHUNK_ELEMENTS
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-CHUNK_ELEMENTS = 1 << 18
-"""Elements cast at once."""
 
 
 def quantize_per_tensor(tensor: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,7 +114,7 @@ STREAMING: tuple[Hook, ...] = (
     ),
     Hook(
         target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
-        wrapper="sglang_overlay.load.checkpoint_watch:get_all_weights",
+        wrapper="sglang_overlay.hooks.loader_hooks:get_all_weights",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "model"),
         why="Sees the checkpoint's tensors go by: their memory stays as it is, so units can be quantized beside the "

@@ -7,19 +7,20 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sglang_overlay.core.errors import sentence
+from sglang_overlay.core.shortage import is_shortage
 from sglang_overlay.errors import SchemeError
 from sglang_overlay.hooks import releases, streamed_loaders
 from sglang_overlay.hooks.guard import look_at_hooks, mismatch
-from sglang_overlay.load import eligibility, metrics, model_loading
-from sglang_overlay.load.model_load import under_way
-from sglang_overlay.load.overlay_load import OverlayLoad, current
+from sglang_overlay.load import eligibility, metrics
+from sglang_overlay.load.attempts import load_streamed
+from sglang_overlay.load.model_load import ModelLoad, current, under_way
 from sglang_overlay.load.ranks import parallel_ranks
 from sglang_overlay.load.refusal import refuse
 from sglang_overlay.load.summary import summarize
@@ -59,9 +60,9 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     # The report has a curve; all else is told of the peak alone.
     is_sampled = settings.report_folder is not None or not meter.keeps_peak
     with MemorySampler(meter) if is_sampled else MemoryWatch(meter) as watch:
-        load, model = model_loading.load_streamed(
+        load, model = load_streamed(
             lambda: original(loader, model_config=model_config, device_config=device_config),
-            lambda why, excluded: OverlayLoad(settings, device, why, excluded, is_part=is_part),
+            lambda why, excluded: ModelLoad(settings, device, why, excluded, is_part=is_part),
             obstacle,
             model_config,
         )
@@ -72,7 +73,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     times = began, ended
     report = summarize(load, model, releases.installed(), model_config, loader.load_config, times, watch.usage)
     metrics.tell(report)
-    if load.layers or settings.report_folder is not None:
+    if load.record.layers or settings.report_folder is not None:
         logger.info("%s", summary_line(report))
     if settings.report_folder is not None:
         _write_report(report, settings.report_folder)
@@ -98,25 +99,59 @@ def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
         )
 
 
-def _remember(load: OverlayLoad, model: torch.nn.Module, loader: Any) -> None:
+def _remember(load: ModelLoad, model: torch.nn.Module, loader: Any) -> None:
     """Keep what later weight updates of the model need."""
     if streamed_loaders.updates_itself(loader):
         return
     for layer in load.updatable.values():
         layer.seal()
-    stock = {"this model": load.abandoned} if load.abandoned and load.settings.mode is not Mode.OFF else load.fallback
+    stock = load.fallback.reasons
+    if load.abandoned and load.settings.mode is not Mode.OFF:
+        stock = {"this model": load.abandoned}
     if load.updatable or stock:
         remember(model, UpdatableModel(load.updatable.values(), stock, load.checkpoint.wanted))
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around ``_initialize_model``."""
+    """Around ``_initialize_model``: build the model with placeholders, or again without where it cannot take them."""
     call, load = inspect.signature(original).bind(*args, **kwargs).arguments, current()
     if load is None:
         _refuse_other_loader(call)
-    elif OverlayLoad.covers(call.get("quant_config")):
+    elif ModelLoad.covers(call.get("quant_config")):
         look_at_hooks(load.settings)
-    return model_loading.initialize_model(original, *args, **kwargs)
+    if load is None or load.abandoned:
+        return original(*args, **kwargs)
+    try:
+        model = original(*args, **kwargs)
+        reason = load.adopt(model)
+    except Exception as error:
+        if not load.building or is_shortage(error) or isinstance(error, load.final):
+            raise  # Without placeholders it would need more memory still, or not be what was asked for.
+        reason = f"building it with placeholders fails ({type(error).__name__}: {error})"
+    if reason is None:
+        return model
+    model = None
+    load.abandon(reason)
+    load.refuse(f"{_architecture(call)} cannot be streamed: {reason}")
+    return original(*args, **kwargs)
+
+
+def _architecture(call: Mapping[str, Any]) -> str:
+    return ", ".join(getattr(call["model_config"].hf_config, "architectures", None) or ["this model"])
+
+
+def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Around ``DefaultModelLoader._get_all_weights``."""
+    load = current()
+    if load is None:
+        yield from original(*args, **kwargs)
+        return
+    model_config = inspect.signature(original).bind(*args, **kwargs).arguments["model_config"]
+    # Not to what the model raises: that ends this generator with GeneratorExit.
+    with load.checkpoint.files.problems_added(model_config.model_path):
+        for name, tensor in original(*args, **kwargs):
+            load.see(name, tensor)
+            yield name, tensor
 
 
 def load_quantized(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
@@ -156,7 +191,7 @@ def load_from_presharded(original: Callable[..., Any], *args: Any, **kwargs: Any
 
 def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around ``PreshardedModelLoader._compute_local_structural_signature``: the model it builds is never loaded."""
-    with under_way(OverlayLoad(Settings(Mode.OFF), torch.device("meta"))):
+    with under_way(ModelLoad(Settings(Mode.OFF), torch.device("meta"))):
         return original(*args, **kwargs)
 
 
@@ -197,6 +232,6 @@ def _write_report(report: LoadReport, folder: Path) -> None:
 def _refuse_other_loader(call: Mapping[str, Any]) -> None:
     """A load that did not come through ``load_model`` above fills its parameters in another way."""
     settings = load_settings(os.environ)
-    if settings.mode is not Mode.OFF and OverlayLoad.covers(call.get("quant_config")):
+    if settings.mode is not Mode.OFF and ModelLoad.covers(call.get("quant_config")):
         load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)
         refuse(settings.required_by, f"load format {load_format} is not streamed")

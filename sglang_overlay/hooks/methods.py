@@ -14,7 +14,7 @@ import torch
 from sglang_overlay.errors import SchemeError
 from sglang_overlay.hooks import fp8_methods
 from sglang_overlay.load import eligibility
-from sglang_overlay.load.overlay_load import current
+from sglang_overlay.load.model_load import current
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import NONE, STOCK
 from sglang_overlay.schemes.layer_plan import LayerPlan

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sglang_overlay.core.errors import UnsupportedDtypeError, shortened
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.load.checkpoint_files import CheckpointFiles
 from sglang_overlay.load.diagnostics import Diagnostics, Read, Tolerance, WantedShapes, Weight, kept_misfits
-from sglang_overlay.load.model_load import current
+from sglang_overlay.load.stored_dtypes import NOT_SAID, QUANTIZED
+from sglang_overlay.load.unstreamed import UnstreamedParameters
 
 
 class CheckpointWatch:
@@ -28,14 +29,17 @@ class CheckpointWatch:
     Attributes:
         files: that upstream reads.
         wanted: what the model wants of its checkpoint's tensors, once they have been read.
+        missing: parameters that were not completely written from the checkpoint.
     """
 
     def __init__(self, tolerance: Tolerance) -> None:
         self.files = CheckpointFiles()
         self.wanted = WantedShapes()
+        self.missing: list[str] = []
         self._tolerance = tolerance
         self._diagnostics = Diagnostics()
         self._seen: dict[str, str | None] = {}
+        self._quantized: list[str] = []
 
     @property
     def warnings(self) -> list[str]:
@@ -55,6 +59,8 @@ class CheckpointWatch:
         # What was read last comes last.
         self._seen.pop(name, None)
         self._seen[name] = oddity(tensor)
+        if isinstance(tensor, torch.Tensor) and tensor.dtype in QUANTIZED:
+            self._quantized.append(name)
 
     def explain(self, streams: Sequence[LayerStream]) -> Iterator[str]:
         """What an error that ended the load of ``streams`` does not say itself."""
@@ -72,7 +78,30 @@ class CheckpointWatch:
 
     def note(self, layer: str, weight: Weight, missing: Sequence[int]) -> None:
         """Take over what a finished weight of ``layer`` knows; ``missing`` are units never completely written."""
+        self.missing += [weight.name] if missing else []
         self._diagnostics.note(layer, weight, missing)
+
+    def note_unstreamed(self, parameters: UnstreamedParameters, model_config: Any) -> None:
+        """Say which parameters that are not quantized were not loaded, or are not finite."""
+        missing = parameters.missing(model_config)
+        self.missing += missing
+        for text in parameters.problems(missing):
+            self.warn(text)
+
+    def tell_quantized(self, *, is_error: bool) -> None:
+        """Say that an online load read tensors of fp8, if it did.
+
+        No weight loader got them as they are, or it would have refused: the model has cast or dropped them.
+
+        Raises:
+            UnsupportedDtypeError: where that is an error.
+        """
+        if not self._quantized:
+            return
+        text = f"the checkpoint holds {len(self._quantized)} tensors of fp8: {shortened(self._quantized)}. {NOT_SAID}"
+        if is_error:
+            raise UnsupportedDtypeError(text)
+        self.warn(text.removesuffix("."))
 
     def conclude(self, model: torch.nn.Module, model_config: Any) -> None:
         """Say what is wrong with the checkpoint.
@@ -87,17 +116,3 @@ class CheckpointWatch:
         read, folder = Read(self._seen, held), self.files.in_folder(model_config.model_path)
         self._diagnostics.conclude_misfits(self._tolerance, self.wanted)
         self._diagnostics.conclude(self._tolerance, read, folder)
-
-
-def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Around ``DefaultModelLoader._get_all_weights``."""
-    load = current()
-    if load is None or load.checkpoint is None:
-        yield from original(*args, **kwargs)
-        return
-    model_config = inspect.signature(original).bind(*args, **kwargs).arguments["model_config"]
-    # Not to what the model raises: that ends this generator with GeneratorExit.
-    with load.checkpoint.files.problems_added(model_config.model_path):
-        for name, tensor in original(*args, **kwargs):
-            load.see(name, tensor)
-            yield name, tensor

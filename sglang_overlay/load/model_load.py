@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from sglang_overlay.core import sentinel
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.errors import (
     LayerNotStreamableError,
@@ -24,90 +24,117 @@ from sglang_overlay.core.errors import (
     sentence,
     shortened,
 )
-from sglang_overlay.core.executor import Executor
+from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.layer import LayerStream
-from sglang_overlay.core.placeholders import materialize, set_loader
+from sglang_overlay.core.placeholders import set_loader
 from sglang_overlay.core.shortage import is_shortage, shortage_explained, told
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream, Storage
-from sglang_overlay.load import eligibility
-from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan
-
-if TYPE_CHECKING:
-    from sglang_overlay.load.checkpoint_watch import CheckpointWatch
+from sglang_overlay.core.stream import ParameterStream
+from sglang_overlay.errors import SettingsError, StreamingUnavailableError
+from sglang_overlay.load import eligibility, snapshots
+from sglang_overlay.load.checkpoint_watch import CheckpointWatch
+from sglang_overlay.load.diagnostics import Tolerance
+from sglang_overlay.load.fallback import Fallback, PendingLayer
+from sglang_overlay.load.model_tensors import tensors_of
+from sglang_overlay.load.pinned_ring import ring_executor_for
+from sglang_overlay.load.ranks import parallel_ranks
+from sglang_overlay.load.record import LoadRecord, StreamedLayer
+from sglang_overlay.load.refusal import refuse
+from sglang_overlay.load.stored_dtypes import StoredDtypes
+from sglang_overlay.load.unstreamed import UnstreamedParameters
+from sglang_overlay.load.updatable_layer import UpdatableLayer
+from sglang_overlay.schemes import mxfp8, rows_over_ranks
+from sglang_overlay.schemes.layer_plan import LayerPlan
+from sglang_overlay.schemes.selection import SchemeSelection
+from sglang_overlay.settings import ALLOW_MISSING_VARIABLE, MODE_VARIABLE, Mode, Settings
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PendingLayer:
-    """A layer whose placeholders exist, before its name in the model is known."""
-
-    plan: LayerPlan
-    device: torch.device
-    placeholders: dict[str, torch.nn.Parameter]
-    storage_keys: dict[str, int]
-
-
 class ModelLoad:
-    """State of one load. Belongs to the loading thread.
+    """One load, as the user's settings want it. Belongs to the loading thread.
 
-    Loader threads reach the streams, which lock themselves, and what is noted of a layer that goes back to stock: one
-    entry of a dict at a time, and each layer goes back once.
+    Loader threads reach the streams, which lock themselves, ``record.quantized``, and what is noted of a layer that
+    goes back to stock: one entry of a dict at a time, and each layer goes back once.
 
     Args:
+        settings: what the user asked for.
+        device: where the model goes.
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
-        excluded: why certain layers, by name, must take stock's path.
-        executor: does the work; none but the plain one unless given.
-        checkpoint: sees what is read; without one, missing weights are warnings, and nothing else is said.
+        excluded: why certain layers, by name, must not be streamed.
+        executor: does the work; the device's unless given.
+        is_part: whether settings that name layers may mean those of another model or pipeline stage.
 
     Attributes:
         final: errors that building the model without placeholders would not mend.
-        lost: layers of which values are lost, and why: the model has to be loaded anew, with them excluded.
+        account: counts memory.
+        sources: tells the names of checkpoint tensors.
+        checkpoint: sees what is read, and says what is wrong with it.
+        fallback: the layers that are not streamed.
+        updatable: what weight updates need to know of each layer, by name.
+        record: what has been streamed.
+        abandoned: why the whole model is loaded as in stock, or None.
     """
 
-    final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError,)
+    final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError, StreamingUnavailableError)
 
     def __init__(
         self,
+        settings: Settings,
+        device: torch.device,
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
+        *,
+        is_part: bool = False,
         executor: Executor | None = None,
-        checkpoint: CheckpointWatch | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.executor = Executor() if executor is None else executor
+        if executor is None:
+            executor = ring_executor_for(device) if settings.pinned_ring else executor_for(device)
+        self.settings = settings
+        self.executor = executor
+        self.schemes = SchemeSelection(settings.schemes)
         self.sources = CheckpointSources()
         self.account = StagingAccount()
-        self.deferred: dict[str, str] = {}
-        self.fallback: dict[str, str] = {}
-        self.lost: dict[str, str] = {}
-        self.abandoned: str | None = None
-        self.units = 0
-        self.direct_units = 0
-        self.layers = 0
+        self.checkpoint = CheckpointWatch(_tolerance(settings))
+        self.fallback = Fallback(excluded, executor, self.sources, self.checkpoint)
+        self.updatable: dict[str, UpdatableLayer] = {}
+        self.record = LoadRecord()
+        self.abandoned = "switched off" if settings.mode is Mode.OFF else None
+        self._is_part = is_part
         self._obstacle = obstacle
-        self._excluded = excluded
+        self._is_online = False
+        # Whether what is read fills what upstream makes of empty parameters, and is fp8 already.
+        self._is_prequantized = False
         self._pending: dict[torch.nn.Module, PendingLayer] = {}
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
-        self._streams: dict[torch.nn.Module, tuple[LayerStream, LayerPlan]] = {}
+        self._streams: dict[torch.nn.Module, tuple[LayerStream, PendingLayer]] = {}
         self._finished: dict[torch.nn.Module, LayerPlan] = {}
         # Tensors that the model itself has made without memory.
         self._without_memory: set[str] = set()
+        self._unstreamed: UnstreamedParameters | None = None
+        self._dtypes: StoredDtypes | None = None
+        self._narrowed: list[str] = []
+        # What has to be done once, when the weights have been read.
+        self._reading = contextlib.ExitStack()
 
     # -- building the model ------------------------------------------------------------------------------------------
 
     @staticmethod
     def covers(config: Any) -> bool:
-        """Whether this is a quantization config that this kind of load knows how to stream."""
-        return eligibility.is_online_fp8(config)
+        """Whether layers of this quantization config can be streamed."""
+        return eligibility.is_online_fp8(config) or mxfp8.is_online(config)
 
     def admits(self, config: Any) -> bool:
-        """Whether layers of this quantization config are to be streamed."""
-        if self.abandoned or not self.covers(config):
+        """Whether layers of this quantization config are to be streamed.
+
+        Raises:
+            StreamingUnavailableError: streaming is required, and the load cannot be streamed.
+        """
+        if not self.covers(config):
             return False
-        if self._obstacle is not None:
+        self._is_online |= self.settings.mode is not Mode.OFF
+        if self._obstacle is not None and not self.abandoned:
             self.abandon(self._obstacle)
             self.refuse(self._obstacle)
         return not self.abandoned
@@ -116,6 +143,7 @@ class ModelLoad:
         self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan
     ) -> None:
         """Run upstream's ``create_weights`` with the weights of ``plan`` as placeholders."""
+        self.executor.prepare()
         try:
             made = plan.create(create, layer, dtype)
         except UnexpectedParametersError as error:
@@ -134,8 +162,13 @@ class ModelLoad:
 
         Returns:
             Why the model cannot be streamed at all, or None.
+
+        Raises:
+            SettingsError: the user's settings name layers that the model does not have.
+            StreamingUnavailableError: streaming is required, and a layer cannot be streamed.
         """
         names = {module: name for name, module in model.named_modules()}
+        self.schemes.check_used(names.values(), is_part=self._is_part)
         for layer, pending in self._pending.items():
             changed = _changed(layer, pending)
             if changed is not None:
@@ -151,200 +184,275 @@ class ModelLoad:
         self._pending.clear()
         self._unnamed.clear()
         self._build_kernels()
+        self._watch(model)
+        self.record.begin(self.streamed_bytes)
         return None
 
     def abandon(self, reason: str) -> None:
         """Load the whole model as stock does, and let go of what is held for the one that was built."""
         self.abandoned = reason
-        self._pending.clear()
-        self._unnamed.clear()
-        self._release()
-        self._streams.clear()
-        self.deferred.clear()
+        self._reading.close()
+        self._drop_staged()
+        for kept in (self._pending, self._unnamed, self._streams, self.updatable):
+            kept.clear()
         self.fallback.clear()
 
     def refuse(self, reason: str) -> None:
-        """Say that the model is loaded as stock does."""
-        logger.warning("StreamFP8: %s The model is loaded without streaming.", sentence(reason))
+        """Say that the model is loaded as stock does.
+
+        Raises:
+            StreamingUnavailableError: streaming is required.
+        """
+        refuse(self.settings.required_by, reason)
+
+    def expect_quantized(self) -> None:
+        """What is read is fp8 already: upstream quantizes the empty parameters first and fills the result."""
+        self._is_prequantized = True
 
     @property
     def building(self) -> bool:
         """Whether any placeholder has been made."""
         return bool(self._pending)
 
-    # -- after the weights are read ----------------------------------------------------------------------------------
-
-    def finish(self, layer: torch.nn.Module) -> LayerPlan | None:
-        """Replace a layer's placeholders by its quantized parameters.
-
-        Returns:
-            The plan of a layer that was quantized here, now or by an earlier call; None where upstream has to do it.
-        """
-        stream, plan = self._streams.get(layer, (None, None))
-        if layer not in self._finished and plan is not None and stream is not None and stream.streaming:
-            try:
-                self._settle(stream)
-            except LayerNotStreamableError as error:
-                stream.release()
-                self._lose(stream, error.reason)
-            plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
-            stream.finish()
-            self._finished[layer] = plan
-            self.layers += 1
-        return self._finished.get(layer)
-
-    def check(self, model: torch.nn.Module, model_config: Any) -> None:
-        """Make sure that everything was written, and that nothing still refers to a placeholder.
-
-        Raises:
-            StreamFP8Error: as of ``CheckpointWatch.conclude``.
-            PlaceholderLeakError: the model holds a tensor that was computed from one, and has no memory.
-        """
-        if self.checkpoint is not None:
-            self.checkpoint.conclude(model, model_config)
-        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta and name not in self._without_memory]
-        if leaks and self._streams:
-            raise PlaceholderLeakError(
-                f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
-            )
+    # -- while the weights are read ----------------------------------------------------------------------------------
 
     def reading(self) -> AbstractContextManager[None]:
         """Around all of upstream's load."""
-        return nullcontext() if self.checkpoint is None else self.checkpoint.reading()
+        return self.checkpoint.reading()
 
     def see(self, name: str, tensor: object) -> None:
         """Note an entry of the checkpoint, before the model gets it."""
-        if self.checkpoint is not None:
-            self.checkpoint.see(name, tensor)
+        self.checkpoint.see(name, tensor)
         self.sources.offer(tensor, name)
+
+    def placeholders(self) -> Iterator[tuple[str, torch.nn.Parameter, ParameterStream]]:
+        """Every placeholder that waits to be written: its name, itself, and what takes the writes."""
+        for layer in self._layers:
+            for key, stream in layer.streams.items():
+                yield f"{layer.name}.{key}", layer.placeholders[key], stream
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Size of all fp8 weights to be filled."""
+        return sum(stream.storage.weight.nbytes for layer in self._layers for stream in layer.streams.values())
 
     def explain(self, error: Exception) -> Iterator[str]:
         """What an error that ended upstream's load does not say itself."""
         if is_shortage(error):
             yield told(self.account)
-        if self.checkpoint is not None:
-            yield from self.checkpoint.explain([stream for stream, _ in self._streams.values()])
+        yield from self.checkpoint.explain(self._layers)
+
+    # -- after the weights are read ----------------------------------------------------------------------------------
+
+    def finish(self, layer: torch.nn.Module) -> LayerPlan | None:
+        """Replace a layer's high-precision weights by its quantized parameters.
+
+        Returns:
+            The plan of a layer that was quantized here, now or by an earlier call; None where upstream has to do it.
+        """
+        if layer in self._finished:
+            return self._finished[layer]
+        # Before upstream's post-processing, which may compute with weights that are marked.
+        self._reading.close()
+        plan = self._finish_stream(layer) if layer in self._streams else self.fallback.finish(layer)
+        if plan is not None:
+            self._finished[layer] = plan
+        return plan
+
+    def check(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Make sure that everything was written, and that nothing still refers to a placeholder.
+
+        Raises:
+            StreamFP8Error: as of ``CheckpointWatch.conclude``, or streaming is required and was not as it should be.
+            PlaceholderLeakError: the model holds a tensor that was computed from one, and has no memory.
+        """
+        # First: a unit whose job failed is incomplete too.
+        self.executor.close()
+        self.executor.check()
+        self._reading.close()
+        self.fallback.forget_deleted(model)
+        if self._is_online:
+            self.checkpoint.tell_quantized(is_error=self.settings.mode is Mode.REQUIRE)
+        if self._narrowed:
+            self._tell_narrowed()
+        if self._unstreamed is not None:
+            self.checkpoint.note_unstreamed(self._unstreamed, model_config)
+        snapshots.refresh(model)
+        self.checkpoint.conclude(model, model_config)
+        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta and name not in self._without_memory]
+        if leaks and self.updatable:
+            raise PlaceholderLeakError(
+                f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
+            )
 
     def close(self) -> None:
-        """Release all staging memory. To be called once, also when loading failed."""
+        """End what runs beside the load, and give all staging memory back. To be called once, also after a failure."""
+        self._reading.close()
+        self.record.close()
+        if self._dtypes is not None:
+            self._dtypes.restore()
         # Where jobs or copies have failed, so has the load, with an error of its own.
         with suppress(RuntimeError):
             self.executor.close()
-        self._release()
+        self._drop_staged()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _release(self) -> None:
-        for stream, _ in self._streams.values():
-            stream.release()
+    @property
+    def _layers(self) -> list[LayerStream]:
+        # A copy: a loader thread may take a layer away.
+        return [stream for stream, _ in list(self._streams.values())]
+
+    def _drop_staged(self) -> None:
+        for layer in self._layers:
+            layer.drop_staged()
+
+    def _watch(self, model: torch.nn.Module) -> None:
+        """Look at what is loaded into parameters that are not streamed."""
+        if self.abandoned is None:
+            # Loaders that are not covered keep those of parameters for later (``flash_rl``).
+            self._dtypes = StoredDtypes(model, self.sources)
+        if self._streams:
+            self._reading.enter_context(self.executor.reading())
+        if self._streams and not self._is_prequantized:
+            filled = {f"{stream.name}.{name}" for stream, layer in self._streams.values() for name in layer.plan.fills}
+            self._unstreamed = UnstreamedParameters(model, {*self.fallback.names(), *filled})
+            self._reading.callback(self._unstreamed.settle)
 
     def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
         if name is None:
             # Not part of the module tree, so stock would never quantize it either.
-            _allocate_as_stock(pending)
+            pending.allocate()
             return
-        reason = eligibility.why_deferred(name)
-        if reason is not None:
-            self._keep(layer, name, pending)
-            self.deferred[name] = reason
-        elif name in self._excluded:
-            self._keep(layer, name, pending)
-            self._fall_back(name, self._excluded[name])
-        else:
+        self.updatable[name] = UpdatableLayer(name, layer, pending.plan, pending.placeholders)
+        deferred, excluded = eligibility.why_deferred(name), self.fallback.excluded.get(name)
+        if deferred is None and excluded is None:
             self._open(layer, name, pending)
+            return
+        if deferred is not None:
+            self.fallback.deferred[name] = deferred
+        elif excluded is not None:
+            self._fall_back(name, excluded)
+        self.updatable[name].release_placeholders()
+        self.fallback.keep(layer, name, pending, is_read=not self._is_prequantized)
 
     def _open(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
         """Stream a layer's parameters from now on."""
-        streams = {}
-        for key, placeholder in pending.placeholders.items():
-            size = placeholder.numel() * torch.float8_e4m3fn.itemsize
-            with shortage_explained(f"for the fp8 storage of {name}.{key}", size, self.account):
-                storage = self._allocate(pending, key)
-            plan = pending.plan.parameter(key, placeholder, storage)
-            streams[key] = (placeholder, self._stream(f"{name}.{key}", placeholder, plan))
-        layer_stream = LayerStream(name, streams, functools.partial(self._return, layer), self._lose, _shared_by())
+        streams = {
+            key: (placeholder, self._stream(name, key, pending)) for key, placeholder in pending.placeholders.items()
+        }
+        on_return, on_loss = functools.partial(self._take_back, layer), functools.partial(self._lose, layer)
+        layer_stream = LayerStream(name, streams, on_return, on_loss, parallel_ranks().tp.size)
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
-        self._streams[layer] = (layer_stream, pending.plan)
+        self._streams[layer] = layer_stream, pending
 
-    def _build_kernels(self) -> None:
-        """Use each kernel once, before threads of a model's loader do: what is built then is built by one of them."""
-        kinds = {part.kind: part for stream, _ in self._streams.values() for part in stream.streams.values()}
-        for part in kinds.values():
-            part.try_quantizer()
-
-    def _allocate(self, pending: PendingLayer, key: str) -> Storage:
-        return pending.plan.allocate(key, pending.placeholders[key], pending.device)
-
-    def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
-        quantizer = self.executor.quantizer(plan.quantizer)
+    def _stream(self, layer: str, key: str, pending: PendingLayer) -> ParameterStream:
+        placeholder, name = pending.placeholders[key], f"{layer}.{key}"
+        size = placeholder.numel() * torch.float8_e4m3fn.itemsize
+        with shortage_explained(f"for the fp8 storage of {name}", size, self.account):
+            storage = pending.plan.allocate(key, placeholder, pending.device)
+        plan = pending.plan.parameter(key, placeholder, storage)
         return ParameterStream(
             name,
             placeholder,
             plan.grid,
-            quantizer,
+            self.executor.quantizer(plan.quantizer),
             plan.storage,
             self.account,
             self.sources,
             executor=self.executor,
-            **self._options(name, plan),
+            quantized=functools.partial(self.record.quantized, layer),
+            rows=rows_over_ranks.of(plan),
+            mark=sentinel.fill,
         )
 
-    def _options(self, name: str, plan: ParameterPlan) -> dict[str, Any]:
-        """Further ones of a stream."""
-        return {}
+    def _build_kernels(self) -> None:
+        """Use each kernel once, before threads of a model's loader do: what is built then is built by one of them."""
+        kinds = {part.kind: part for layer in self._layers for part in layer.streams.values()}
+        for part in kinds.values():
+            part.try_quantizer()
 
-    def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
-        """Leave a layer to stock."""
-        _allocate_as_stock(pending)
+    def _take_back(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
+        """A layer cannot be streamed; its placeholders have memory now, with all that was written."""
+        _, pending = self._streams.pop(layer)
+        self.updatable[stream.name].release_placeholders()
+        self.fallback.take_back(layer, stream, pending)
+        if stream.name not in self.fallback.lost:
+            self._fall_back(stream.name, reason)
 
-    def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
-        """A layer has gone back to stock."""
-        self._fall_back(stream.name, reason)
-
-    def _lose(self, stream: LayerStream, reason: str) -> None:
-        """It has turned out too late that a layer cannot be streamed."""
-        self.lost[stream.name] = reason
+    def _lose(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
+        """A layer cannot be streamed, and some of its values are lost."""
+        self.fallback.lost[stream.name] = reason
+        self._take_back(layer, stream, reason)
 
     def _fall_back(self, name: str, reason: str) -> None:
-        self.fallback[name] = reason
-        logger.warning("StreamFP8: %s is %s: %s", name, self._manner(name), sentence(reason))
+        """Say that a layer is not streamed.
 
-    def _manner(self, name: str) -> str:
-        """How a layer that is not streamed is loaded."""
-        return "loaded as in stock SGLang"
+        Raises:
+            StreamingUnavailableError: streaming is required.
+        """
+        if self.settings.mode is Mode.REQUIRE:
+            refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", f"{name}: {reason}")
+        self.fallback.reasons[name] = reason
+        known, manner = self.updatable.get(name), "loaded as in stock SGLang"
+        if known is not None and known.plan.replaces_stock:
+            scales = ", with scales of this rank's columns alone" if rows_over_ranks.are_split(known.plan) else ""
+            manner = f"quantized after it has been loaded whole{scales}"
+        logger.warning("StreamFP8: %s is %s: %s", name, manner, sentence(reason))
+
+    def _finish_stream(self, layer: torch.nn.Module) -> LayerPlan:
+        stream, pending = self._streams[layer]
+        try:
+            self._settle(stream)
+        except LayerNotStreamableError as error:
+            stream.drop_staged()
+            self.fallback.lost[stream.name] = error.reason
+        pending.plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
+        stream.finish()
+        return pending.plan
 
     def _settle(self, stream: LayerStream) -> None:
-        if self.checkpoint is not None:
+        """Note what became of a layer's units."""
+        units = direct_units = size = 0
+        if not self._is_prequantized:
             self.checkpoint.note_misfits(stream)
         for part in stream.streams.values():
-            missing = part.settle_with_zeros()
-            self.units += part.units - len(missing)
-            self.direct_units += part.direct_units
-            self._note(stream.name, part, missing)
+            # What fills the parameters comes later where it is fp8 already.
+            missing: Sequence[int] = [] if self._is_prequantized else part.settle_with_zeros()
+            self.checkpoint.note(stream.name, part, missing)
+            self._narrowed += [part.name] if part.rows is not None and part.rows.is_narrowed else []
+            units += part.units - len(missing)
+            direct_units += part.direct_units
+            size += part.storage.weight.nbytes + part.storage.scale.nbytes
+        self.record.layers.append(StreamedLayer(stream.name, units, direct_units, size))
 
-    def _note(self, layer: str, part: ParameterStream, missing: Sequence[int]) -> None:
-        """A parameter is finished; ``missing`` are units that were never completely written, and hold zeros."""
-        if self.checkpoint is not None:
-            self.checkpoint.note(layer, part, missing)
-        elif missing:
-            logger.warning("StreamFP8: %s: %d of %d units were not loaded.", part.name, len(missing), part.units)
+    def _tell_narrowed(self) -> None:
+        """Scales of some rows depend on the number of ranks.
 
-
-def _shared_by() -> int:
-    """How many may share a parameter."""
-    from sglang.srt.distributed import parallel_state
-
-    try:
-        size: int = parallel_state.get_tp_group().world_size
-    except AssertionError:  # No group, as where a model is only described.
-        return 1
-    return size
+        Raises:
+            StreamingUnavailableError: streaming is required.
+        """
+        text = rows_over_ranks.told(self._narrowed)
+        if self.settings.mode is Mode.REQUIRE:
+            refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", text)
+        self.checkpoint.warn(text)
 
 
-def _allocate_as_stock(pending: PendingLayer) -> None:
-    for placeholder in pending.placeholders.values():
-        materialize(placeholder, torch.empty_like(placeholder, device=pending.device))
+def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:
+    for name, placeholder in pending.placeholders.items():
+        if layer._parameters.get(name) is not placeholder or storage_key(placeholder) != pending.storage_keys[name]:
+            return name
+    return None
+
+
+def _tolerance(settings: Settings) -> Tolerance:
+    return Tolerance(
+        missing=settings.allow_missing,
+        missing_switch=f"{ALLOW_MISSING_VARIABLE}=1",
+        not_finite=settings.mode is not Mode.REQUIRE,
+        not_finite_switch=f"{MODE_VARIABLE}=1",
+    )
 
 
 _current: ContextVar[ModelLoad | None] = ContextVar("streamfp8_load", default=None)
@@ -355,40 +463,6 @@ def current() -> ModelLoad | None:
     return _current.get()
 
 
-def create_streamed(
-    original: Callable[..., None],
-    plan: Callable[[], LayerPlan],
-    method: Any,
-    layer: torch.nn.Module,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """Around ``create_weights`` of a quantization method: with placeholders where the layer can be streamed."""
-    load = current()
-    create = functools.partial(original, method, layer, *args, **kwargs)
-    if load is None or not load.admits(method.quant_config):
-        create()
-        return
-    reason = eligibility.why_not_layer(method, layer)
-    if reason is not None:
-        load.leave(layer, reason)
-        create()
-        return
-    dtype = inspect.signature(original).bind(method, layer, *args, **kwargs).arguments["params_dtype"]
-    load.create_weights(create, layer, dtype, plan())
-
-
-def process_streamed(original: Callable[..., None], method: Any, layer: torch.nn.Module) -> None:
-    """Around ``process_weights_after_loading`` of a quantization method: what is left to do after quantizing."""
-    load = current()
-    plan = None if load is None else load.finish(layer)
-    process = functools.partial(original, method, layer)
-    if plan is None:
-        process()
-    else:
-        plan.process(process, method, layer)
-
-
 @contextmanager
 def under_way(load: ModelLoad) -> Iterator[None]:
     """Make ``load`` the current one."""
@@ -397,34 +471,3 @@ def under_way(load: ModelLoad) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, buffer and tensor in an attribute (MLA's ``w_kc``) of a model, with its name."""
-    for prefix, module in model.named_modules():
-        attributes = {name: value for name, value in vars(module).items() if name not in TORCH_ATTRIBUTES}
-        for values in (module._parameters, module._buffers, attributes):
-            for name, value in values.items():
-                yield from _tensors_in(value, f"{prefix}.{name}" if prefix else name, MOST_NESTED)
-
-
-TORCH_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules"})
-"""Where torch keeps what a module holds; all other attributes are the model's own."""
-MOST_NESTED = 3
-"""Lists and dicts within each other in which tensors are looked for."""
-
-
-def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (list, tuple, dict)) and depth:
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        for key, item in items:
-            yield from _tensors_in(item, f"{name}[{key!r}]", depth - 1)
-
-
-def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:
-    for name, placeholder in pending.placeholders.items():
-        if layer._parameters.get(name) is not placeholder or storage_key(placeholder) != pending.storage_keys[name]:
-            return name
-    return None

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from sglang_overlay import __version__
-from sglang_overlay.load.model_load import tensors_of
-from sglang_overlay.load.overlay_load import OverlayLoad
+from sglang_overlay.load.model_load import ModelLoad
+from sglang_overlay.load.model_tensors import stored_bytes, tensors_of
 from sglang_overlay.load.ranks import parallel_ranks
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import (
@@ -26,7 +26,7 @@ from sglang_overlay.settings import Mode
 
 
 def summarize(
-    load: OverlayLoad,
+    load: ModelLoad,
     model: torch.nn.Module,
     release: str | None,
     model_config: Any,
@@ -46,46 +46,40 @@ def summarize(
         overlay_version=__version__,
         model_path=str(model_config.model_path),
         load_format=str(getattr(load_config.load_format, "value", load_config.load_format)),
-        mode="streaming" if load.layers else "stock",
+        mode="streaming" if load.record.layers else "stock",
         seconds=ended - began,
         memory=memory,
         final_bytes=stored_bytes(tensor for _, tensor in tensors_of(model)),
         role="draft" if getattr(model_config, "is_draft_model", False) else "target",
         ranks=parallel_ranks(),
-        units=UnitCounts(streamed=load.units, direct=load.direct_units),
+        units=UnitCounts(streamed=load.record.units, direct=load.record.direct_units),
         staging=StagingUsage(peak_bytes=load.account.peak),
         layers=LayerCounts(
-            streamed=load.layers,
-            deferred=_notes(load.deferred),
-            fallback=_notes(load.fallback),
+            streamed=len(load.record.layers),
+            deferred=_notes(load.fallback.deferred),
+            fallback=_notes(load.fallback.reasons),
             figures=tuple(_figures(load, began)),
         ),
         scheme=_scheme(load, model_config),
         warnings=(*_why_stock(load), *load.checkpoint.warnings),
-        missing=tuple(load.missing),
+        missing=tuple(load.checkpoint.missing),
     )
 
 
-def _scheme(load: OverlayLoad, model_config: Any) -> str:
-    if not load.layers:
+def _scheme(load: ModelLoad, model_config: Any) -> str:
+    if not load.record.layers:
         return STOCK
     return MXFP8 if model_config.quantization == MXFP8 else load.settings.schemes.text
 
 
-def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all memory that tensors hold, or would hold if they had any; shared memory is counted once."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr() or storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-def _why_stock(load: OverlayLoad) -> list[str]:
+def _why_stock(load: ModelLoad) -> list[str]:
     # Not where the user wanted stock.
     return [load.abandoned] if load.abandoned and load.settings.mode is not Mode.OFF else []
 
 
-def _figures(load: OverlayLoad, began: float) -> Iterator[LayerFigures]:
-    for layer in load.settled:
-        first, last = load.times.span(layer.name, began)
+def _figures(load: ModelLoad, began: float) -> Iterator[LayerFigures]:
+    for layer in load.record.layers:
+        first, last = load.record.times.span(layer.name, began)
         yield LayerFigures(layer.name, layer.units, layer.direct_units, layer.size, first, last)
 
 

@@ -98,7 +98,7 @@ class KeptWeight:
         """Names of the checkpoint tensors that were written, where they are known."""
         return list(self._origins)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Forget the weight, which its loader refers to through this: its memory must be free once it is quantized."""
         del self.weight
 

@@ -13,7 +13,7 @@ from sglang_overlay.core.placeholders import set_loader, twin
 
 if TYPE_CHECKING:
     from sglang_overlay.core.layer import WeightLoader
-    from sglang_overlay.schemes.updatable_plan import UpdatablePlan
+    from sglang_overlay.schemes.layer_plan import LayerPlan
 
 
 class UpdatableLayer:
@@ -31,7 +31,7 @@ class UpdatableLayer:
     """
 
     def __init__(
-        self, name: str, module: torch.nn.Module, plan: UpdatablePlan, placeholders: Mapping[str, torch.nn.Parameter]
+        self, name: str, module: torch.nn.Module, plan: LayerPlan, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> None:
         self.name = name
         self.module = module
@@ -45,7 +45,7 @@ class UpdatableLayer:
         self._before_quantization = tuple(module._parameters)
         self._loaders = {key: _loader_of(placeholder) for key, placeholder in self._stand_ins.items()}
 
-    def let_go(self) -> None:
+    def release_placeholders(self) -> None:
         """Keep look-alikes in place of the placeholders, which are about to get memory, or have it already."""
         self.placeholders = {
             key: twin(placeholder, torch.empty_like(placeholder, device="meta"))

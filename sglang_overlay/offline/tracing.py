@@ -24,8 +24,7 @@ from sglang_overlay.core.regions import Box, Placement
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.errors import ExportError, UnsupportedWriteError
 from sglang_overlay.load import eligibility
-from sglang_overlay.load.model_load import under_way
-from sglang_overlay.load.overlay_load import OverlayLoad
+from sglang_overlay.load.model_load import ModelLoad, under_way
 from sglang_overlay.offline.plan.job import Layout
 from sglang_overlay.offline.simulation import simulated_rank
 from sglang_overlay.schemes.choice import SchemeChoice
@@ -140,7 +139,7 @@ class _Provenance(TorchDispatchMode):
 _COPIES = frozenset({aten.clone.default, aten._to_copy.default})
 
 
-class _TracedLoad(OverlayLoad):
+class _TracedLoad(ModelLoad):
     """Notes what is written into the parameters that would be quantized, which exist without memory like all others."""
 
     def __init__(self, schemes: SchemeChoice) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.rows_over_ranks import WholeRowScales
-from sglang_overlay.schemes.updatable_plan import SerializedPlan
+from sglang_overlay.schemes.serialized_plan import SerializedPlan
 
 ROWS = 128
 """Rows quantized at once on a CPU, so that intermediates stay in cache; fewer where a size is no multiple."""

@@ -20,7 +20,8 @@ from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.rows_over_ranks import WholeRowScales
 from sglang_overlay.schemes.scheme import LayerKind
-from sglang_overlay.schemes.stock_updatable import UpdatableExpertsPlan, UpdatableLinearPlan
+from sglang_overlay.schemes.stock_experts import ExpertsPlan
+from sglang_overlay.schemes.stock_linear import LinearPlan
 from sglang_overlay.schemes.stored_format import StoredFormat
 
 
@@ -28,7 +29,7 @@ class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
     """SGLang's own, for layers whose granularity is the user's choice: the hooks for stock's choice pass it by."""
 
 
-class ChosenLinearPlan(UpdatableLinearPlan):
+class ChosenLinearPlan(LinearPlan):
     """The granularity is the user's choice, also of a layer that cannot be streamed."""
 
     replaces_stock = True
@@ -54,7 +55,7 @@ class TensorScheme:
         return fp8.Fp8LinearMethod(config) if kind is LayerKind.LINEAR else fp8.Fp8MoEMethod(config)
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        return ChosenLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else UpdatableExpertsPlan()
+        return ChosenLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else ExpertsPlan()
 
     def stored(self) -> StoredFormat | None:
         # Stock quantizes the parts of a fused layer anew on loading such a checkpoint, from values already rounded.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one layer goes through a load: what the loader asks of it. A scheme (``scheme.py``) makes one for each layer."""
+"""How one layer goes through a load, and what weight updates ask of it. A scheme (``scheme.py``) makes one a layer."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,6 +32,12 @@ class ParameterPlan:
     storage: Storage
 
 
+def quantize_whole(plan: ParameterPlan, values: torch.Tensor) -> torch.Tensor:
+    """Quantize a parameter that is there in full, in high precision; returns each unit's largest magnitude."""
+    units = values.reshape(plan.grid.count, *plan.grid.shape)
+    return plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
+
+
 @dataclass(frozen=True)
 class Placeholders:
     """Parameters without memory that stand for a layer's high-precision weights.
@@ -46,13 +52,20 @@ class Placeholders:
 
 
 class LayerPlan(abc.ABC):
-    """One layer's way through a load, in the order of the methods. The loader knows nothing else of its scheme.
+    """One layer's way through a load, in the order of the methods, and what updates need of it then.
+
+    Neither knows anything else of its scheme.
 
     Attributes:
         weights: names of the parameters that the checkpoint's high-precision weights are loaded into.
+        fills: names of further parameters (scales, say) that only quantizing writes.
+        replaces_stock: the layer becomes something that upstream does not make of a high-precision weight, so one that
+            cannot be streamed is quantized here as well, when it has been loaded whole.
     """
 
     weights: frozenset[str]
+    fills: frozenset[str] = frozenset()
+    replaces_stock: ClassVar[bool] = False
 
     @abc.abstractmethod
     def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
@@ -89,6 +102,26 @@ class LayerPlan(abc.ABC):
             method: its quantization method.
             layer: the layer.
         """
+
+    @abc.abstractmethod
+    def registered(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, Storage] | None:
+        """The memory of a finished layer's weights, by name; None where they have been repacked since."""
+
+    def scale_placeholders(
+        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, tuple[str, torch.nn.Parameter]]:
+        """Where updates may bring weights that are quantized already, in the layout in which the layer is served.
+
+        To be called when upstream has just created the layer.
+
+        Returns:
+            For each such weight the name under which upstream's models look for the parameter of its scales, and a
+            placeholder for that, without memory, with upstream's loader; its elements are in the order of the
+            storage's.
+        """
+        return {}
 
 
 class OnlinePlan(LayerPlan):

@@ -30,7 +30,6 @@ from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.layer_plan import OnlinePlan, ParameterPlan, Placeholders
-from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 GROUP = 32
 """Values in a row that share a scale."""
@@ -50,7 +49,7 @@ def is_online(config: Any) -> bool:
     )
 
 
-class Mxfp8Plan(OnlinePlan, UpdatablePlan):
+class Mxfp8Plan(OnlinePlan):
     """Streams weights ``[..., N, K]`` into values of that shape and exponents ``[..., N, K / 32]``, uint8."""
 
     def create(self, create: Callable[[], None], layer: Module, dtype: torch.dtype) -> Placeholders:

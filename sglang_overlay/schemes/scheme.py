@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.stored_format import StoredFormat
-from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 
 class LayerKind(enum.Enum):
@@ -44,7 +44,7 @@ class Scheme(Protocol):
             ``params_dtype``.
         """
 
-    def plan(self, kind: LayerKind, method: Any) -> UpdatablePlan:
+    def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
         """How a layer is loaded: a plan of its own for each layer.
 
         Args:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.quantizers import UnitQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.placeholders import twin
+from sglang_overlay.core.quantizers import ShuffledUnits, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes import capabilities
@@ -25,6 +26,9 @@ class ExpertsPlan(OnlinePlan):
 
     weights = frozenset({"w13_weight", "w2_weight"})
 
+    def __init__(self) -> None:
+        self._row_scales: dict[str, torch.Tensor] = {}
+
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         from sglang.srt.layers.quantization import fp8
 
@@ -32,7 +36,10 @@ class ExpertsPlan(OnlinePlan):
         return Storage(weight, torch.ones(placeholder.shape[0], dtype=torch.float32, device=device))
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(), storage)
+        quantizer = self.quantizer()
+        if name in self._row_scales:
+            quantizer = AiterExperts(quantizer, self._row_scales[name])
+        return ParameterPlan(UnitGrid.per_slice(placeholder.shape), quantizer, storage)
 
     def quantizer(self) -> UnitQuantizer:
         """What turns one expert's matrix into fp8: upstream's own function."""
@@ -61,6 +68,62 @@ class ExpertsPlan(OnlinePlan):
             # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
             found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
             dispatcher.set_quant_config(found if wanted is None else wanted)
+
+    def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
+        from sglang.srt.layers.quantization import fp8
+
+        storages = {name: _served(layer, name, tuple(placeholders[name].shape)) for name in placeholders}
+        for name, storage in storages.items():
+            shape = placeholders[name].shape
+            if (storage.weight.dtype, storage.weight.shape, storage.scale.shape) != (fp8.fp8_dtype, shape, shape[:1]):
+                return None
+        if capabilities.uses_aiter():
+            # Only in a finished layer: upstream shuffles experts when all have been loaded.
+            self._row_scales = {name: layer.get_parameter(f"{name}_scale1").data for name in placeholders}
+        return storages
+
+    def scale_placeholders(
+        self, layer: Module, placeholders: Mapping[str, Parameter]
+    ) -> dict[str, tuple[str, Parameter]]:
+        """As checkpoints with a scale a tensor have them: ``[E, 2]`` for gate and up, ``[E]`` for down."""
+        from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
+
+        if capabilities.uses_aiter():
+            return {}
+        made = {}
+        for name, weight in placeholders.items():
+            scale = layer.get_parameter(f"{name}_scale")
+            stand_in: Any = twin(scale, torch.empty_like(scale, device="meta"))
+            stand_in.quant_method = FusedMoeWeightScaleSupported.TENSOR.value
+            stand_in.weight_loader = weight.weight_loader  # type: ignore[attr-defined]
+            made[name] = f"{name}_scale", stand_in
+        return made
+
+
+class AiterExperts(ShuffledUnits):
+    """Experts that are being served by aiter: shuffled, and the scale of each repeated for each of its rows.
+
+    Args:
+        quantizer: of experts' matrices.
+        row_scales: float32 ``[experts, rows]``.
+    """
+
+    def __init__(self, quantizer: UnitQuantizer, row_scales: torch.Tensor) -> None:
+        super().__init__(quantizer, capabilities.shuffle, capabilities.unshuffle)
+        self._row_scales = row_scales
+
+    def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        found = super().quantize_units(values, weight, scale)
+        # Which experts these are: a layer's scales are one tensor, of one element an expert.
+        first = scale.storage_offset()
+        self._row_scales[first : first + len(scale)] = scale.view(-1, 1)
+        return found
+
+
+def _served(layer: Module, name: str, shape: tuple[int, ...]) -> Storage:
+    """A finished layer's weight and its scales, without the columns that upstream adds with SGLANG_MOE_PADDING."""
+    weight = layer.get_parameter(name).data
+    return Storage(weight[..., : shape[-1]], layer.get_parameter(f"{name}_scale").data)
 
 
 def _prepare_backend(method: Any, layer: Module) -> None:

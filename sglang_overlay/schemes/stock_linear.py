@@ -68,6 +68,37 @@ class LinearPlan(OnlinePlan):
         if self._per_channel and is_per_token(method):
             method.use_per_token_if_dynamic = True
 
+    def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
+        from sglang.srt.layers.quantization import fp8
+
+        weight, scale = layer.get_parameter("weight").data.t(), layer.get_parameter("weight_scale").data
+        placeholder = placeholders["weight"]
+        if (weight.dtype, weight.shape) != (fp8.fp8_dtype, placeholder.shape) or not weight.is_contiguous():
+            return None
+        return {"weight": self._storage(weight, scale.view(-1))} if scale.numel() == self._scales(placeholder) else None
+
+    def scale_placeholders(
+        self, layer: Module, placeholders: Mapping[str, Parameter]
+    ) -> dict[str, tuple[str, Parameter]]:
+        """``weight_scale``, as checkpoints in compressed-tensors' format have it.
+
+        Per channel ``[N, 1]``; per tensor one for each checkpoint tensor of a fused weight.
+        """
+        from sglang.srt.layers.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
+
+        weight: Any = placeholders["weight"]
+        # aiter serves rows that are shuffled.
+        if capabilities.uses_aiter() or getattr(weight, "output_dim", None) != 0:
+            return {}
+        if self._per_channel:
+            made = torch.empty(len(weight), 1, dtype=torch.float32, device="meta")
+            scale = ChannelQuantScaleParameter(data=made, output_dim=0, weight_loader=weight.weight_loader)
+        else:
+            parts: Any = layer.logical_widths
+            made = torch.empty(len(parts), dtype=torch.float32, device="meta")
+            scale = PerTensorScaleParameter(data=made, weight_loader=weight.weight_loader)
+        return {"weight": ("weight_scale", scale)}
+
     def _scales(self, placeholder: torch.Tensor) -> int:
         return placeholder.shape[0] if self._per_channel else 1
 

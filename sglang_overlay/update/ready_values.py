@@ -129,11 +129,11 @@ class ReadyValues:
 
     def restore(self, saved: tuple[object, ...]) -> None:
         """Hold again what was held when ``saved`` was made."""
-        self.release()
+        self.drop_staged()
         self._waiting, self._missing, (self._scale, self._scaled, self._whole, self.taken) = saved  # type: ignore[assignment,misc]
         self._account.add(sum(write.values.nbytes for write in self._waiting))
 
-    def release(self) -> None:
+    def drop_staged(self) -> None:
         """Give all memory of values back."""
         self._account.add(-sum(write.values.nbytes for write in self._waiting))
         self._waiting = []

@@ -41,12 +41,13 @@ from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.tensor_names import PACKED
 from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.load.diagnostics import WantedShapes, kept_misfits
-from sglang_overlay.load.model_load import tensors_of
+from sglang_overlay.load.model_tensors import tensors_of
 from sglang_overlay.load.ranks import parallel_ranks
+from sglang_overlay.load.stored_dtypes import QUANTIZED
 from sglang_overlay.load.unstreamed import missed
 from sglang_overlay.load.updatable_layer import UpdatableLayer
 from sglang_overlay.schemes import rows_over_ranks
-from sglang_overlay.schemes.updatable_plan import quantize_whole
+from sglang_overlay.schemes.layer_plan import quantize_whole
 from sglang_overlay.update.loaders_view import (
     aliases_shown,
     layers_shown,
@@ -59,7 +60,7 @@ from sglang_overlay.update.ready_values import ReadyValues
 from sglang_overlay.update.tensor_attributes import TensorAttributes
 from sglang_overlay.update.tensor_groups import TensorGroups
 from sglang_overlay.update.undo import Bindings, UndoableQuantizer, UndoLog
-from sglang_overlay.update.update_capture import VALUES, GivenTensors, ServedMemory, UpdateCapture
+from sglang_overlay.update.update_capture import GivenTensors, ServedMemory, UpdateCapture
 from sglang_overlay.update.update_stream import UpdateStream
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ class WeightUpdate:
         self._executor.close()
         self._undo.forget()
         for stream in self._streams.values():
-            stream.release()
+            stream.drop_staged()
         for parameter, _ in self._whole.values():
             parameter.reset()
 
@@ -405,7 +406,7 @@ class WeightUpdate:
         others: dict[int, str] = {}
         for name, tensor in tensors_of(model):
             if not tensor.is_meta:
-                (quantized if tensor.dtype in VALUES else others).setdefault(storage_key(tensor), name)
+                (quantized if tensor.dtype in QUANTIZED else others).setdefault(storage_key(tensor), name)
         return ServedMemory(quantized, others, self._undo)
 
     def _offered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -422,7 +423,7 @@ class WeightUpdate:
         known = dict(model.named_parameters()) if self._direct else {}
         pairs = [
             (name, f"{name}{suffix}") for name in known for suffix in ("_scale", "_scale_inv")
-            if f"{name}{suffix}" in known and known[name].dtype in VALUES
+            if f"{name}{suffix}" in known and known[name].dtype in QUANTIZED
         ]  # fmt: skip
         return [
             f"{weight} ({'values without their scales' if weight in self._direct else 'scales without their values'})"
@@ -537,9 +538,9 @@ def is_updating(layer: torch.nn.Module) -> bool:
 
 
 def _refuse_cast(name: str, served: torch.dtype, sent: torch.dtype) -> None:
-    if served is sent or not {served, sent} & set(VALUES):
+    if served is sent or not {served, sent} & set(QUANTIZED):
         return
-    if served in VALUES and sent.itemsize > 1:
+    if served in QUANTIZED and sent.itemsize > 1:
         raise WeightUpdateError(
             f"{name} was quantized by stock SGLang, which cannot quantize it again: these {sent} values would be cast "
             "under the old scale. Send fp8 values with their scale"

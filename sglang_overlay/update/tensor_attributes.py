@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.load.model_load import MOST_NESTED, TORCH_ATTRIBUTES
+from sglang_overlay.load.model_tensors import MOST_NESTED, TORCH_ATTRIBUTES
 from sglang_overlay.update.undo import UndoLog
 
 

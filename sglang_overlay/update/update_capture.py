@@ -20,10 +20,8 @@ from sglang_overlay.core.capture import WriteSink, storage_key
 from sglang_overlay.core.partial_capture import PartialCapture
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.errors import WeightUpdateError
+from sglang_overlay.load.stored_dtypes import QUANTIZED
 from sglang_overlay.update.undo import UndoLog
-
-VALUES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
-"""Dtypes of quantized weights; the fp8 dtype without a mantissa is one of scales."""
 
 aten = torch.ops.aten
 
@@ -156,7 +154,7 @@ class UpdateCapture(PartialCapture):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _refuse_conversion(self, source: torch.Tensor, dtype: torch.dtype, key: int | None = None) -> None:
-        if source.dtype in VALUES and dtype is not source.dtype and key not in self._takes_values:
+        if source.dtype in QUANTIZED and dtype is not source.dtype and key not in self._takes_values:
             raise WeightUpdateError(
                 f"{self._given.name_of(source) or 'a tensor'} holds {dtype_name(source.dtype)} values, and goes where "
                 f"{dtype_name(dtype)} is served: without its scale it means nothing. Send it in high precision"

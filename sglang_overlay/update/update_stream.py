@@ -16,8 +16,9 @@ from sglang_overlay.core.staging import StagedUnit
 from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import LayerNotStreamableError, WeightUpdateError
+from sglang_overlay.load.stored_dtypes import QUANTIZED
 from sglang_overlay.update.ready_values import ReadyValues
-from sglang_overlay.update.update_capture import VALUES, dtype_name
+from sglang_overlay.update.update_capture import dtype_name
 
 
 class UpdateStream(ParameterStream):
@@ -38,7 +39,7 @@ class UpdateStream(ParameterStream):
         executor: Executor,
     ) -> None:
         super().__init__(*arguments, executor=executor, rows=rows)
-        self.rows = rows
+        self._whole_rows = rows
         self._ready = ready
         self._under_way = under_way
 
@@ -49,7 +50,7 @@ class UpdateStream(ParameterStream):
             WeightUpdateError: the values are quantized, and not as this parameter is.
         """
         source = self._as_padding(source)
-        if source.dtype not in VALUES and source.dtype is not self.storage.weight.dtype:
+        if source.dtype not in QUANTIZED and source.dtype is not self.storage.weight.dtype:
             super().write(destination, source)
             return
         if self._ready is None or source.dtype is not self.storage.weight.dtype:
@@ -128,12 +129,12 @@ class UpdateStream(ParameterStream):
             "direct": bytes(self._direct),
             "rewritten": set(self._rewritten),
             "ready": None if self._ready is None else self._ready.saved(),
-            "rows": self.rows.found.clone() if self.rows is not None and self._staged else None,
+            "rows": self._whole_rows.found.clone() if self._whole_rows is not None and self._staged else None,
         }
 
     def restore_call(self, saved: Mapping[str, Any]) -> None:
         """Hold again what was held when ``saved`` was made."""
-        self.release()
+        self.drop_staged()
         for unit, (pieces, has_background) in saved["staged"].items():
             staged = self._staged[unit] = StagedUnit(self._account, has_background=has_background)
             known: set[int] = set()
@@ -150,13 +151,13 @@ class UpdateStream(ParameterStream):
         self._rewritten = saved["rewritten"]
         if self._ready is not None:
             self._ready.restore(saved["ready"])
-        if saved["rows"] is not None and self.rows is not None:
-            self.rows.found.copy_(saved["rows"])
+        if saved["rows"] is not None and self._whole_rows is not None:
+            self._whole_rows.found.copy_(saved["rows"])
 
-    def release(self) -> None:
-        super().release()
+    def drop_staged(self) -> None:
+        super().drop_staged()
         if self._ready is not None:
-            self._ready.release()
+            self._ready.drop_staged()
 
     def _done_mask(self) -> torch.Tensor:
         return torch.frombuffer(bytearray(self._done), dtype=torch.bool)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -72,6 +74,25 @@ def test_what_was_written_before_is_kept():
     )
     assert torch.equal(streamed.placeholder.data, weight)
     assert streamed.account.held == 0
+
+
+def test_layer_that_went_back_holds_no_memory_of_its_own():
+    streamed = per_tensor((4, 8))
+    layer, _ = layer_of(streamed)
+    placeholder, stream = streamed.placeholder, streamed.stream
+    placeholder.weight_loader = layer.wrap(adding_loader)
+    del streamed
+    placeholder.weight_loader(placeholder, torch.randn(4, 8, dtype=torch.bfloat16))
+    fp8, weight = weakref.ref(stream.storage.weight), weakref.ref(placeholder)
+    gc.disable()
+    try:
+        del stream
+        assert fp8() is None
+        # As where upstream has quantized the weight: its loader refers to the layer, and that not to it.
+        del placeholder
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_parameter_class_and_attributes_survive():
@@ -180,5 +201,5 @@ def test_error_in_one_of_many_threads_surfaces_once_and_staging_is_given_back():
     assert len(errors) == 1
     assert "a tensor (float32 [3, 3]) into model.layers.0.mlp.weight" in errors[0].__notes__[0]
     assert streamed.account.held > 0
-    layer.release()
+    layer.drop_staged()
     assert streamed.account.held == 0

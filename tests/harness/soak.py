@@ -42,7 +42,7 @@ def _measured(target: Callable[..., None], folder: Path, *arguments: Any) -> lis
 
 def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
     from workbench.loads.job import changed_environ
-    from workbench.loads.load_worker import give_back_memory
+    from workbench.loads.load_worker import release_memory
 
     from sglang_overlay.observe.memory import meter_for
 
@@ -52,14 +52,14 @@ def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
     with changed_environ({MODE_VARIABLE: "require"}):
         for _ in range(loads):
             series.load(checkpoint)
-            give_back_memory()
+            release_memory()
             found.append(meter.read())
     _conclude(found, results)
 
 
 def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycles: int, results: Path) -> None:
     from workbench.loads.job import changed_environ
-    from workbench.loads.load_worker import build_runner, give_back_memory
+    from workbench.loads.load_worker import build_runner, release_memory
     from workbench.loads.updates import run
 
     from sglang_overlay.observe.memory import meter_for
@@ -72,7 +72,7 @@ def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycle
             failed = [done.message for done in (run(runner, update) for update in updates) if not done.success]
             if failed:
                 raise RuntimeError(f"updates failed: {failed}")
-            give_back_memory()
+            release_memory()
             found.append(meter.read())
     _conclude(found, results)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +12,12 @@ from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.cpu_reference import executor, kernels
 from sglang_overlay.cpu_reference.executor import CpuExecutor
-from sglang_overlay.cpu_reference.host_memory import TrimLate
-from sglang_overlay.load import overlay_load
+from sglang_overlay.load import model_load
 from sglang_overlay.offline.plan.replacing import replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
-
-
-@contextlib.contextmanager
-def _without_trimming() -> Iterator[None]:
-    with replaced(executor, "trim", lambda: None), replaced(TrimLate, "advance", lambda _late, _size: None):
-        yield
 
 
 def _mode_alone(_placeholders: Any, sinks: Any) -> Callable[[], WriteCapture]:
@@ -35,10 +27,9 @@ def _mode_alone(_placeholders: Any, sinks: Any) -> Callable[[], WriteCapture]:
 ABLATIONS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "threads": partial(replaced, executor, "threads_beside_loader", lambda: 0),
     "loops": partial(replaced, kernels, "_loops", lambda: None),
-    "trimming": _without_trimming,
     "captured views": partial(replaced, layer, "capture_of", _mode_alone),
     "mapped pieces": partial(replaced, CheckpointSources, "is_mapped", lambda _sources, _tensor: False),
     "late layers": partial(replaced, CpuExecutor, "quantizes_late", False),
-    "all of them": partial(replaced, overlay_load, "executor_for", lambda _device: Executor()),
+    "all of them": partial(replaced, model_load, "executor_for", lambda _device: Executor()),
 }
 """By the name of what is left out."""

@@ -101,7 +101,7 @@ class Accelerator:
         if self._module is not None:
             self._module.synchronize()
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Return the memory which the allocator holds and nobody uses."""
         if self._module is not None:
             self._module.empty_cache()

@@ -15,6 +15,7 @@ A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``loa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -41,7 +42,6 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from sglang_overlay.cpu_reference.host_memory import trim  # noqa: E402
 from sglang_overlay.hooks import built_in  # noqa: E402
 from sglang_overlay.hooks.catalogue import MEASURING, STREAMING  # noqa: E402
 from sglang_overlay.hooks.hook import lifted  # noqa: E402
@@ -90,8 +90,8 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
 
     def load_model(self) -> None:
         accelerator = Accelerator(self.device)
-        give_back_memory()
-        accelerator.give_back()
+        release_memory()
+        accelerator.release_memory()
         with MemorySampler(meter_for(self.device), _MEMORY_INTERVAL_MS) as sampler:
             begin, cpu_begin = time.perf_counter(), time.process_time()
             super().load_model()
@@ -115,10 +115,12 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
             self.is_draft_worker = role
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Collect garbage and return what malloc kept, so that the next reading is of what is held."""
     gc.collect()
-    trim()
+    # Only glibc keeps any.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Filling(TorchDispatchMode):
@@ -269,8 +271,8 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     finally:
         del runner
         runtime.take_down()
-        give_back_memory()
-        Accelerator(job.device).give_back()
+        release_memory()
+        Accelerator(job.device).release_memory()
 
 
 def finish(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:

@@ -73,9 +73,9 @@ class GatheredStream(ParameterStream):
         self._let_go()
         return gathered.view(self._placeholder_shape)
 
-    def release(self) -> None:
+    def drop_staged(self) -> None:
         self._let_go()
-        super().release()
+        super().drop_staged()
 
     def _gather(self, placement: Placement, source: torch.Tensor) -> None:
         if self._gathered is None:

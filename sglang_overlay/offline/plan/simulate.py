@@ -19,9 +19,8 @@ from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.hooks.catalogue import STREAMING
 from sglang_overlay.hooks.hook import State, inspect_hooks
-from sglang_overlay.load.model_load import tensors_of, under_way
-from sglang_overlay.load.overlay_load import OverlayLoad
-from sglang_overlay.load.summary import stored_bytes
+from sglang_overlay.load.model_load import ModelLoad, under_way
+from sglang_overlay.load.model_tensors import stored_bytes, tensors_of
 from sglang_overlay.offline.plan.account import CUDA_BLOCK, Account, AllocatedLate, AllocatedMemory, TouchedMemory
 from sglang_overlay.offline.plan.checkpoint import Checkpoint, WeightFile, arranged, read_headers, read_index
 from sglang_overlay.offline.plan.from_config import from_config
@@ -112,11 +111,11 @@ def _modelled(job: Job, work: DeviceWork) -> Iterator[None]:
         yield
 
 
-def _load(job: Job, device: torch.device) -> OverlayLoad:
+def _load(job: Job, device: torch.device) -> ModelLoad:
     if job.mode == "stock":
-        return OverlayLoad(Settings(StreamingMode.OFF), device)
+        return ModelLoad(Settings(StreamingMode.OFF), device)
     settings = Settings(StreamingMode.ON, schemes=job.schemes)
-    return OverlayLoad(settings, device, executor=Executor() if job.device == "cuda" else _NoComputing())
+    return ModelLoad(settings, device, executor=Executor() if job.device == "cuda" else _NoComputing())
 
 
 def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
@@ -124,7 +123,7 @@ def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
 
 
 def _weights(
-    job: Job, checkpoint: Checkpoint, account: Account, load: OverlayLoad, held: HeldTensors
+    job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad, held: HeldTensors
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What SGLang's own iterator gives, tensor by tensor."""
     contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
@@ -171,7 +170,7 @@ def _summary(
     job: Job,
     checkpoint: Checkpoint,
     account: Account,
-    load: OverlayLoad,
+    load: ModelLoad,
     model: torch.nn.Module,
     architecture: str,
     host: HostMemory,
@@ -182,11 +181,11 @@ def _summary(
         peak=account.peak,
         final=stored_bytes(tensor for _, tensor in tensors_of(model) if tensor.device.type == job.device),
         staging_peak=load.account.peak,
-        units=load.units,
-        direct_units=load.direct_units,
-        streamed=load.layers,
-        deferred=len(load.deferred),
-        fallback=len(load.fallback),
+        units=load.record.units,
+        direct_units=load.record.direct_units,
+        streamed=len(load.record.layers),
+        deferred=len(load.fallback.deferred),
+        fallback=len(load.fallback.reasons),
         why_none=load.abandoned,
         checkpoint_bytes=checkpoint.size,
         checkpoint_parameters=checkpoint.parameters,

@@ -184,7 +184,7 @@ class ModelLoad:
             try:
                 self._settle(stream)
             except LayerNotStreamableError as error:
-                stream.release()
+                stream.drop_staged()
                 self._lose(stream, error.reason)
             plan.register(layer, {name: part.storage for name, part in stream.streams.items()})
             stream.finish()
@@ -235,7 +235,7 @@ class ModelLoad:
 
     def _release(self) -> None:
         for stream, _ in self._streams.values():
-            stream.release()
+            stream.drop_staged()
 
     def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
         if name is None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's plan knows beyond its first load: weight updates, and schemes that stock does not have."""
+"""A plan for layers that upstream creates as for a checkpoint that is quantized already."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,46 +17,7 @@ from sglang_overlay.schemes import capabilities
 from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan, Placeholders
 
 
-def quantize_whole(plan: ParameterPlan, values: torch.Tensor) -> torch.Tensor:
-    """Quantize a parameter that is there in full, in high precision; returns each unit's largest magnitude."""
-    units = values.reshape(plan.grid.count, *plan.grid.shape)
-    return plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
-
-
-class UpdatablePlan(LayerPlan):
-    """A plan whose layer can be quantized again when it is finished.
-
-    Attributes:
-        fills: names of further parameters (scales, say) that only quantizing writes.
-        replaces_stock: the layer becomes something that upstream does not make of a high-precision weight, so one that
-            cannot be streamed is quantized here as well, when it has been loaded whole.
-    """
-
-    fills: frozenset[str] = frozenset()
-    replaces_stock: ClassVar[bool] = False
-
-    @abc.abstractmethod
-    def registered(
-        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
-    ) -> dict[str, Storage] | None:
-        """The memory of a finished layer's weights, by name; None where they have been repacked since."""
-
-    def scale_placeholders(
-        self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
-    ) -> dict[str, tuple[str, torch.nn.Parameter]]:
-        """Where updates may bring weights that are quantized already, in the layout in which the layer is served.
-
-        To be called when upstream has just created the layer.
-
-        Returns:
-            For each such weight the name under which upstream's models look for the parameter of its scales, and a
-            placeholder for that, without memory, with upstream's loader; its elements are in the order of the
-            storage's.
-        """
-        return {}
-
-
-class SerializedPlan(UpdatablePlan):
+class SerializedPlan(LayerPlan):
     """A layer as upstream creates it for a checkpoint that is quantized already: values and scales, in real memory.
 
     They are the final storage. While the checkpoint is read, placeholders stand in the values' places; then upstream's
