@@ -225,15 +225,15 @@ def _states(points: Iterable[Hook]) -> tuple[HookLine, ...]:
 
 
 def _hook(found: HookState) -> HookLine:
-    point = found.hook
+    hook = found.hook
     return HookLine(
-        target=point.target,
-        kind=point.kind.value,
+        target=hook.target,
+        kind=hook.kind.value,
         state=found.state.value,
         detail=found.detail,
-        why=point.why,
-        related=point.related,
-        remove_when=point.remove_when,
+        why=hook.why,
+        related=hook.related,
+        remove_when=hook.remove_when,
     )
 
 

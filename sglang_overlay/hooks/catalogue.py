@@ -147,7 +147,7 @@ STREAMING: tuple[Hook, ...] = (
     ),
     Hook(
         target=f"{_FP8}.Fp8Config.get_quant_method",
-        wrapper="sglang_overlay.hooks.methods:get_quant_method",
+        wrapper="sglang_overlay.hooks.scheme_hooks:get_quant_method",
         kind=HookKind.AROUND,
         parameters=("self", "layer", "prefix"),
         why="Gives a layer the quantization method of the scheme that the user chose for it. Stock has one scheme for "
@@ -318,7 +318,7 @@ STREAMING: tuple[Hook, ...] = (
     ),
 )
 
-MEASURING: tuple[Hook, ...] = tuple(point for point in STREAMING if point.target.endswith(".load_model"))
+MEASURING: tuple[Hook, ...] = tuple(hook for hook in STREAMING if hook.target.endswith(".load_model"))
 """All that is put in place for the report of a stock load: ``SGLANG_STREAMFP8=0`` with a folder for reports."""
 
 TELLING: tuple[Hook, ...] = (

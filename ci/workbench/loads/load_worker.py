@@ -333,7 +333,7 @@ def job_environ(changes: Mapping[str, str | None]) -> Iterator[list[str]]:
         stack.enter_context(changed_environ(changes))
         if os.environ.get(MODE_VARIABLE) == Mode.OFF.value:
             measuring = MEASURING if os.environ.get(REPORT_VARIABLE) else ()
-            stack.enter_context(lifted(point for point in STREAMING if point not in measuring))
+            stack.enter_context(lifted(hook for hook in STREAMING if hook not in measuring))
         yield stack.enter_context(collected_log())
 
 

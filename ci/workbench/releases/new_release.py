@@ -75,7 +75,7 @@ def compare(before: Path, after: Path, points: Iterable[Hook]) -> list[Change]:
         after: that of the later one.
         points: what is hooked.
     """
-    changes = (_change(before, after, point) for point in points)
+    changes = (_change(before, after, hook) for hook in points)
     return [change for change in changes if change.problem or change.notes or change.diff]
 
 

@@ -206,11 +206,11 @@ def _ruff(*arguments: str) -> None:
 def _changed(release: Path, upto: int) -> dict[str, str]:
     """Those of the release's files that patches up to this one have changed, each as it is then."""
     hooks: dict[str, dict[str, HookEdit]] = {}
-    for point in STREAMING:
-        for built_in in point.built_in:
+    for hook in STREAMING:
+        for built_in in hook.built_in:
             if built_in.patch <= upto:
-                path = f"python/{point.module.replace('.', '/')}.py"
-                name = point.target.removeprefix(f"{point.module}.")
+                path = f"python/{hook.module.replace('.', '/')}.py"
+                name = hook.target.removeprefix(f"{hook.module}.")
                 hooks.setdefault(path, {})[name] = HookEdit(name, built_in.wrapper)
     changed = {
         path: edited(_original(release, path), list(named.values()), f"{PACKAGE}.hooks", path)
