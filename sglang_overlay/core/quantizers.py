@@ -21,9 +21,6 @@ from sglang_overlay.core.staging import Piece
 Reorder = Callable[[torch.Tensor], torch.Tensor]
 """Puts a tensor's elements into another order; its shape stays."""
 
-CHUNK_ELEMENTS = 1 << 18
-"""Elements that are cast at once on the host: 1 MiB of float32, so that the intermediate stays in cache."""
-
 
 def made_current(device: torch.device) -> AbstractContextManager[object]:
     """Make ``device`` the thread's current one: kernels are launched there, and loader threads begin with the first."""
@@ -78,8 +75,8 @@ def magnitude(unit: torch.Tensor) -> torch.Tensor:
 def magnitudes(units: torch.Tensor) -> torch.Tensor:
     """As ``magnitude``, of each of some units ``[n, ...]``. One kernel on a device; on a CPU a norm is slower."""
     if units.is_cpu:
-        low, high = units.flatten(1).aminmax(dim=1)
-        return torch.maximum(low.neg(), high)
+        flat = units.flatten(1)
+        return torch.maximum(flat.amin(1).neg(), flat.amax(1))
     dimensions = tuple(range(1, units.ndim))
     largest: torch.Tensor = torch.linalg.vector_norm(units, torch.inf, dim=dimensions)
     return largest

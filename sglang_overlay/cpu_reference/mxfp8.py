@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from sglang_overlay.core.quantizers import CHUNK_ELEMENTS
 from sglang_overlay.cpu_reference.linear import dequantize_blocks
 from sglang_overlay.cpu_reference.quantizer import FP8, FP8_MAX
+from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 
 GROUP = 32
 _MANTISSA_BITS = 23

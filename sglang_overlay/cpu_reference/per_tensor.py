@@ -14,10 +14,11 @@ from typing import Protocol
 
 import torch
 
-from sglang_overlay.core.quantizers import CHUNK_ELEMENTS, OneScaleAUnit
+from sglang_overlay.core.quantizers import OneScaleAUnit
 from sglang_overlay.core.regions import Box, cut, whole
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.cpu_reference import kernels
+from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 
 
 class PerTensorArithmetic(Protocol):

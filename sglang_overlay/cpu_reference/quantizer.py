@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_overlay.core.quantizers import CHUNK_ELEMENTS
+from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang_overlay.core.quantizers import CHUNK_ELEMENTS, RowQuantizer
+from sglang_overlay.core.quantizers import RowQuantizer
 from sglang_overlay.schemes import capabilities
+
+CHUNK_ELEMENTS = 1 << 18
+"""Elements cast at once: 1 MiB of float32, so that the intermediate stays in cache."""
 
 
 def quantize_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from sglang.srt.layers.quantization import fp8
 
-from sglang_overlay.core.quantizers import CHUNK_ELEMENTS, AssembledUnits, UnitQuantizer, is_rounding_of
+from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer, is_rounding_of
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 from sglang_overlay.schemes.expert_rows import grid_of_rows, projection_rows
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.serialized_plan import SerializedPlan

@@ -18,9 +18,10 @@ from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.utils import is_hip, set_weight_attrs
 
-from sglang_overlay.core.quantizers import CHUNK_ELEMENTS, AssembledUnits, UnitQuantizer
+from sglang_overlay.core.quantizers import AssembledUnits, UnitQuantizer
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
+from sglang_overlay.schemes.arithmetic import CHUNK_ELEMENTS
 from sglang_overlay.schemes.expert_rows import ExpertRowsPlan
 from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.scheme import LayerKind
