@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one layer goes through a load: what the loader asks of it. A scheme (``scheme.py``) makes one for each layer."""
+"""The steps of one layer through a load, as the loader calls them. A scheme (``scheme.py``) makes a plan per layer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ParameterPlan:
     """How one parameter is quantized and where the result goes.
 
     Attributes:
-        grid: how it divides into units.
-        quantizer: what makes fp8 values and scales of a unit.
-        storage: what it writes.
+        grid: how the parameter divides into units.
+        quantizer: turns a unit into fp8 values and scales.
+        storage: the memory it writes to.
     """
 
     grid: UnitGrid
@@ -46,10 +46,10 @@ class Placeholders:
 
 
 class LayerPlan(abc.ABC):
-    """One layer's way through a load, in the order of the methods. The loader knows nothing else of its scheme.
+    """One layer's steps through a load, in the order of the methods. The loader knows nothing else of its scheme.
 
     Attributes:
-        weights: names of the parameters that the checkpoint's high-precision weights are loaded into.
+        weights: names of the parameters that high-precision checkpoint weights are loaded into.
     """
 
     weights: frozenset[str]
@@ -59,17 +59,17 @@ class LayerPlan(abc.ABC):
         """Run upstream's ``create_weights`` so that each of ``weights`` is a placeholder of ``dtype``.
 
         Raises:
-            UnexpectedParametersError: upstream has created something else; ``layer`` is to be created as in stock.
+            UnexpectedParametersError: upstream created other parameters; ``layer`` has to be created as in stock.
         """
 
     @abc.abstractmethod
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
-        """Final memory of one of ``weights``, on ``device``.
+        """Allocate the final memory of one of ``weights``, on ``device``.
 
         Args:
-            name: the parameter's.
-            placeholder: shape and high-precision dtype of what the checkpoint brings.
-            device: where the layer lies.
+            name: of the parameter.
+            placeholder: has the shape and the high-precision dtype of the weight.
+            device: of the layer.
         """
 
     @abc.abstractmethod
@@ -92,7 +92,7 @@ class LayerPlan(abc.ABC):
 
 
 class OnlinePlan(LayerPlan):
-    """A layer whose weights upstream creates in high precision, to quantize them after loading."""
+    """A layer whose weights upstream creates in high precision, and in stock quantizes after loading."""
 
     def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
         allocation = PlaceholderAllocation(dtype)

@@ -21,7 +21,7 @@ from sglang_overlay.schemes.layer_plan import OnlinePlan, ParameterPlan
 
 
 class ExpertsPlan(OnlinePlan):
-    """Streams ``w13_weight`` and ``w2_weight``, one expert of each a unit."""
+    """Streams ``w13_weight`` and ``w2_weight``; each expert's matrix is a unit."""
 
     weights = frozenset({"w13_weight", "w2_weight"})
 
@@ -35,7 +35,7 @@ class ExpertsPlan(OnlinePlan):
         return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(), storage)
 
     def quantizer(self) -> UnitQuantizer:
-        """What turns one expert's matrix into fp8: upstream's own function."""
+        """Turns one expert's matrix into fp8, with upstream's own function."""
         from sglang.srt.layers.quantization import fp8
 
         return WholeUnitQuantizer(fp8.scaled_fp8_quant)
@@ -43,7 +43,7 @@ class ExpertsPlan(OnlinePlan):
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         w13, w2 = storages["w13_weight"], storages["w2_weight"]
         layer.w13_weight_scale = Parameter(w13.scale, requires_grad=False)
-        # In place, as stock does it: experts are moved by references that a model has taken.
+        # In place, as in stock: expert rebalancing uses references that a model has taken.
         layer.get_parameter("w2_weight_scale").data.copy_(w2.scale)
         layer.w13_weight = Parameter(w13.weight, requires_grad=False)
         layer.w2_weight = Parameter(w2.weight, requires_grad=False)
@@ -58,7 +58,7 @@ class ExpertsPlan(OnlinePlan):
         if dispatcher is not None:
             kernel = getattr(layer, "w13_kernel", None)
             wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
-            # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
+            # In releases that do not pass use_mxfp8 on themselves, dispatchers ignore it.
             found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
             dispatcher.set_quant_config(found if wanted is None else wanted)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock's linear layers and experts as the overlay loads them: those of ``stock_*.py``, and updatable."""
+"""Stock's linear layers and experts as the overlay loads them: the plans of ``stock_*.py``, made updatable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sglang_overlay.schemes.updatable_plan import UpdatablePlan
 
 
 class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
-    """What every streamed linear layer of stock's has; ``LinearPlan`` alone is the patch series'."""
+    """The plan of every streamed linear layer of stock's; the patch series uses ``LinearPlan`` alone."""
 
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         from sglang.srt.layers.quantization import fp8
@@ -35,14 +35,14 @@ class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
     def scale_placeholders(
         self, layer: Module, placeholders: Mapping[str, Parameter]
     ) -> dict[str, tuple[str, Parameter]]:
-        """``weight_scale``, as checkpoints in compressed-tensors' format have it.
+        """``weight_scale``, as in checkpoints in compressed-tensors' format.
 
-        Per channel ``[N, 1]``; per tensor one for each checkpoint tensor of a fused weight.
+        Float32: per channel ``[N, 1]``; per tensor one scale for each checkpoint tensor of a fused weight.
         """
         from sglang.srt.layers.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
 
         weight: Any = placeholders["weight"]
-        # aiter serves rows that are shuffled.
+        # aiter serves shuffled rows.
         if capabilities.uses_aiter() or getattr(weight, "output_dim", None) != 0:
             return {}
         if self._per_channel:
@@ -56,7 +56,7 @@ class UpdatableLinearPlan(LinearPlan, UpdatablePlan):
 
 
 class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
-    """What every streamed expert layer of stock's has; ``ExpertsPlan`` alone is the patch series'."""
+    """The plan of every streamed expert layer of stock's; the patch series uses ``ExpertsPlan`` alone."""
 
     def __init__(self) -> None:
         self._row_scales: dict[str, torch.Tensor] = {}
@@ -76,14 +76,14 @@ class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
             if (storage.weight.dtype, storage.weight.shape, storage.scale.shape) != (fp8.fp8_dtype, shape, shape[:1]):
                 return None
         if capabilities.uses_aiter():
-            # Only in a finished layer: upstream shuffles experts when all have been loaded.
+            # Exists only in a finished layer: upstream shuffles experts when all have been loaded.
             self._row_scales = {name: layer.get_parameter(f"{name}_scale1").data for name in placeholders}
         return storages
 
     def scale_placeholders(
         self, layer: Module, placeholders: Mapping[str, Parameter]
     ) -> dict[str, tuple[str, Parameter]]:
-        """As checkpoints with a scale a tensor have them: ``[E, 2]`` for gate and up, ``[E]`` for down."""
+        """As in checkpoints with one scale per tensor: ``[E, 2]`` for gate and up, ``[E]`` for down."""
         from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
 
         if capabilities.uses_aiter():
@@ -99,10 +99,10 @@ class UpdatableExpertsPlan(ExpertsPlan, UpdatablePlan):
 
 
 class AiterExperts(ShuffledUnits):
-    """Experts that are being served by aiter: shuffled, and the scale of each repeated for each of its rows.
+    """Quantizes experts that aiter serves: shuffles them, and repeats each expert's scale for each of its rows.
 
     Args:
-        quantizer: of experts' matrices.
+        quantizer: quantizes an expert's matrix.
         row_scales: float32 ``[experts, rows]``.
     """
 
@@ -112,13 +112,13 @@ class AiterExperts(ShuffledUnits):
 
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         found = super().quantize_units(values, weight, scale)
-        # Which experts these are: a layer's scales are one tensor, of one element an expert.
+        # A layer's scales are one tensor with one element per expert, so the offset is the first expert's number.
         first = scale.storage_offset()
         self._row_scales[first : first + len(scale)] = scale.view(-1, 1)
         return found
 
 
 def _served(layer: Module, name: str, shape: tuple[int, ...]) -> Storage:
-    """A finished layer's weight and its scales, without the columns that upstream adds with SGLANG_MOE_PADDING."""
+    """A finished layer's weight and scales, without the columns that upstream adds with SGLANG_MOE_PADDING."""
     weight = layer.get_parameter(name).data
     return Storage(weight[..., : shape[-1]], layer.get_parameter(f"{name}_scale").data)

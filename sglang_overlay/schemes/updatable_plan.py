@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's plan knows beyond its first load: weight updates, and schemes that stock does not have."""
+"""Layer plans for more than the first load: for weight updates, and for schemes that stock does not have."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan, Placehol
 
 
 def quantize_whole(plan: ParameterPlan, values: torch.Tensor) -> torch.Tensor:
-    """Quantize a parameter that is there in full, in high precision; returns each unit's largest magnitude."""
+    """Quantize a complete high-precision parameter; returns each unit's largest magnitude, ``[units]``."""
     units = values.reshape(plan.grid.count, *plan.grid.shape)
     return plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
 
 
 class UpdatablePlan(LayerPlan):
-    """A plan whose layer can be quantized again when it is finished.
+    """A plan whose finished layer can be quantized again.
 
     Attributes:
-        fills: names of further parameters (scales, say) that only quantizing writes.
-        replaces_stock: the layer becomes something that upstream does not make of a high-precision weight, so one that
-            cannot be streamed is quantized here as well, when it has been loaded whole.
+        fills: names of further parameters, such as scales, that only quantizing writes.
+        replaces_stock: whether upstream cannot quantize the layer this way from a high-precision weight. Then the load
+            also quantizes layers that cannot be streamed, after they have been loaded completely.
     """
 
     fills: frozenset[str] = frozenset()
@@ -39,31 +39,30 @@ class UpdatablePlan(LayerPlan):
     def registered(
         self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Storage] | None:
-        """The memory of a finished layer's weights, by name; None where they have been repacked since."""
+        """The memory of a finished layer's weights, by name; None if upstream has repacked them."""
 
     def scale_placeholders(
         self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, tuple[str, torch.nn.Parameter]]:
-        """Where updates may bring weights that are quantized already, in the layout in which the layer is served.
+        """Placeholders for the scales of weights that updates may bring already quantized, in the served layout.
 
         To be called when upstream has just created the layer.
 
         Returns:
-            For each such weight the name under which upstream's models look for the parameter of its scales, and a
-            placeholder for that, without memory, with upstream's loader; its elements are in the order of the
-            storage's.
+            For each such weight, the name by which upstream's models look up its scale parameter, and a placeholder for
+            that parameter, without memory, with upstream's loader, and with elements in the order of the storage's.
         """
         return {}
 
 
 class SerializedPlan(UpdatablePlan):
-    """A layer as upstream creates it for a checkpoint that is quantized already: values and scales, in real memory.
+    """A layer as upstream creates it for an already quantized checkpoint: values and scales in real memory.
 
-    They are the final storage. While the checkpoint is read, placeholders stand in the values' places; then upstream's
-    own post-processing finishes the layer, as if the values had come from a file.
+    These are the final storage. While the checkpoint is read, placeholders replace the values; then upstream's own
+    post-processing finishes the layer, as if the values had come from a file.
 
     Args:
-        scales: for each weight the name of the parameter that takes its scales.
+        scales: for each weight, the name of its scale parameter.
     """
 
     replaces_stock = True
@@ -77,11 +76,11 @@ class SerializedPlan(UpdatablePlan):
 
     @abc.abstractmethod
     def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
-        """How the parameter ``name``, which is ``weight``, divides into units: large ones on a device."""
+        """How the parameter ``name``, which is ``weight``, divides into units; on a device they should be large."""
 
     @abc.abstractmethod
     def quantizer(self) -> UnitQuantizer:
-        """What turns units into values and scales; it is given all scales of a unit in one dimension."""
+        """Turns units into values and scales; a unit's scales are one dimension."""
 
     def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
         create()
@@ -112,7 +111,7 @@ class SerializedPlan(UpdatablePlan):
         self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Storage] | None:
         pairs = {name: self._pair(layer, name) for name in placeholders}
-        # aiter's shuffle changes nothing that can be seen of a tensor.
+        # aiter's shuffle changes neither dtype nor shape, so _form cannot see it.
         if capabilities.uses_aiter() or any(self._form(*pair) != self._forms[name] for name, pair in pairs.items()):
             return None
         return {name: self._storage(name, *pair) for name, pair in pairs.items()}
@@ -136,7 +135,7 @@ class SerializedPlan(UpdatablePlan):
 
     @staticmethod
     def _form(weight: torch.Tensor, scale: torch.Tensor) -> tuple[Any, ...]:
-        """What upstream changes where it repacks: DeepGEMM's scales are rounded to powers of two, and say so."""
+        """Changes if upstream repacks the layer; DeepGEMM marks its scales, rounded to powers of two, with an attribute."""
         return (
             *(form for tensor in (weight, scale) for form in (tensor.dtype, tensor.shape, tensor.is_contiguous())),
             bool(getattr(scale, "format_ue8m0", False)),
