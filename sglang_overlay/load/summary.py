@@ -37,8 +37,8 @@ def summarize(
     """The report of a load that has ended.
 
     Args:
-        release: of SGLang, where it is known.
-        times: when it began and ended, of ``time.perf_counter``.
+        release: of SGLang, if known.
+        times: begin and end of the load, from ``time.perf_counter``.
     """
     began, ended = times
     return LoadReport(
@@ -73,13 +73,13 @@ def _scheme(load: OverlayLoad, model_config: Any) -> str:
 
 
 def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all memory that tensors hold, or would hold if they had any; shared memory is counted once."""
+    """Bytes of the tensors' storages; of meta tensors, what they would take. Shared memory is counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr() or storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _why_stock(load: OverlayLoad) -> list[str]:
-    # Not where the user wanted stock.
+    # No reason is needed if the user asked for stock.
     return [load.abandoned] if load.abandoned and load.settings.mode is not Mode.OFF else []
 
 
