@@ -65,7 +65,7 @@ class Mxfp8Plan(OnlinePlan, UpdatablePlan):
                 raise UnexpectedParametersError(
                     f"{name} has rows of {weight.shape[-1]}, and MXFP8 needs a multiple of {GROUP}"
                 )
-        # Taken before loaders are wrapped. Stock keeps the parameter with all its attributes, and only changes its data.
+        # Taken before loaders are wrapped. Stock keeps the parameter and its attributes, and only changes its data.
         self._likes = {
             name: twin(weight, torch.empty_like(weight, device="meta")) for name, weight in made.parameters.items()
         }

@@ -32,7 +32,7 @@ class WholeRowScales(LayerPlan):
     """Mixin, to be the first base class of a plan with per-row scales: makes them scales of the checkpoint's rows.
 
     Attributes:
-        split: for each parameter with only some columns, the tensor its loader was given and the columns of a whole row.
+        split: for each parameter with only some columns, the tensor its loader was given and a whole row's columns.
     """
 
     split: Mapping[str, tuple[LoadedTensor, int]] = MappingProxyType({})

@@ -135,7 +135,7 @@ class SerializedPlan(UpdatablePlan):
 
     @staticmethod
     def _form(weight: torch.Tensor, scale: torch.Tensor) -> tuple[Any, ...]:
-        """Changes if upstream repacks the layer; DeepGEMM marks its scales, rounded to powers of two, with an attribute."""
+        """Changes if upstream repacks the layer; DeepGEMM's scales, rounded to powers of two, have a flag for that."""
         return (
             *(form for tensor in (weight, scale) for form in (tensor.dtype, tensor.shape, tensor.is_contiguous())),
             bool(getattr(scale, "format_ue8m0", False)),
