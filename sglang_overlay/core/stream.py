@@ -146,7 +146,7 @@ class ParameterStream:
         return type(self._quantizer), self._grid.shape, self._dtype
 
     def try_quantizer(self) -> None:
-        """On a device, quantize a unit of zeros before anything is written, so that kernel errors show up early."""
+        """On a device, quantize a unit of zeros before anything is written, so that kernels are compiled only once."""
         if self.storage.weight.device.type not in ("cpu", "meta"):
             self._quantize_missing(0)
 
