@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is streaming active in the processes SGLang starts from this environment? Answered by doing what they do.
 
-SGLang logs and swallows whatever goes wrong in a plugin, so a plugin that is installed may still be idle. Here
-``load_plugins()`` runs in this process, and then every hook is looked at.
+SGLang logs and swallows all exceptions of plugins, so an installed plugin may still be inactive. Here
+``load_plugins()`` runs in this process, and then every hook is inspected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOTES = (
     "server (sglang.launch_server --encoder-only with --tp-size or --dp-size) load no plugins: start each as "
     "python -m sglang_overlay run <module> <arguments>",
 )
-"""Ways to start SGLang in which streaming is not active however this check ends."""
+"""Ways to start SGLang in which streaming is not active, whatever the result of this check."""
 
 PLUGIN_GROUP = "sglang.srt.plugins"
 PLUGIN_NAME = "streamfp8"
@@ -58,9 +58,11 @@ class HookLine:
 
 @dataclass(frozen=True)
 class Activation:
-    """What was found. ``problems`` says what keeps streaming from being active, each with the next step to take.
+    """The result of the check.
 
-    ``notes`` says where streaming has to be switched on by hand.
+    Attributes:
+        problems: what keeps streaming from being active, each with the next step to take.
+        notes: where streaming has to be switched on by hand.
     """
 
     release: str | None
@@ -87,7 +89,7 @@ def to_json(found: Activation) -> dict[str, Any]:
 
 
 def inspect_activation(environ: Mapping[str, str]) -> Activation:
-    """Load SGLang's plugins as a server would and report what became of each hook. Imports SGLang: seconds."""
+    """Load SGLang's plugins as a server would, and report each hook's state. Imports SGLang, which takes seconds."""
     mode, folder, problems = _read_settings(environ)
     if built_in.streams_itself():
         return _stands_aside(mode, folder, problems)
@@ -96,7 +98,7 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
     messages: list[str] = []
     # With an invalid setting the plugin refuses to start, so there is nothing to look at yet.
     if mode is not None and importlib.util.find_spec("sglang") is not None:
-        # Whatever SGLang prints while it is imported must not end up inside --json.
+        # What SGLang prints while it is imported must not end up in the output of --json.
         with contextlib.redirect_stdout(sys.stderr), _heard(messages):
             problems += _load_plugins() or _platform_problems()
             hooks = _hooks()
@@ -120,7 +122,7 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
 
 
 def _stands_aside(mode: str | None, folder: str | None, problems: Sequence[str]) -> Activation:
-    """With an SGLang that streams by itself there is nothing of this package's to look at."""
+    """For an SGLang that streams by itself: this package's hooks are not in use there."""
     if mode == settings.Mode.REQUIRE.value:
         problems = [*problems, f"{settings.MODE_VARIABLE}={mode} is set, and {built_in.NOTE}. {built_in.NEXT_STEP}"]
     return Activation(
@@ -182,7 +184,7 @@ def _load_plugins() -> list[str]:
 
         load_plugins()
     except SystemExit as refusal:
-        # How this package's own plugin stops a server, SGLang swallowing everything milder: it says what to do.
+        # This package's plugin stops a server like this, since SGLang swallows exceptions. It says what to do.
         return [str(refusal)]
     except Exception as error:
         return [f"SGLang's plugins could not be loaded: {type(error).__name__}: {error}; see that SGLang itself starts"]
@@ -238,7 +240,7 @@ def _hook(found: HookState) -> HookLine:
 
 
 def _hook_problems(hooks: Sequence[HookLine], messages: Sequence[str]) -> list[str]:
-    """One problem for all hooks together: they are registered together, so one cause keeps them all away."""
+    """One problem for all hooks that are not applied: usually they have one cause."""
     placed = (hook.State.ACTIVE.value, hook.State.ABSENT.value)
     idle = [hook for hook in hooks if hook.state not in placed]
     if not idle:
@@ -261,9 +263,9 @@ class _Collector(logging.Handler):
 
 @contextlib.contextmanager
 def _heard(messages: list[str]) -> Iterator[None]:
-    """Collect what the plugin system and this package warn about, instead of letting it go to standard error.
+    """Collect warnings of the plugin system and of this package instead of printing them to standard error.
 
-    What else warns while SGLang is imported (kernels that are not for this machine, say) is no answer to the question.
+    Other warnings while SGLang is imported, such as about kernels for other machines, are irrelevant here.
     """
     handler = _Collector(messages)
     loggers = [logging.getLogger(name) for name in _WATCHED_LOGGERS]

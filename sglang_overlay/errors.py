@@ -43,20 +43,20 @@ class SettingsError(StreamFP8Error):
 
 
 class StreamingUnavailableError(StreamFP8Error):
-    """``SGLANG_STREAMFP8=require`` was asked for, and an fp8 load or a layer of it cannot be streamed."""
+    """An fp8 load, or a layer of it, cannot be streamed, but ``SGLANG_STREAMFP8=require`` or a scheme requires it."""
 
 
 class SchemeError(SettingsError):
-    """The quantization scheme that was asked for does not exist, or not for this model, layer or platform."""
+    """The chosen quantization scheme does not exist, or is not available for this model, layer or platform."""
 
 
 class WeightUpdateError(StreamFP8Error):
-    """A weight update stopped part of the way, or left units half written."""
+    """A weight update failed, or was given values that it cannot take."""
 
 
 class PartialUpdateError(WeightUpdateError):
-    """A weight update ended with units of which only a part came."""
+    """A weight update ended with units of which only a part was sent."""
 
 
 class ExportError(StreamFP8Error):
-    """A checkpoint cannot be exported, or not to where it was to go."""
+    """A checkpoint cannot be exported, or not to the given folder."""

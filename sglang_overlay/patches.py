@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patch series that put streaming into SGLang's own source tree, and how one is applied."""
+"""The patch series that add streaming to SGLang's own source tree, and how to apply one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sglang_overlay.hooks import built_in, releases
 SERIES = "series"
 _CHANGED = re.compile(r"^diff --git a/(\S+) b/\S+\n(?:new file mode \d+\n)?index ([0-9a-f]{40})\.\.", re.MULTILINE)
 PACKAGE = Path("python", *built_in.PACKAGE.split("."))
-"""What the series adds, in SGLang's source tree."""
+"""The folder that a series adds to SGLang's source tree."""
 
 
 class PatchError(StreamFP8Error):
-    """A patch series cannot be applied; the tree is as it was."""
+    """A patch series cannot be applied; the tree is unchanged."""
 
 
 def files_of(release: str) -> list[Path]:
@@ -38,10 +38,10 @@ def files_of(release: str) -> list[Path]:
 
 
 def release_of(tree: Path) -> str:
-    """The release that a source tree is, told from the files that its series changes; else one whose series fits it.
+    """The release of a source tree, by the files that its series changes; else a release whose series fits.
 
     Raises:
-        PatchError: no series does, or ``tree`` is no source tree of SGLang's.
+        PatchError: no series fits, or ``tree`` is not an SGLang source tree.
     """
     check_tree(tree)
     series = {release: files_of(release) for release in reversed(releases.supported())}
@@ -56,7 +56,7 @@ def release_of(tree: Path) -> str:
 
 
 def check_tree(tree: Path) -> None:
-    """Make sure that a folder is a source tree of SGLang's that has not been patched.
+    """Make sure that a folder is an unpatched SGLang source tree.
 
     Raises:
         PatchError: it is not.
@@ -71,7 +71,7 @@ def check_tree(tree: Path) -> None:
 
 
 def apply(tree: Path, release: str) -> list[Path]:
-    """Apply a release's series to a source tree, as ``git apply`` does: to the files, not to any history.
+    """Apply a release's series to the files of a source tree, as ``git apply`` does, without any commits.
 
     Returns:
         The patches applied.
@@ -91,7 +91,7 @@ def apply(tree: Path, release: str) -> list[Path]:
 
 
 def problem_with(tree: Path, files: Sequence[Path]) -> str | None:
-    """Why a series does not fit a tree, with the patch and the file, or None where it does. Changes nothing."""
+    """Why a series does not fit a tree, with the patch and the file, or None if it fits. Changes nothing."""
     if not _git_apply(tree, files, "--check").returncode:
         return None
     for number, file in enumerate(files, 1):
@@ -103,7 +103,7 @@ def problem_with(tree: Path, files: Sequence[Path]) -> str | None:
 
 
 def _is_made_for(tree: Path, files: Sequence[Path]) -> bool:
-    """Whether the files that a series changes are, to the byte, those that it was made from."""
+    """Whether the files that a series changes are byte for byte those that it was made from."""
     before: dict[str, str] = {}
     for file in files:
         for path, blob in _CHANGED.findall(file.read_text(encoding="utf-8")):
@@ -112,7 +112,7 @@ def _is_made_for(tree: Path, files: Sequence[Path]) -> bool:
 
 
 def _blob(file: Path) -> str | None:
-    """What git calls a file's contents; None where there is none."""
+    """Git's hash of a file's contents; None if there is no such file."""
     if not file.is_file():
         return None
     data = file.read_bytes()
@@ -120,8 +120,8 @@ def _blob(file: Path) -> str | None:
 
 
 def _git_apply(tree: Path, files: Sequence[Path], *options: str) -> subprocess.CompletedProcess[str]:
-    """All patches as one, so that either all of them are applied or none."""
-    # Without a repository: git leaves out, without a word, what lies outside of the one that it finds.
+    """Apply all patches in one call, so that either all of them are applied or none."""
+    # Hide any repository: git silently skips files outside the one it finds.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environ = {**kept, "GIT_DIR": str(tree / "no-repository"), "LC_ALL": "C"}
     try:
@@ -139,7 +139,7 @@ def _git_apply(tree: Path, files: Sequence[Path], *options: str) -> subprocess.C
 
 
 def _folder() -> Path:
-    """In a wheel the series lie in the package, in a clone beside it."""
+    """The series are in the package in a wheel, and beside it in a clone."""
     with resources.as_file(resources.files("sglang_overlay")) as package:
         packed = package / "patch_series"
         return packed if packed.is_dir() else package.parent / "patches"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What checkpoints in safetensors' format agree on: dtypes, the index, and how weights are dealt out to files."""
+"""Conventions of safetensors checkpoints: dtypes, the index, and how weights are distributed over files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 Item = TypeVar("Item")
 
 INDEX = "model.safetensors.index.json"
-"""Which of several files a tensor is in: ``{"weight_map": {tensor: file}}``."""
+"""The index, which says which file a tensor is in: ``{"weight_map": {tensor: file}}``."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -27,11 +27,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By their names in a header."""
+"""Dtypes by their names in a file's header."""
 
 
 def split_by_size(items: Iterable[Item], size_of: Callable[[Item], int], most: int) -> list[list[Item]]:
-    """Items in groups of at most ``most`` bytes, in the order given; one that is larger has a group of its own."""
+    """Items in groups of at most ``most`` bytes, in the order given; a larger item gets a group of its own."""
     groups: list[list[Item]] = [[]]
     filled = 0
     for item in items:

@@ -46,7 +46,7 @@ VARIABLES = (
 
 
 class Mode(enum.Enum):
-    """Whether fp8 loads are streamed; the value is the text of ``SGLANG_STREAMFP8``."""
+    """Whether fp8 loads are streamed; members' values are those of ``SGLANG_STREAMFP8``."""
 
     OFF = "0"
     ON = "1"

@@ -1,6 +1,6 @@
 """Checkpoints, real SGLang loads and serving runs shared by the tests, the demo and the benchmarks.
 
-All of it runs on the CPU reference platform where there is no accelerator, so that is asked for here, for this process
+Without an accelerator, all of it runs on the CPU reference platform, so this module switches that on for this process
 and those it starts.
 """
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Catch what a weight loader writes into a placeholder.
+"""Capture what a weight loader writes into a placeholder.
 
 A placeholder is a parameter on the meta device: it has the shape the loader expects and no memory. While the loader
 runs unchanged, ``WriteCapture`` sees each operation it dispatches; a write whose destination shares a placeholder's
 storage is handed to that placeholder's sink instead of being executed.
 
 Related: PyTorch's ``TorchDispatchMode``; SGLang's ``CopyNumelCounter`` (``online_quantization.py``, PR #18005) counts
-the elements of ``copy_`` in the same way, but neither where they go nor what they are.
+the elements of ``copy_`` in the same way, but looks neither at where they go nor at their values.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class WriteSink(Protocol):
     name: str
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Take ``source``, of the shape of ``destination``, which is a view of the placeholder."""
+        """Take ``source``, written to ``destination``, a view of the placeholder. Their shapes are equal."""
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """What tells one placeholder's storage from another's; valid as long as the placeholder lives."""
+    """Identifies a placeholder's storage; valid while the placeholder lives."""
     key: int = tensor.untyped_storage()._cdata
     return key
 
@@ -45,8 +45,8 @@ class WriteCapture(TorchDispatchMode):
         sinks: the sink for each placeholder, by ``storage_key``.
 
     Raises:
-        UnsupportedWriteError: from the loader's own line, where it changes a placeholder by an operation that is not a
-            plain write, or needs a placeholder's contents.
+        UnsupportedWriteError: from the loader's own line, if it changes a placeholder by anything but a plain write or
+            needs a placeholder's contents.
     """
 
     def __init__(self, sinks: Mapping[int, WriteSink]) -> None:
@@ -75,7 +75,7 @@ class WriteCapture(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Loaders are never compiled, and torch's guard against that would cost more than all else done here.
+        # Loaders are never compiled, and torch's guard against that would cost more than everything else here.
         return False
 
     def _sink(self, tensor: torch.Tensor) -> WriteSink | None:
@@ -99,7 +99,11 @@ def _is_mutable(func: Any) -> bool:
 
 
 def copied(destination: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """What ``copy_`` writes, in the shape of ``destination``."""
+    """What ``copy_`` writes: ``source``, expanded to the shape of ``destination``.
+
+    Raises:
+        UnsupportedWriteError: ``source`` has no data.
+    """
     if source.is_meta and source.numel():
         raise UnsupportedWriteError(f"a tensor of shape {tuple(source.shape)} without data is written")
     expanded: torch.Tensor = source if source.shape == destination.shape else source.expand(destination.shape)

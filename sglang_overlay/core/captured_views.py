@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Catch what a weight loader writes into a placeholder, where only operations on that placeholder are looked at.
+"""Capture a loader's writes through a tensor subclass, which sees operations on the placeholder only.
 
-``WriteCapture`` sees every operation that a loader makes, at several microseconds each, most of which have nothing to
-do with the placeholder: seven a call of an experts' loader, which a model calls tens of thousands of times. Here the
-placeholder and the views that a loader takes of it are tensors of a class of their own. What experts' loaders do with
-them (``data``, an index, ``narrow``, ``copy_``) is known to it; anything else is left to a ``WriteCapture`` around that
-one operation, so both ways take the same writes, in the same order, and refuse the same. A view that was taken before
-the loader was called is not watched: its writes are lost, and the unit is reported missing. None of upstream's is.
+``WriteCapture`` costs several microseconds for every operation of a loader, most of which do not touch the placeholder:
+seven per call of an experts' loader, which a model calls tens of thousands of times. Here the placeholder and its views
+belong to a tensor subclass, which implements what experts' loaders do with them (``data``, an index, ``narrow``,
+``copy_``). Any other operation runs inside a ``WriteCapture``, so both ways accept and refuse the same writes in the
+same order. Writes through views taken before the loader was called are missed and reported as missing weights; no
+upstream loader makes any.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sglang_overlay.core.capture import WriteCapture, WriteSink, copied, storage
 
 
 class ViewCapture(AbstractContextManager[None]):
-    """Hands writes to placeholders to their sinks while a thread is inside it; for other threads they are as before.
+    """Hands writes to placeholders to their sinks, in threads that are inside it; other threads are unaffected.
 
     Args:
         sinks: the sink for each placeholder, by ``storage_key``.
@@ -36,7 +36,7 @@ class ViewCapture(AbstractContextManager[None]):
 
     @property
     def is_active(self) -> bool:
-        """Whether this thread's writes are to be caught."""
+        """Whether to capture this thread's writes."""
         return getattr(self._thread, "is_active", False)
 
     def __enter__(self) -> None:
@@ -48,26 +48,26 @@ class ViewCapture(AbstractContextManager[None]):
         self._thread.is_active = False
 
     def watch(self, placeholder: torch.nn.Parameter) -> None:
-        """See what is done with a placeholder, and with views of it, from now on."""
+        """Capture operations on a placeholder, and on views of it, from now on. It must be a plain ``Parameter``."""
         view = self.view(placeholder.data, self._sinks[storage_key(placeholder)])
         placeholder.__class__ = _WatchedParameter
         placeholder._streamfp8_view = view  # type: ignore[attr-defined]
 
     @staticmethod
     def unwatch(placeholder: torch.nn.Parameter) -> None:
-        """Make a watched placeholder the plain one that it was."""
+        """Stop watching: make the placeholder a plain ``Parameter`` again."""
         if type(placeholder) is _WatchedParameter:
             del placeholder._streamfp8_view
             placeholder.__class__ = torch.nn.Parameter  # type: ignore[assignment]
 
     def view(self, plain: torch.Tensor, sink: WriteSink | None) -> _View:
-        """``plain`` as one that hands writes over: a view of the placeholder of ``sink``, or computed from one."""
+        """``plain`` as a ``_View``: a view of the placeholder of ``sink`` or, without a sink, computed from one."""
         view = plain.as_subclass(_View)
         view._plain, view._sink, view._capture = plain, sink, self
         return view
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any operation on watched tensors."""
+        """Run any operation on watched tensors."""
         with torch._C.DisableTorchFunctionSubclass():
             if not self.is_active:
                 return func(*args, **kwargs)
@@ -78,16 +78,16 @@ class ViewCapture(AbstractContextManager[None]):
     def _watched(self, value: Any) -> Any:
         if type(value) is not torch.Tensor or not value.is_meta:
             return value
-        # What was computed from a placeholder has no data either: operations that need some are to be refused.
+        # Tensors computed from a placeholder have no data either: refuse operations that need some.
         return self.view(value, self._sinks.get(storage_key(value)))
 
 
 def capture_of(
     placeholders: Iterable[torch.nn.Parameter], sinks: Mapping[int, WriteSink]
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """What makes the context in which a loader's writes to ``placeholders`` are caught.
+    """A function that returns the context that captures a loader's writes to ``placeholders``.
 
-    Only plain parameters are watched: upstream's loaders ask some of its own classes of parameters what they are.
+    Only plain parameters can be watched: upstream's loaders check the class of upstream's own parameters.
     """
     found = list(placeholders)
     if any(type(placeholder) is not torch.nn.Parameter for placeholder in found):
@@ -107,7 +107,7 @@ def _run(_cls: type, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs:
 
 
 class _View(torch.Tensor):
-    """A view of a placeholder, or computed from one (without a sink). ``_plain`` is the same as an ordinary tensor."""
+    """A view of a placeholder or, without a sink, computed from one. ``_plain`` is the same as an ordinary tensor."""
 
     _plain: torch.Tensor
     _sink: WriteSink | None
@@ -139,7 +139,7 @@ class _View(torch.Tensor):
 
 
 class _WatchedParameter(torch.nn.Parameter):
-    """A placeholder, with a view of all of it."""
+    """A watched placeholder. ``_streamfp8_view`` is a view of all of it."""
 
     _streamfp8_view: _View
 
@@ -156,7 +156,7 @@ class _WatchedParameter(torch.nn.Parameter):
 
 
 def _capture_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ViewCapture:
-    """The capture of the first watched tensor among arguments; it is a layer's, and loaders work on one layer."""
+    """The capture of the first watched tensor among the arguments. One is enough: a loader works on one layer."""
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, _View):
             return value._capture

@@ -6,17 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MAX_LISTED = 8
-"""How many names a message lists before it says how many more there are."""
+"""Names that a message lists before it says "and N more"."""
 
 
 def shortened(names: Sequence[str]) -> str:
-    """A list for a message."""
+    """``names`` for a message, at most ``MAX_LISTED`` of them."""
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def sentence(text: object) -> str:
-    """Text, an error's say, with the full stop that it may have already."""
+    """``text`` (for example an error) with exactly one full stop at its end."""
     return f"{str(text).rstrip('.')}."
 
 
@@ -25,7 +25,7 @@ class StreamFP8Error(Exception):
 
 
 def annotate(error: BaseException, note: str) -> None:
-    """Add a line to what an error says, whoever raised it."""
+    """Add a line to an error's message."""
     if hasattr(error, "add_note"):
         error.add_note(note)
     else:  # Python 3.10
@@ -37,11 +37,12 @@ class UnsupportedWriteError(StreamFP8Error):
 
 
 class LayerNotStreamableError(StreamFP8Error):
-    """A layer cannot be streamed, and part of it has been quantized already: it must be loaded anew, as in stock.
+    """A layer cannot be streamed, and part of it has been quantized already: it must be loaded again, as in stock.
 
     Attributes:
+        parameter: the parameter's qualified name.
         layer: the layer's qualified name.
-        reason: what stands against it.
+        reason: why it cannot be streamed.
     """
 
     def __init__(self, parameter: str, reason: str) -> None:
@@ -56,23 +57,23 @@ class ConflictingWriteError(LayerNotStreamableError):
 
 
 class UnsupportedDtypeError(StreamFP8Error):
-    """A checkpoint tensor of integers was to be written into a weight: it is quantized already, by something else."""
+    """A loader tried to write an integer tensor into a weight: the checkpoint is already quantized some other way."""
 
 
 class UnexpectedParametersError(StreamFP8Error):
-    """Upstream created other parameters for a layer than this package knows; the layer must take stock's path."""
+    """Upstream created parameters for a layer that this package does not know; the layer must take stock's path."""
 
 
 class StagingMemoryError(StreamFP8Error):
-    """Memory ran out while a weight was streamed. Caused by torch's own error."""
+    """Memory ran out while a weight was streamed. ``__cause__`` is torch's own error."""
 
 
 class NonFiniteWeightError(StreamFP8Error):
-    """The checkpoint holds NaN or Inf, and the user wants that to be an error."""
+    """The checkpoint holds NaN or Inf, and the user asked for an error in that case."""
 
 
 class MisfitError(StreamFP8Error):
-    """The checkpoint holds tensors that do not fill their part of a weight, and the user wants that to be an error."""
+    """Checkpoint tensors do not fill their part of a weight, and the user asked for an error in that case."""
 
 
 class IncompleteLoadError(StreamFP8Error):
@@ -80,4 +81,4 @@ class IncompleteLoadError(StreamFP8Error):
 
 
 class PlaceholderLeakError(StreamFP8Error):
-    """Loading ended with a tensor that was computed from a placeholder and so holds no data."""
+    """Loading ended with a tensor that was computed from a placeholder and therefore holds no data."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A parameter that upstream reads in high precision before it is quantized: gathered whole, behind its placeholder."""
+"""A parameter that upstream reads in high precision before it is quantized: collected behind its placeholder."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sglang_overlay.core.regions import Box, Placement, difference, slices, whol
 
 
 class FullPrecisionParameter:
-    """Takes the writes to a placeholder; once all of it has been written, the placeholder holds the values itself.
+    """Takes the writes to a placeholder; once all of it has been written, the placeholder itself holds the values.
 
-    Whoever looked the placeholder up before the loaders ran sees them as well. Any thread may write; ``_lock`` is held
-    meanwhile. All else is for when no loader runs.
+    References taken before the loaders ran see the values as well. Any thread may write, which holds ``_lock``.
+    Everything else may be called only while no loader runs.
 
     Args:
         name: for messages.
         placeholder: the meta parameter that upstream's loader writes to.
-        device: where the values lie.
+        device: where the values are allocated, in the placeholder's dtype.
     """
 
     def __init__(self, name: str, placeholder: torch.nn.Parameter, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class FullPrecisionParameter:
         """Take a write of ``source`` to the view ``destination`` of the placeholder. Shapes are equal.
 
         Raises:
-            UnsupportedWriteError: the view is no box of the parameter.
+            UnsupportedWriteError: the view is not a box of the parameter.
         """
         if not destination.numel():
             return
@@ -53,20 +53,20 @@ class FullPrecisionParameter:
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Everything, where everything has been written; else None."""
+        """The parameter in high precision once all of it has been written, else None."""
         return None if self._missing else self._values
 
     @property
     def is_partial(self) -> bool:
-        """Whether a part has come and the rest has not."""
+        """Whether some of the parameter has been written, but not all."""
         return self._values is not None and bool(self._missing)
 
     def saved(self) -> tuple[torch.Tensor, list[Box]] | None:
-        """What ``restore`` goes back to; None where nothing has come, or all."""
+        """A snapshot for ``restore``; None if nothing or everything has been written."""
         return (self._values.clone(), list(self._missing)) if self._values is not None and self.is_partial else None
 
     def restore(self, saved: tuple[torch.Tensor, list[Box]] | None) -> None:
-        """Hold again what was held when ``saved`` was made."""
+        """Go back to the state at the time of ``saved``."""
         self.reset()
         if saved is not None:
             self._values, self._missing = saved[0], list(saved[1])

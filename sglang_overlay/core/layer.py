@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One streamed layer: its placeholders, the loader wrapped around them, and the way back to stock."""
+"""One streamed layer: its placeholders, its wrapped loaders, and the fallback to stock."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class LayerStream:
     """The parameters of one layer that are being streamed.
 
     Any thread may call a wrapped loader. ``_condition`` guards ``_loading`` (threads inside upstream's loader) and
-    ``_returning``: the layer goes back to stock only while no thread is inside a loader. ``streaming`` changes then,
-    and is read by who waits for that, or when no loader runs.
+    ``_returning`` (a fallback is in progress): a layer falls back to stock only while no thread is inside a loader.
+    ``streaming`` changes only then; threads read it after waiting for a fallback to end, or when no loader runs.
 
     Args:
         name: the layer's qualified name, for messages.
         streams: each placeholder and its stream, by parameter name.
-        on_return: called once with the layer and the reason when the layer has gone back to stock.
-        on_loss: called once instead where some values are lost, since they had been quantized: the model has to be
-            loaded anew. Loading goes on, so that one more load is enough for all such layers.
-        ranks: that share a parameter at most.
+        on_return: called once, with the layer and the reason, when the layer has fallen back to stock.
+        on_loss: called once instead if values had been quantized and are lost: the model has to be loaded again.
+            Loading goes on, so that one more load is enough for all such layers.
+        ranks: the most ranks that share a parameter.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class LayerStream:
     def wrap(self, loader: WeightLoader) -> WeightLoader:
         """Upstream's loader, with its writes to this layer's placeholders captured.
 
-        Where the loader does something that cannot be captured, the layer goes back to stock and the loader runs again
+        If the loader does something that cannot be captured, the layer falls back to stock and the loader runs again
         on the real parameter.
         """
 
@@ -89,7 +89,7 @@ class LayerStream:
         return load
 
     def return_to_stock(self, reason: str) -> None:
-        """Give every placeholder real memory, holding all that was written so far; its identity is kept."""
+        """Fall back to stock: give every placeholder, in place, real memory with everything written so far."""
         with self._condition:
             self._condition.wait_for(lambda: not self._returning)
             if not self.streaming:
@@ -118,7 +118,7 @@ class LayerStream:
                 self._condition.notify_all()
 
     def finish(self) -> None:
-        """Let go of the placeholders and their streams: the layer has its quantized parameters."""
+        """Drop the placeholders and their streams: the layer has its quantized parameters."""
         for placeholder in self.placeholders.values():
             ViewCapture.unwatch(placeholder)
         self._forget()
@@ -137,12 +137,12 @@ class LayerStream:
         return next((stream.origin_of(tensor) for stream in self.streams.values()), "")
 
     def drop_staged(self) -> None:
-        """Give all staging memory back, when no loader runs any more."""
+        """Release all staging memory. To be called when no loader runs any more."""
         for stream in self.streams.values():
             stream.drop_staged()
 
     def _describe_call(self, arguments: Sequence[Any]) -> str:
-        """Upstream's loaders assert shapes without a word: say what was being loaded, and into what."""
+        """Say what was being loaded, and into what: upstream's loaders assert shapes without a message."""
         tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
         keys = [key for key, placeholder in self.placeholders.items() if any(placeholder is value for value in tensors)]
         stream = self.streams.get(keys[0]) if keys else None

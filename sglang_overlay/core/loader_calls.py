@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a checkpoint tensor fill its part of a parameter? Weight loaders pad, repeat and cut what does not fit."""
+"""Detect checkpoint tensors that do not fill their part of a parameter: loaders silently pad, repeat or cut them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sglang_overlay.core.capture import WriteSink
 from sglang_overlay.core.regions import Box, Placement, difference, extent
 
 PADDED, REPEATED, CUT = "padded with zeros", "repeated", "cut off"
-"""What a loader makes of a tensor that does not fit."""
+"""What a loader does to a tensor that does not fit."""
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """A checkpoint tensor that is not what its parameter needs.
+    """A checkpoint tensor that does not fit its parameter.
 
     Attributes:
-        parameter: qualified name.
-        tensor: the checkpoint's name; empty where it is unknown.
+        parameter: its qualified name.
+        tensor: its name in the checkpoint; empty if unknown.
         shape: of the tensor as the loader got it.
-        wanted: sizes of the part of the parameter that this rank loads from it.
+        wanted: shape of the part of the parameter that this rank loads from it.
         outcome: one of ``PADDED``, ``REPEATED``, ``CUT``.
     """
 
@@ -46,7 +46,7 @@ class LoaderCall:
 
     Args:
         given: the tensor.
-        ranks: each of which may get a part of it, at most.
+        ranks: the most ranks that share it.
     """
 
     def __init__(self, given: torch.Tensor, ranks: int) -> None:
@@ -62,29 +62,29 @@ class LoaderCall:
         """Note a write of ``source`` to the view ``destination`` of the placeholder of ``sink``."""
         self._sink = sink
         is_given = source.untyped_storage()._cdata == self._memory
-        # Copies of a single scale have no strides either.
+        # Copies of a single scale have no nonzero strides either.
         is_fill = not is_given and destination.ndim > 0 and not any(source.stride())
         self._writes.append((destination, is_fill))
         self._taken += 0 if is_fill else source.numel()
-        # One that is saved as a view that repeats its memory is as large as it says.
+        # A tensor that was saved as an expanded view is not repeated by the loader.
         if is_given and 0 in source.stride() and not _repeated(self.given):
             self._outcome = self._outcome or _repeated(source)
         elif not is_given and not is_fill and source.numel() * self._ranks > self.given.numel():
             self._outcome = self._outcome or _padded(source)
 
     def misfit(self, name: str) -> Misfit | None:
-        """What is wrong with the tensor, called ``name`` in the checkpoint."""
+        """How the tensor, called ``name`` in the checkpoint, does not fit; None if it does."""
         if self._sink is None:
             return None
         has_fills = any(is_fill for _, is_fill in self._writes)
-        # Of a tensor that is too short there may be nothing left for this rank.
+        # A tensor that is too short may leave nothing for this rank.
         outcome = self._outcome or (CUT if 0 < self._taken * self._ranks < self.given.numel() else "")
         if not outcome and not has_fills:
             return None
         boxes = [(Placement(view, self._sink.shape).box, is_fill) for view, is_fill in self._writes]
         wanted = extent(_around([box for box, _ in boxes]))[-self.given.ndim :]
-        # A loader that fills first and then computes with what it was given is not seen to take it. Over several ranks
-        # a tensor of that size leaves nothing for the others.
+        # If a loader fills first and then writes values computed from the tensor, its taking the tensor goes unseen.
+        # With several ranks, a tensor of that size leaves nothing for the others.
         is_whole = self._ranks == 1 and wanted == tuple(self.given.shape)
         outcome = PADDED if has_fills and not is_whole and _left(boxes) else outcome
         return Misfit(self._sink.name, name, tuple(self.given.shape), wanted, outcome) if outcome else None
@@ -96,14 +96,14 @@ def _repeated(source: torch.Tensor) -> str:
 
 
 def _padded(source: torch.Tensor) -> str:
-    """A loader pads by putting zeros behind the rows or columns that it was given, in memory of its own."""
+    """``PADDED`` if the last row or column is zero: loaders pad with zeros at the end, in memory of their own."""
     if source.device.type != "cpu" or source.ndim < 2:
         return ""
     return "" if source[-1].any() and source[..., -1].any() else PADDED
 
 
 def _left(boxes: Sequence[tuple[Box, bool]]) -> list[Box]:
-    """What of fills no later write has covered."""
+    """The parts of fills that no later write has covered."""
     left: list[Box] = []
     for box, is_fill in boxes:
         left = [part for fill in left for part in difference(fill, box)] + ([box] if is_fill else [])
@@ -111,13 +111,13 @@ def _left(boxes: Sequence[tuple[Box, bool]]) -> list[Box]:
 
 
 def _around(boxes: Sequence[Box]) -> Box:
-    """The smallest box that all lie in."""
+    """The smallest box that contains all ``boxes``."""
     axes = zip(*boxes, strict=True)
     return tuple((min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in axes)
 
 
 class WatchedSink:
-    """Passes writes on to a placeholder's sink, noted in the loader call that is under way in the thread."""
+    """Passes writes on to a placeholder's sink, and notes them in the thread's current loader call."""
 
     def __init__(self, sink: WriteSink, shape: torch.Size, under_way: Callable[[], LoaderCall | None]) -> None:
         self.name = sink.name
@@ -133,11 +133,11 @@ class WatchedSink:
 
 
 class LoaderCalls:
-    """The calls that are under way, one a thread, and what was wrong with those that have ended.
+    """The current loader call of each thread, and the misfits of those that have ended.
 
     Args:
-        ranks: that share a parameter at most.
-        name_of: the checkpoint's name of a tensor.
+        ranks: the most ranks that share a parameter.
+        name_of: returns a tensor's name in the checkpoint.
     """
 
     def __init__(self, ranks: int, name_of: Callable[[torch.Tensor], str]) -> None:
@@ -147,12 +147,12 @@ class LoaderCalls:
         self._thread = threading.local()
 
     def under_way(self) -> LoaderCall | None:
-        """This thread's call."""
+        """This thread's current call."""
         return getattr(self._thread, "call", None)
 
     @contextmanager
     def of(self, arguments: Sequence[Any]) -> Iterator[None]:
-        """Around a loader that may call others, or fail."""
+        """Context for a loader that may call other loaders, or fail."""
         if self.under_way() is not None:
             yield
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which memory is a mapped file: keeping it costs no memory."""
+"""Find out which memory is a mapped file: keeping a reference to that costs no memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAPS = Path("/proc/self/maps")
 
 @dataclass
 class _Mapping:
-    """Addresses that are mapped as one. ``witness`` is a storage that keeps a file's mapping while it lives."""
+    """One mapping of the process. ``witness`` is a storage that keeps the file mapped while it lives."""
 
     start: int
     stop: int
@@ -26,19 +26,19 @@ class _Mapping:
         return self.is_file and not self.witness.expired()
 
     def holds(self, address: int) -> bool:
-        # That other memory has become a file since is not noticed: then a copy is made that was not needed.
+        # If other memory has become a file mapping since, this misses it, which costs only a needless copy.
         return self.start <= address < self.stop and (self.is_living_file or not self.is_file)
 
 
 class MappedFiles:
-    """Finds out which memory is a mapped file. ``_lock`` guards what is known: of some files, read by turns."""
+    """Finds out which memory is a mapped file. ``_lock`` guards the known mappings: loaders alternate between files."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mappings: list[_Mapping] = []
 
     def holds(self, address: int, witness: StorageWeakRef) -> bool:
-        """Whether ``address`` lies in a mapped file, which the storage ``witness`` keeps mapped while it lives."""
+        """Whether ``address`` lies in a mapped file. The storage ``witness`` keeps that file mapped while it lives."""
         with self._lock:
             known = next((mapping for mapping in self._mappings if mapping.holds(address)), None)
             if known is None:
@@ -47,16 +47,16 @@ class MappedFiles:
                     return False
                 known = _Mapping(*found, witness)
                 self._mappings = [known, *(mapping for mapping in self._mappings if mapping.is_living_file)]
-            # The newest storage is the likeliest to be alive when the next one comes, and then it vouches for that one.
+            # The newest storage is the likeliest to be alive at the next call.
             known.witness = witness
             return known.is_file
 
 
 def mapping_at(address: int) -> tuple[int, int, bool] | None:
-    """Start and stop of the mapping at ``address``, and whether it is a file on disk; None where nothing tells.
+    """Start and stop of the mapping at ``address``, and whether it is a file on disk; None if unknown.
 
-    The kernel writes down the process's mappings, thousands of them, in the order of their addresses, as they are read;
-    what has been mapped last tends to come first.
+    The kernel generates the list while it is read, thousands of mappings sorted by address. Recent mappings tend to
+    come first, so reading usually stops early.
     """
     try:
         with _MAPS.open("rb") as mappings:

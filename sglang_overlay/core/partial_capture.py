@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Catch what weight loaders write where only some of a model's weights are written: in weight updates."""
+"""Capture writes in weight updates, where only some of a model's weights are written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sglang_overlay.core.capture import WriteCapture
 
 
 class PartialCapture(WriteCapture):
-    """As ``WriteCapture``, where only a part of the placeholders is going to be written.
+    """A ``WriteCapture`` for when only some of the placeholders will be written.
 
-    What upstream computes from a placeholder that is not written has no data, and the weight it belongs to has not
-    changed: a copy of it leaves its destination as it is.
+    A tensor that upstream computes from an unwritten placeholder has no data. Its weight has not changed, so copying
+    it leaves the destination as it is.
     """
 
     def __torch_dispatch__(
@@ -26,5 +26,5 @@ class PartialCapture(WriteCapture):
 
 
 def _has_no_data(value: Any) -> bool:
-    # A number that is copied comes as the number it is.
+    # copy_ may also get a plain number.
     return isinstance(value, torch.Tensor) and value.is_meta

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters without memory: how upstream is made to create them, and how they get memory after all."""
+"""Placeholders: make upstream create weights without memory, and give them memory later."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class PlaceholderAllocation(TorchDispatchMode):
-    """Puts uninitialized tensors of the high-precision dtype on the meta device; all else is allocated as asked for.
+    """Puts uninitialized tensors of the high-precision dtype on the meta device; all others are allocated as usual.
 
-    Weights are what upstream creates with ``torch.empty`` in the model's dtype. Scales, biases in float32 and whatever
-    is created with a value keep real memory, so nothing but the weights has to be known here.
+    Upstream creates weights with ``torch.empty`` in the model's dtype. Float32 scales and biases, and tensors created
+    with a value, keep real memory.
 
     Args:
-        dtype: the dtype weights are loaded in.
+        dtype: the dtype that weights are loaded in.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtype = dtype
         self.device: torch.device | None = None
-        """Where upstream wanted the weights, once one has been created."""
+        """The device upstream asked for, once it has created a weight."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -45,10 +45,10 @@ def twin(placeholder: torch.nn.Parameter, values: torch.Tensor) -> torch.nn.Para
 
 
 def materialize(placeholder: torch.nn.Parameter, values: torch.Tensor) -> torch.nn.Parameter:
-    """Make ``placeholder`` hold ``values``, in place: whoever keeps a reference sees the real parameter from now on.
+    """Make ``placeholder`` hold ``values``, in place, so that all references to it see the real parameter.
 
     Returns:
-        What keeps the storage that writes to the placeholder were recognized by; swapping the two undoes it.
+        A parameter with the placeholder's meta storage, by which writes were recognized; swapping the two undoes this.
     """
     other = twin(placeholder, values)
     torch.utils.swap_tensors(placeholder, other)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn complete units into fp8 values and scales.
 
-All quantizers write into slices of the final parameter. Pieces of a unit are disjoint and cover it; they have the
-parameter's high-precision dtype and lie on its device or on the host.
+All quantizers write into slices of the final parameter. A unit's pieces are disjoint and cover it; they have the
+parameter's high-precision dtype and are on its device or on the host.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 
 Reorder = Callable[[torch.Tensor], torch.Tensor]
-"""Puts a tensor's elements into another order; its shape stays."""
+"""Reorders a tensor's elements; the shape stays the same."""
 
 
 def made_current(device: torch.device) -> AbstractContextManager[object]:
-    """Make ``device`` the thread's current one: kernels are launched there, and loader threads begin with the first."""
+    """Make ``device`` the thread's current one, where kernels are launched; new threads start with the first device."""
     if device.type in ("cpu", "meta"):
         return nullcontext()
     module = torch.get_device_module(device)
@@ -31,18 +31,18 @@ def made_current(device: torch.device) -> AbstractContextManager[object]:
 
 
 class UnitQuantizer(Protocol):
-    """Quantizes units of one parameter. Must be safe to call from several threads for different units."""
+    """Quantizes units of one parameter. Several threads may call it at once, for different units."""
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | float:
         """Quantize one unit.
 
         Args:
-            pieces: the unit's values, shape of each its box.
-            weight: fp8 output, shape of the unit.
+            pieces: the unit's values.
+            weight: fp8 output, with the unit's shape.
             scale: float32 output, the unit's slice of the scale.
 
         Returns:
-            The largest magnitude of the unit; NaN or Inf where any of its values is. May be on the device, not awaited.
+            The unit's largest magnitude; NaN or Inf if any of its values is. May be on the device, not awaited.
         """
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -54,26 +54,26 @@ class UnitQuantizer(Protocol):
             scale: float32 output, ``[n, *scales of a unit]``.
 
         Returns:
-            Largest magnitudes, ``[n]``, as of ``quantize``.
+            Largest magnitudes, ``[n]``, as ``quantize`` returns them.
         """
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-        """Whether a unit that was quantized to ``weight`` and ``scale`` can have held ``piece``.
+        """Whether a unit that was quantized to ``weight`` and ``scale`` can have contained ``piece``.
 
         Args:
             piece: high-precision values of a box of the unit.
-            weight: fp8, shape of the unit.
+            weight: fp8, with the unit's shape.
             scale: float32, the unit's slice of the scale.
         """
 
 
 def magnitude(unit: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude; NaN or Inf where any value is. Scales do not tell: the kernels' maximum drops NaN."""
+    """Largest magnitude; NaN or Inf if any value is. Scales do not show that: the kernels' maximum drops NaN."""
     return magnitudes(unit.reshape(1, -1) if unit.ndim == 0 else unit.unsqueeze(0))[0]
 
 
 def magnitudes(units: torch.Tensor) -> torch.Tensor:
-    """As ``magnitude``, of each of some units ``[n, ...]``. One kernel on a device; on a CPU a norm is slower."""
+    """Like ``magnitude``, for each unit: ``[n, ...] -> [n]``. One kernel on a device; on a CPU a norm is slower."""
     if units.is_cpu:
         flat = units.flatten(1)
         return torch.maximum(flat.amin(1).neg(), flat.amax(1))
@@ -83,13 +83,13 @@ def magnitudes(units: torch.Tensor) -> torch.Tensor:
 
 
 class Magnitudes:
-    """The largest magnitude of each unit of a parameter; 0 where it has not been quantized.
+    """The largest magnitude of each unit of a parameter; 0 if it has not been quantized.
 
     Any thread may note; different threads note different units.
 
     Args:
-        units: how many.
-        device: where quantizers leave what they do not await.
+        units: number of units.
+        device: where quantizers leave magnitudes that they do not await.
 
     Attributes:
         found: float32, ``[units]``.
@@ -101,19 +101,19 @@ class Magnitudes:
         self._numbers = self.found.numpy() if self.found.is_cpu else None
 
     def note(self, unit: int, found: torch.Tensor | float) -> None:
-        """Note a unit's, which may be on the device and not there yet."""
+        """Note a unit's magnitude, which may still be being computed on the device."""
         if self._numbers is not None and isinstance(found, float):
             self._numbers[unit] = found
         else:
             self.found[unit] = found
 
     def note_run(self, units: slice, found: torch.Tensor) -> None:
-        """Note those of several units."""
+        """Note the magnitudes of several units, ``[n]``."""
         self.found[units] = found
 
 
 def units_not_finite(magnitudes: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Of each of these magnitudes of units, which are NaN or Inf. Waits for each device once, for all of them."""
+    """For each tensor of unit magnitudes, the units that are NaN or Inf. Waits for each device once."""
     found: list[list[int]] = [[] for _ in magnitudes]
     for device in {each.device for each in magnitudes}:
         here = [number for number, each in enumerate(magnitudes) if each.device == device]
@@ -126,7 +126,7 @@ def units_not_finite(magnitudes: Sequence[torch.Tensor]) -> list[list[int]]:
 
 
 def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
-    """One contiguous high-precision unit, of ``like``'s shape and device; a single piece that is one is not copied."""
+    """One contiguous high-precision unit with ``like``'s shape and device. Copies only if that is necessary."""
     if len(pieces) == 1 and pieces[0].values.shape == like.shape:
         return pieces[0].values.to(like.device).contiguous()
     unit = torch.empty(like.shape, dtype=pieces[0].values.dtype, device=like.device)
@@ -136,9 +136,9 @@ def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
 
 
 def aligned(values: torch.Tensor) -> torch.Tensor:
-    """``values`` as kernels take them: contiguous, and where loads of 16 bytes may begin.
+    """``values`` as kernels need them: contiguous, and aligned to 16 bytes.
 
-    A view of a flattened bucket may begin at any address, and such a load at another one is a fault.
+    A view of a flattened bucket may begin at any address, and an unaligned 16-byte load is a fault.
     """
     values = values.contiguous()
     # Fake tensors have no address.
@@ -150,10 +150,10 @@ _LOADED_BYTES = 16
 
 
 class AssembledUnits(ABC):
-    """Units that are quantized from contiguous memory: one that came in pieces is put together first.
+    """Quantizes units from contiguous memory: a unit in pieces is assembled first.
 
     Attributes:
-        at_once: elements quantized in one go, or one unit where that has more; bounds the memory for intermediates.
+        at_once: elements quantized in one call, but at least one unit; bounds the memory for intermediates.
     """
 
     at_once: ClassVar[int] = 1 << 27
@@ -173,18 +173,18 @@ class AssembledUnits(ABC):
 
     @abstractmethod
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """As ``quantize_run``, in one go: on a device each operation is a launch, whatever the number of units."""
+        """Like ``quantize_run``, in as few operations as possible: on a device each operation is a launch."""
 
 
 class OneScaleAUnit:
-    """Units of fp8 values with a single scale."""
+    """Mixin for quantizers whose units have a single scale."""
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         return is_rounding_of(weight[slices(piece.box)], scale, piece.values)
 
 
 def is_rounding_of(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether fp8 ``weight`` times ``scale`` (broadcast against it) is ``values``, rounded: within half a step."""
+    """Whether fp8 ``weight`` times ``scale`` (broadcast against it) is ``values`` rounded: within half a step."""
     wanted = values.float()
     # Half a step: 2**-4 of the value for e4m3, or of the smallest normal number below that.
     smallest = torch.finfo(weight.dtype).smallest_normal * scale
@@ -193,10 +193,10 @@ def is_rounding_of(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tens
 
 
 class WholeUnitQuantizer(AssembledUnits, OneScaleAUnit):
-    """Runs a kernel on each whole unit, for those that only take one contiguous matrix.
+    """Runs a kernel on each unit, for kernels that only take one contiguous matrix.
 
     Args:
-        function: ``unit -> (fp8 values, float32 scale)``, upstream's own.
+        function: upstream's ``unit -> (fp8 values, float32 scale)``.
     """
 
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -211,10 +211,10 @@ class WholeUnitQuantizer(AssembledUnits, OneScaleAUnit):
 
 
 class RowQuantizer(AssembledUnits):
-    """Per-channel: every row has its own scale, so any run of units is one call, of a row or of several each.
+    """Per-channel: every row has its own scale, so one call quantizes any run of units, with one or several rows each.
 
     Args:
-        function: ``[rows, columns] -> (fp8 [rows, columns], float32 scale of one element a row)``.
+        function: ``[rows, columns] -> (fp8 [rows, columns], float32 scale with one element per row)``.
     """
 
     def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -235,19 +235,19 @@ class RowQuantizer(AssembledUnits):
 
 
 class RowKernelQuantizer(RowQuantizer):
-    """Rows by upstream's kernel, with the bits that it gives the whole weight, whatever the pieces.
+    """Quantizes rows with upstream's kernel, to the bits it gives for the whole weight, whatever the pieces.
 
-    Which kernel that is depends on the number of rows. ``launch_per_token_quant_fp8`` of SGLang 0.5.19 to 0.5.23
+    Upstream picks a kernel by the number of rows. ``launch_per_token_quant_fp8`` of SGLang 0.5.19 to 0.5.23
     (``kernels/jit/csrc/gemm/per_token_quant_fp8.cuh``) and ``sgl_per_token_quant_fp8`` of 0.5.17
-    (``sgl-kernel/csrc/gemm/per_token_quant_fp8.cu``) give a row to a warp from 16 rows a multiprocessor on, and to a
-    thread block below that. Both store ``absmax / 448`` as the scale and multiply by its reciprocal. They differ where
-    the scale is 0: the warp's kernel multiplies by 0, the block's by infinity, and ``fminf`` makes 448 of a NaN. The
-    number of columns chooses how wide loads are, and no bit. In 0.5.13 and 0.5.15 there is one kernel, whose absmax is
-    at least 1e-10, and Triton's, on other platforms, has that floor as well.
+    (``sgl-kernel/csrc/gemm/per_token_quant_fp8.cu``) assign each row to a warp from 16 rows per multiprocessor on, and
+    to a thread block below that. Both store ``absmax / 448`` as the scale and multiply by its reciprocal. They differ
+    where the scale is 0: the warp's kernel multiplies by 0, the block's by infinity, and ``fminf`` turns the NaN into
+    448. The number of columns changes the width of loads, but no bit. 0.5.13 and 0.5.15 have one kernel, whose absmax
+    is at least 1e-10; Triton's, on other platforms, has the same floor.
 
     Args:
         function: upstream's ``per_token_group_quant_fp8``, called with rows and their length.
-        rows: of the whole weight.
+        rows: number of rows of the whole weight.
     """
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, torch.Tensor]], rows: int) -> None:
@@ -267,7 +267,7 @@ class RowKernelQuantizer(RowQuantizer):
             self._redo_zeros(rows, weight, scale)
 
     def _redo_zeros(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        """Give rows of scale 0 the values that they have where the whole weight is quantized at once."""
+        """Give rows of scale 0 the values they get when the whole weight is quantized at once."""
         if self._zeros_stay is None:
             self._zeros_stay = self._whole_keeps_zeros(rows)
         is_redone = (scale.view(-1, 1) == 0) & self._zeros_stay
@@ -276,21 +276,21 @@ class RowKernelQuantizer(RowQuantizer):
         torch.where(is_redone, zeros.view(torch.uint8), found, out=found)
 
     def _whole_keeps_zeros(self, like: torch.Tensor) -> torch.Tensor:
-        """Whether a row of zeros in the whole weight stays one. Asked of upstream itself, on the device; not awaited.
+        """Whether a row of zeros in the whole weight stays zero. Runs upstream's kernel to find out; not awaited.
 
-        A few columns are enough, as many beyond a multiple of 16 as the weight has: that chooses the kernel's loads.
+        A few columns are enough, with the weight's remainder modulo 16: that selects the width of the kernel's loads.
         """
         quantized, _ = self._function(like.new_zeros(self._rows, 16 + like.shape[-1] % 16))
         return quantized.view(torch.uint8)[0, 0] == 0
 
 
 class ShuffledUnits(AssembledUnits):
-    """Stores what another quantizer makes of units in the order in which a kernel reads them.
+    """Stores another quantizer's results in the order in which a kernel reads them.
 
     Args:
-        quantizer: of these units, rows one after the other.
-        shuffle: from that order into the kernel's, each unit within itself: ``[n, rows, columns]``.
-        unshuffle: back.
+        quantizer: quantizes these units in row-major order.
+        shuffle: reorders each unit of ``[n, rows, columns]`` from row-major into the kernel's order.
+        unshuffle: the inverse of ``shuffle``.
     """
 
     def __init__(self, quantizer: UnitQuantizer, shuffle: Reorder, unshuffle: Reorder) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regions of a parameter: axis-aligned boxes, and which box a strided view of a contiguous tensor covers."""
+"""Regions of a parameter: axis-aligned boxes, and the box that a strided view of a contiguous tensor covers."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def volume(box: Box) -> int:
 
 
 def slices(box: Box) -> tuple[slice, ...]:
-    """Index with which a tensor yields the box."""
+    """The index that selects the box from a tensor."""
     return tuple(slice(start, stop) for start, stop in box)
 
 
 def cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The box of ``tensor``: as indexing with ``slices``, in a fraction of the time where little is cut off."""
+    """The box of ``tensor``: like indexing with ``slices``, but much faster if few axes are cut."""
     for axis, (start, stop) in enumerate(box):
         if stop - start != tensor.shape[axis]:
             tensor = tensor.narrow(axis, start, stop - start)
@@ -53,7 +53,7 @@ def intersection(one: Box, other: Box) -> Box | None:
 
 
 def difference(box: Box, hole: Box) -> list[Box]:
-    """Disjoint boxes that together are ``box`` without ``hole``."""
+    """Disjoint boxes that together cover ``box`` without ``hole``."""
     common = intersection(box, hole)
     if common is None:
         return [box]
@@ -71,14 +71,14 @@ def shifted(box: Box, origin: Box) -> Box:
 
 
 class Placement:
-    """Where a view of a contiguous tensor lies, and how to lay a tensor of the view's shape out the same way.
+    """Which box of a contiguous tensor a view covers, and how to reorder a tensor of the view's shape into the box.
 
     Args:
         view: any view made of narrows, selects, transposes and reshapes.
         shape: shape of the contiguous tensor that was viewed, which starts at storage offset 0.
 
     Raises:
-        UnsupportedWriteError: the view is no box of the tensor (a step, a diagonal, a reshape across a cut).
+        UnsupportedWriteError: the view is not a box of the tensor (a step, a diagonal, a reshape across a cut).
     """
 
     __slots__ = ("_parts", "_permutation", "box")
@@ -103,7 +103,10 @@ class Placement:
         self._permutation = None if _is_sorted(axes) else sorted(range(len(axes)), key=axes.__getitem__)
 
     def lay_out(self, source: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """View ``source``, which has the shape of the view, with the shape of the box, or one that differs in ones."""
+        """``source``, which has the view's shape, in the shape of the box, or in ``shape``, which may add or drop ones.
+
+        A view of ``source`` where its strides allow that.
+        """
         if self._permutation is not None:
             source = source.reshape(self._parts).permute(self._permutation)
         shape = extent(self.box) if shape is None else shape
@@ -128,7 +131,7 @@ def _start(offset: int, strides: Sequence[int]) -> list[int]:
 def _axes_of(
     size: int, stride: int, shape: Sequence[int], strides: Sequence[int], starts: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Axes, outermost first, that one dimension of a view runs over, with the length it has on each."""
+    """The (axis, length) pairs, outermost first, that one dimension of a view covers."""
     axis = next((a for a in range(len(shape)) if strides[a] == stride and shape[a] > 1), None)
     covered: list[tuple[int, int]] = []
     while axis is not None and axis >= 0:

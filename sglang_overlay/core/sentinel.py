@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tell which tensors nobody writes: a few of their elements are marked, and looked at again afterwards.
+"""Find tensors that nobody writes: mark a few of their elements with a sentinel and look at them afterwards.
 
-It does not matter how or by which thread a tensor is written. torch's version counter would not tell: weight loaders
-write to ``parameter.data``, which has a counter of its own.
+This works however, and in whichever thread, a tensor is written. torch's version counter would not: weight loaders
+write to ``parameter.data``, which has its own counter.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import torch
 
 _MOST_MARKED = 8
-"""Elements marked in a tensor, evenly spread from the first to the last or nearly so."""
+"""Elements marked per tensor, spread evenly from the first to (nearly) the last."""
 
 _MARKS = {
     torch.bfloat16: (torch.int16, 0x7FA5),
     torch.float16: (torch.int16, 0x7DA5),
     torch.float32: (torch.int32, 0x7FA55A5A),
 }
-"""A NaN of each dtype that no computation gives, as the integer with the same bits."""
+"""For each dtype, a NaN that no computation produces, as the integer with the same bits."""
 
 
 def is_watchable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor can be marked: in high precision, contiguous, with memory and not empty."""
+    """Whether a tensor can be marked: bf16, fp16 or fp32, contiguous, with memory and not empty."""
     return tensor.dtype in _MARKS and tensor.numel() > 0 and tensor.is_contiguous() and not tensor.is_meta
 
 
@@ -35,10 +35,10 @@ def fill(tensor: torch.Tensor) -> None:
 
 
 def clear(tensor: torch.Tensor) -> bool:
-    """Put zeros in place of what is left of ``fill``. Waits for the device.
+    """Replace the marks of ``fill`` that have not been overwritten by zeros. Waits for the device.
 
     Returns:
-        Whether anything was left.
+        Whether there were any.
     """
     dtype, mark = _MARKS[tensor.dtype]
     bits = tensor.detach().view(dtype)
@@ -51,7 +51,7 @@ def clear(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Marked:
-    """Attributes: ``bits``, the marked elements as integers, a view of the tensor, and what they were before."""
+    """``bits``: the marked elements, an integer view of the tensor. ``before``: their values before marking."""
 
     tensor: torch.Tensor
     bits: torch.Tensor
@@ -60,23 +60,23 @@ class _Marked:
 
 
 class Sentinels:
-    """Sentinels in tensors. Between here and ``lift``, elements that nobody writes are NaN.
+    """Sentinels in tensors. Until ``lift``, marked elements that nobody writes are NaN.
 
     Args:
-        tensors: what to watch, by name; those that are not ``is_watchable`` are left alone.
+        tensors: what to watch, by name; tensors that are not ``is_watchable`` are left alone.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._marked = {name: _marked(tensor) for name, tensor in tensors.items() if is_watchable(tensor)}
 
     def lift(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Put back what the marks have replaced, and has not been written since. Waits for the device once.
+        """Restore the values under marks that have not been overwritten. Waits for each device once.
 
         Args:
-            tensors: those that are in use by now, by name; one in place of another has been written.
+            tensors: those in use now, by name; a tensor that has been replaced counts as written.
 
         Returns:
-            Names of tensors of which no marked element has been written.
+            Names of tensors in which no marked element has been written.
         """
         untouched = _true({name: _lifted(found) for name, found in self._marked.items()})
         unwritten = [
@@ -102,14 +102,14 @@ def _marked(tensor: torch.Tensor) -> _Marked:
 
 
 def _lifted(found: _Marked) -> torch.Tensor:
-    """Whether all marks are still there, as a tensor that need not be awaited; puts back what they replaced."""
+    """Whether all marks are still there, as a bool tensor that is not awaited; restores the values under them."""
     is_marked = found.bits == found.mark
     found.bits.copy_(torch.where(is_marked, found.before, found.bits))
     return is_marked.all()
 
 
 def _true(answers: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of the answers that are yes. Each device is asked once."""
+    """Names of the answers that are true. Synchronizes with each device once."""
     found: set[str] = set()
     for device in {answer.device for answer in answers.values()}:
         here = [name for name, answer in answers.items() if answer.device == device]

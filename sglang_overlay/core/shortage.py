@@ -15,7 +15,7 @@ _SHORTAGES = ("can't allocate memory", "can't start new thread", "Cannot allocat
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error is a way of torch, the system or Python to say that memory ran out, on any device."""
+    """Whether torch, the system or Python says with this error that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in _SHORTAGES)
@@ -26,8 +26,8 @@ def shortage_explained(purpose: str, size: int, account: StagingAccount) -> Abst
 
     Args:
         purpose: what the memory is for, with the parameter's name.
-        size: bytes needed for it.
-        account: of the load.
+        size: bytes needed.
+        account: the load's staging account.
 
     Raises:
         StagingMemoryError: memory ran out inside the block; caused by torch's error.
@@ -36,7 +36,7 @@ def shortage_explained(purpose: str, size: int, account: StagingAccount) -> Abst
 
 
 class _Explanation(AbstractContextManager[None]):
-    """A class, since a generator would take as long as all else that is done for a small tensor."""
+    """A class, since a generator would double the time a small tensor takes."""
 
     __slots__ = ("_account", "_purpose", "_size")
 
@@ -54,7 +54,7 @@ class _Explanation(AbstractContextManager[None]):
 
 
 def told(account: StagingAccount) -> str:
-    """What streaming has allocated, and what to do about it."""
+    """A message: what streaming has allocated, and what the user can do about it."""
     return (
         f"Streaming had allocated {_mib(account.stored)} of fp8 weights and scales, and held {_mib(account.held)} of "
         f"staging (at most {_mib(account.peak)} so far). Leave more memory to this process, or spread the model over "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint tensor a piece of memory belongs to, and which memory stays as it is when a weight loader returns.
+"""Find the checkpoint tensor that memory belongs to, and memory that stays unchanged after a weight loader returns.
 
-Weight loaders pass on views of it, some from thread pools of their own (``maybe_executor_submit``), so names are kept
-as long as the memory lives, not for an iteration. What ``torch.save`` wrote may be anything: numbers, dicts, tensors
-without memory of their own (sparse ones), several tensors in one storage.
+Loaders receive views of checkpoint tensors, some in thread pools of upstream's (``maybe_executor_submit``), so names
+are kept while the memory lives, not for one iteration. Files from ``torch.save`` may hold anything: numbers, dicts,
+tensors without storage (sparse ones), several tensors in one storage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ _SWEEP_AT_LEAST = 256
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in its storage a checkpoint tensor lies: ``steps`` are stride and size of each dimension, largest first."""
+    """Where a checkpoint tensor lies in its storage.
+
+    Attributes:
+        start: byte offset.
+        steps: (stride in bytes, size) of each dimension, largest stride first.
+    """
 
     name: str
     start: int
@@ -62,14 +67,14 @@ class CheckpointSources:
         self._sweep_at = _SWEEP_AT_LEAST
 
     def offer(self, tensor: object, name: str = "") -> None:
-        """Note that ``tensor`` comes from the checkpoint, under ``name`` there; what has no storage is passed over."""
+        """Note that ``tensor`` comes from the checkpoint, named ``name`` there. Values without storage are ignored."""
         if not isinstance(tensor, torch.Tensor) or oddity(tensor) is not None:
             return
         storage = tensor.untyped_storage()
         with self._lock:
             source = self._sources.get(storage._cdata)
             if source is None:
-                # The weak reference also keeps the number from being given to other memory.
+                # The weak reference also keeps the key from being reused for other memory.
                 source = self._sources[storage._cdata] = _Source(StorageWeakRef(storage))
             if name:
                 source.places.append(_Place.of(tensor, name))
@@ -77,22 +82,22 @@ class CheckpointSources:
                 self._sweep()
 
     def name_of(self, tensor: torch.Tensor) -> str:
-        """The name in the checkpoint of the tensor that ``tensor`` is a view of; empty for other memory."""
+        """The checkpoint's name for the tensor that ``tensor`` is a view of; empty for other memory."""
         source = self._source_of(tensor)
         if source is None or not source.places:
             return ""
         if len(source.places) == 1:
             return source.places[0].name
         start = _start(tensor)
-        # The newest is the one that is being loaded.
+        # The newest is being loaded.
         return next((place.name for place in reversed(source.places) if place.holds(start)), "")
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is a view of the checkpoint's memory, which nobody uses again while it lives."""
+        """Whether ``tensor`` is a view of the checkpoint's memory, which nobody reuses while it lives."""
         return self._source_of(tensor) is not None
 
     def is_mapped(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is a view of the checkpoint's memory that is a mapped file: keeping it costs no memory."""
+        """Whether ``tensor`` is a view of checkpoint memory in a mapped file: keeping it costs no memory."""
         source = self._source_of(tensor)
         if source is None or not tensor.is_cpu or not tensor.numel():
             return False
@@ -111,9 +116,9 @@ class CheckpointSources:
 
 
 class Watch:
-    """Tells whether a tensor, or any view of the same memory, is changed from now on; keeps it alive.
+    """Detects changes to a tensor, or to any view of it, from now on; keeps the tensor alive.
 
-    By torch's version counter, so blind to tensors made in inference mode and to writes that bypass torch.
+    Uses torch's version counter, so it misses tensors made in inference mode and writes that bypass torch.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -134,7 +139,7 @@ def _start(tensor: torch.Tensor) -> int:
 
 
 def oddity(value: object) -> str | None:
-    """What an entry of a checkpoint is where it is no tensor of numbers in memory; None where it is one."""
+    """Describes a checkpoint entry that is not a plain tensor in memory; None for one that is."""
     if isinstance(value, dict):
         return f"a dict of {len(value)} entries"
     if not isinstance(value, torch.Tensor):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""High-precision pieces of units that are not yet completely covered, and the account of their memory."""
+"""Keep high-precision pieces of units that are not yet completely written, and account for their memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sglang_overlay.core.regions import Box, difference, extent, intersection, s
 
 @dataclass(frozen=True)
 class Piece:
-    """Values of one box of a unit.
+    """The values of one box of a unit.
 
     Attributes:
         box: where in the unit.
-        values: high precision, shape of the box.
+        values: high precision, with the shape of the box.
     """
 
     box: Box
@@ -31,11 +31,11 @@ class Piece:
 
     @property
     def is_fill(self) -> bool:
-        """Whether all values are one element of memory: what ``zero_`` and ``fill_`` write."""
+        """Whether all values share one element of memory, as ``zero_`` and ``fill_`` write them."""
         return bool(self.box) and not any(self.values.stride())
 
     def copied(self, dtype: torch.dtype, device: torch.device) -> Piece:
-        """The same values in memory of their own, however little of it they need."""
+        """The same values in memory of their own; a fill stays one element."""
         if self.is_fill:
             element = self.values[(0,) * len(self.box)].to(dtype=dtype, device=device, copy=True)
             return Piece(self.box, element.expand(extent(self.box)))
@@ -47,7 +47,7 @@ class Piece:
 
 
 class StagingAccount:
-    """Counts bytes of staging memory, and of the fp8 storage beside it. One lock guards them; any thread may call."""
+    """Counts bytes of staging memory and of fp8 storage. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,11 +72,11 @@ class StagingAccount:
 
     @property
     def peak(self) -> int:
-        """The most bytes ever held at once."""
+        """The most bytes held at any time."""
         return self._peak
 
     def add(self, size: int) -> None:
-        """Count ``size`` bytes more, or fewer where it is negative."""
+        """Count ``size`` more bytes of staging memory; negative when memory is released."""
         with self._lock:
             self._held += size
             self._peak = max(self._peak, self._held)
@@ -84,12 +84,12 @@ class StagingAccount:
 
 @dataclass
 class StagedUnit:
-    """Disjoint pieces of one unit. Used by one thread at a time: its owner marks the unit busy around each call.
+    """Disjoint pieces of one unit. Used by one thread at a time: the stream marks the unit busy around each call.
 
     Attributes:
-        pieces: what has been written and not been overwritten since.
-        has_background: a fill has been partly overwritten. The loader clears first and writes afterwards, so a covered
-            unit need not be a finished one.
+        pieces: writes that have not been overwritten since.
+        has_background: whether a fill has been partly overwritten. Then the loader clears before it writes, so a
+            covered unit may still be incomplete.
     """
 
     account: StagingAccount
@@ -98,7 +98,7 @@ class StagedUnit:
     _held: dict[int, int] = field(default_factory=dict)
 
     def overwrite(self, box: Box) -> None:
-        """Forget what earlier writes put into ``box``: the last write wins, as in stock."""
+        """Discard earlier writes to ``box``: the last write wins, as in stock."""
         touched = [piece for piece in self.pieces if intersection(piece.box, box) is not None]
         if not touched:
             return
@@ -107,7 +107,7 @@ class StagedUnit:
         self._forget(self._held.keys() - {_storage_of(piece) for piece in self.pieces})
 
     def hold(self, piece: Piece) -> None:
-        """Keep a piece, whose memory must belong to this unit alone."""
+        """Keep a piece. Its memory must belong to this unit alone."""
         self.pieces.append(piece)
         size = piece.values.untyped_storage().nbytes()
         self._held[_storage_of(piece)] = size
@@ -119,12 +119,12 @@ class StagedUnit:
         return sum(piece.size for piece in self.pieces)
 
     def release(self) -> None:
-        """Give all memory back."""
+        """Release all memory."""
         self.pieces = []
         self._forget(list(self._held))
 
     def _forget(self, storages: Iterable[int]) -> None:
-        """Count no longer what pieces that are gone have held."""
+        """Stop counting these storages: their pieces are gone."""
         for storage in storages:
             self.account.add(-self._held.pop(storage))
 

@@ -41,13 +41,13 @@ class Storage:
 
 
 class Origins:
-    """Names of the checkpoint tensors that were written into a parameter. Outlives its stream, for messages."""
+    """Names of the checkpoint tensors that were written into a parameter, for messages. Outlives the stream."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, TargetRegion], str] = {}
 
     def __call__(self, units: Sequence[int] | None = None) -> list[str]:
-        """Those that were written into ``units``, or anywhere, where they are known."""
+        """Known names of the tensors that were written into ``units``, by default into any unit."""
         wanted = None if units is None else set(units)
         touching = (
             name
@@ -62,7 +62,7 @@ class Origins:
 
 
 class RowWatcher(Protocol):
-    """Looks at the checkpoint's rows when some of their columns are written (``core/whole_rows.py``).
+    """Looks at whole checkpoint rows when some of their columns are written (``core/whole_rows.py``).
 
     Attributes:
         is_narrowed: some values came without the rest of their rows.
@@ -74,33 +74,32 @@ class RowWatcher(Protocol):
         """This thread is about to write ``source`` to ``region``, beginning in unit ``first``."""
 
     def note(self, units: range) -> None:
-        """This thread has claimed ``units``, and goes on to write what it has shown to ``see``."""
+        """This thread has claimed ``units``, and is about to write what it has passed to ``see``."""
 
 
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
-    Any thread may write. ``_condition`` guards ``_busy`` and ``_waiting``, how many threads wait for that to shrink. A
-    unit in there belongs to the thread that put it there, or to the job that was submitted for it, with its state,
-    staging and ``_watches``; copying and quantizing happen without the lock, so different units of a parameter are
-    quantized at the same time. ``origins`` and ``_rewritten`` take single entries from any thread, and are read when no
-    loader runs, or for a message.
+    Any thread may write. ``_condition`` guards ``_busy``, the claimed units, and ``_waiting``, the number of waiters. A
+    busy unit, with its state, staging and ``_watches``, belongs to the thread that claimed it or to the job submitted
+    for it. Copying and quantizing happen without the lock, so different units are quantized concurrently. Any thread
+    may add to ``origins`` and ``_rewritten``; they are read when no loader runs, or for a message.
 
     Args:
         name: for messages, for example ``model.layers.3.mlp.experts.w13_weight``.
         placeholder: the meta parameter that upstream's loader writes to.
         grid: how the parameter divides into units.
         quantizer: turns a complete unit into fp8.
-        storage: where the results go. What is staged stays where it came from: device memory is what is scarce.
+        storage: where the results go. Staged pieces stay on the device they came from: device memory is scarce.
         account: counts staging memory.
-        sources: tells the names of checkpoint tensors, and which memory stays as it is when a loader has returned.
-        executor: runs what quantizes.
-        quantized: called with the bytes of fp8 written, each time units are done; from any thread.
-        rows: the checkpoint's, where the parameter has only some of their columns and is quantized by all of them.
-        mark: fills memory that goes back to stock, so that whoever looks after it can tell what is never written.
+        sources: knows the names of checkpoint tensors, and which memory stays unchanged after a loader has returned.
+        executor: runs the quantizing jobs.
+        quantized: called, from any thread, with the bytes of fp8 written each time units are done.
+        rows: watches the checkpoint's rows if the parameter holds only some of their columns, but scales depend on all.
+        mark: fills the memory that a fallback to stock gets, so that the load can find what is never written.
 
     Attributes:
-        origins: of what was written.
+        origins: names of the checkpoint tensors that were written.
         rows: as given.
     """
 
@@ -150,11 +149,11 @@ class ParameterStream:
 
     @property
     def kind(self) -> Hashable:
-        """What chooses the kernels that quantize a unit."""
+        """Equal for streams whose units are quantized by the same kernels."""
         return type(self._quantizer), self._grid.shape, self._dtype
 
     def try_quantizer(self) -> None:
-        """Quantize a unit of zeros on a device, where nothing has been written yet."""
+        """On a device, quantize a unit of zeros before anything is written, so that kernels are compiled only once."""
         if self.storage.weight.device.type not in ("cpu", "meta"):
             self._quantize_missing(0)
 
@@ -162,15 +161,16 @@ class ParameterStream:
         """Take a write of ``source`` to the view ``destination`` of the placeholder. Shapes are equal.
 
         Raises:
-            UnsupportedWriteError: the view is no box of the parameter.
+            UnsupportedWriteError: the view is not a box of the parameter.
             UnsupportedDtypeError: the source holds integers.
+            ConflictingWriteError: a staged checkpoint tensor was changed after its loader returned.
             StagingMemoryError: memory ran out.
         """
         if not destination.numel():
             return
         origin = self._sources.name_of(source)
         self._refuse_integers(source, origin)
-        # Quantizers read memory, where the lazy sign of a negative view is not.
+        # Quantizers read raw memory, which lacks the lazy sign of a negative view.
         source = source.resolve_neg()
         try:
             first, region = self._regions.of(destination)
@@ -193,7 +193,7 @@ class ParameterStream:
             self._write_part(first + number, Piece(region.box, values[number]), source)
 
     def settle(self) -> list[int]:
-        """Quantize what was only waiting for the end of loading, and release all staging memory.
+        """Quantize covered units that had to wait for the end of loading, and release all staging memory.
 
         To be called once, when no loader runs any more. Units that were not completely written stay as they are.
 
@@ -201,14 +201,15 @@ class ParameterStream:
             Units that were never completely written, in order.
 
         Raises:
-            ConflictingWriteError: part of a quantized unit was written again, with other values.
+            ConflictingWriteError: part of a quantized unit was written again with other values, or a staged checkpoint
+                tensor was changed after its loader returned.
         """
         missing = self._settle()
         self.drop_staged()
         return missing
 
     def settle_with_zeros(self) -> list[int]:
-        """As ``settle``; what was never written of a unit counts as zero, so that no memory is left uninitialized."""
+        """Like ``settle``, but fills the unwritten parts of units with zeros, so that no memory stays uninitialized."""
         missing = self._settle()
         for unit in missing:
             self._quantize_missing(unit)
@@ -227,33 +228,34 @@ class ParameterStream:
 
     @property
     def magnitudes(self) -> torch.Tensor:
-        """The largest magnitude of each unit, on the storage's device; see ``units_not_finite``."""
+        """The largest magnitude of each unit, float32 ``[units]`` on the storage's device; see ``units_not_finite``."""
         return self._magnitudes.found
 
     def origin_of(self, tensor: torch.Tensor) -> str:
-        """The checkpoint's name for the tensor that ``tensor`` is a view of; empty where it is unknown."""
+        """The checkpoint's name for the tensor that ``tensor`` is a view of; empty if unknown."""
         return self._sources.name_of(tensor)
 
     @property
     def rewritten(self) -> list[str]:
-        """Checkpoint tensors (or the parameter, where unknown) that replaced other values of whole units."""
+        """Checkpoint tensors (or the parameter, if unknown) that replaced other values of already quantized units."""
         return sorted(self._rewritten)
 
     @property
     def direct_units(self) -> int:
-        """Units that came whole in one write, at least once, and needed no staging."""
+        """Number of units that came whole in one write at least once, and needed no staging."""
         return sum(self._direct)
 
     @property
     def done_units(self) -> int:
-        """Units quantized so far."""
+        """Number of units quantized so far."""
         return sum(self._done)
 
     def restore(self) -> torch.Tensor:
         """Everything written so far, in high precision on the storage's device, as stock would hold it. Ends streaming.
 
         Raises:
-            LayerNotStreamableError: some units have been quantized, and their high-precision values are gone.
+            LayerNotStreamableError: some units have been quantized, so their high-precision values are gone.
+            ConflictingWriteError: a staged checkpoint tensor was changed after its loader returned.
         """
         self._wait()
         self._refuse_changed(self._all_watches())
@@ -268,20 +270,20 @@ class ParameterStream:
         return weight.view(self._placeholder_shape)
 
     def abandon(self) -> torch.Tensor:
-        """Memory as of ``restore``, where the values are lost. Ends streaming."""
+        """Memory as ``restore`` returns it, without the values, which are lost. Ends streaming."""
         self._wait()
         self.drop_staged()
         return self._unwritten().view(self._placeholder_shape)
 
     def _unwritten(self) -> torch.Tensor:
-        """Memory for the whole parameter, before anything is written."""
+        """High-precision memory for the whole parameter, unwritten and marked."""
         weight = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
         if self._mark is not None:
             self._mark(weight)
         return weight
 
     def drop_staged(self) -> None:
-        """Give all staging memory back."""
+        """Release all staging memory."""
         for staged in self._staged.values():
             staged.release()
         self._staged.clear()
@@ -313,7 +315,7 @@ class ParameterStream:
         self._run(units, source, partial(self._quantize, unit, pieces, source))
 
     def _run(self, units: range, source: torch.Tensor, job: Callable[[], None]) -> None:
-        """Run ``job``, which reads ``source``, and release ``units``. Later, if ``source`` stays as it is."""
+        """Run ``job``, which reads ``source``, then end the claim on ``units``. Submitted if ``source`` stays alive."""
         watches = [watch for unit in units for watch in self._watches.get(unit, ())] if self._watches else []
 
         def quantize() -> None:
@@ -331,8 +333,8 @@ class ParameterStream:
             quantize()
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece, source: torch.Tensor) -> None:
-        """Keep ``piece``, or a copy: the loader may use the memory of ``source`` again once it returns."""
-        # Last, since it may have to read the process's mappings.
+        """Keep ``piece``, or a copy of it if the loader may reuse the memory of ``source`` once it returns."""
+        # is_mapped comes last, since it may have to read the process's mappings.
         if piece.values.dtype == self._dtype and self._sources.is_mapped(source):
             staged.pieces.append(piece)
             self._watches.setdefault(unit, []).append(Watch(source))
@@ -345,7 +347,7 @@ class ParameterStream:
         return piece.copied(self._dtype, piece.values.device)
 
     def _for_quantizer(self, piece: Piece) -> Piece:
-        """``piece`` as quantizers take it: they bring pieces to the device themselves, into the unit."""
+        """``piece`` in the parameter's dtype; the quantizer copies it to the device unless the executor uploads."""
         if piece.values.dtype == self._dtype and (piece.is_fill or not self._executor.uploads):
             return piece
         return Piece(piece.box, self._on_device(piece.values))
@@ -388,11 +390,11 @@ class ParameterStream:
             self._magnitudes.note(unit, self._quantizer.quantize(pieces, weight, scale))
 
     def _stored_before(self, units: range) -> list[bytes] | None:
-        """What lies where ``units`` go, if any of them has been quantized before."""
+        """The stored bytes of ``units`` if any of them has been quantized before."""
         return self._stored(units) if any(self._done[units.start : units.stop]) else None
 
     def _note_rewriting(self, units: range, before: list[bytes] | None, source: torch.Tensor | None) -> None:
-        """Note that whole units that were quantized before got other values: the last write wins, as in stock."""
+        """Note if already quantized units got other values; the last write wins, as in stock."""
         if before is not None and before != self._stored(units):
             self._rewritten.add((source is not None and self._sources.name_of(source)) or self.name)
 
@@ -412,7 +414,7 @@ class ParameterStream:
         return [part[units.start : units.stop].cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in parts]
 
     def _refuse_integers(self, source: torch.Tensor, origin: str) -> None:
-        # A fill's single element is no checkpoint tensor, and exact in any dtype.
+        # A fill's single element is not a checkpoint tensor, and is exact in any dtype.
         if source.is_floating_point() or not (origin or any(source.stride())):
             return
         raise UnsupportedDtypeError(
@@ -446,7 +448,7 @@ class ParameterStream:
             raise ConflictingWriteError(self.name, "a checkpoint tensor was changed after its weight loader returned")
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
-        # Stock casts to the parameter's dtype first and quantizes that; a float32 checkpoint must do the same.
+        # Stock casts to the parameter's dtype before it quantizes; a float32 checkpoint needs the same here.
         device = self.storage.weight.device
         is_there = values.dtype == self._dtype and values.device == device and not self._executor.uploads
         return values if is_there else self._executor.to_device(values, device, self._dtype)
@@ -475,7 +477,7 @@ class ParameterStream:
         self._executor.check()
 
     def _wait_until(self, is_free: Callable[[], bool]) -> None:
-        """Wait with the lock held, which others get meanwhile."""
+        """Wait, with the lock held; other threads can take it meanwhile."""
         self._waiting += 1
         try:
             self._condition.wait_for(is_free)
@@ -484,7 +486,7 @@ class ParameterStream:
 
 
 class Release(AbstractContextManager[None]):
-    """Ends the claim on units in any case. A class, since a generator would take longer than placing a small tensor."""
+    """Always ends the claim on units. A class, since a generator would take longer than placing a small tensor."""
 
     __slots__ = ("_stream", "_units")
 
@@ -497,7 +499,7 @@ class Release(AbstractContextManager[None]):
 
 
 class ReleaseOnError(Release):
-    """Ends the claim on units where the block fails; else whoever goes on with them does."""
+    """Ends the claim on units if the block fails; otherwise the code that continues with them ends it."""
 
     __slots__ = ()
 

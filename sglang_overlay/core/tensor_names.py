@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint tensors a layer lacks, told from the names that it and layers like it were loaded from.
+"""Infer which checkpoint tensors a layer lacks from the names that it and similar layers were loaded from.
 
-Nothing says which tensors a checkpoint should hold. But layers are alike, and so are experts: what ``layers.3`` was
-loaded from, ``layers.2`` needs as well, and an expert whose ``gate_proj`` came needs its ``up_proj``. And a name that
-the model does not know may have a layer's in it: ``_orig_mod.model.layers.2.mlp.up_proj.weight``.
+Nothing says which tensors a checkpoint should hold. But layers are alike, and so are experts: ``layers.2`` needs the
+same tensors as ``layers.3``, and an expert whose ``gate_proj`` was loaded needs its ``up_proj``. A name that the model
+does not know may contain a layer's name: ``_orig_mod.model.layers.2.mlp.up_proj.weight``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A number that is a whole part of a dotted name."""
+"""A number that is an entire part of a dotted name."""
 
 
 def missing_names(layer: str, written: Mapping[str, Collection[str]]) -> list[str]:
-    """Names of tensors that ``layer`` was not loaded from and should have been; empty where nothing tells.
+    """Names of tensors that ``layer`` should have been loaded from but was not; empty if unknown.
 
     Args:
         layer: its qualified name in the model.
         written: names of the checkpoint tensors that went into each layer, by the layer's name; ``layer`` itself may be
-            absent. Layers that lack something themselves do no harm, but tell less.
+            absent. Incomplete layers do no harm, but help less.
     """
     found = set(written.get(layer, ()))
     expected = {*_from_siblings(layer, written), *_from_experts(found)}
@@ -40,13 +40,13 @@ def _from_siblings(layer: str, written: Mapping[str, Collection[str]]) -> Iterat
 
 
 def _renumbered(name: str, old: str, new: str) -> str | None:
-    """The layer's number is the first that equals it: an expert's number comes after."""
+    """Replace the first number that equals ``old``: that is the layer's, since an expert's number comes after it."""
     found = next((match for match in _NUMBER.finditer(name) if match.group() == old), None)
     return None if found is None else f"{name[: found.start()]}{new}{name[found.end() :]}"
 
 
 def _from_experts(found: Collection[str]) -> Iterator[str]:
-    """Every combination of a pattern of names and numbers that came with another pattern."""
+    """Every pattern with every combination of numbers that any pattern came with."""
     numbers: dict[int, set[tuple[str, ...]]] = {}
     patterns = {pattern_of(name) for name in found}
     for name in found:
@@ -62,7 +62,7 @@ def _numbers(name: str) -> tuple[str, ...]:
 
 
 def pattern_of(name: str) -> tuple[str, ...]:
-    """What stands around the numbers of a dotted name: equal for what is alike in different layers or experts."""
+    """The parts of a dotted name around its numbers: equal for the same tensor of different layers or experts."""
     return tuple(_NUMBER.split(name))
 
 
@@ -78,17 +78,17 @@ PACKED = frozenset(
     {"qweight", "qzeros", "scales", "g_idx", "SCB", "absmax"}
     | {f"weight_{part}" for part in ("packed", "shape", "scale", "scale_2", "scale_inv")}
 )
-"""Last parts of names of tensors in checkpoints that GPTQ, AWQ, compressed-tensors, fp8 or bitsandbytes quantized."""
+"""Last name parts of tensors in checkpoints quantized with GPTQ, AWQ, compressed-tensors, fp8 or bitsandbytes."""
 
 
 @dataclass(frozen=True)
 class Misplaced:
-    """Checkpoint tensors that were loaded into nothing, and may be meant for layers that lack something.
+    """Checkpoint tensors that were not loaded into any layer, but may be meant for layers that lack something.
 
     Attributes:
-        names: of the tensors, in the checkpoint's order.
-        change: what to do with the names so that the layers are found, for a message; empty where they are, or where
-            nothing tells.
+        names: the tensors' names, in the checkpoint's order.
+        change: for a message, how to rename them so that they match layers; empty if they match already or if that is
+            unknown.
     """
 
     names: Sequence[str]
@@ -99,7 +99,7 @@ class Misplaced:
         """Find them.
 
         Args:
-            unused: names of tensors that were loaded into nothing.
+            unused: names of tensors that were not loaded into any layer.
             layers: qualified names of the layers that lack something.
         """
         places = _Places(layers)
@@ -114,7 +114,7 @@ class Misplaced:
 
     @property
     def advice(self) -> str:
-        """What to do about them, in a sentence; empty where nothing tells."""
+        """A sentence that says what to do about them; empty if unknown."""
         if any(name.rpartition(".")[2] in PACKED for name in self.names):
             return (
                 "The checkpoint is quantized already: use the unquantized one, or the --quantization that belongs to "
@@ -124,19 +124,19 @@ class Misplaced:
 
 
 class _Places:
-    """Where tensors of some layers lie: beside the layer or in it, so under its parent's name."""
+    """Name prefixes under which some layers' tensors are found: beside a layer or in it, so under its parent's name."""
 
     def __init__(self, layers: Iterable[str]) -> None:
         self._ends: dict[tuple[str, ...], tuple[str, ...]] = {}
         for parent in dict.fromkeys(tuple(layer.split(".")[:-1]) for layer in layers):
             for start in range(len(parent)):
                 end = parent[start:]
-                # Without a layer's number it could be any layer's.
+                # An end without a number would match any layer.
                 if not start or any(part.isdigit() for part in end):
                     self._ends.setdefault(end, parent[:start])
 
     def prefixes_of(self, name: str) -> tuple[str, str] | None:
-        """What stands before the longest end of a place that the name has in it, there and in the model."""
+        """The prefixes, in ``name`` and in the model, before the longest end of a place that ``name`` contains."""
         parts = tuple(name.split("."))
         lengths = range(len(parts) - 1, 0, -1)
         windows = ((start, start + length) for length in lengths for start in range(len(parts) - length))
@@ -145,7 +145,7 @@ class _Places:
 
 
 def _unwrapped(name: str) -> str:
-    """Without the parts that ``torch.compile``, FSDP and the like put in: ``_orig_mod``, ``_fsdp_wrapped_module``."""
+    """Without the parts that ``torch.compile``, FSDP and others insert: ``_orig_mod``, ``_fsdp_wrapped_module``."""
     return ".".join(part for part in name.split(".") if not part.startswith("_"))
 
 

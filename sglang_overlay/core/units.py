@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization units, the smallest slices of a parameter whose scale can be computed alone; which ones writes touch."""
+"""Quantization units, the smallest slices of a parameter whose scale can be computed alone, and what writes touch."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ class UnitGrid:
         return whole(self.shape)
 
     def divide(self, box: Box) -> tuple[Interval, Box]:
-        """Units that a box of ``parameter_shape`` touches, and the box within each of them."""
+        """The units that a box of ``parameter_shape`` touches, and the box within each of them."""
         if self.sliced:
             return box[0], box[1:]
         return (0, 1), box
 
 
 class TargetRegion:
-    """How views of one form lie in units: the same box in each of some units in a row.
+    """Where views of one form lie: the same box in each of ``count`` consecutive units.
 
     Attributes:
-        count: how many units.
-        box: within each of them.
-        is_whole: whether that is all of each.
+        count: number of units.
+        box: the box within each unit.
+        is_whole: whether the box is the whole unit.
     """
 
     __slots__ = ("_placement", "_shape", "box", "count", "is_whole")
@@ -80,16 +80,15 @@ class TargetRegion:
         self._shape = extent(self.box) if self.count == 1 else (self.count, *extent(self.box))
 
     def lay_out(self, source: torch.Tensor) -> torch.Tensor:
-        """View ``source``, which has the shape of the views, with that of the box; several units come first."""
+        """``source``, which has the view's shape, as ``[*box]`` for one unit or ``[count, *box]`` for several."""
         return self._placement.lay_out(source, self._shape)
 
 
 class TargetRegions:
-    """TargetRegions of the views of one parameter. Any thread may ask.
+    """Finds the ``TargetRegion`` of each view of one parameter. Thread-safe.
 
-    Views that differ only in the unit in which they begin, as those of experts do, are looked into once: a view lies
-    within its parameter, so what holds in one such place holds in all of them. Two threads that meet a form first do
-    the same work.
+    Views that differ only in the unit they begin in, as those of experts do, share a ``TargetRegion``, which is
+    computed once. Two threads that meet a new form at the same time both compute it, with the same result.
     """
 
     def __init__(self, grid: UnitGrid) -> None:
@@ -98,10 +97,10 @@ class TargetRegions:
         self._known: dict[tuple[int, torch.Size, tuple[int, ...]], TargetRegion] = {}
 
     def of(self, view: torch.Tensor) -> tuple[int, TargetRegion]:
-        """The first unit that ``view`` lies in, and how it lies there.
+        """The first unit that ``view`` touches, and its region from there.
 
         Raises:
-            UnsupportedWriteError: as of ``Placement``.
+            UnsupportedWriteError: as ``Placement``.
         """
         unit, rest = divmod(int(view.storage_offset()), self._grid.unit_volume)
         form = (rest, view.shape, view.stride())
@@ -113,10 +112,10 @@ class TargetRegions:
     def split(
         self, view: torch.Tensor, source: torch.Tensor, refused: UnsupportedWriteError
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A view that is no box, and what goes there, in parts that are boxes.
+        """Split a view that is not a box, and the ``source`` written to it, into parts that are boxes.
 
         Raises:
-            UnsupportedWriteError: there are none; ``refused``, as of ``of``.
+            UnsupportedWriteError: ``refused``, the error of ``of``, if that is impossible.
         """
         runs = self._runs(view)
         if len(runs) < 2:
@@ -124,9 +123,9 @@ class TargetRegions:
         return [(view[run], source[run]) for run in runs]
 
     def _runs(self, view: torch.Tensor) -> list[slice]:
-        """Rows of ``view`` in parts that are boxes, where it is a run of rows that begins or ends within a unit.
+        """Split a run of rows that begins or ends within a unit into parts that are boxes; empty for other views.
 
-        Loaders write less than a projection where upstream has padded it. Empty for any other view.
+        Such views occur where upstream has padded a projection and its loader writes less than all of it.
         """
         grid = self._grid
         if not grid.sliced or len(grid.shape) != 2 or view.ndim != 2 or view.stride() != (grid.shape[1], 1):

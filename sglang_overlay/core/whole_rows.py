@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scales of whole rows for a parameter that holds only some columns of them, as row-parallel layers do at TP above 1.
 
-Weight loaders are given whole checkpoint tensors and narrow them to the rank's columns themselves. So each rank sees
-whole rows while it loads, and has to ask no other for their largest magnitudes.
+Weight loaders get whole checkpoint tensors and narrow them to the rank's columns themselves. So each rank sees whole
+rows while it loads, and can compute their largest magnitudes without communication.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from sglang_overlay.core.units import TargetRegion, UnitGrid
 
 
 class LoadedTensor:
-    """The tensor that the loader call under way was given, in each thread; None where it was not exactly one."""
+    """The tensor that each thread's current loader call was given; None unless it was exactly one."""
 
     def __init__(self) -> None:
         self._thread = threading.local()
 
     @property
     def value(self) -> torch.Tensor | None:
-        """This thread's."""
+        """This thread's tensor."""
         return getattr(self._thread, "value", None)
 
     def wrap(self, loader: Callable[..., Any]) -> Callable[..., Any]:
-        """Upstream's loader, with it noted what it was given."""
+        """Upstream's loader, wrapped so that ``value`` is the tensor it was given."""
 
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
@@ -52,24 +52,24 @@ class LoadedTensor:
 class WholeRows:
     """The largest magnitude of each row of the checkpoint, for a parameter that holds some of the columns.
 
-    Any thread may write; what is found of a unit's rows belongs to who has claimed the unit.
+    Any thread may write; the entries of a unit's rows belong to the thread that has claimed the unit.
 
     Args:
-        loaded: what the parameter's loader was given.
-        columns: of a whole row.
+        loaded: the tensor that the parameter's loader was given.
+        columns: number of columns of a whole row.
         grid: how the parameter divides into units.
-        dtype: high precision, of the parameter.
+        dtype: the parameter's high-precision dtype.
 
     Attributes:
-        found: ``[units, *rows of a unit]``, on the host; 0 where nothing has come.
-        is_narrowed: some values came without the rest of their rows, so only they have been looked at.
+        found: largest magnitudes, ``[units, *rows of a unit]``, of ``dtype``, on the host; 0 for unwritten rows.
+        is_narrowed: whether some values came without the rest of their rows; for those, only these values count.
     """
 
     def __init__(self, loaded: LoadedTensor, columns: int, grid: UnitGrid, dtype: torch.dtype) -> None:
         self.found = torch.zeros(grid.parameter_shape[:-1], dtype=dtype)
         self.is_narrowed = False
         self._loaded = loaded
-        # Of a row that is padded, the checkpoint has fewer columns, but some of each rank's.
+        # For a padded row the checkpoint has fewer columns, but at least one for each rank.
         self._least = columns - grid.shape[-1] + 1
         self._thread = threading.local()
 
@@ -87,21 +87,21 @@ class WholeRows:
             self._thread.seen = first, region, row_magnitudes(rows).to("cpu", self.found.dtype)
 
     def note(self, units: range) -> None:
-        """This thread has claimed ``units``, and goes on to write what it has shown to ``see``."""
+        """This thread has claimed ``units``, and is about to write what it has passed to ``see``."""
         if self._thread.seen is not None:
             first, region, found = self._thread.seen
             part = found if region.count == 1 else found[units.start - first : units.stop - first]
             self.found[(slice(units.start, units.stop), *slices(region.box[:-1]))] = part
 
     def _whole(self, values: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
-        """The rows that ``values``, which are ``source`` as it lies in the parameter, are of; None where unknown."""
+        """The whole rows that contain ``values`` (``source`` in the parameter's layout); None if unknown."""
         given = self._loaded.value
         if given is None or not given.ndim or not _is_high_precision(given):
             return None
         if storage_key(given) == storage_key(source):
             rows = _widened(values, given)
         elif given.shape[:-1] == source.shape[:-1]:
-            # Padded, or copied before it is brought to a device.
+            # The loader padded it, or copied it before moving it to a device.
             rows = given.reshape(*values.shape[:-1], given.shape[-1])
         else:
             rows = None
@@ -113,7 +113,7 @@ def _is_high_precision(tensor: torch.Tensor) -> bool:
 
 
 def _widened(values: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
-    """``values``, a view of ``given``, with all that ``given`` has along their last dimension."""
+    """``values``, a view of ``given``, widened to the full extent of ``given`` along their last dimension."""
     column = values.stride(-1)
     steps = [(stride, size) for stride, size in zip(given.stride(), given.shape, strict=True) if size > 1]
     start, rest = 0, int(values.storage_offset()) - int(given.storage_offset())
@@ -128,24 +128,24 @@ def _widened(values: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
 
 
 def row_magnitudes(rows: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude in each row of ``[..., columns]``, of the same dtype; NaN where any value is."""
+    """Largest magnitude in each row: ``[..., columns] -> [...]``, of the same dtype; NaN if any value is."""
     return magnitudes(rows.reshape(-1, rows.shape[-1])).view(rows.shape[:-1])
 
 
 class WholeRowsQuantizer(AssembledUnits):
-    """Gives a quantizer of rows the largest magnitude of each whole row as further columns, which are then cut off.
+    """Appends the largest magnitude of each whole row as extra columns, quantizes, and cuts those columns off.
 
-    So scales and values are the bits that it makes of the whole row, whatever its arithmetic. The magnitude that it
-    returns is that of whole rows as well: every rank tells of a NaN.
+    So scales and values have the same bits as if the whole row had been quantized, whatever the quantizer's arithmetic.
+    Returned magnitudes are of whole rows as well, so every rank reports a NaN.
 
     Args:
-        quantizer: of units whose rows have a scale each.
-        rows: the whole rows.
-        scale: of the whole parameter, contiguous; where a unit's scale lies in it says which rows these are.
+        quantizer: quantizes units with one scale per row.
+        rows: magnitudes of the whole rows.
+        scale: of the whole parameter, contiguous; a unit's offset in it identifies its rows.
     """
 
     columns = 16
-    """A multiple of what kernels load at once, so that those of the parameter stay as aligned as they were."""
+    """A multiple of what kernels load at once, so that the parameter's own columns stay as aligned as they were."""
 
     def __init__(self, quantizer: UnitQuantizer, rows: WholeRows, scale: torch.Tensor) -> None:
         self.quantizer = quantizer
@@ -154,7 +154,7 @@ class WholeRowsQuantizer(AssembledUnits):
         self._start = scale.storage_offset()
 
     def over(self, quantizer: UnitQuantizer) -> WholeRowsQuantizer:
-        """The same, with another one in it."""
+        """The same around another quantizer."""
         return WholeRowsQuantizer(quantizer, self._rows, self._scale)
 
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

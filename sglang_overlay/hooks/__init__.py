@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How SGLang is hooked: the catalogue (data), applying it, the releases that fit, and the hooks themselves."""
+"""How SGLang is hooked: the catalogue (data), how it is applied, which releases fit, and the hooks themselves."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the hooks in place, or sees to it that fp8 loads say why not.
+"""Put the hooks in place, or make fp8 loads say why not.
 
-Hooks are applied when SGLang imports the module they belong to: not every process does, and importing those modules
-takes seconds.
+Hooks are applied when SGLang imports the module they belong to, since importing it takes seconds and not every process
+needs it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def start() -> None:
-    """Have SGLang patched as the settings want it.
+    """Patch SGLang according to the settings.
 
     Raises:
         SystemExit: a setting is invalid, or streaming is required and cannot be set up.
@@ -35,7 +35,7 @@ def start() -> None:
     try:
         _start(settings)
     except Exception as error:
-        # Who calls this logs an exception and goes on, with stock's loading.
+        # The caller logs exceptions and continues, so loads would silently be stock's.
         if settings.required_by is None:
             raise
         sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and SGLang could not be patched: {error!r}")
@@ -95,12 +95,12 @@ def _patch_when_imported(settings: Settings) -> None:
 
 
 def when_imported(module: str, act: Callable[[ModuleType], None], say: Callable[[str], None]) -> None:
-    """Act as soon as SGLang has imported a module, or at once where it has. Its own import never fails for it.
+    """Call ``act`` when a module has been imported, or now if it has been. Its errors never break the import.
 
     Args:
-        module: its name.
-        act: is given the module.
-        say: is given what went wrong, where something does.
+        module: the module's name.
+        act: gets the module.
+        say: gets a message if ``act`` fails.
     """
     import wrapt
 

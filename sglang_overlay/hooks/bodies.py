@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether hooked functions do what they do in a supported release, as ``bodies.json`` has it (``ci/bodies`` writes it).
+"""Compare hooked functions with those of supported releases, by the fingerprints in ``bodies.json`` (``ci/bodies``).
 
-What a hooked function calls is not looked at.
+Functions that a hooked function calls are not compared.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ DATA = "bodies.json"
 
 
 def unknown(root: Path) -> tuple[str, ...]:
-    """Hooked functions whose bodies no supported release has, by their names.
+    """Names of hooked functions whose bodies no supported release has.
 
     Args:
-        root: folder that the ``sglang`` package lies in.
+        root: folder that contains the ``sglang`` package.
     """
     known = _data()
     files = {path: _digest(root / path) for release in known["files"].values() for path in release}
     if any(published.items() <= files.items() for published in known["files"].values()):
-        return ()  # The files are a supported release's own, which costs less to see.
+        return ()  # The files are those of a supported release, which is cheaper to check.
     functions: dict[str, dict[str, list[str]]] = known["functions"]
     found = {target: source.fingerprint for target, source in hooked(root).items()}
     return tuple(target for target, fingerprint in found.items() if fingerprint not in functions.get(target, {}))
 
 
 def hooked(root: Path) -> dict[str, source_tree.Source]:
-    """The functions that are hooked where streaming hooks them, by their names; those left out that are not there."""
+    """The functions that streaming hooks, by name, where this release has them; missing ones are left out."""
     states = source_tree.inspect_hooks(root, STREAMING)
     found = {state.hook.target: source_tree.find(root, state.hook.target) for state in states if state.state.fits}
     return {target: source for target, source in found.items() if source is not None}
 
 
 def described(roots: dict[str, Path]) -> dict[str, Any]:
-    """What ``bodies.json`` holds: digests of files by release, and releases by what a function's body is.
+    """The contents of ``bodies.json``: digests of files by release, and releases by each function's fingerprint.
 
     Args:
-        roots: of each supported release, oldest first.
+        roots: for each supported release, oldest first, the folder that contains its ``sglang`` package.
     """
     files: dict[str, dict[str, str]] = {}
     functions: dict[str, dict[str, list[str]]] = {}

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang with streaming built in, by the patch series of this project: told from its files, without importing it."""
+"""Detect an SGLang with this project's patch series applied, by its files, without importing it."""
 
 from __future__ import annotations
 
 from sglang_overlay.hooks import releases
 
 PACKAGE = "sglang.srt.layers.quantization.streaming_fp8"
-"""What the series adds."""
+"""The package that the series adds."""
 
 NOTE = (
     "this SGLang streams fp8 loads itself (it has the patch series), so the overlay stands aside. Reports, schemes, "
@@ -17,6 +17,6 @@ NEXT_STEP = "Unset it, or use SGLang's own release"
 
 
 def streams_itself() -> bool:
-    """Whether the SGLang that would be imported streams fp8 loads without the overlay."""
+    """Whether the installed SGLang streams fp8 loads without the overlay."""
     root = releases.root()
     return root is not None and root.joinpath(*PACKAGE.split("."), "__init__.py").is_file()

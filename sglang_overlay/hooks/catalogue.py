@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every place where this package touches SGLang. ``python -m sglang_overlay check -v`` prints this, tests walk it.
+"""Every hook into SGLang. ``python -m sglang_overlay check -v`` prints them, tests walk them.
 
-``STREAMING`` is applied module by module, and where one of it does not fit, no load is streamed; of ``TELLING`` what
-fits, since a load is right without it.
+``STREAMING`` is applied module by module, and if one of its hooks does not fit, no load is streamed. Of ``TELLING``,
+those that fit are applied, since loads are correct without them.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ STREAMING: tuple[Hook, ...] = (
 )
 
 MEASURING: tuple[Hook, ...] = tuple(hook for hook in STREAMING if hook.target.endswith(".load_model"))
-"""All that is put in place for the report of a stock load: ``SGLANG_STREAMFP8=0`` with a folder for reports."""
+"""The hooks needed to report a stock load: ``SGLANG_STREAMFP8=0`` with a folder for reports."""
 
 TELLING: tuple[Hook, ...] = (
     Hook(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the hooks fit the installed SGLang, be it a supported release or a newer one."""
+"""Whether the hooks fit the installed SGLang, a supported release or a newer one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_overlay.hooks.hook import State, listed
 
 
 def unsupported_reason() -> str | None:
-    """Why fp8 loads in the installed SGLang cannot be streamed, or None where they can."""
+    """Why the installed SGLang's fp8 loads cannot be streamed; None if they can."""
     from packaging.version import Version
 
     version = releases.installed()
@@ -29,7 +29,7 @@ def unsupported_reason() -> str | None:
 
 @cache
 def untested_note() -> str | None:
-    """What is untested about the installed SGLang, a sentence or two; None where nothing is."""
+    """A sentence or two about what is untested in the installed SGLang; None if nothing is."""
     root = releases.root()
     changed = () if root is None else bodies.unknown(root)
     if not changed:
@@ -41,7 +41,7 @@ def untested_note() -> str | None:
 
 
 def _changed_since(release: releases.Release) -> str:
-    """Hooks that do not fit the installed SGLang, or that it lacks and the release has."""
+    """A message: hooks that do not fit the installed SGLang, or whose targets only ``release`` has; may be empty."""
     root = releases.root()
     if root is None:
         return "its source files are not there to compare"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the hooks are in place: fp8 loads ask, and say so where they are not."""
+"""Make fp8 loads check that the hooks are in place, and report it if they are not."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _mismatches: list[str] = []
 
 
 def note_mismatch(reason: str) -> None:
-    """Hooks of a module could not be put in place. Those of others may have been: loads are to ask ``mismatch``."""
+    """Note that a module's hooks could not be put in place. Other modules' may be, so loads must check ``mismatch``."""
     _mismatches.append(reason)
 
 
 def mismatch() -> str | None:
-    """Why no load of this process can be streamed, though some hooks are in place."""
+    """Why no load of this process can be streamed although some hooks are in place; None if loads can be."""
     if _mismatches:
         return _mismatches[0]
     from sglang_overlay.hooks.catalogue import STREAMING
@@ -36,12 +36,12 @@ def mismatch() -> str | None:
 
 
 def look_at_hooks(settings: Settings) -> None:
-    """Say at the beginning of an fp8 load what is wrong with the hooks, or untested about what is hooked.
+    """At the beginning of an fp8 load, report hooks that are not in place and hooked functions that are untested.
 
-    Functions that are not those which were tested are hooked all the same, with one warning, on one rank.
+    Untested functions are hooked all the same, with one warning on one rank.
 
     Raises:
-        StreamingUnavailableError: streaming is required: that is for what was tested.
+        StreamingUnavailableError: streaming is required, but not possible or untested.
     """
     from sglang_overlay.hooks import compatibility
     from sglang_overlay.load.ranks import parallel_ranks
@@ -63,11 +63,11 @@ def look_at_hooks(settings: Settings) -> None:
 
 
 def watch(required_by: str | None, reason: str, module: ModuleType) -> None:
-    """Have fp8 loads, and no others, say that they are not streamed; in the words of the first call.
+    """Make fp8 loads, and no others, say that they are not streamed. If called again, the first reason stays.
 
     Args:
-        required_by: as of ``refusal.refuse``.
-        reason: as of ``refusal.refuse``.
+        required_by: as for ``refusal.refuse``.
+        reason: as for ``refusal.refuse``.
         module: SGLang's ``fp8``.
     """
     import wrapt

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How SGLang is patched: each hook is a piece of data, checked against the installed SGLang before it is applied.
+"""How SGLang is patched: each hook is data, and is checked against the installed SGLang before it is applied.
 
-SGLang's ``HookRegistry`` has no part in it: its public ``apply_hooks`` would apply what all other plugins have
-registered too, while SGLang is still being imported, and applying only some of it takes private attributes.
+SGLang's ``HookRegistry`` is not used: its public ``apply_hooks`` would also apply the hooks of all other plugins, while
+SGLang is still being imported, and applying only some hooks needs its private attributes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 
 class HookKind(enum.Enum):
-    """How a hook relates to the original. It is called with the arguments, and before them
+    """How a hook relates to the original. It gets the original's arguments, and before them
 
-    after: with the original's result, for which it may return another;
-    around: with the original, which it may call;
-    replace: with nothing.
+    after: the original's result, which it may replace by returning another;
+    around: the original function, which it may call;
+    replace: nothing.
     """
 
     AFTER = "after"
@@ -34,7 +34,7 @@ class HookKind(enum.Enum):
 
 
 class State(str, enum.Enum):
-    """What became of a hook in this process."""
+    """The state of a hook in this process."""
 
     READY = "ready"
     ABSENT = "absent"
@@ -44,18 +44,18 @@ class State(str, enum.Enum):
 
     @property
     def fits(self) -> bool:
-        """Whether streaming can do with it, perhaps less of it."""
+        """Whether streaming works with it, possibly without some features."""
         return self not in (State.MISSING, State.SIGNATURE)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where other releases have what a hook patches.
+    """Where other releases have the function that a hook patches.
 
     Attributes:
-        target: as of the hook.
-        wrapper: as of the hook; None where it is the same one.
-        parameters: as of the hook; None where they are the same.
+        target: as in the hook.
+        wrapper: as in the hook; None if it is the same.
+        parameters: as in the hook; None if they are the same.
     """
 
     target: str
@@ -65,10 +65,10 @@ class Place:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """What stands at a hook in an SGLang that streams by itself, where the patch series has been applied.
+    """What the patch series calls at a hook's target, in an SGLang that streams by itself.
 
     Attributes:
-        patch: number of the patch, from 1, that puts it there.
+        patch: number, from 1, of the patch that adds the call.
         wrapper: ``module:function`` of the package that the series adds.
     """
 
@@ -82,15 +82,15 @@ class Hook:
 
     Attributes:
         target: dotted name of the function or method patched.
-        wrapper: ``module:function`` of this package put there.
+        wrapper: ``module:function`` of this package that is put there.
         kind: how the hook relates to the original.
         parameters: names the target's parameters must have, in this order (others may stand between).
         why: what the patch is for.
         related: upstream issues and pull requests.
         remove_when: what must happen upstream for the entry to be deleted.
-        elsewhere: where releases have it that do not have it at ``target``.
-        without: what is lost with a release that has nothing of the kind; empty where streaming cannot do without.
-        built_in: what the patch series has there instead, one patch after the other; empty where it has nothing.
+        elsewhere: other places, in releases that do not have it at ``target``.
+        without: what is lost with a release that has no such function; empty if streaming is impossible without it.
+        built_in: what the patch series has there instead, in the order of patches; may be empty.
     """
 
     target: str
@@ -106,7 +106,7 @@ class Hook:
 
     @property
     def candidates(self) -> tuple[Hook, ...]:
-        """The hook at each of its places, the newest release's first."""
+        """One hook for each of its places, the newest release's first."""
         others = (
             replace(
                 self,
@@ -131,7 +131,7 @@ class Hook:
 
 
 def module_of(target: str) -> str:
-    """The module's part of a dotted name: classes begin with a capital, modules do not."""
+    """The module in a dotted name: classes begin with a capital, modules do not."""
     parts = target.split(".")[:-1]
     while parts[-1].lstrip("_")[0].isupper():
         parts.pop()
@@ -140,7 +140,7 @@ def module_of(target: str) -> str:
 
 @dataclass(frozen=True)
 class HookState:
-    """A hook, at the place where it was found, and what was found there."""
+    """A hook, at the place where its target was found, and its state."""
 
     hook: Hook
     state: State
@@ -148,7 +148,7 @@ class HookState:
 
 
 def inspect_hook(hook: Hook) -> HookState:
-    """Look at the target in the installed SGLang, wherever that has it; imports the modules that may define it."""
+    """Inspect a hook's target in the installed SGLang, at any of its places. Imports the modules that may define it."""
     errors = []
     for candidate in hook.candidates:
         try:
@@ -165,7 +165,7 @@ def inspect_hook(hook: Hook) -> HookState:
 def _inspect_target(hook: Hook, target: Any) -> HookState:
     try:
         taken = _taken_by_wrapper(hook)
-    except Exception as error:  # Something that it imports is not where it was.
+    except Exception as error:  # Something that it imports has moved.
         return HookState(hook, State.MISSING, f"its hook cannot be imported: {type(error).__name__}: {error}")
     problem = why_not_called(hook, list(inspect.signature(target).parameters), taken)
     if problem:
@@ -180,10 +180,10 @@ def inspect_hooks(hooks: Iterable[Hook]) -> list[HookState]:
 
 
 def apply(hooks: Iterable[Hook]) -> str | None:
-    """Put hooks in place: all of them, or none where one would not fit. Those that are in place stay as they are.
+    """Put hooks in place: all of them, or none if one does not fit. Hooks already in place stay.
 
     Returns:
-        What is not as expected, or None.
+        A message about what does not fit, or None.
     """
     found = inspect_hooks(hooks)
     broken = [state for state in found if not state.state.fits]
@@ -197,7 +197,7 @@ def apply(hooks: Iterable[Hook]) -> str | None:
 
 
 def apply_fitting(hooks: Iterable[Hook]) -> None:
-    """Put hooks in place, those whose targets are as expected."""
+    """Put those hooks in place whose targets fit."""
     _put_on(inspect_hooks(hooks))
 
 
@@ -209,14 +209,14 @@ def _put_on(found: Iterable[HookState]) -> None:
 
 
 def displaced(hooks: Iterable[Hook]) -> list[str]:
-    """Targets whose hooks were in place, and are called no more: another plugin has replaced function or class."""
+    """Targets whose hooks are no longer called, since another plugin has replaced the function or its class."""
     targets = dict.fromkeys(candidate.target for hook in hooks for candidate in hook.candidates)
     return [target for target in targets if target in _applied and not _is_called(target)]
 
 
 @contextlib.contextmanager
 def lifted(hooks: Iterable[Hook]) -> Iterator[None]:
-    """Stock SGLang for a while: hooks that are in place are taken off, and put on again at the end."""
+    """Context with stock SGLang: takes off the hooks that are in place, and puts them on again at the end."""
     targets = dict.fromkeys(candidate.target for hook in hooks for candidate in hook.candidates)
     taken = [_applied[target] for target in targets if target in _applied]
     for hooked in taken:
@@ -230,13 +230,13 @@ def lifted(hooks: Iterable[Hook]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Hooked:
-    """A function of SGLang's and what stands for it.
+    """A function of SGLang's and its replacement.
 
     Attributes:
-        owner: module or class.
-        name: there.
-        own: whether the owner itself has it; a class may have inherited it.
-        before: as the owner has it, a ``staticmethod`` for example.
+        owner: its module or class.
+        name: its name there.
+        own: whether the owner itself defines it; a class may inherit it.
+        before: the original attribute, for example a ``staticmethod``.
         after: the same with the hook.
     """
 
@@ -273,7 +273,7 @@ def _hooked(hook: Hook) -> _Hooked:
 
 
 def _function(attribute: Any) -> Callable[..., Any]:
-    """The function of a ``staticmethod``, a ``classmethod`` or a bound method; others are one."""
+    """The function in a ``staticmethod``, a ``classmethod`` or a bound method; other callables unchanged."""
     function: Callable[..., Any] = getattr(attribute, "__func__", attribute)
     return function
 
@@ -297,7 +297,7 @@ def _wrapped(original: Callable[..., Any], wrapper: Callable[..., Any], kind: Ho
 
 
 def _rebind(old: Any, new: Any) -> None:
-    """Change it where modules of SGLang's have imported it by name, too."""
+    """Also replace it in modules of SGLang's that have imported it by name."""
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "sglang"]
     for module in filter(None, modules):
         for name, value in list(vars(module).items()):
@@ -306,7 +306,7 @@ def _rebind(old: Any, new: Any) -> None:
 
 
 def _is_called(target: str) -> bool:
-    """Whether who calls the target gets to its hook, through wrappers of other plugins if need be."""
+    """Whether calls of the target reach its hook, possibly through wrappers of other plugins."""
     try:
         function = _function(pkgutil.resolve_name(target))
     except (ImportError, AttributeError):
@@ -314,7 +314,7 @@ def _is_called(target: str) -> bool:
     wrapper = _function(_applied[target].after)
     while function is not wrapper:
         inner = getattr(function, "__wrapped__", None)
-        # What replaces a function may name it as the one it wraps, but does not hold it.
+        # A replacement may set __wrapped__ without calling the original; then its closure does not hold it.
         if inner is None or (type(function) is FunctionType and not _holds(function, inner)):
             return False
         function = inner
@@ -326,7 +326,7 @@ def _holds(function: FunctionType, value: Any) -> bool:
 
 
 def by_module(hooks: Iterable[Hook]) -> dict[str, tuple[Hook, ...]]:
-    """Points by the names of the modules that may define their targets."""
+    """Hooks by the names of the modules that may define their targets."""
     found: dict[str, tuple[Hook, ...]] = {}
     for hook in hooks:
         for module in hook.modules:
@@ -335,23 +335,23 @@ def by_module(hooks: Iterable[Hook]) -> dict[str, tuple[Hook, ...]]:
 
 
 def listed(states: Iterable[HookState]) -> str:
-    """States for a message."""
+    """A list of states, for a message."""
     return "; ".join(f"{found.hook.target}: {found.state.value} ({found.detail})" for found in states)
 
 
 def in_order(expected: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether ``expected`` are among ``names``, in this order."""
+    """Whether all of ``expected`` are in ``names``, in this order; others may stand between."""
     remaining = iter(names)
     return all(name in remaining for name in expected)
 
 
 def why_not_called(hook: Hook, names: Sequence[str], taken: int | None) -> str:
-    """Why a hook cannot stand for its target; empty where it can.
+    """Why a hook cannot replace its target; empty if it can.
 
     Args:
-        hook: says what the target must take.
+        hook: says which parameters the target must have.
         names: the target's parameters.
-        taken: how many the hook has, the original itself included; None where it takes any.
+        taken: number of parameters of the hook's function, including the original; None if it takes any.
     """
     if not in_order(hook.parameters, names):
         return f"expected {', '.join(hook.parameters)}; found {', '.join(names)}"

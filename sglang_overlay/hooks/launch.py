@@ -2,8 +2,8 @@
 """Start an SGLang program with plugins loaded in this process and in all that it starts with ``multiprocessing``.
 
 SGLang itself does not load them in ``sglang.benchmark.one_batch``, in the weight-cache daemon
-(``weight_cache/daemon.py``), and in those processes of an encoder server (``disaggregation/encoder/runtime.py``) that
-are not its first.
+(``weight_cache/daemon.py``), and in all but the first process of an encoder server
+(``disaggregation/encoder/runtime.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_overlay.errors import StreamFP8Error
 
 
 class PluginProcess(multiprocessing.Process):
-    """A process that loads SGLang's plugins before it does its work, as SGLang's own scheduler process does."""
+    """A process that loads SGLang's plugins before its work, as SGLang's scheduler process does."""
 
     def run(self) -> None:
         load_plugins_everywhere()
@@ -27,7 +27,7 @@ class PluginProcess(multiprocessing.Process):
 
 
 class PluginSpawnProcess(SpawnProcess):
-    """The same, for who asks for a process that is spawned."""
+    """The same for processes that are explicitly spawned."""
 
     def run(self) -> None:
         load_plugins_everywhere()
@@ -35,20 +35,20 @@ class PluginSpawnProcess(SpawnProcess):
 
 
 def load_plugins_everywhere() -> None:
-    """Load SGLang's plugins here, and in each process that is started from here."""
+    """Load SGLang's plugins in this process and in each process that it starts."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    # SGLang asks for processes by these names; a spawned one finds the class where it is defined, here.
+    # SGLang creates processes by these names; a spawned one imports the class from this module.
     multiprocessing.Process = PluginProcess  # type: ignore[misc]
     SpawnContext.Process = PluginSpawnProcess
 
 
 def check_module(module: str) -> None:
-    """Make sure that there is a module of that name; imports the packages that it lies in, as running it would.
+    """Make sure that a module exists; imports its parent packages, as running it would.
 
     Raises:
-        StreamFP8Error: there is none. What goes wrong inside of a package that is there is raised as it is.
+        StreamFP8Error: there is no such module. Errors inside existing packages are raised unchanged.
     """
     try:
         found = util.find_spec(module)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks around the loaders of SGLang's ``model_loader/loader.py`` and around their helpers."""
+"""Hooks around the loaders of SGLang's ``model_loader/loader.py`` and their helpers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     is_part = is_draft or parallel_ranks().pp.size > 1
     began = time.perf_counter()
     meter = meter_for(device)
-    # The report has a curve; all else is told of the peak alone.
+    # Only the report needs a curve; everything else needs just the peak.
     is_sampled = settings.report_folder is not None or not meter.keeps_peak
     with MemorySampler(meter) if is_sampled else MemoryWatch(meter) as watch:
         load, model = load_streamed(
@@ -89,7 +89,7 @@ def _refuse_second_scheme(quantization: str | None, settings: Settings) -> None:
 
 
 def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
-    """A draft may well be in bf16, or quantized already, beside a target that has the scheme."""
+    """Warn that a chosen scheme has no effect. Not for drafts, which may be in bf16 or quantized already."""
     if not settings.schemes.is_stock and not is_draft:
         logger.warning(
             "StreamFP8: %s=%s chooses nothing here: no layer is quantized while it is loaded. It belongs with "
@@ -155,10 +155,10 @@ def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def load_quantized(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
-    """Around ``load_model`` of loaders that fill what ``process_weights_after_loading`` leaves.
+    """Around ``load_model`` of loaders that fill parameters after ``process_weights_after_loading``.
 
-    ``ShardedStateLoader`` reads it from its files. ``DummyModelLoader`` makes it up in releases before 0.5.15; later
-    ones fill every weight before, see ``initialize_dummy_weights``.
+    ``ShardedStateLoader`` reads them from its files. Before 0.5.15, ``DummyModelLoader`` makes them up; later releases
+    fill every weight before, see ``initialize_dummy_weights``.
     """
 
     def load(loader: Any, *, model_config: Any, device_config: Any) -> Any:
@@ -177,7 +177,7 @@ def save_sharded_state(original: Callable[..., None], model: torch.nn.Module, *a
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:
-    # In host memory: a second copy of the weights may not fit on the device.
+    # Copied to host memory: a second copy of the weights may not fit on the device.
     return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
 
 
@@ -198,7 +198,7 @@ def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs:
 def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     """Around ``initialize_dummy_weights``: give each placeholder the values that stock would fill its weight with.
 
-    No placeholders are left where layers have been processed before.
+    If layers have been processed already, there are no placeholders left.
     """
     load = current()
     if load is None:
@@ -212,7 +212,7 @@ def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Modu
 
 
 class _State:
-    """As much of a model as upstream looks at where it fills or saves one."""
+    """The part of a model's interface that upstream needs to fill or save one."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self._tensors = tensors
@@ -225,12 +225,12 @@ def _write_report(report: LoadReport, folder: Path) -> None:
     try:
         write(report, folder)
     except ReportError as error:
-        # The model is loaded and right; a report is not worth losing it.
+        # The model is loaded correctly; a missing report must not stop the server.
         logger.warning("StreamFP8: %s", sentence(error))
 
 
 def _refuse_other_loader(call: Mapping[str, Any]) -> None:
-    """A load that did not come through ``load_model`` above fills its parameters in another way."""
+    """Refuse an fp8 load that did not come through ``load_model``: its loader fills parameters in another way."""
     settings = load_settings(os.environ)
     if settings.mode is not Mode.OFF and ModelLoad.covers(call.get("quant_config")):
         load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang in a process of this package's own, which plans or exports and serves nothing."""
+"""Set up SGLang in a process of this package that plans or exports, and does not serve."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ENVIRON = {
     REPORT_VARIABLE: "",
     SCHEME_VARIABLE: "",
 }
-"""To be set before SGLang is imported: on any machine no GPU is seen, hooks are in place, nothing else is asked for."""
+"""To be set before SGLang is imported: hides GPUs, puts the hooks in place, and resets all other settings."""
 
 
 def load_plugins() -> None:
-    """Import SGLang with its plugins loaded, before modules that take names from those which plugins patch."""
-    # First, as its own programs do: applying hooks looks into it, and must not find it half imported.
+    """Import SGLang with its plugins loaded, before modules that import names which plugins patch."""
+    # First, as SGLang's programs do: applying hooks inspects it, and must not find it half imported.
     importlib.import_module("sglang.srt.server_args")
     from sglang.srt import plugins
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of ``sglang.srt.plugins``. Every process that SGLang starts pays for it, so it does next to nothing.
+"""Entry point of ``sglang.srt.plugins``. It runs in every process that SGLang starts, so it does almost nothing.
 
-The work is in ``applying.py``, and waits until SGLang imports the first module that is patched. Only the standard
-library is imported here.
+``applying.py`` does the work when SGLang imports the first module that is patched. Only the standard library is
+imported here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 SETTINGS_PREFIX = "SGLANG_STREAMFP8"
 REFERENCE_PLATFORM = (f"{SETTINGS_PREFIX}_CPU_REFERENCE", "1")
-"""The one setting that streaming has nothing to do with."""
+"""The only setting that has nothing to do with streaming."""
 PATCHED_MODULES = frozenset(
     {
         "sglang.srt.layers.quantization.fp8",
@@ -37,7 +37,7 @@ def activate() -> None:
         SystemExit: a setting is invalid. ``load_plugins()`` logs and swallows every ``Exception``, so nothing milder
             would stop the server.
     """
-    # Their values are for ``settings`` to read; where there are any, what is wrong with them has to be said at once.
+    # If there are any settings, start now, so that ``settings`` reports invalid ones immediately.
     settings = {each for each in os.environ.items() if each[0].startswith(SETTINGS_PREFIX)}
     is_configured = bool(settings - {REFERENCE_PLATFORM})
     if is_configured or any(name in sys.modules for name in PATCHED_MODULES):
@@ -53,22 +53,22 @@ def _patch() -> None:
 
 
 class FirstImport:
-    """A finder that finds nothing: it calls ``then`` before the first of ``modules`` is imported, and is gone."""
+    """A finder that calls ``then`` before the first of ``modules`` is imported, and removes itself."""
 
     def __init__(self, modules: frozenset[str], then: Callable[[], None]) -> None:
         self._modules = modules
         self._then = then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """As of ``importlib.abc.MetaPathFinder``."""
+        """See ``importlib.abc.MetaPathFinder``."""
         if name not in self._modules or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         try:
             self._then()
         except Exception:
-            # As ``load_plugins()`` does: SGLang's own import must not fail.
+            # Logged, as in ``load_plugins()``: SGLang's own import must not fail.
             logging.getLogger(__name__).exception("StreamFP8: fp8 loads are stock's.")
-        # What ``then`` has put before the other finders is passed over where the import machinery is by now.
+        # The import machinery, already past the front of the list, would skip finders that ``then`` has put there.
         found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path))
         return next((spec for spec in found if spec is not None), None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--use-ray``: SGLang's scheduler actors run in processes of Ray's, which load no plugins.
+"""``--use-ray``: SGLang's scheduler actors run in Ray's processes, which load no plugins.
 
-Ray's own way to have something done in each of its workers is the job's ``worker_process_setup_hook``.
+Ray's way to run code in each of its workers is the job's ``worker_process_setup_hook``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which SGLang releases are supported; the facts are in ``releases.json``.
 
-Any other release, unless it is older than all of these, is streamed as well where every function that is hooked takes
-what it should. It is untested where one of them has a body that no supported release has (``bodies.py``).
+Any other release that is not older than all of these is streamed as well, if every hooked function has the expected
+parameters. It is untested if one of them has a body that no supported release has (``bodies.py``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Release:
     Attributes:
         release: its version.
         date: of its publication.
-        python: versions that it runs on.
-        torch: version that it pins; so is ``transformers``.
-        absent: targets of hooks for which it has nothing.
+        python: Python versions that it runs on.
+        torch: version that it pins, like ``transformers``.
+        absent: targets of hooks that it does not have.
     """
 
     release: str
@@ -55,11 +55,11 @@ def installed() -> str | None:
 
 
 def root() -> Path | None:
-    """Folder that the installed ``sglang`` package lies in, found without importing it; None where there is none."""
+    """Folder that contains the installed ``sglang`` package, found without importing it; None if there is none."""
     found = util.find_spec("sglang")
     return None if found is None or found.origin is None else Path(found.origin).parents[1]
 
 
 def absent() -> tuple[str, ...]:
-    """Targets of hooks for which the installed SGLang has nothing, where it is a supported release."""
+    """Targets of hooks that the installed SGLang does not have; empty unless it is a supported release."""
     return next((entry.absent for entry in facts() if entry.release == installed()), ())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``Fp8Config.get_quant_method`` of SGLang's ``fp8.py``: where a layer gets a scheme that is not stock's."""
+"""The hook around ``Fp8Config.get_quant_method`` of SGLang's ``fp8.py``, which gives layers schemes of this package."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.settings import SCHEME_VARIABLE
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers that most models fuse, and the checkpoint's names of their parts; a model may name more."""
+"""Layers that most models fuse, and the checkpoint's names of their parts; a model may define more."""
 
 CHANNEL = "channel"
 OTHERS = {CHANNEL: "tensor"}
-"""Which scheme to offer in place of one that does not fit; for those not named here, ``channel``."""
+"""Which scheme to suggest in place of one that does not fit; ``channel`` for those not listed."""
 
 
 def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.Module, prefix: str) -> Any:
     """Around ``Fp8Config.get_quant_method``.
 
-    Stock's method is not made where another takes its place: it refuses backends that cannot serve stock's scheme.
+    If a scheme replaces stock's method, that is not even created: it refuses backends that cannot serve stock's scheme.
+
+    Raises:
+        SchemeError: the layer cannot have the chosen scheme.
     """
     load = current()
     if load is None or load.schemes.is_stock:
@@ -55,7 +58,7 @@ def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.
 
 
 def _kind(config: Any, layer: torch.nn.Module, prefix: str) -> LayerKind | None:
-    """The kind of a layer that stock would quantize."""
+    """The kind of a layer that stock would quantize, else None."""
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
     from sglang.srt.layers.quantization.fp8 import is_layer_skipped
@@ -80,7 +83,7 @@ def _unquantized(original: Callable[..., Any], layer: torch.nn.Module, names: Se
 
 
 def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
-    """Make a method of the scheme ``name``, which belongs to one layer, load that layer by ``plan``."""
+    """Make ``method``, which belongs to one layer and the scheme ``name``, load that layer by ``plan``."""
     what = f"{prefix} as {name!r}"
     create, process = method.create_weights, method.process_weights_after_loading
 
@@ -111,7 +114,7 @@ def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
 
 
 def _smaller_degrees(method: Any, layer: torch.nn.Module, call: Mapping[str, Any]) -> str:
-    """At which tensor parallel sizes all of a layer's sizes would be multiples of its scheme's blocks."""
+    """A message: the tensor parallel sizes at which all of a layer's sizes are multiples of its scheme's blocks."""
     block = getattr(getattr(method, "quant_config", None), "weight_block_size", None)
     if not block:
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's functions as they stand in its source files: what a release looks like, without importing it."""
+"""Inspect SGLang's functions in its source files, without importing it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Source:
     """A function of a release.
 
     Attributes:
-        file: that it stands in.
+        file: the file that defines it.
         node: its syntax tree.
     """
 
@@ -29,33 +29,33 @@ class Source:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Their names, without those that take any others."""
+        """Names of its parameters, without ``*args`` and ``**kwargs``."""
         given = self.node.args
         return tuple(argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs))
 
     @property
     def takes_any(self) -> bool:
-        """Whether it takes any other by name."""
+        """Whether it has ``**kwargs``."""
         return self.node.args.kwarg is not None
 
     @property
     def text(self) -> str:
-        """The function, laid out in one way; comments are not part of it."""
+        """The function's source in a canonical layout, without comments."""
         return ast.unparse(self.node)
 
     @property
     def fingerprint(self) -> str:
-        """Of what it does and takes: neither layout, comments, docstrings nor annotations matter, nor the Python."""
+        """Hash of code and parameters, independent of layout, comments, docstrings, annotations and Python version."""
         return hashlib.sha256(_canonical(self.node).encode()).hexdigest()[:16]
 
 
 def find(root: Path, target: str) -> Source | None:
-    """Look a function or method up by its dotted name.
+    """Look up a function or method by its dotted name; None if there is none.
 
     Args:
-        root: folder that the ``sglang`` package lies in.
-        target: also found where its module has it from another one of SGLang's, and methods where a base class in the
-            same module has them.
+        root: folder that contains the ``sglang`` package.
+        target: may also be a function that its module imports from elsewhere in SGLang, or a method that its class
+            inherits from one in the same module.
     """
     module = module_of(target)
     *classes, name = target.removeprefix(f"{module}.").split(".")
@@ -66,10 +66,7 @@ def find(root: Path, target: str) -> Source | None:
 
 
 def inspect_hooks(root: Path, hooks: Iterable[Hook]) -> list[HookState]:
-    """What ``hook.inspect_hooks`` finds in a running SGLang, told from its source files.
-
-    A target that is as expected is ``ready``.
-    """
+    """Like ``hook.inspect_hooks``, but from source files: a target that fits is ``ready``, never ``active``."""
     return [_inspect(root, hook) for hook in hooks]
 
 
@@ -101,7 +98,7 @@ def _body(root: Path, module: str) -> list[ast.stmt]:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """What stands at the top of a module or class, branches included."""
+    """Statements at the top level of a module or class, including those in its branches."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If | ast.Try):
@@ -134,7 +131,7 @@ _NOT_DONE = ("annotation", "returns", "type_comment", "kind")
 
 
 def _canonical(part: object) -> str:
-    """A syntax tree as text. Empty fields are left out: which there are differs from Python to Python."""
+    """A syntax tree as text, without empty fields, since those differ between Python versions."""
     if isinstance(part, list):
         return f"[{','.join(map(_canonical, part))}]"
     if not isinstance(part, ast.AST):

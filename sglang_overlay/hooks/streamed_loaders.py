@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of upstream's loaders are streamed. Every ``why_not_*`` gives a reason or None."""
+"""Which of upstream's loaders are streamed. Every ``why_not_*`` returns a reason or None."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ STREAMED_LOADERS = (
     "RunaiModelStreamerLoader",
     "ShardedStateLoader",
 )
-"""Loader classes of upstream's ``loader.py`` whose own way of filling parameters is known here.
+"""Loader classes of upstream's ``loader.py`` whose way of filling parameters is supported.
 
 Not every release has all of them.
 """
 
 
 def why_not_loader(loader: Any) -> str | None:
-    """Loaders that load in their own way (layer by layer, quantized RL) stay on stock's path."""
+    """Loaders that fill parameters in another way (layer by layer, quantized RL) stay on stock's path."""
     from sglang.srt.environ import envs
     from sglang.srt.model_loader import loader as upstream
 
@@ -32,7 +32,7 @@ def why_not_loader(loader: Any) -> str | None:
 
 
 def updates_itself(loader: Any) -> bool:
-    """Whether a loader has its own way of quantizing weights again when they are updated (``flash_rl``)."""
+    """Whether a loader itself quantizes weights again when they are updated (``flash_rl``)."""
     from sglang.srt.model_loader import loader as upstream
 
     is_own = getattr(type(loader), "rebinding_and_load_weights", None) is not None
@@ -40,7 +40,7 @@ def updates_itself(loader: Any) -> bool:
 
 
 def why_not_schemes(loader: Any) -> str | None:
-    """Loaders that bring weights as stock has quantized them, or none at all, know no other scheme."""
+    """Loaders that load weights quantized by stock, or no real weights, cannot serve another scheme."""
     name = type(loader).__name__
     if name not in ("DefaultModelLoader", "RunaiModelStreamerLoader"):
         return f"{name} loads only what stock SGLang makes of a checkpoint"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where SGLang updates weights: the model runner or its ``WeightUpdater``, the scheduler's sessions, and the loader.
+"""Hooks where SGLang updates weights: the model runner or its ``WeightUpdater``, the scheduler's sessions, the loader.
 
-Upstream reports a failed update in three ways: some methods return ``(False, message)``, others raise, which ends the
-server, and the end of a session cannot fail at all; each rank answers for itself, and only the first is heard. Here
-every update of streamed weights is judged by all tensor parallel ranks together, once a call. Where one of them failed,
-all put back what they held before, and answer ``success=False`` with a message that says so.
+Upstream handles a failed update in three ways: some methods return ``(False, message)``, others raise, which ends the
+server, and the end of a session cannot fail at all. Each rank answers for itself, and only the first one's answer is
+used. Here all tensor parallel ranks compare the outcome of each call to update streamed weights. If one has failed, all
+restore what they held before, and answer ``success=False`` with a message.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Answer = tuple[bool, str]
 
 BEFORE_UPDATE = "All weights are those of before this update."
-"""What an answer says of the weights when an update has failed."""
+"""How an answer describes the weights when an update has failed."""
 BEFORE_CALL = "All weights are those of before this call. The update goes on: send again what this call was to bring."
-"""The same of one call of several."""
+"""The same for one call of several."""
 _NO_SESSIONS = "This release of SGLang has no update sessions: each call is an update of its own."
 
 
 @dataclass
 class DiskUpdate:
-    """An update from disk that is under way.
+    """A running update from disk.
 
     Attributes:
         model_config: upstream's; it names the folder.
-        is_whole: the folder is read in full, as a checkpoint that replaces all weights.
-        is_judged: the ranks have compared their outcomes.
+        is_whole: whether the folder is read in full, as a checkpoint that replaces all weights.
+        is_judged: whether the ranks have compared their outcomes.
         failure: what went wrong, once all ranks know.
-        note: what else is to be told.
+        note: what else the answer should say.
     """
 
     model_config: Any
@@ -63,10 +63,10 @@ class DiskUpdate:
 
 
 class Together:
-    """Updates of a target and its drafts that one request asks for: all of them stay, or none.
+    """Updates of a target and its drafts by one request: all of them are kept, or none.
 
     Attributes:
-        failed: one of the models could not be updated.
+        failed: whether one of the models could not be updated.
     """
 
     def __init__(self) -> None:
@@ -76,12 +76,12 @@ class Together:
         self._close: list[Callable[[], None]] = []
 
     def add(self, undo: Callable[[], None], close: Callable[[], None] = lambda: None) -> None:
-        """Note what undoes a part that was right, and what is to be done in any case."""
+        """Add a successful part: ``undo`` is called if another fails, ``close`` at the end in any case."""
         self._undo.append(undo)
         self._close.append(close)
 
     def joined(self, outcome: Outcome) -> Outcome:
-        """An outcome of one model's as the answer tells it: upstream's is that of the last, which has to tell all."""
+        """A model's outcome merged with those before: upstream's answer is the last model's, and must cover all."""
         self.failed |= outcome.failure is not None
         earlier, self._told = self._told, outcome
         if earlier is not None:
@@ -94,25 +94,25 @@ class Together:
         return self._told
 
     def end(self) -> None:
-        """Undo everything where a model could not be updated, on any rank."""
+        """Undo everything if a model could not be updated on any rank; then close everything."""
         if self._undo:
-            # Models that are not streamed answer for one rank.
+            # Models that are not streamed only know of their own rank.
             self.failed = _of_all(Outcome("" if self.failed else None)).failure is not None
-        # Backwards: a draft model may share memory with its target, which was updated first.
+        # Undone in reverse: a draft model may share memory with its target, which was updated first.
         for step in [*(reversed(self._undo) if self.failed else ()), *self._close]:
             step()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rank fared in one call; all ranks of a tensor parallel group exchange theirs.
+    """The outcome of one call on one rank; all ranks of a tensor parallel group exchange theirs.
 
     Attributes:
-        failure: what went wrong.
-        is_partial: that is units of which only a part came.
-        unused: names of tensors that nothing was done with.
-        untouched: what a whole checkpoint should have replaced.
-        advice: what to do about that.
+        failure: what went wrong; None after a success.
+        is_partial: whether the failure is incomplete units.
+        unused: names of tensors that were not used.
+        untouched: parameters that a complete checkpoint would have replaced.
+        advice: what to do about ``untouched``.
     """
 
     failure: str | None = None
@@ -127,8 +127,8 @@ def load_weights_and_postprocess(
 ) -> None:
     """Around ``DefaultModelLoader.load_weights_and_postprocess``, which updates from disk call again.
 
-    Upstream calls it once more where it has failed, to read "the original weights": what is served then are those
-    already, and they need not have come from the folder that it would read.
+    After a failure, upstream calls it once more to read "the original weights". That call does nothing: the original
+    weights have been restored, and may not have come from the folder that it would read.
 
     Raises:
         WeightUpdateError: reading or quantizing failed on some rank.
@@ -155,8 +155,8 @@ def update_weights_from_disk(
 ) -> Answer:
     """Around ``WeightUpdater.update_weights_from_disk``.
 
-    The path of the model is put back where the update fails, before upstream reads "the original weights" from it. A
-    rank that fails before it reads any weights tells the others, which wait for it.
+    If the update fails, the model's path is restored. A rank that fails before it reads any weights tells the others,
+    which wait for its outcome.
     """
     if updatable(model_of(updater)) is None:
         return _noted(original(updater, model_path, *args, **kwargs))
@@ -191,9 +191,9 @@ def update_weights_from_disk(
 
 
 def update_of_all_models(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Around ``SchedulerWeightUpdaterManager.update_weights_from_disk`` and its like: target first, then drafts.
+    """Around ``SchedulerWeightUpdaterManager.update_weights_from_disk`` and similar: target first, then drafts.
 
-    Upstream stops at the first that fails. Then those before it go back to their weights as well.
+    Upstream stops at the first model that fails. Then the models before it are undone as well.
     """
     together = Together()
     token = _together.set(together)
@@ -208,7 +208,7 @@ def update_of_all_models(original: Callable[..., Any], manager: Any, request: An
 
 
 def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
-    """Around ``WeightUpdater.begin_weight_update``, which cannot fail: that is left to its calls and its end."""
+    """Around ``WeightUpdater.begin_weight_update``, which cannot fail: the session's calls and end raise its error."""
     original(updater)
     known = updatable(model_of(updater))
     if known is None:
@@ -218,7 +218,7 @@ def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
         known.begin()
     except Exception as error:
         logger.exception("StreamFP8: a weight update could not be opened.")
-        # Told already, and it would keep alive what the update had opened.
+        # Without the traceback, which is logged already and would keep the failed update's memory alive.
         known.unopened = error.with_traceback(None)
 
 
@@ -226,8 +226,8 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
     """Around ``WeightUpdater.end_weight_update``.
 
     Raises:
-        WeightUpdateError: upstream's part failed, the update could not be opened, or some units came only in part; left
-            to ``end_session`` where that is waiting for it.
+        WeightUpdateError: upstream's part failed, the update could not be opened, or some units were sent only in part.
+            Inside ``end_session``, that reports the error instead.
     """
     model = model_of(updater)
     known = updatable(model)
@@ -259,7 +259,7 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
 def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Around ``SchedulerWeightUpdaterManager.end_weight_update``: let the end of a session fail, on all ranks.
 
-    The models of all runners keep what they have overwritten until all have ended.
+    The models of all runners can be undone until all have ended.
     """
     known = [found for _, runner in manager._select_runners() if (found := updatable(runner.model)) is not None]
     if not known:
@@ -279,7 +279,7 @@ def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any
 
 
 def receive_weights(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around ``WeightUpdater.receive_weights_from_distributed``: a rank that fails here would not load with the others.
+    """Around ``WeightUpdater.receive_weights_from_distributed``: if a rank fails here, no rank loads the weights.
 
     Raises:
         WeightUpdateError: some rank has not received the weights.
@@ -309,7 +309,7 @@ def load_weights_from_distributed(original: Callable[..., Answer], updater: Any,
 def update_weights_from_distributed(original: Callable[..., Answer], updater: Any, *args: Any, **kwargs: Any) -> Answer:
     """Around ``update_weights_from_distributed``, which receives and loads the tensors of one call.
 
-    Later releases have ``load_weights_from_distributed`` for the second half.
+    Later releases have ``load_weights_from_distributed`` for the loading.
     """
     return _answered(updater, lambda: original(updater, *args, **kwargs))
 
@@ -324,14 +324,14 @@ def update_weights_from_tensor(
 
 
 def update_weights_from_ipc(original: Callable[..., Answer], updater: Any, request: Any) -> Answer:
-    """Around ``WeightUpdater.update_weights_from_ipc``, which post-processes what it has loaded."""
+    """Around ``WeightUpdater.update_weights_from_ipc``, which loads and post-processes."""
     return _answered(updater, lambda: original(updater, request))
 
 
 def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, named_tensors: NamedTensors) -> None:
-    """Around ``_model_load_weights_direct``, whose names are those of parameters.
+    """Around ``_model_load_weights_direct``, which gets tensors by parameter names.
 
-    Values that are fp8 already, and scales, go to the parameters that are served, as in stock.
+    fp8 values and scales go to the served parameters, as in stock; high-precision weights are streamed.
 
     Raises:
         WeightUpdateError: a layer cannot be updated with these values.
@@ -364,15 +364,15 @@ def _judged(
     executor: Executor | None = None,
     disk: DiskUpdate | None = None,
 ) -> tuple[Any, Outcome]:
-    """Run a call as a part of the open update, or as one of its own; keep or undo it, as all ranks agree.
+    """Run a call as part of the open update, or as an update of its own; all ranks keep it, or all undo it.
 
     Args:
         known: what is known of the model.
-        model: that is updated.
+        model: the model that is updated.
         run: upstream's part.
-        names: of the tensors that it is to bring, where they are known.
-        executor: does the work; one without threads unless given.
-        disk: the update from disk that this is.
+        names: of the call's tensors, if known.
+        executor: does the work; by default one without threads.
+        disk: the update from disk, if this is one.
 
     Returns:
         What ``run`` returned, and the outcome of all ranks.
@@ -408,7 +408,7 @@ def _judged(
 
 
 def _conclude(known: UpdatableModel, outcome: Outcome) -> None:
-    """Keep or undo an update, as all ranks agree; or leave that to the request that brought it to several models."""
+    """Keep or undo an update by the outcome of all ranks; leave that to the request if it updates several models."""
     together = _together.get()
     if outcome.failure is not None:
         known.abort()
@@ -420,10 +420,10 @@ def _conclude(known: UpdatableModel, outcome: Outcome) -> None:
 
 
 def _found(update: WeightUpdate, model: torch.nn.Module, disk: DiskUpdate | None) -> Outcome:
-    """What there is to tell of a call that was right.
+    """The outcome of a call that succeeded.
 
     Raises:
-        WeightUpdateError: a whole checkpoint has replaced nothing.
+        WeightUpdateError: a complete checkpoint has replaced nothing.
     """
     unused = update.given.unused
     if disk is None or not disk.is_whole:
@@ -451,12 +451,12 @@ def _outcome(error: Exception | None, weights: str) -> Outcome:
 def _of_all(*mine: Outcome) -> Outcome:
     """The outcome of a call on all ranks of the tensor parallel group, the same on each of them.
 
-    To be called exactly once by each rank, whatever became of the call there.
+    A collective: each rank has to call it exactly once, whether or not the call succeeded there.
     """
     try:
         ranks = gathered(mine)
     except Exception as error:
-        # Some rank is gone, and with it the group.
+        # Some rank has died, and the group with it.
         return Outcome(
             f"the ranks could not compare what became of this call: {_sentence(_told(error))} {BEFORE_UPDATE}"
         )
@@ -494,14 +494,14 @@ def _note(outcome: Outcome) -> str:
 def _answered(
     updater: Any, call: Callable[[], Answer], names: Sequence[str] = (), load_format: str | None = None
 ) -> Answer:
-    """Upstream's answer to ``call``, made as a part of the open update; a failure is an answer too."""
+    """Upstream's answer to ``call``, run as part of the open update; failures are answers too, not exceptions."""
     model = model_of(updater)
     known = updatable(model)
     if known is None:
         return _noted(call())
 
     def run(update: WeightUpdate) -> str:
-        # A direct load has names of served parameters among its own: load_weights_direct tells them apart.
+        # A direct load may name served parameters: load_weights_direct tells them apart.
         with nullcontext() if load_format == "direct" else update.loading(model):
             success, message = call()
         if not success:
@@ -517,13 +517,13 @@ def _answered(
 
 
 def _noted(answer: Answer) -> Answer:
-    """An answer for a model that is not streamed, which may have taken any tensor."""
+    """Record the answer of a model that is not streamed, which may have used any tensor."""
     _joined_with_earlier(Outcome(None if answer[0] else answer[1]))
     return answer
 
 
 def _joined_with_earlier(outcome: Outcome) -> Outcome:
-    """An outcome of one model's with those before it of the request that it belongs to."""
+    """A model's outcome merged with those of the models before it in the same request."""
     together = _together.get()
     return outcome if together is None else together.joined(outcome)
 
@@ -534,7 +534,7 @@ def _refuse_unopened(known: UpdatableModel) -> None:
 
 
 def _close(known: Sequence[UpdatableModel], how: Callable[[UpdatableModel], None]) -> None:
-    # Backwards: a draft model may share memory with its target, which was updated first.
+    # In reverse: a draft model may share memory with its target, which was updated first.
     for model in reversed(known):
         how(model)
 
@@ -563,11 +563,11 @@ def _names_of(named_tensors: Any) -> list[str]:
 
 
 def _offered(update: WeightUpdate, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """``weights``, with it noted which come from a checkpoint and so stay as they are."""
+    """``weights``, after noting which of them come from a checkpoint and so stay unchanged."""
     from sglang.srt.model_loader.weight_utils import RUNAI_STREAMER_TENSOR_ATTR
 
     for name, tensor in weights:
-        # The Run:ai streamer writes the next tensor into the same memory.
+        # The Run:ai streamer reuses the memory for the next tensor.
         if not getattr(tensor, RUNAI_STREAMER_TENSOR_ATTR, False):
             update.sources.offer(tensor)
         yield name, tensor

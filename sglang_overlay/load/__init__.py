@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model load, from ``create_weights`` to the end of loading: who owns what is streamed, and what is said of it."""
+"""One model load, from ``create_weights`` to its end: its state, its fallbacks, and its diagnostics and reports."""

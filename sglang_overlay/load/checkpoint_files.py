@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a checkpoint's files, told from their names and headers, and from single tensors where asked for.
+"""Find problems of a checkpoint's files by their names and headers, and by values of single tensors if asked to.
 
-SGLang loads what files there are, whatever the index says, and errors of safetensors and torch name no file. Which
-files it reads is its own choice (a name on the hub, ``.bin`` beside ``.safetensors``, two sets of the same weights), so
-they are noted where it makes that choice.
+SGLang loads the files that exist, whatever the index says, and errors of safetensors and torch do not name the file.
+SGLang chooses which files it reads (a name on the hub, ``.bin`` beside ``.safetensors``, two sets of the same weights),
+so a hook notes them where it makes that choice.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from sglang_overlay.core.shortage import is_shortage
 
 _INDEX = "*.index.json"
 _LENGTH = 8
-"""Bytes in front of a safetensors header that say how long it is."""
+"""Bytes of the length field in front of a safetensors header."""
 _ZIP = b"PK"
-"""What a file of ``torch.save`` begins with; before PyTorch 1.6 it was a pickle."""
+"""First bytes of a file of ``torch.save``; before PyTorch 1.6 it was a pickle."""
 
 
 class CheckpointFiles:
     """The files of one or more checkpoints that SGLang has chosen to read.
 
     Attributes:
-        read: in SGLang's order; a loader of its own, as the Run:ai streamer's, leaves it empty.
+        read: in SGLang's order. Empty for loaders that find files themselves, like the Run:ai streamer's.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class CheckpointFiles:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note what SGLang chooses in the block, in this thread."""
+        """Note the files that SGLang chooses inside the block, in this thread."""
         token = _noted.set(self)
         try:
             yield
@@ -50,16 +50,16 @@ class CheckpointFiles:
             _noted.reset(token)
 
     def in_folder(self, model_path: str) -> list[Path]:
-        """The files; those of a local folder where none were noted."""
+        """The noted files or, if there are none, those of a local folder."""
         return self.read or [*Path(model_path).glob("*.safetensors"), *Path(model_path).glob("*.bin")]
 
     @contextmanager
     def problems_added(self, model_path: str) -> Iterator[None]:
-        """Add to an error of the block what is wrong with the files."""
+        """Context that adds problems of the files to an error of its block."""
         try:
             yield
         except Exception as error:
-            # Looking into the files needs memory as well.
+            # Reading the files would need memory as well.
             for problem in [] if is_shortage(error) else file_problems(self.in_folder(model_path)):
                 annotate(error, f"StreamFP8: {problem}")
             raise
@@ -78,7 +78,7 @@ def prepare_weights(original: Callable[..., Any], loader: Any, *args: Any, **kwa
 
 
 def noted_problems() -> list[str]:
-    """``file_problems`` of the files that are noted now."""
+    """``file_problems`` of the files noted so far in the current ``noted`` block."""
     noted = _noted.get()
     return [] if noted is None else file_problems(noted.read)
 
@@ -87,13 +87,13 @@ def file_problems(files: Collection[Path]) -> list[str]:
     """Missing, empty, truncated and unreadable files of local checkpoints, with their folders.
 
     Args:
-        files: that are read. Others in the same folders are looked at where an index names them beside these.
+        files: those that are read. Other files in their folders matter only if an index names them together with these.
     """
     return [*_missing(files), *_damaged(files)]
 
 
 def values_not_finite(files: Collection[Path], names: Collection[str]) -> dict[str, tuple[int, int]]:
-    """How many values of these tensors are NaN or Inf, and of how many; only of those in safetensors files."""
+    """(NaN or Inf values, all values) of each of these tensors, by name; only tensors in safetensors files."""
     found: dict[str, tuple[int, int]] = {}
     for file in sorted(file for file in files if file.suffix == ".safetensors") if names else ():
         with safe_open(file, framework="pt") as tensors:
@@ -110,7 +110,7 @@ def _missing(files: Collection[Path]) -> Iterator[str]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield f"{index} is no index of weights ({type(error).__name__}: {error})"
             continue
-        # Another set of the same weights may have an index of its own here.
+        # Another set of the same weights in this folder may have its own index.
         absent = [] if named.isdisjoint(file.name for file in files) else sorted(named)
         yield from (
             f"{index} names {name}, which is not there" for name in absent if not (index.parent / name).exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a load has to tell about its weights: missing ones, NaN and Inf, tensors that came twice."""
+"""Diagnostics of a load's weights: missing ones, NaN and Inf, misfits, and tensors that came twice."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is a warning, where it would otherwise be an error.
+    """Which problems are warnings instead of errors.
 
     Attributes:
-        missing: weights that the checkpoint lacks.
-        not_finite: NaN and Inf, and tensors that do not fill their part of a weight.
-        missing_switch: the user's setting that makes ``missing`` so, such as ``VARIABLE=1``.
-        not_finite_switch: likewise.
+        missing: whether weights that the checkpoint lacks are only a warning.
+        not_finite: the same for NaN and Inf, and for tensors that do not fill their part of a weight.
+        missing_switch: the user's setting that turns ``missing`` on, such as ``VARIABLE=1``.
+        not_finite_switch: the same for ``not_finite``.
     """
 
     missing: bool
@@ -48,10 +48,10 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Read:
-    """What was read of a checkpoint.
+    """The entries that were read from a checkpoint.
 
     Attributes:
-        entries: by name; what each is where it is no tensor with data, else None.
+        entries: by name; a description of each entry that is not a tensor with data, else None.
         held: names of the model's own parameters and buffers.
     """
 
@@ -59,10 +59,10 @@ class Read:
     held: Collection[str]
 
     def unused(self, written: Collection[str]) -> list[str]:
-        """Entries that were loaded into nothing, as far as names tell; a bias goes where its weight went.
+        """Entries that, judging by their names, were not loaded; a bias counts as loaded if its weight was.
 
         Args:
-            written: names of tensors that are known to have been loaded into something.
+            written: names of tensors that are known to have been loaded.
         """
         places = {name.rpartition(".")[0] for name in written}
         return [
@@ -72,27 +72,27 @@ class Read:
         ]
 
     def told(self, names: Iterable[str]) -> str:
-        """Entries, for a message."""
+        """A list of entries, for a message."""
         return shortened([f"{name} ({odd})" if (odd := self.entries[name]) else name for name in names])
 
 
 @dataclass(frozen=True)
 class WantedShapes:
-    """What is known of the shapes that a model wants of its checkpoint's tensors.
+    """What is known of the shapes that a model expects of checkpoint tensors.
 
     Attributes:
         sizes: numbers in its config.
-        fitting: patterns of tensors of which some fill their part of a weight.
+        fitting: name patterns of tensors of which at least one fills its part of a weight.
     """
 
     sizes: Collection[int] = frozenset()
     fitting: Collection[tuple[str, ...]] = frozenset()
 
     def unmeant(self, misfits: Sequence[Misfit]) -> list[Misfit]:
-        """Those of ``misfits``, all of one load or one call of an update, that the model does not want so.
+        """Those of ``misfits`` that are not intended by the model; pass all of one load, or one call of an update.
 
-        It does want tensors that are as long as its config says, and are padded all alike: Qwen2.5-VL's vision tower,
-        for alignment, and SGLang where a size does not divide by the CPUs.
+        A padding is intended if the tensor's size is in the model's config and all tensors of its kind have that size.
+        Qwen2.5-VL's vision tower pads for alignment, and SGLang where a size does not divide by the CPUs.
         """
         shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
         for misfit in misfits:
@@ -108,32 +108,32 @@ Origins = Callable[[Sequence[int] | None], list[str]]
 
 
 class Weight(Protocol):
-    """A weight that has been loaded, by units."""
+    """A loaded weight, which consists of units."""
 
     @property
     def name(self) -> str:
-        """Of the parameter."""
+        """The parameter's qualified name."""
 
     @property
     def units(self) -> int:
-        """How many it has."""
+        """Number of units."""
 
     @property
     def rewritten(self) -> Sequence[str]:
-        """Checkpoint tensors that replaced other values."""
+        """Checkpoint tensors that replaced other values of already quantized units."""
 
     @property
     def magnitudes(self) -> torch.Tensor:
-        """The largest magnitude of each unit."""
+        """The largest magnitude of each unit, ``[units]``."""
 
     @property
     def origins(self) -> Origins:
-        """Names of the checkpoint tensors that were written into some units, or anywhere."""
+        """Returns the names of the checkpoint tensors that were written into some units, or into any (None)."""
 
 
 @dataclass(frozen=True)
 class _Incomplete:
-    """A parameter of which units were never completely written."""
+    """A parameter with units that were never completely written."""
 
     layer: str
     parameter: str
@@ -143,7 +143,7 @@ class _Incomplete:
 
 @dataclass(frozen=True)
 class _Magnitudes:
-    """What tells later whether a parameter is finite; none of its memory."""
+    """Shows later whether a parameter is finite, without keeping its memory."""
 
     name: str
     magnitudes: torch.Tensor
@@ -152,13 +152,13 @@ class _Magnitudes:
 
 @dataclass(frozen=True)
 class _NotFinite:
-    """A parameter with NaN or Inf: what is told of it, and the checkpoint tensors that went into its damaged units."""
+    """A parameter with NaN or Inf: a description, and the checkpoint tensors that went into its damaged units."""
 
     told: str
     origins: Sequence[str]
 
     def tell_origins(self, counts: Mapping[str, tuple[int, int]]) -> str:
-        """The tensors of which some values are known not to be finite, else all of them."""
+        """For a message: the tensors that are known to hold NaN or Inf, or all if none is known to."""
         damaged = [
             f"{name} ({count} of {total} values)"
             for name in self.origins
@@ -169,7 +169,7 @@ class _NotFinite:
 
 
 class Diagnostics:
-    """Collects what ``note`` is told of each parameter; ``conclude`` warns or raises, once, when loading has ended."""
+    """Collects facts about each parameter (``note``), and warns or raises when loading has ended (``conclude``)."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -180,7 +180,7 @@ class Diagnostics:
         self._written: dict[str, list[str]] = {}
 
     def note(self, layer: str, weight: Weight, missing: Sequence[int]) -> None:
-        """Take over what a weight of ``layer`` knows; ``missing`` are units that were never completely written."""
+        """Keep what matters of a weight of ``layer``; ``missing`` are units that were never completely written."""
         self._written.setdefault(layer, []).extend(weight.origins(None))
         if missing:
             self._incomplete.append(_Incomplete(layer, weight.name, missing, weight.units))
@@ -188,11 +188,11 @@ class Diagnostics:
         self._rewritten += weight.rewritten
 
     def wanted(self, folder: Path, config: Mapping[str, Any]) -> WantedShapes:
-        """What is known of the shapes that the model wants.
+        """What is known of the shapes that the model expects.
 
         Args:
             folder: of the checkpoint.
-            config: its config.json as SGLang has it, which may have been adapted to the machine since.
+            config: its config.json as SGLang holds it, possibly adapted to the machine.
         """
         misfits = {misfit.tensor for misfit in self.misfits}
         written = (name for names in self._written.values() for name in names)
@@ -202,14 +202,14 @@ class Diagnostics:
         )
 
     def conclude_misfits(self, tolerance: Tolerance, wanted: WantedShapes) -> None:
-        """Say which checkpoint tensors do not fill their part of a weight, ``misfits``.
+        """Report the checkpoint tensors that do not fill their part of a weight (``misfits``).
 
         Args:
             tolerance: what is an error and what a warning.
-            wanted: what is known of the shapes that the model wants.
+            wanted: what is known of the shapes that the model expects.
 
         Raises:
-            MisfitError: there are some, and that is not allowed.
+            MisfitError: there are some, and they are not tolerated.
         """
         found = [str(misfit) for misfit in wanted.unmeant(self.misfits)]
         if not found:
@@ -223,16 +223,16 @@ class Diagnostics:
         self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
 
     def conclude(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
-        """Say all of it.
+        """Report missing weights, NaN and Inf, and tensors that came twice.
 
         Args:
             tolerance: what is an error and what a warning.
-            read: what the checkpoint held.
+            read: the checkpoint's entries.
             files: of the checkpoint.
 
         Raises:
-            IncompleteLoadError: weights are missing, and that is not allowed.
-            NonFiniteWeightError: there are NaN or Inf, and that is not allowed.
+            IncompleteLoadError: weights are missing, and that is not tolerated.
+            NonFiniteWeightError: there are NaN or Inf, and they are not tolerated.
         """
         if self._incomplete:
             self._conclude_missing(tolerance, read, files)
@@ -266,11 +266,11 @@ class Diagnostics:
         )
 
     def _misplaced(self, read: Read) -> Misplaced:
-        """What was loaded into nothing, and belongs to layers that lack something; everything where nothing tells."""
+        """Tensors that were not loaded but belong to layers that lack something; all of them if nothing was loaded."""
         unused = read.unused({name for names in self._written.values() for name in names})
         lacking = {found.layer: found.layer.rpartition(".")[0] for found in self._incomplete}
         complete = [layer for layer in self._written if layer.rpartition(".")[0] not in lacking.values()]
-        # What complete layers have in vain as well, no layer needs: rotary frequencies.
+        # Complete layers have unused tensors too, such as rotary frequencies; no layer needs those.
         needless = {pattern_of(name) for name in Misplaced.among(unused, complete).names}
         found = Misplaced.among((name for name in unused if pattern_of(name) not in needless), lacking)
         if not found.names and not any(self._written.values()):
@@ -286,7 +286,7 @@ class Diagnostics:
         return f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing came for it'}"
 
     def _not_finite(self) -> list[_NotFinite]:
-        """Asked of the device once, at the end."""
+        """Parameters with NaN or Inf. Waits for each device once."""
         found = units_not_finite([weight.magnitudes for weight in self._magnitudes])
         return [
             _NotFinite(f"{weight.name} ({_counted(units, weight.magnitudes.numel())})", weight.origins(units))
@@ -308,15 +308,16 @@ class Diagnostics:
         self.warn(f"{text}. They are quantized as in stock SGLang, which says nothing; expect garbage")
 
     def warn(self, text: str) -> None:
-        """Say it in the log, and keep it."""
+        """Log a warning, and keep it."""
         self.warnings.append(text)
         logger.warning("StreamFP8: %s", sentence(text))
 
 
 def kept_misfits(layer: str, misfits: Iterable[Misfit], placeholders: Mapping[str, torch.Tensor]) -> list[Misfit]:
-    """Those of a layer that SGLang does not announce.
+    """``misfits`` without the paddings of ``layer`` that SGLang announces.
 
-    It makes experts larger for some kernels (aiter's), says so on the parameter, and pads them itself.
+    SGLang makes experts larger for some kernels (aiter's), marks the parameter (``weight_padded``), and pads them
+    itself.
     """
     padded = {f"{layer}.{key}" for key, value in placeholders.items() if getattr(value, "weight_padded", False)}
     return [misfit for misfit in misfits if misfit.outcome != PADDED or misfit.parameter not in padded]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be streamed, decided from upstream's configuration. Every ``why_not_*`` gives a reason or None."""
+"""What can be streamed, judging by upstream's configuration. Every ``why_not_*`` returns a reason or None."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ ABSORBED = {
 }
 """Layers whose bf16 weight upstream reads after loading, by the last part of their name, and what reads it.
 
-They keep stock's path: high precision until upstream is done with them. deepseek_v2 and its relatives (deepseek_nextn,
-longcat_flash, bailing_moe_v3, bailing_moe_linear, kimi_linear, kimi_k25_eagle3, minicpm3, sarvam_moe, gigachat35,
-dots3).
+They stay in high precision, as in stock, until upstream is done with them. deepseek_v2 and its relatives have them
+(deepseek_nextn, longcat_flash, bailing_moe_v3, bailing_moe_linear, kimi_linear, kimi_k25_eagle3, minicpm3, sarvam_moe,
+gigachat35, dots3).
 """
 
 
 def is_online_fp8(config: Any) -> bool:
     """Whether this is SGLang's own fp8 config over a high-precision checkpoint.
 
-    Subclasses and look-alikes (w4afp8, compressed-tensors, modelopt, quark, nvfp4) have rules of their own, and so have
-    fp8-serialized checkpoints, mxfp8 and fp4 experts.
+    Not so for subclasses and look-alikes (w4afp8, compressed-tensors, modelopt, quark, nvfp4), fp8-serialized
+    checkpoints, mxfp8 and fp4 experts, which have their own rules.
     """
     from sglang.srt.layers.quantization.fp8 import Fp8Config
 
@@ -38,7 +38,7 @@ def is_online_fp8(config: Any) -> bool:
 
 
 def why_not_platform() -> str | None:
-    """Platforms whose post-processing this package has never run stay on stock's path."""
+    """Why this platform stays on stock's path: this package has never run its post-processing."""
     from sglang.srt import utils
 
     for name in ("is_xpu", "is_npu", "is_musa", "is_cpu"):
@@ -52,7 +52,7 @@ def why_not_platform() -> str | None:
 
 
 def why_not_options() -> str | None:
-    """Options of the server under which weights move about while the model is built."""
+    """A server option that moves weights while the model is built."""
     from sglang.srt.utils import offloader
 
     if not isinstance(offloader.get_offloader(), offloader.NoopOffloader):
@@ -61,7 +61,7 @@ def why_not_options() -> str | None:
 
 
 def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:
-    """A layer whose quantization method is wrapped by another (kt-ep, paged experts) is managed by that one."""
+    """A layer whose quantization method is wrapped by another (kt-ep, paged experts), which then manages the layer."""
     if getattr(layer, "quant_method", None) is not method:
         wrapper = type(getattr(layer, "quant_method", None)).__name__
         return f"its quantization method is wrapped by {wrapper}"
@@ -69,5 +69,5 @@ def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:
 
 
 def why_deferred(name: str) -> str | None:
-    """Why a layer must stay in high precision until upstream has read it."""
+    """Why a layer must stay in high precision until upstream has read it; None if it need not."""
     return ABSORBED.get(name.rsplit(".", 1)[-1])

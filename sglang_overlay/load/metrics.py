@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads, told where SGLang tells of itself: in ``/metrics`` and in ``/server_info``.
+"""Publish load metrics through SGLang's endpoints ``/metrics`` and ``/server_info``.
 
-A load ends in the scheduler's process, after the scheduler has made its metrics; the other order works as well.
-Whatever goes wrong here is a warning: nobody wants to lose a server over its metrics.
+A load ends in the scheduler's process, after the scheduler has created its metrics; the other order works as well.
+Errors here are only warnings: metrics must not stop a server.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _gauges: list[LoadGauges] = []
 
 
 def tell(load: LoadReport) -> None:
-    """A load of this process has ended."""
+    """Publish a load of this process that has ended."""
     _loads.append(load)
     _show()
 
 
 def add_gauges(_none: None, collector: Any, *_args: Any, **_kwargs: Any) -> None:
-    """After ``SchedulerMetricsCollector.__init__``, which is there with ``--enable-metrics`` alone."""
+    """After ``SchedulerMetricsCollector.__init__``, which runs only with ``--enable-metrics``."""
     try:
         _gauges.append(LoadGauges(_gauge_class(collector), collector.labels))
     except Exception as error:
@@ -39,7 +39,7 @@ def add_gauges(_none: None, collector: Any, *_args: Any, **_kwargs: Any) -> None
 
 
 def add_state(output: Any, *_args: Any, **_kwargs: Any) -> Any:
-    """After ``Scheduler.get_internal_state``: the loads of this process."""
+    """After ``Scheduler.get_internal_state``: add the loads of this process."""
     if _loads:
         output.internal_state[STATE] = [state_of(load) for load in _loads]
     return output
@@ -58,7 +58,7 @@ def _gauge_class(collector: Any) -> Any:
     replaced = getattr(collector, "_gauge_cls", None)
     if replaced is not None:
         return replaced
-    # As SGLang does: not before PROMETHEUS_MULTIPROC_DIR is set.
+    # Imported late, as in SGLang: PROMETHEUS_MULTIPROC_DIR has to be set first.
     from prometheus_client import Gauge
 
     return Gauge

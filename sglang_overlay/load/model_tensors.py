@@ -24,7 +24,7 @@ def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of all memory that tensors hold, or would hold if they had any; shared memory is counted once."""
+    """Bytes of the tensors' storages; of meta tensors, what they would take. Shared memory is counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return sum({storage.data_ptr() or storage._cdata: storage.nbytes() for storage in storages}.values())
 

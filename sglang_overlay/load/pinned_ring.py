@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carry tensors to a device through a few pieces of pinned memory that are used in turn.
+"""Upload tensors to a device through a ring of pinned memory slots.
 
-A copy out of ordinary memory holds up the thread that asks for it, since the driver moves it piece by piece through
-pinned memory of its own. Here the calling thread only fills a slot; the device fetches it by itself, on a stream for
-copies alone. So disk reads, copies and quantization overlap, and a caller waits for nothing but a free slot.
+A copy from pageable memory blocks the calling thread, since the driver moves it piece by piece through its own pinned
+memory. Here the calling thread only fills a slot, which the device then fetches asynchronously on a separate copy
+stream. So disk reads, copies and quantization overlap, and a caller waits only for a free slot.
 
-Three things must hold, and are this module's: a slot is not written before the copy out of it is done; nobody reads the
-result before the copy into it is done; the result's memory is not given to another copy while it is still read. The
-first is :class:`PinnedRing`'s, on whatever device; the others are its transport's.
+This module ensures three things: no slot is written before the copy out of it is done; nobody reads the result before
+the copy into it is done; the result's memory is not reused for another copy while it is still read.
+:class:`PinnedRing` ensures the first, for any device; its transport ensures the others.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ logger = logging.getLogger(__name__)
 
 SLOTS = 4
 SLOT_BYTES = 32 << 20
-"""Large enough to keep a link of 50 GB/s busy while a slot is filled, and eight experts of Qwen3-30B-A3B."""
+"""Large enough to keep a link of 50 GB/s busy while a slot is filled; holds eight experts of Qwen3-30B-A3B."""
 
 
 class Copy(Protocol):
     """A copy that was started."""
 
     def wait(self) -> None:
-        """Block until it is done; raises what it failed with."""
+        """Block until it is done; raises its error."""
 
 
 class Transport(Protocol):
-    """What a ring needs of a device. Any thread may call."""
+    """The device operations that a ring needs. Thread-safe."""
 
     def slot(self, size: int) -> torch.Tensor:
-        """``size`` bytes of host memory that the device reads by itself, as uint8."""
+        """``size`` bytes of host memory that the device can read asynchronously, as uint8."""
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
-        """Contiguous memory on the device, shape and dtype as ``like``, which nothing queued there still uses."""
+        """Contiguous device memory with the shape and dtype of ``like``, which no queued work still uses."""
 
     def start(self, slot: torch.Tensor, target: torch.Tensor) -> Copy:
-        """Begin to copy part of a slot into part of what ``empty`` gave; copies are done in the order of calls.
+        """Start to copy part of a slot into part of a result of ``empty``. Copies complete in the order of calls.
 
-        Where this raises, nothing reads the slot.
+        If this raises, nothing reads the slot.
         """
 
     def hand_over(self, target: torch.Tensor, last: Copy) -> None:
-        """Let work that the calling thread queues from now on wait for ``last``; keep ``target`` until it is done."""
+        """Make work that the calling thread queues from now on wait for ``last``; keep ``target`` until it is done."""
 
 
 @dataclass
@@ -65,16 +65,16 @@ class _Slot:
 
 
 class PinnedRing:
-    """Slots that are filled, copied from and used again, the oldest first.
+    """Slots that are filled, copied from and reused, the oldest first.
 
-    A slot belongs to the thread that took it out of ``_free`` until it is put back, with the copy that still reads it:
-    who takes it next waits for that. Each slot's memory is taken when it is first needed; ``_lock`` guards ``_made``,
-    how many there are. ``close`` is for when nothing is uploaded any more.
+    A slot belongs to the thread that took it out of ``_free`` until that thread puts it back, together with the copy
+    that still reads it; the next thread waits for that copy. Slots are allocated when first needed; ``_lock`` guards
+    their number, ``_made``. ``close`` may be called only when there are no more uploads.
 
     Args:
-        transport: the device's side.
-        slots: how many copies may be under way.
-        slot_bytes: of each, an element's at least; a larger tensor goes in parts.
+        transport: the device operations.
+        slots: the most copies in flight.
+        slot_bytes: size of each slot, at least one element; a larger tensor is copied in parts.
     """
 
     def __init__(self, transport: Transport, slots: int = SLOTS, slot_bytes: int = SLOT_BYTES) -> None:
@@ -86,7 +86,7 @@ class PinnedRing:
         self._made = 0
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
-        """The same values on the device, contiguous, in their own dtype; for work that this thread queues there.
+        """A contiguous copy of ``values`` on the device, for work that this thread queues there.
 
         ``values`` may change as soon as this returns.
         """
@@ -99,7 +99,7 @@ class PinnedRing:
         return target
 
     def close(self) -> None:
-        """Wait for all copies and let go of the slots; raises what a copy failed with. May be called again."""
+        """Wait for all copies and release the slots; raises a failed copy's error. May be called more than once."""
         errors = []
         for _ in range(self._made):
             slot = self._free.get()
@@ -137,14 +137,14 @@ class PinnedRing:
 
 
 def _finish(slot: _Slot) -> None:
-    # Forgotten first: a copy that failed is not waited for again, and its memory is as free as after any other.
+    # Dropped first, so that nobody waits again for a copy that failed; its slot is free as after any other.
     copy, slot.copy = slot.copy, None
     if copy is not None:
         copy.wait()
 
 
 def _parts(values: torch.Tensor, target: torch.Tensor, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Both cut alike, along their first dimensions, into parts of at most ``most`` bytes."""
+    """Matching parts of both tensors, cut along their first dimensions, of at most ``most`` bytes."""
     if values.nbytes <= most or not values.dim():
         if values.numel():
             yield values, target
@@ -166,11 +166,11 @@ class _CudaCopy:
 
 
 class CudaTransport:
-    """Copies to one CUDA device on a stream of their own.
+    """Copies to one CUDA device on a separate stream.
 
-    Results are allocated for that stream: the allocator then knows that a copy may write to memory as soon as earlier
-    copies are done, however much the caller's stream has queued. ``record_stream`` keeps a result from being given to
-    a later copy while the caller's stream still reads it.
+    Results are allocated on that stream, so the allocator knows that a copy may write to memory as soon as earlier
+    copies are done, however much the caller's stream has queued. ``record_stream`` keeps a result's memory from being
+    reused for a later copy while the caller's stream still reads it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -178,7 +178,7 @@ class CudaTransport:
         self._stream = torch.cuda.Stream(device)
 
     def slot(self, size: int) -> torch.Tensor:
-        # Named, since upstream may have made the device the default one.
+        # The CPU is named, since upstream may have made the GPU the default device.
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def empty(self, like: torch.Tensor) -> torch.Tensor:
@@ -186,7 +186,7 @@ class CudaTransport:
             return torch.empty(like.shape, dtype=like.dtype, device=self._device)
 
     def start(self, slot: torch.Tensor, target: torch.Tensor) -> _CudaCopy:
-        # Blocking: who waits for a slot must not keep a core busy that fills other slots.
+        # Blocking, not spinning: other threads need the core to fill slots.
         event = torch.cuda.Event(blocking=True)
         try:
             with torch.cuda.stream(self._stream):
@@ -205,7 +205,7 @@ class CudaTransport:
 
 
 class RingExecutor(Executor):
-    """Brings what is read to the device through a ring."""
+    """Uploads values to the device through a ring."""
 
     uploads = True
 
@@ -221,7 +221,7 @@ class RingExecutor(Executor):
 
 
 def ring_executor_for(device: torch.device) -> Executor:
-    """An executor with a ring to ``device``, where that is a CUDA device; without an index, the current one."""
+    """An executor with a ring to ``device`` if that is a CUDA device; without an index, to the current one."""
     if device.type != "cuda":
         return executor_for(device)
     logger.info("StreamFP8: what is read goes to %s through a pinned ring.", device)
@@ -229,7 +229,7 @@ def ring_executor_for(device: torch.device) -> Executor:
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Which device ``cuda`` is in this thread: in others, such as a model's loader threads, it may be another."""
-    # torch's types do not know that there may be none.
+    """``device`` with an index: what ``cuda`` means in this thread may differ in others, such as loader threads."""
+    # torch's type stubs do not allow None.
     index: int | None = device.index
     return torch.device(device.type, torch.cuda.current_device()) if index is None else device

@@ -11,7 +11,7 @@ from sglang_overlay.observe.report import ParallelRank, Ranks
 
 
 def parallel_ranks() -> Ranks:
-    """This process's place; rank 0 of 1 in every kind of parallelism that is not set up."""
+    """This process's ranks; rank 0 of 1 in every kind of parallelism that is not set up."""
     from sglang.srt.distributed import parallel_state
 
     return Ranks(
@@ -22,13 +22,13 @@ def parallel_ranks() -> Ranks:
 
 
 def gathered(mine: Any) -> list[Any]:
-    """What each rank of the tensor parallel group brings, in rank order. Each has to call this."""
+    """``mine`` of each rank of the tensor parallel group, in rank order. A collective: all ranks have to call it."""
     from sglang.srt.distributed import parallel_state
 
     try:
         group = parallel_state.get_tp_group()
     except (AttributeError, AssertionError, RuntimeError):
-        # Not set up: there is one rank.
+        # Not set up, so there is one rank.
         return [mine]
     if group.world_size == 1:
         return [mine]

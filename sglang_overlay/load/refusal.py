@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to an fp8 load where streaming is not available: one warning, or an error where it is required."""
+"""What happens to an fp8 load that cannot be streamed: one warning, or an error if streaming is required."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _warned: set[str] = set()
 
 
 def refuse(required_by: str | None, reason: str) -> None:
-    """Say, once a process, that an fp8 load is not streamed.
+    """Warn, once per process and reason, that an fp8 load is not streamed.
 
     Args:
-        required_by: the setting under which that is an error.
-        reason: why it is not.
+        required_by: the setting that requires streaming, if any.
+        reason: why the load is not streamed.
 
     Raises:
         StreamingUnavailableError: streaming is required.

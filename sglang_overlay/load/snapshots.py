@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model noted down about its parameters before they were quantized.
+"""Snapshots that a model took of its parameters before they were quantized.
 
 ``bailing_moe.py`` and ``sarvam_moe.py`` build ``routed_experts_weights_of_layer`` at the end of ``load_weights`` from
-``parameter.data``. In stock those are the bf16 weights, which stay in memory for good, and which expert rebalancing
-would move about in place of the fp8 ones; while streaming they are placeholders. All other models build it when it is
-first needed (``LazyValue``), from the fp8 parameters.
+``parameter.data``. In stock these are the bf16 weights, which therefore stay in memory, and which expert rebalancing
+would move instead of the fp8 ones; while streaming they are placeholders. All other models build it when it is first
+needed (``LazyValue``), from the fp8 parameters.
 
-``sdar_moe.py`` and ``interns1pro.py`` keep ``_cached_params_dict``, in which ``load_weights`` finds the parameters, and
-with it in stock all bf16 weights. They make it where it is missing.
+``sdar_moe.py`` and ``interns1pro.py`` keep ``_cached_params_dict``, in which ``load_weights`` looks up parameters; in
+stock this keeps all bf16 weights alive. They create it if it is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOTED = (_ATTRIBUTE, _CACHE)
 
 
 def refresh(model: torch.nn.Module) -> None:
-    """Note the experts' weights down anew where placeholders were noted, and forget where to load them."""
+    """Rebuild snapshots of experts' weights that hold placeholders, and drop caches of parameters that do."""
     for module in model.modules():
         if _is_placeholder(vars(module).get(_CACHE, {}).values()):
             delattr(module, _CACHE)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a checkpoint hold what its config says? Values of fp8 and of high precision must not pass for each other.
+"""Check that a checkpoint's dtypes are what its config says: fp8 and high precision must not pass for each other.
 
-torch casts one to the other without a word, and the scales are lost: stock SGLang serves the result.
+torch silently casts one to the other, which loses the scales; stock SGLang serves the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sglang_overlay.core.sources import CheckpointSources
 
 QUANTIZED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
-"""Dtypes of values that mean something with their scales only. ``float8_e8m0fnu`` is one of scales."""
+"""Dtypes of values that need scales. ``float8_e8m0fnu`` is a dtype of scales."""
 HIGH_PRECISION = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 
 NOT_SAID = (
@@ -35,11 +35,11 @@ NOT_TRUE = (
 
 
 class StoredDtypes:
-    """Makes the weight loaders of a model that has just been built refuse values of the wrong kind.
+    """Makes the weight loaders of a newly built model refuse values of the wrong kind (``UnsupportedDtypeError``).
 
     Args:
-        model: with the parameters that its loaders are going to fill; placeholders have their high-precision dtype.
-        sources: tells the names of checkpoint tensors.
+        model: its parameters have the dtypes that the checkpoint should have; placeholders, high precision.
+        sources: knows the names of checkpoint tensors.
     """
 
     def __init__(self, model: torch.nn.Module, sources: CheckpointSources) -> None:
@@ -50,12 +50,11 @@ class StoredDtypes:
             if loader is not None and parameter.dtype in QUANTIZED | {torch.bfloat16, torch.float16}:
                 set_loader(parameter, self._refusing(name, parameter.dtype, loader))
                 if not parameter.is_meta:
-                    # A placeholder gets its loader back from who made it, and cannot be swapped while a reference
-                    # looks at it.
+                    # Not for placeholders: their own code restores loaders, and swap_tensors refuses weak references.
                     self._changed.append((weakref.ref(parameter), loader))
 
     def restore(self) -> None:
-        """Give all parameters that are still there their own loaders back."""
+        """Restore the loaders of all parameters that still exist."""
         for reference, loader in self._changed:
             parameter = reference()
             if parameter is not None:

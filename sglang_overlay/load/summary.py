@@ -37,8 +37,8 @@ def summarize(
     """The report of a load that has ended.
 
     Args:
-        release: of SGLang, where it is known.
-        times: when it began and ended, of ``time.perf_counter``.
+        release: of SGLang, if known.
+        times: begin and end of the load, from ``time.perf_counter``.
     """
     began, ended = times
     return LoadReport(
@@ -73,7 +73,7 @@ def _scheme(load: ModelLoad, model_config: Any) -> str:
 
 
 def _why_stock(load: ModelLoad) -> list[str]:
-    # Not where the user wanted stock.
+    # No reason is needed if the user asked for stock.
     return [load.abandoned] if load.abandoned and load.settings.mode is not Mode.OFF else []
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a load costs and how to show it: memory, report, progress, chart. Nothing here changes a load."""
+"""Measure what a load costs, and show it: memory, reports, progress, charts. Nothing here changes a load."""

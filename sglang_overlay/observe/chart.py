@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory over time as a PNG: one line per load, stock beside streaming, the loaded model's size as a dashed line.
+"""Draw memory over time as a PNG: one line per load, stock beside streaming, the loaded model's size dashed.
 
-Needs matplotlib, which serving does not, so it is the optional extra ``chart``.
+Needs matplotlib, which serving does not need: hence the optional extra ``chart``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from sglang_overlay.observe.report import LoadReport
 
-# Vermilion, blue, green and purple of Okabe and Ito's palette: told apart with every form of colour blindness, and on a
-# grey printout by lightness.
+# Vermilion, blue, green and purple of Okabe and Ito's palette: distinguishable with every form of colour blindness, and
+# by lightness on a grey printout.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 INK = "#333333"
 GRID = "#E3E3E3"
@@ -31,7 +31,7 @@ class ChartError(StreamFP8Error):
 
 @dataclass(frozen=True)
 class Curve:
-    """Loads drawn in one colour, under one name: the ranks of one server, say."""
+    """Loads drawn in one colour under one name, such as the ranks of one server."""
 
     label: str
     reports: tuple[LoadReport, ...]
@@ -43,14 +43,15 @@ class Curve:
 
     @property
     def highest(self) -> LoadReport:
-        """The load with that peak: it decides whether the model fits."""
+        """The load with the highest peak, which decides whether the model fits."""
         return max(self.reports, key=lambda report: report.memory.peak_above_start)
 
 
 def draw(curves: Sequence[Curve], file: Path | str, title: str) -> Path:
     """Draw ``curves`` into the PNG ``file`` and return its path.
 
-    ChartError without matplotlib, without a single sample, or if the file cannot be written.
+    Raises:
+        ChartError: matplotlib is missing, there are no samples, or the file cannot be written.
     """
     if not any(report.memory.samples for curve in curves for report in curve.reports):
         raise ChartError("these reports hold no memory samples, so there is nothing to draw")
@@ -58,7 +59,11 @@ def draw(curves: Sequence[Curve], file: Path | str, title: str) -> Path:
 
 
 def empty_figure() -> tuple[Any, Any]:
-    """A figure of this package's size, and its axes. ChartError without matplotlib."""
+    """A figure of this package's size, and its axes.
+
+    Raises:
+        ChartError: matplotlib is missing.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -66,14 +71,18 @@ def empty_figure() -> tuple[Any, Any]:
         raise ChartError(
             'a chart needs matplotlib, which is an extra: pip install "sglang-streamfp8[chart]"'
         ) from error
-    # Not through pyplot: its global state and window toolkits are no business of a server process.
+    # Without pyplot, whose global state and window toolkits do not belong in a server process.
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 
 def write(figure: Any, file: Path | str) -> Path:
-    """Write a figure into the PNG ``file`` and return its path. ChartError if it cannot be written."""
+    """Write a figure into the PNG ``file`` and return its path.
+
+    Raises:
+        ChartError: the file cannot be written.
+    """
     target = Path(file)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +93,7 @@ def write(figure: Any, file: Path | str) -> Path:
 
 
 def dress(axes: Any, title: str, along: str, up: str) -> None:
-    """Title, labels, grid and legend in this package's manner."""
+    """Add title, labels, grid and legend in this package's style."""
     axes.set_title(title, loc="left", color=INK, fontsize=12)
     axes.set_xlabel(along, color=INK)
     axes.set_ylabel(up, color=INK)
@@ -133,7 +142,7 @@ def _mark_peak(axes: Any, report: LoadReport, colour: str) -> None:
 
 
 def _draw_model_size(axes: Any, curves: Sequence[Curve]) -> None:
-    """Dashed: where a load that wasted nothing would end. One line for each distinct size among ranks and roles."""
+    """Dashed lines where a load without overhead would end, one for each distinct size among ranks and roles."""
     sizes = sorted({report.final_bytes for curve in curves for report in curve.reports})
     label: str | None = f"loaded model: {' and '.join(bytes_text(size) for size in sizes[:3])}"
     for size in sizes:

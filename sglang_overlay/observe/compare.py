@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two sets of loads side by side: which load of one answers to which of the other, and how they compare."""
+"""Compare two sets of loads: pair each load with its counterpart, and compute ratios."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """The same load done two ways; ratios are second over first, None where the first is 0."""
+    """The same load done in two ways; ratios are second over first, None if the first is 0."""
 
     first: LoadReport
     second: LoadReport
@@ -28,16 +28,16 @@ class Pair:
 
     @property
     def peak_ratio(self) -> float | None:
-        """Of peak memory above start; None also where the two were not measured the same way."""
+        """Ratio of peak memory above start; None also if the two were measured by different metrics."""
         if self.first.memory.metric != self.second.memory.metric:
             return None
         return _ratio(self.second.memory.peak_above_start, self.first.memory.peak_above_start)
 
 
 def pair_up(first: Sequence[LoadReport], second: Sequence[LoadReport]) -> list[Pair]:
-    """Loads of the same ranks and role, the n-th of ``first`` with the n-th of ``second``.
+    """Pair loads of the same ranks and role, the n-th of ``first`` with the n-th of ``second``.
 
-    Loads without a partner drop out.
+    Loads without a counterpart are left out.
     """
     waiting: defaultdict[Key, list[LoadReport]] = defaultdict(list)
     for report in second:
@@ -51,7 +51,7 @@ def pair_up(first: Sequence[LoadReport], second: Sequence[LoadReport]) -> list[P
 
 
 def stock_first(first: Sequence[LoadReport], second: Sequence[LoadReport]) -> bool:
-    """Whether ``first`` is the one to compare against: it is, unless only ``second`` is all stock."""
+    """Whether ``first`` is the baseline: always, unless only ``second`` is all stock."""
     return _all_stock(first) or not _all_stock(second)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of reports, as they are looked at: one alone, or two beside each other."""
+"""Read folders of reports: one, or two to compare."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_overlay.observe.report import LoadReport, read_folder
 
 Loads = Sequence[LoadReport]
 Named = tuple[str, Loads]
-"""A folder as the user called it, and the loads in it."""
+"""A folder, as the user named it, and the loads in it."""
 
 
 def read_folders(folders: Iterable[Path]) -> list[Named]:
@@ -28,14 +28,14 @@ def read_folders(folders: Iterable[Path]) -> list[Named]:
 
 
 def subject(loads: Loads) -> str:
-    """What was loaded, by what: 'qwen3-moe, SGLang 0.5.23'."""
+    """A title: what was loaded by which SGLang, such as 'qwen3-moe, SGLang 0.5.23'."""
     models = dict.fromkeys(Path(load.model_path).name for load in loads)
     found = dict.fromkeys(load.release for load in loads)
     return f"{', '.join(models)}, SGLang {', '.join(found)}"
 
 
 def curves(named: Sequence[Named]) -> list[Curve]:
-    """A curve for each mode and role of each folder, named by the folder too where modes alone would not do."""
+    """A curve for each mode and role of each folder; named by the folder too if modes are ambiguous."""
     groups: dict[tuple[str, str, str], list[LoadReport]] = {}
     for name, loads in named:
         for load in loads:

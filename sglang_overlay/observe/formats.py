@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them; decimal units (GB = 10**9 bytes), as in checkpoint sizes and disk quotas."""
+"""Format numbers for people, in decimal units (GB = 10**9 bytes), as for checkpoint sizes and disk quotas."""
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 GIGABYTE = 1e9
@@ -9,7 +9,7 @@ def bytes_text(count: float) -> str:
     """``count`` bytes with three significant digits: 1 370 000 000 -> '1.37 GB', -3100000 -> '-3.10 MB'."""
     size, unit = float(count), _UNITS[0]
     for unit in _UNITS:
-        # 999.5 and above would print as 1000 of this unit, which is 1.00 of the next.
+        # 999.5 and above would print as 1000 of this unit instead of 1.00 of the next.
         if abs(size) < 999.5:
             break
         if unit != _UNITS[-1]:

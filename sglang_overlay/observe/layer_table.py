@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each layer, all ranks of a load together."""
+"""How each layer was loaded, over all ranks of a load."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Layer:
     """One layer.
 
     Attributes:
-        name: in the model.
+        name: its name in the model.
         path: how it was loaded: streamed, deferred or fell back.
         reason: why it was not streamed.
-        ranks: how many loads it was part of.
-        units: on all of them; so are ``direct`` and ``bytes``.
-        first_seconds: when its first unit was quantized, on any of them; likewise ``last_seconds``.
+        ranks: number of loads (ranks) that it was part of.
+        units: number of units on all of them; ``direct`` and ``bytes`` are sums as well.
+        first_seconds: when its first unit was quantized, on any rank; ``last_seconds``: the last.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Layer:
 
 
 def layers_of(loads: Sequence[LoadReport]) -> list[Layer]:
-    """Every layer that fp8 applies to: first those that fell back, then those that were deferred, then the others."""
+    """Every layer that fp8 applies to: first those that fell back, then the deferred ones, then the streamed ones."""
     found: dict[tuple[str, str], Layer] = {}
     for load in loads:
         for path, notes in (("fell back", load.layers.fallback), ("deferred", load.layers.deferred)):
@@ -54,7 +54,7 @@ def layers_of(loads: Sequence[LoadReport]) -> list[Layer]:
 
 
 def by_reason(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
-    """Layers that were not streamed, by why not."""
+    """Layers that were not streamed, by reason."""
     found: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.reason:

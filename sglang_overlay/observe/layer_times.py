@@ -7,11 +7,11 @@ import time
 
 
 class LayerTimes:
-    """Takes the time of every unit, and keeps the first and the last of a layer. Any thread may ``note``."""
+    """Keeps the times of each layer's first and last unit. Any thread may ``note``."""
 
     def __init__(self) -> None:
-        # Whole entries are replaced and never changed, so threads need no lock: at worst the last of two units that
-        # end in the same instant is the earlier one.
+        # Entries are replaced, never modified, so threads need no lock: at worst, of two units that end at the same
+        # instant the earlier one counts as last.
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
@@ -22,6 +22,6 @@ class LayerTimes:
         self._last[layer] = now
 
     def span(self, layer: str, began: float) -> tuple[float, float]:
-        """Seconds from ``began`` (of ``time.perf_counter``) to the first and the last unit; zeros where none was."""
+        """Seconds from ``began`` (``time.perf_counter``) to the first and the last unit; zeros if there was none."""
         first, last = self._first.get(layer), self._last.get(layer)
         return (0.0, 0.0) if first is None or last is None else (round(first - began, 4), round(last - began, 4))

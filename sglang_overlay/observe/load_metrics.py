@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Prometheus server is told of a load: one gauge for each figure, named and described in one place."""
+"""A load's Prometheus metrics: one gauge for each figure, named and described in one place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_overlay.observe.report import LoadReport, to_json
 
 PREFIX = "sglang:streamfp8_"
 LABELS = ("role", "mode")
-"""Besides those that SGLang gives each of a rank's metrics: the load's fields of these names."""
+"""Labels, from the load's fields of these names, in addition to those that SGLang gives all of a rank's metrics."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class LoadMetric:
     """A figure of a load.
 
     Attributes:
-        name: after ``PREFIX``; ends with the unit where there is one.
-        documentation: as Prometheus shows it.
-        value: of a load.
+        name: the metric's name after ``PREFIX``; ends with the unit if there is one.
+        documentation: the text that Prometheus shows.
+        value: returns the figure of a load.
     """
 
     name: str
@@ -75,28 +75,28 @@ class LoadGauges:
     """The gauges of one rank.
 
     Args:
-        gauge: ``prometheus_client.Gauge``, or what takes its place.
-        labels: of every series of this rank.
+        gauge: ``prometheus_client.Gauge``, or a replacement.
+        labels: labels of every series of this rank.
     """
 
     def __init__(self, gauge: Callable[..., Any], labels: Mapping[str, Any]) -> None:
         self._labels = dict(labels)
         names = (*self._labels, *LABELS)
-        # As SGLang's own: of several processes that have the same series, the one that set it last counts.
+        # As for SGLang's own: if several processes have the same series, the one that was set last counts.
         self._gauges = [
             gauge(f"{PREFIX}{metric.name}", metric.documentation, labelnames=names, multiprocess_mode="mostrecent")
             for metric in METRICS
         ]
 
     def show(self, load: LoadReport) -> None:
-        """Set every gauge to what it is of this load."""
+        """Set every gauge to this load's figure."""
         labels = {**self._labels, **{name: getattr(load, name) for name in LABELS}}
         for metric, gauge in zip(METRICS, self._gauges, strict=True):
             gauge.labels(**labels).set(metric.value(load))
 
 
 def state_of(load: LoadReport) -> dict[str, Any]:
-    """A load as a server tells of it when it is asked: its report without what is long."""
+    """A load as in a server's ``/server_info``: its report without the long parts."""
     state = to_json(load)
     del state["memory"]["samples"], state["layers"]["figures"]
     return {**state, "streamed_bytes": load.streamed_bytes}

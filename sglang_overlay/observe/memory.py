@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of this process while a model loads: where it started, how high it went, and the curve in between.
+"""Measure this process's memory while a model loads: its start, its peak, and the curve in between.
 
 Three sources, in order of preference for the device the model loads to:
 
 - an accelerator: bytes held by live tensors, as PyTorch's caching allocator counts them, with its own exact peak;
-- the CPU on Linux: ``RssAnon`` of /proc/self/status, memory this process alone answers for (pages of a mapped
-  checkpoint are ``RssFile``, can be dropped by the kernel at any time, and do not count), with peaks between two
-  readings taken from ``VmHWM``;
-- elsewhere: ``psutil``'s unique set size, or resident set size where that is not given.
+- the CPU on Linux: ``RssAnon`` of /proc/self/status, the process's own memory (pages of a mapped checkpoint are
+  ``RssFile``, can be dropped by the kernel at any time, and do not count), with peaks between two readings taken from
+  ``VmHWM``;
+- elsewhere: ``psutil``'s unique set size, or resident set size if that is not available.
 
-What was measured is recorded by name, so that figures from different sources are never compared by accident.
+The metric's name is recorded, so that figures from different sources are never compared by accident.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 DEFAULT_INTERVAL_MS = 5.0
 MAX_SAMPLES = 500
-# Enough for 80 s at the default interval (16 bytes a sample); beyond that older samples are thinned, so that watching a
-# load of half an hour costs no more memory than watching a short one.
+# Enough for 80 s at the default interval (16 bytes a sample). Then older samples are thinned, so that a load of half an
+# hour needs no more memory for samples than a short one.
 _BUFFER_SAMPLES = 16_384
 _PROC_STATUS = Path("/proc/self/status")
 _STATUS_BYTES = 16_384
@@ -43,7 +43,7 @@ Sample = tuple[float, int]
 
 
 class MemoryMetricError(StreamFP8Error):
-    """No way to measure memory on this machine."""
+    """Memory cannot be measured on this machine."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class MemoryUsage:
 
     Attributes:
         metric: what was read, e.g. 'RssAnon' or 'torch.cuda.memory_allocated'.
-        start: bytes when watching began.
+        start: bytes when measuring began.
         peak_above_start: highest value minus start, in bytes; exact on an accelerator. On Linux, a peak between two
-            readings is seen where it is the highest of the process so far; elsewhere it is the highest reading.
+            readings is seen only if it is the highest of the process so far; elsewhere only readings count.
         end_above_start: last reading minus start, in bytes; negative when the process ended smaller.
         samples: (seconds since start, bytes above start), at most ``MAX_SAMPLES``, in order of time.
     """
@@ -71,8 +71,8 @@ class Meter(Protocol):
 
     Attributes:
         metric: its name.
-        shortest_ms: how often a reading may be taken: one costs time that the load would have.
-        keeps_peak: whether ``exact_peak`` is all that samples would tell of it.
+        shortest_ms: shortest interval between readings, since a reading takes time from the load.
+        keeps_peak: whether ``exact_peak`` makes samples unnecessary for the peak.
     """
 
     metric: str
@@ -83,7 +83,7 @@ class Meter(Protocol):
         """Bytes now."""
 
     def exact_peak(self) -> int:
-        """Highest value since the meter was made, in bytes, where the source keeps one; 0 where it does not."""
+        """Highest value since the meter was made, in bytes; 0 if the source does not keep one."""
 
     def close(self) -> None: ...
 
@@ -92,8 +92,8 @@ class RssAnonMeter:
     """Anonymous resident memory from Linux's /proc/self/status. The file stays open: a reading is one ``pread``.
 
     Samples miss what comes and goes between them, up to a quarter of a peak. ``VmHWM``, the highest resident size so
-    far, does not: where it has risen since the reading before, what it exceeds the mapped files by was anonymous. It is
-    never reset, since others may read it.
+    far, does not: if it has risen since the previous reading, its excess over the mapped files was anonymous memory. It
+    is never reset, since others may read it.
     """
 
     metric = "RssAnon"
@@ -167,8 +167,8 @@ class PsutilMeter:
 class AcceleratorMeter:
     """Live tensor bytes on one accelerator, as PyTorch's allocator counts them (``torch.<type>.memory_allocated``).
 
-    Making one resets the allocator's peak, so that ``exact_peak`` belongs to this load alone. A reading builds all of
-    the allocator's statistics, with the interpreter locked.
+    Creating one resets the allocator's peak, so that ``exact_peak`` belongs to this load alone. A reading builds all of
+    the allocator's statistics while it holds the GIL.
     """
 
     shortest_ms = 20.0
@@ -179,7 +179,7 @@ class AcceleratorMeter:
 
         self.metric = f"torch.{device.type}.memory_allocated"
         self._memory = torch.get_device_module(device)
-        # The current device belongs to a thread and readings come from another one: 'cuda' becomes 'cuda:3' here.
+        # The current device is per thread, and another thread takes the readings: 'cuda' becomes 'cuda:3' here.
         self._device = device if ":" in str(device) else torch.device(device.type, self._memory.current_device())
         self._memory.reset_peak_memory_stats(self._device)
 
@@ -212,7 +212,7 @@ def host_meter() -> Meter:
 
 
 class MemoryWatch:
-    """Measures memory when it is entered and when it is left; the result is in ``usage`` then, also after an error.
+    """Measures memory when it is entered and when it is left; then ``usage`` has the result, also after an error.
 
         with MemoryWatch(meter_for("cuda:0")) as watch:
             load()
@@ -230,7 +230,11 @@ class MemoryWatch:
 
     @property
     def usage(self) -> MemoryUsage:
-        """What was measured; RuntimeError while the block is still running."""
+        """The result.
+
+        Raises:
+            RuntimeError: the block is still running.
+        """
         if self._usage is None:
             raise RuntimeError(f"{type(self).__name__}.usage is there once the `with` block has ended")
         return self._usage
@@ -277,13 +281,16 @@ class MemoryWatch:
 class MemorySampler(MemoryWatch):
     """A watch that also takes samples in between, for the curve and for meters that keep no peak.
 
-    The sampling thread shares the interpreter lock with the load, so a reading is kept to tens of microseconds, and a
-    load that holds the lock (one long C call) is sampled late rather than slowed down. Entering and leaving take a
-    reading of their own, so even the shortest load has a start and an end.
+    The sampling thread shares the GIL with the load, so a reading takes only tens of microseconds, and a load that
+    holds the GIL (one long C call) is sampled late rather than slowed down. Entering and leaving take readings too, so
+    even the shortest load has a start and an end.
 
     Args:
-        meter: what is read.
-        interval_ms: between readings; the meter's ``shortest_ms`` at least.
+        meter: takes the readings.
+        interval_ms: time between readings; the meter's ``shortest_ms`` at least.
+
+    Raises:
+        ValueError: the interval is not above 0.
     """
 
     def __init__(self, meter: Meter, interval_ms: float = DEFAULT_INTERVAL_MS) -> None:
@@ -291,7 +298,7 @@ class MemorySampler(MemoryWatch):
             raise ValueError(f"interval_ms must be above 0, not {interval_ms}")
         super().__init__(meter)
         self._interval = max(interval_ms, meter.shortest_ms) / 1000
-        # Held while the block runs. To wait for a lock is one call in C, for an Event thirty lines of Python.
+        # Held while the block runs. Waiting for a lock is one C call, for an Event thirty lines of Python.
         self._running = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -318,8 +325,10 @@ def thin(samples: Sequence[Sample], limit: int) -> list[Sample]:
     """At most ``limit`` of ``samples`` (ordered by time), with the shape of the curve kept.
 
     Time is cut into equal windows and each keeps its highest and its lowest sample, so every rise and fall wider than
-    a window stays visible and the overall peak always survives; so do the first and the last sample. ``limit`` is 4 or
-    more.
+    a window stays visible. The overall peak and the first and last sample always survive.
+
+    Raises:
+        ValueError: ``limit`` is below 4.
     """
     if limit < 4:
         raise ValueError(f"limit must be 4 or more (first, last, highest, lowest), not {limit}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports as one HTML page that needs nothing else: no script, no font, no request to anywhere.
+"""Reports as one self-contained HTML page: no scripts, no fonts, no requests.
 
-The page is ``page.html.j2``; here is what it shows.
+``page.html.j2`` is its template; this module computes the contents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sglang_overlay.observe.report import ReportError
 from sglang_overlay.observe.terminal import rank_text, ratio_text
 from sglang_overlay.observe.timeline import timeline
 
-# The same chart twice, since text in a picture shrinks with it: one for wide screens, one for a phone's.
+# The same chart in two sizes, since text in a picture shrinks with it: for wide screens and for phones.
 _SIZES = ((880, 380), (400, 320))
 
 
@@ -35,32 +35,32 @@ class Section:
 
     @property
     def seconds(self) -> float:
-        """Of the longest load."""
+        """Seconds of the longest load."""
         return max(load.seconds for load in self.loads)
 
     @property
     def reasons(self) -> dict[str, list[Layer]]:
-        """Layers that were not streamed, by why not."""
+        """Layers that were not streamed, by reason."""
         return by_reason(self.layers)
 
     @property
     def warnings(self) -> list[str]:
-        """Of all loads, each once."""
+        """Warnings of all loads, each once."""
         return list(dict.fromkeys(warning for load in self.loads for warning in load.warnings))
 
     @property
     def missing(self) -> list[str]:
-        """Parameters that were not completely written, of all loads, each once."""
+        """Parameters that were not completely written in any load, each once."""
         return list(dict.fromkeys(name for load in self.loads for name in load.missing))
 
     @property
     def is_streamed(self) -> bool:
-        """Whether any load was."""
+        """Whether any load was streamed."""
         return any(load.mode == "streaming" for load in self.loads)
 
 
 def render(named: Sequence[Named]) -> str:
-    """The page for one folder of reports, or for two beside each other, stock first."""
+    """The page, as HTML, for one folder of reports, or for two side by side, stock first."""
     shown = curves(named)
     pairs = pair_up(named[0][1], named[1][1]) if len(named) == 2 else []
     return (
@@ -75,7 +75,7 @@ def render(named: Sequence[Named]) -> str:
             models=sorted({load.final_bytes for _, loads in named for load in loads}),
             pairs=pairs,
             named=named,
-            # What was streamed first: that is what there is most to say of.
+            # Streamed loads first: they have the most details.
             sections=[Section(name, loads, tuple(layers_of(loads))) for name, loads in reversed(named)],
             version=__version__,
         )
@@ -97,7 +97,7 @@ def write(named: Sequence[Named], file: Path) -> Path:
 
 
 def _verdict(named: Sequence[Named], pairs: Sequence[Pair]) -> str:
-    """What the page says, in a sentence or two."""
+    """A summary of the page in a sentence or two."""
     loads = named[-1][1]
     highest = max(loads, key=lambda load: load.memory.peak_above_start)
     peak = f"Peak {bytes_text(highest.memory.peak_above_start)} above the start"

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress line while units are quantized, in the look of SGLang's own 'Loading ... checkpoint shards' lines."""
+"""A progress line while units are quantized, in the style of SGLang's 'Loading ... checkpoint shards' lines."""
 
 from __future__ import annotations
 
 import threading
 from typing import Protocol
 
-# SGLang writes progress as plain text without a bar, because log wrappers (Ray, multiprocessing) prefix every line.
+# Plain text without a bar, as in SGLang, because log wrappers (Ray, multiprocessing) prefix every line.
 _LOOK = "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
-# Units finish by the thousand a second; a refresh for each would be the slowest part of the load.
+# Thousands of units finish per second; a refresh for each would be the slowest part of the load.
 _REFRESH_SECONDS = 0.5
 
 
@@ -16,7 +16,7 @@ class Progress(Protocol):
     """Shows how far a load has come. ``advance`` may be called from any thread; ``close`` once, at the end."""
 
     def advance(self, count: int, /) -> None:
-        """``count`` more bytes are quantized."""
+        """Note that ``count`` more bytes are quantized."""
 
     def close(self) -> None: ...
 
@@ -37,7 +37,7 @@ class ProgressLine:
     def __init__(self, total_bytes: int, description: str) -> None:
         from tqdm.auto import tqdm
 
-        # Several of DeepSeek's loader threads finish units at once, and tqdm's own counter is not atomic.
+        # Several loader threads (DeepSeek) may finish units at once, and tqdm's counter is not atomic.
         self._lock = threading.Lock()
         self._line = tqdm(
             total=total_bytes,
@@ -58,8 +58,9 @@ class ProgressLine:
 
 
 def quantization_progress(total_bytes: int) -> Progress:
-    """A progress line, or silence where nothing is to be quantized.
+    """A progress line, or a silent one if there is nothing to quantize.
 
-    ``total_bytes``: fp8 bytes this rank will hold when done.
+    Args:
+        total_bytes: fp8 bytes that this rank will hold when done.
     """
     return ProgressLine(total_bytes, "Quantizing weights to FP8") if total_bytes else SilentProgress()

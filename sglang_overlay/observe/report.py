@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load report: what one load on one rank did and cost, as JSON that other programs may rely on.
+"""The load report: what one load on one rank did and cost, as JSON that other programs can rely on.
 
-The format is published in ``load_report.schema.json`` beside this module (JSON Schema 2020-12). Within one version,
-fields are only ever added; a reader ignores those it does not know. Sizes are bytes, times are seconds.
+``load_report.schema.json`` beside this module specifies the format (JSON Schema 2020-12). Within one version, fields
+are only ever added; readers ignore those they do not know. Sizes are bytes, times are seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCHEMA = "sglang-streamfp8/load-report"
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("load_report.schema.json")
 _PATTERN = "load-*.json"
-# Fields that the first reports of this version had not; a reader takes their default where they are missing.
+# Fields that the first reports of this version did not have; a reader uses the default if one is missing.
 _ADDED = types.MappingProxyType({"added": True})
 
 Mode = Literal["stock", "streaming"]
@@ -55,7 +55,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is for this rank to say what all ranks would."""
+        """Whether this rank should log messages that would be the same on all ranks."""
         return self.tp.rank == self.pp.rank == 0
 
 
@@ -65,7 +65,7 @@ class UnitCounts:
 
     Attributes:
         streamed: quantized while the checkpoint was being read.
-        direct: of those, how many came whole from one checkpoint tensor and so needed no staging memory.
+        direct: how many of those came whole from one checkpoint tensor and so needed no staging memory.
     """
 
     streamed: int = 0
@@ -89,15 +89,15 @@ class LayerNote:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """What one streamed layer was on this rank.
+    """Figures of one streamed layer on this rank.
 
     Attributes:
         layer: its name in the model.
-        units: quantization units.
-        direct: of those, how many needed no staging memory.
+        units: number of quantization units.
+        direct: how many of those needed no staging memory.
         bytes: of its quantized weights and their scales.
-        first_seconds: since the load began, when its first unit was quantized.
-        last_seconds: likewise its last; both 0 where what was read was quantized already.
+        first_seconds: from the beginning of the load until its first unit was quantized.
+        last_seconds: the same for its last unit; both are 0 if the weights read were quantized already.
     """
 
     layer: str
@@ -113,10 +113,10 @@ class LayerCounts:
     """Layers of this rank that fp8 quantization applies to.
 
     Attributes:
-        streamed: how many were quantized unit by unit.
-        deferred: kept in high precision until upstream was done with them, then quantized (MLA's kv_b_proj).
-        fallback: loaded the way stock SGLang does.
-        figures: of each streamed layer, in the order they were finished.
+        streamed: number of layers that were quantized unit by unit.
+        deferred: layers kept in high precision until upstream was done with them, then quantized (MLA's kv_b_proj).
+        fallback: layers loaded as in stock SGLang.
+        figures: figures of each streamed layer, in the order they were finished.
     """
 
     streamed: int = 0
@@ -134,18 +134,18 @@ class LoadReport:
         overlay_version: this package's.
         model_path: as SGLang was given it.
         load_format: value of SGLang's ``--load-format``.
-        mode: ``stock`` where no layer was streamed.
+        mode: ``streaming``, or ``stock`` if no layer was streamed.
         seconds: wall-clock time of SGLang's ``load_model``: building, reading, quantizing, post-processing.
         memory: of this process, over that time.
         final_bytes: storage of the loaded model's parameters and buffers on this rank.
-        role: ``draft`` for the draft model of speculative decoding.
+        role: ``draft`` for the draft model of speculative decoding, else ``target``.
         ranks: of this process.
-        units: what was quantized while reading.
+        units: units quantized while reading.
         staging: high-precision memory held meanwhile.
-        layers: those that fp8 quantization applies to.
-        warnings: said of this load.
+        layers: layers that fp8 quantization applies to.
+        warnings: warnings about this load.
         scheme: how fp8 layers are quantized, as the user chose it.
-        missing: parameters that were not completely written from the checkpoint, and are served all the same.
+        missing: parameters that were not completely written from the checkpoint, but are served all the same.
     """
 
     release: str
@@ -167,7 +167,7 @@ class LoadReport:
 
     @property
     def streamed_bytes(self) -> int:
-        """Of all quantized weights, and their scales, that were streamed."""
+        """Bytes of all streamed weights and their scales."""
         return sum(layer.bytes for layer in self.layers.figures)
 
 
@@ -180,7 +180,7 @@ def from_json(data: object) -> LoadReport:
     """The report in ``data``.
 
     Raises:
-        ReportError: a field is missing or wrong, or the version is unknown; the message says which.
+        ReportError: a field is missing or wrong, or the version is unknown; the message names it.
     """
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ReportError(f'not a load report: the top level should be an object with "schema": "{SCHEMA}"')
@@ -193,10 +193,10 @@ def from_json(data: object) -> LoadReport:
 
 
 def write(report: LoadReport, folder: Path | str) -> Path:
-    """Write ``report`` into ``folder`` (made if missing) and return the new file's path.
+    """Write ``report`` into ``folder`` (created if missing) and return the new file's path.
 
-    A file appears complete or not at all, and never replaces another: loads of one rank (a restarted server, stock and
-    streaming, data-parallel replicas in one folder) get consecutive numbers.
+    The file appears complete or not at all, and never replaces another: loads of one rank (a restarted server, stock
+    and streaming, data-parallel replicas in one folder) get consecutive numbers.
 
     Raises:
         ReportError: it cannot be written.
@@ -217,7 +217,7 @@ def read(file: Path | str) -> LoadReport:
     """The report in ``file``.
 
     Raises:
-        ReportError: names the file and what is wrong with it.
+        ReportError: it cannot be read or is invalid; the message names the file and the problem.
     """
     path = Path(file)
     try:
@@ -264,9 +264,9 @@ def summary_line(report: LoadReport) -> str:
 
 def _text(report: LoadReport) -> str:
     text = json.dumps(to_json(report), indent=2, allow_nan=False)
-    # One sample a line. A line break never stands inside a JSON string, so only lists of two numbers can match.
+    # One sample per line. JSON strings contain no line breaks, so only lists of two numbers can match.
     text = re.sub(r"\[\n *([-+.e\d]+),\n *(-?\d+)\n *\]", r"[\1, \2]", text)
-    # One layer a line, for the same reason.
+    # One layer per line; safe for the same reason.
     return _LAYER.sub(lambda found: re.sub(r"\n *", "", re.sub(r",\n *", ", ", found[0])), text) + "\n"
 
 
@@ -306,8 +306,8 @@ def _publish(draft: Path, file: Path) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        # No hard links here (some network and FAT file systems): still all or nothing, though two processes that pick
-        # the same number in the same instant could meet.
+        # No hard links here (some network and FAT file systems): still all or nothing, but two processes that pick the
+        # same number at the same instant could collide.
         if file.exists():
             return False
         draft.replace(file)

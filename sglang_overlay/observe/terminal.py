@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports and activation as text for a terminal; colour only where the output is one."""
+"""Reports and activation as text for a terminal; in colour only if the output is one."""
 
 from __future__ import annotations
 
@@ -50,32 +50,32 @@ _MODES = {
 
 
 def every(_hook: HookLine) -> bool:
-    """Describe each hook."""
+    """Selects all hooks to be described."""
     return True
 
 
 def unfit(hook: HookLine) -> bool:
-    """Describe those hooks that this SGLang has no place for."""
+    """Selects the hooks that have no place in this SGLang."""
     return hook.state not in ("active", "ready")
 
 
 def console() -> Console:
-    """Standard output: a terminal at its own width, a pipe or file at a fixed one and without colour."""
+    """A console on standard output: a terminal at its own width; a pipe or file at a fixed one, without colour."""
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
 def waiting(what: str) -> AbstractContextManager[object]:
-    """A spinner on standard error for as long as the block runs; nothing where that is not a terminal."""
+    """A spinner on standard error while the block runs; nothing if that is not a terminal."""
     return Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext()
 
 
 def print_activation(out: Console, found: Activation, described: Selection = unfit) -> None:
-    """The verdict first, then what stands in the way, settings, and hooks.
+    """Print the verdict, then problems, settings, and hooks.
 
     Args:
-        out: where to.
-        found: what to tell.
-        described: the hooks that get more than being counted.
+        out: where to print.
+        found: the result of the check.
+        described: selects the hooks that are described, not just counted.
     """
     verdict = "[green]active[/green]" if found.active else "[red]not active[/red]"
     release = f"SGLang {found.release}" if found.release else "no SGLang"
@@ -96,7 +96,7 @@ def print_activation(out: Console, found: Activation, described: Selection = unf
 
 
 def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> None:
-    """One row for each load, then the layers that were not streamed and the warnings."""
+    """Print a row for each load, then the layers that were not streamed and the warnings."""
     out.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
     rows = [_cells(report) for report in reports]
     if out.width >= _WIDE:
@@ -121,7 +121,7 @@ def _print_table(out: Console, headings: Sequence[str], rows: Iterable[Sequence[
 
 
 def _print_narrow_table(out: Console, rows: Sequence[Sequence[str]]) -> None:
-    """For 80 columns: headings in two lines, and the mode above the table where it is the same in all rows."""
+    """For 80 columns: headings in two lines, and the mode above the table if it is the same in all rows."""
     headings = [heading.replace("/", "/\n").replace(" ", "\n") for heading in _HEADINGS]
     modes = {row[1] for row in rows}
     if len(modes) == 1:
@@ -133,7 +133,7 @@ def _print_narrow_table(out: Console, rows: Sequence[Sequence[str]]) -> None:
 def print_comparison(
     out: Console, names: tuple[str, str], first: Sequence[LoadReport], second: Sequence[LoadReport]
 ) -> None:
-    """Seconds and peak of both for each rank, with the ratio of the second to the first."""
+    """Print seconds and peak of both for each rank, with the ratio of the second to the first."""
     pairs = pair_up(first, second)
     if not pairs:
         out.print("No rank has a load in both folders, so there is nothing to compare.")
@@ -153,7 +153,7 @@ def print_comparison(
 
 
 def rank_text(ranks: Ranks, role: str) -> str:
-    """Short name of a load: 'TP1/2', with PP and EP where there are any, and 'draft' for a draft model."""
+    """Short name of a load: 'TP1/2', with PP and EP if they are used, and 'draft' for a draft model."""
     kinds = (("TP", ranks.tp), ("PP", ranks.pp), ("EP", ranks.ep))
     parts = [f"{name}{place.rank}/{place.size}" for name, place in kinds if place.size > 1 or name == "TP"]
     return " ".join(parts if role == "target" else [*parts, role])
@@ -213,7 +213,7 @@ def _cells(report: LoadReport) -> list[str]:
 
 
 def _print_notes(out: Console, label: str, notes: Iterable[LayerNote]) -> None:
-    """Layers by reason: a model of 61 layers has 61 of them with the same one."""
+    """Print layers grouped by reason: all 61 layers of a model may share one."""
     by_reason: defaultdict[str, dict[str, None]] = defaultdict(dict)
     for note in notes:
         by_reason[note.reason][note.layer] = None
@@ -224,5 +224,5 @@ def _print_notes(out: Console, label: str, notes: Iterable[LayerNote]) -> None:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """A ratio as '0.55x'; a dash where there is none."""
+    """A ratio as '0.55x'; a dash for None."""
     return "-" if ratio is None else f"{ratio:.2f}x"

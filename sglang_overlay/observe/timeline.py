@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory over time as lines on a page: where each sample goes, and what the axes say. No drawing library is needed."""
+"""Lay out memory over time as lines on a page: where samples and axis labels go. Needs no drawing library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STEPS = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis, in pixels, and what stands there."""
+    """A place on an axis, in pixels, and its label."""
 
     at: float
     text: str
@@ -24,9 +24,10 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """One load's memory: ``points`` is for SVG's ``polyline``; ``highest`` for the load with its curve's highest peak.
+    """One load's memory.
 
-    ``peak`` is where it is highest, in pixels.
+    ``points`` is for SVG's ``polyline``; ``highest`` is true for the load with its curve's highest peak; ``peak`` is
+    where this line is highest, in pixels.
     """
 
     curve: int
@@ -49,11 +50,11 @@ class Timeline:
     up: tuple[Tick, ...]
     lines: tuple[Line, ...]
     models: tuple[float, ...]
-    """Heights at which a load that wasted nothing would end."""
+    """Heights at which a load without overhead would end."""
 
 
 def timeline(curves: Sequence[Curve], width: int, height: int) -> Timeline | None:
-    """Lay the curves out; None where there are no samples."""
+    """Lay out the curves; None if there are no samples."""
     loads = [load for curve in curves for load in curve.reports]
     if not any(load.memory.samples for load in loads):
         return None
@@ -77,19 +78,19 @@ def timeline(curves: Sequence[Curve], width: int, height: int) -> Timeline | Non
 
 @dataclass(frozen=True)
 class _Scale:
-    """From 0 to ``most``, at ``first`` to ``last`` pixels."""
+    """Maps values from 0 to ``most`` to pixels from ``first`` to ``last``."""
 
     most: float
     first: float
     last: float
 
     def at(self, value: float) -> float:
-        # Memory may end below where it began: drawn on the axis.
+        # Memory may end below its start: then it is drawn on the axis.
         return round(self.first + (self.last - self.first) * max(value, 0.0) / self.most, 1)
 
 
 def _ticks(scale: _Scale, most: int, size: float, unit: str) -> tuple[Tick, ...]:
-    """Up to ``most`` of them, and one at 0, at round numbers of a unit of this size."""
+    """Up to ``most`` ticks, and one at 0, at round numbers of a unit of this size."""
     rough = scale.most / size / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in _STEPS if power * factor >= rough)
@@ -109,7 +110,7 @@ def _byte_unit(most: float) -> tuple[float, str]:
 
 
 def _lines(curves: Sequence[Curve], across: _Scale, up: _Scale) -> list[Line]:
-    """The loads that stand out last, so that they are drawn over the others."""
+    """One line per load; highlighted loads come last, so that they are drawn over the others."""
     found = [
         _line(index, load, load is curve.highest, across, up)
         for index, curve in enumerate(curves)

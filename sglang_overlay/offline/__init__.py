@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs no load: planning one, and exporting a checkpoint; both simulate SGLang's loader."""
+"""Planning a load, and exporting a checkpoint: both simulate SGLang's loader, without a server."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of an SGLang server in this process alone: its configuration and groups, without hardware or other ranks.
+"""Simulate one rank of an SGLang server in this process: its configuration and groups, without GPUs or other ranks.
 
-The way is that of SGLang's scheduler process: publish the server's arguments, make the parallel groups, build the model
-in its loader's way. The groups are PyTorch's ``fake`` ones, which answer every collective without communicating.
+The steps are those of SGLang's scheduler process: publish the server's arguments, create the parallel groups, build the
+model as its loader does. The groups are PyTorch's ``fake`` ones, which answer collectives without communicating.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sglang_overlay.offline.plan.job import DeviceWork, Layout
 from sglang_overlay.offline.plan.replacing import replaced
 
 FIRST_RELEASE = "0.5.21"
-"""The first in which arguments, ranks and groups are set up by functions of their own (``runtime_context``)."""
+"""The first release with separate functions to set up arguments, ranks and groups (``runtime_context``)."""
 
 
 class UnsimulatedReleaseError(StreamFP8Error):
-    """The installed SGLang cannot be made one rank of many in one process."""
+    """The installed SGLang cannot simulate a rank."""
 
 
 class NotOnlineFP8Error(StreamFP8Error):
-    """The model would not be quantized to fp8 while it is loaded."""
+    """The model would not be quantized while it is loaded."""
 
 
 Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
@@ -41,7 +41,7 @@ Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 @dataclass(frozen=True)
 class SimulatedRank:
-    """What loading a model on one rank needs, valid inside ``simulated_rank``."""
+    """What is needed to load a model on one rank; valid inside ``simulated_rank``."""
 
     model_config: Any
     load_config: Any
@@ -52,7 +52,7 @@ class SimulatedRank:
         return ", ".join(self.model_config.hf_config.architectures or ["unknown"])
 
     def load(self, device: torch.device, weights: Weights) -> torch.nn.Module:
-        """As ``DefaultModelLoader.load_model``, with tensors from ``weights`` in place of the checkpoint's.
+        """Like ``DefaultModelLoader.load_model``, but with tensors from ``weights`` instead of the checkpoint's.
 
         Raises:
             NotOnlineFP8Error: the checkpoint is quantized already.
@@ -84,10 +84,10 @@ def can_simulate() -> bool:
 def simulated_rank(
     folder: Path, layout: Layout, rank: int, server_args: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[SimulatedRank]:
-    """Be rank ``rank`` of ``layout`` serving ``folder`` with fp8 quantization.
+    """Simulate rank ``rank`` of ``layout``, serving ``folder`` with fp8 quantization, inside the block.
 
     Args:
-        folder: with the model's ``config.json``.
+        folder: contains the model's ``config.json``.
         layout: sizes of the kinds of parallelism.
         rank: ``pp_rank * tp + tp_rank``.
         server_args: further fields of SGLang's ``ServerArgs``.
@@ -131,7 +131,7 @@ def _server_args(folder: Path, layout: Layout, more: Mapping[str, Any]) -> Any:
 
     fields: dict[str, Any] = {
         "model_path": str(folder),
-        # What SGLang looks at here: attention backends and process groups. Where tensors lie is another matter.
+        # For attention backends and process groups only; tensors may be on another device.
         "device": "cpu",
         "quantization": "fp8",
         "tp_size": layout.tp,
@@ -162,7 +162,7 @@ def _initialize_kernels() -> None:
 
 @contextlib.contextmanager
 def _fake_groups(size: int, rank: int) -> Iterator[None]:
-    """A world of ``size`` of which only ``rank`` exists; SGLang asks for gloo groups too, which would wait for all."""
+    """A world of ``size`` ranks of which only ``rank`` exists. gloo groups are faked too: they would wait for all."""
     import torch.distributed
     from sglang.srt.distributed.device_communicators import pynccl
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -178,12 +178,12 @@ def _fake_groups(size: int, rank: int) -> Iterator[None]:
 
 
 def _no_library(*_: Any) -> Any:
-    """What a machine without NCCL says, and is never asked to communicate."""
+    """Fails as on a machine without NCCL, so that SGLang does not try to communicate."""
     raise OSError("a simulated rank has no NCCL")
 
 
 class _InlineExecutor:
-    """A ``ThreadPoolExecutor`` that does what it is given at once."""
+    """A ``ThreadPoolExecutor`` that runs each task immediately."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -205,7 +205,7 @@ class _InlineExecutor:
 
 @contextlib.contextmanager
 def loading_in_this_thread() -> Iterator[None]:
-    """Run what models hand to thread pools at once: dispatch modes and accounts are this thread's, and order counts."""
+    """Run models' thread pool tasks immediately: dispatch modes and accounts are per thread, and order matters."""
     import concurrent.futures
 
     with replaced(concurrent.futures, "ThreadPoolExecutor", _InlineExecutor):
@@ -214,13 +214,13 @@ def loading_in_this_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_kernels(work: DeviceWork) -> Iterator[None]:
-    """Choose schemes as on a Hopper or later GPU, with the kernels' results made and not computed.
+    """Choose schemes as on a Hopper or later GPU; kernels' results are allocated, not computed.
 
-    ``scaled_fp8_quant`` and ``per_token_group_quant_fp8`` of ``fp8_kernel.py`` allocate their results and nothing else.
-    The former launches two kernels (``per_tensor_quant_fp8.cuh``), the latter one (``per_token_quant_fp8.cuh``).
+    ``scaled_fp8_quant`` and ``per_token_group_quant_fp8`` of ``fp8_kernel.py`` allocate only their results. The former
+    launches two kernels (``per_tensor_quant_fp8.cuh``), the latter one (``per_token_quant_fp8.cuh``).
 
     Args:
-        work: counts them.
+        work: counts the launches.
     """
     from sglang.srt.layers.quantization import fp8
 

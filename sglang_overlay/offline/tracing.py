@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint tensor ends up where: SGLang's own model and loader, run on parameters without memory.
+"""Trace where each checkpoint tensor ends up, by running SGLang's own model and loader without memory.
 
-The model is built on the meta device and its ``load_weights`` given the checkpoint's tensors, which stay in their
-mapped files. What it writes into parameters that would be quantized is noted, and nothing is copied.
+The model is built on the meta device, and its ``load_weights`` gets the checkpoint's tensors, which stay in their
+mapped files. Writes to parameters that would be quantized are noted; nothing is copied.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Destination:
     Attributes:
         parameter: qualified name.
         shape: of the parameter.
-        dtype: of the parameter: what is written into it is cast to that, and then quantized.
-        box: what of the parameter is written.
+        dtype: of the parameter; values are cast to it before they are quantized.
+        box: the part of the parameter that is written.
     """
 
     parameter: str
@@ -53,12 +53,12 @@ class Destination:
 
 @dataclass
 class Trace:
-    """What a model does with its checkpoint.
+    """Where a model puts its checkpoint's tensors.
 
     Attributes:
         architecture: name of the model's class.
         layers: names of the layers that are quantized.
-        regions: for each checkpoint tensor that is written into one, where.
+        regions: for each checkpoint tensor that is written into one of them, where.
     """
 
     architecture: str
@@ -67,7 +67,7 @@ class Trace:
 
 
 def trace(folder: Path, schemes: SchemeChoice, server_args: Mapping[str, Any]) -> Trace:
-    """Follow a checkpoint's tensors into the model, as one rank alone would load it.
+    """Trace a checkpoint's tensors into the model, as a single rank would load it.
 
     Args:
         folder: the checkpoint.
@@ -75,7 +75,7 @@ def trace(folder: Path, schemes: SchemeChoice, server_args: Mapping[str, Any]) -
         server_args: further fields of SGLang's ``ServerArgs``.
 
     Raises:
-        StreamFP8Error: the model cannot be loaded with these schemes, or not be followed.
+        StreamFP8Error: the model cannot be loaded with these schemes, or its loader cannot be traced.
     """
     from sglang.srt.model_loader import loader
     from sglang.srt.model_loader.utils import set_default_torch_dtype
@@ -95,10 +95,10 @@ def trace(folder: Path, schemes: SchemeChoice, server_args: Mapping[str, Any]) -
 
 
 class _Provenance(TorchDispatchMode):
-    """Remembers of which checkpoint tensors a new tensor is made, where their rows are only put together or copied.
+    """Remembers which checkpoint tensors a new tensor consists of, if their rows are only concatenated or copied.
 
-    DeepSeek's loader, for one, joins two projections before it loads them as one. Belongs to the loading thread; others
-    only look up.
+    DeepSeek's loader, for example, concatenates two projections before it loads them as one. Belongs to the loading
+    thread; other threads only look up.
     """
 
     def __init__(self, sources: CheckpointSources) -> None:
@@ -121,7 +121,7 @@ class _Provenance(TorchDispatchMode):
         return False
 
     def rows_of(self, tensor: torch.Tensor) -> list[tuple[str, int]]:
-        """The checkpoint tensors whose rows lie one after another in ``tensor``, and how many rows each has."""
+        """The checkpoint tensors whose rows make up ``tensor``, in order, with their row counts; empty if unknown."""
         name = self._sources.name_of(tensor)
         if name:
             return [(name, len(tensor) if tensor.ndim else 1)]
@@ -132,7 +132,7 @@ class _Provenance(TorchDispatchMode):
         rows = [self.rows_of(part) for part in parts]
         if all(rows):
             storage = made.untyped_storage()
-            # The weak reference also keeps the number from being given to other memory.
+            # The weak reference also keeps the key from being reused for other memory.
             self._derived[storage._cdata] = (StorageWeakRef(storage), [row for part in rows for row in part])
 
 
@@ -140,7 +140,7 @@ _COPIES = frozenset({aten.clone.default, aten._to_copy.default})
 
 
 class _TracedLoad(ModelLoad):
-    """Notes what is written into the parameters that would be quantized, which exist without memory like all others."""
+    """Notes writes to the parameters that would be quantized. All parameters are on the meta device."""
 
     def __init__(self, schemes: SchemeChoice) -> None:
         super().__init__(Settings(schemes=schemes), torch.device("meta"))
@@ -155,7 +155,7 @@ class _TracedLoad(ModelLoad):
         self._traced[layer] = sorted(plan.weights)
         for name in plan.weights:
             weight = layer.get_parameter(name)
-            # Of the dtype in which it is loaded, though the layer may have been created for values of fp8.
+            # In the dtype that is loaded, although the layer may have been created for fp8 values.
             layer._parameters[name] = twin(weight, torch.empty(weight.shape, dtype=dtype, device="meta"))
 
     def adopt(self, model: torch.nn.Module) -> str | None:
@@ -194,7 +194,7 @@ def _followed(loader: Callable[..., Any], sinks: Mapping[int, _Sink]) -> Callabl
 
 
 class _Sink:
-    """Notes the writes to one parameter. Any thread may write; each checkpoint tensor is written by one at a time."""
+    """Notes the writes to one parameter. Thread-safe, since only one thread at a time writes a checkpoint tensor."""
 
     def __init__(
         self, name: str, parameter: torch.Tensor, provenance: _Provenance, regions: dict[str, list[Destination]]
@@ -207,7 +207,7 @@ class _Sink:
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         if not destination.numel() or not any(source.stride()):
-            return  # Padding is filled with one value.
+            return  # A fill with one value is padding.
         *outer, (start, stop), columns = Placement(destination, self._shape).box
         parts = self._provenance.rows_of(source)
         if sum(count for _, count in parts) != stop - start:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of upstream's kernels for rows, in torch on the CPU: for exports and the CPU reference."""
+"""The arithmetic of upstream's row kernels, in torch on the CPU, for exports and the CPU reference."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CHUNK_ELEMENTS = 1 << 18
 def quantize_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-channel quantization of ``[rows, columns]`` on the CPU, where upstream's kernel cannot run.
 
-    The arithmetic, in float32, of SGLang's CUDA kernel for rows (``per_token_quant_fp8.cuh``, 0.5.17 to 0.5.23; read,
-    not run): the scale is the largest magnitude over the largest fp8 value, and values are multiplied by its
-    reciprocal. NaN counts for nothing and is stored as the largest value. A row of zeros has scale 0 and zeros, as
-    where that kernel gets many rows. For Hopper, SGLang compiles it with ``--use_fast_math``: last places may differ.
+    The float32 arithmetic of SGLang's CUDA kernel for rows (``per_token_quant_fp8.cuh``, 0.5.17 to 0.5.23; read, not
+    run): the scale is the largest magnitude over the largest fp8 value, and values are multiplied by its reciprocal.
+    NaN is ignored for the scale and stored as the largest value. A row of zeros gets scale 0 and zeros, as that kernel
+    does when it gets many rows. For Hopper, SGLang compiles it with ``--use_fast_math``: last places may differ.
 
     Returns:
         fp8 ``[rows, columns]`` and float32 ``[rows, 1]``.
@@ -43,10 +43,10 @@ def quantize_rows(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
 
 
 def quantize_rows_as_groups(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``quantize_rows``, with the arithmetic of releases that take a row for a group.
+    """Like ``quantize_rows``, with the arithmetic of releases that quantize each row as one group.
 
-    That of ``per_token_group_quant_8bit.cuh`` (0.5.13 and 0.5.15): the largest magnitude counts as 1e-10 at least, and
-    values are divided by the scale.
+    In ``per_token_group_quant_8bit.cuh`` (0.5.13 and 0.5.15), the largest magnitude is at least 1e-10, and values are
+    divided by the scale.
     """
     quantized, scales = _results(values, dtype)
     largest_value = torch.finfo(dtype).max
@@ -57,19 +57,19 @@ def quantize_rows_as_groups(values: torch.Tensor, dtype: torch.dtype) -> tuple[t
 
 
 def _results(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    # Named, since the default dtype is the model's while SGLang loads one.
+    # float32 is named, since SGLang makes the model's dtype the default while it loads.
     return torch.empty(values.shape, dtype=dtype), torch.empty(len(values), 1, dtype=torch.float32)
 
 
 def _row_chunks(values: torch.Tensor, *results: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Some rows of ``values``, as float32 in memory of their own, and the same rows of ``results``."""
+    """Chunks of rows: those of ``values`` as a float32 copy, and the same rows of each of ``results``."""
     rows = max(1, CHUNK_ELEMENTS // values.shape[-1])
     for part, *outputs in zip(*(tensor.split(rows) for tensor in (values, *results)), strict=True):
         yield part.to(torch.float32, copy=True), *outputs
 
 
 def row_quantizer() -> RowQuantizer:
-    """One scale a row, with the arithmetic of the installed release's kernel."""
+    """A CPU quantizer with one scale per row and the arithmetic of the installed release's kernel."""
     from sglang.srt.layers.quantization import fp8
 
     quantize = quantize_rows if capabilities.has_row_kernel() else quantize_rows_as_groups

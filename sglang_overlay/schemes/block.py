@@ -21,15 +21,15 @@ from sglang_overlay.schemes.stored_format import StoredFormat
 
 BLOCK_SIZE = 128
 COLUMNS = CHUNK_ELEMENTS // BLOCK_SIZE
-"""Of a strip of blocks, quantized at once on the CPU: a multiple of 128."""
+"""Columns of a row of blocks that are quantized at once on the CPU; a multiple of 128."""
 SMALLEST_ABSMAX = 1e-12
-"""A block of zeros gets the scale of this."""
+"""The magnitude that a block of zeros counts as."""
 
 
 class BlockScheme:
-    """What SGLang has after loading a block-wise fp8 checkpoint (DeepSeek-V3's, arXiv 2412.19437, section 3.3.2).
+    """The same as after loading a block-wise fp8 checkpoint (DeepSeek-V3's, arXiv 2412.19437, section 3.3.2).
 
-    Activations get one scale a token and 128 columns.
+    Activations get one scale per token and 128 columns.
     """
 
     summary = "fp8, one scale a block of 128 x 128, as DeepSeek-V3's own checkpoints"
@@ -45,7 +45,7 @@ class BlockScheme:
         return BlockPlan(kind)
 
     def stored(self) -> StoredFormat | None:
-        """As DeepSeek-V3's fp8 checkpoint: ``Fp8Config`` of vLLM, ``FineGrainedFP8Config`` of transformers."""
+        """As in DeepSeek-V3's fp8 checkpoint: vLLM's ``Fp8Config``, transformers' ``FineGrainedFP8Config``."""
         quantizer = self.plan(LayerKind.LINEAR, None).quantizer()
         return StoredFormat(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE, SAME_AS)
 
@@ -57,7 +57,7 @@ STORED = {
     "activation_scheme": "dynamic",
     "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE],
 }
-"""What ``quantization_config`` of such a checkpoint says."""
+"""The ``quantization_config`` of such a checkpoint."""
 
 
 def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
@@ -65,15 +65,15 @@ def _blocks(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _split(tensors: Sequence[torch.Tensor], size: int, axis: int) -> list[tuple[torch.Tensor, ...]]:
-    """Values, results and scales of blocks ``[n, down, across]``, cut alike into parts of ``size``."""
+    """Split values, results and scales ``[n, down, across]`` into matching parts of ``size`` values along ``axis``."""
     values, out, scale = tensors
     return [values.split(size, axis), out.split(size, axis), scale.split(size // BLOCK_SIZE, axis)]
 
 
 class BlockPlan(SerializedPlan):
-    """Units are rows of blocks, or a whole matrix where its height or a part fused into it is no multiple of 128.
+    """Units are rows of blocks, or a whole matrix if its height or that of a fused part is not a multiple of 128.
 
-    On a device, an expert's are its projections.
+    On a device, an expert's units are its projections.
     """
 
     def __init__(self, kind: LayerKind) -> None:
@@ -93,21 +93,21 @@ class BlockPlan(SerializedPlan):
 
 
 class BlockQuantizer(AssembledUnits):
-    """Scale of a block: its largest magnitude over the largest fp8 value, in float32. Blocks at edges are smaller."""
+    """A block's scale is its largest magnitude over the largest fp8 value, in float32. Blocks at edges are smaller."""
 
     # Quotients are float32.
     at_once: ClassVar[int] = AssembledUnits.at_once // 4
 
     def scale_of(self, absmax: torch.Tensor) -> torch.Tensor:
-        """Scales of blocks with these largest magnitudes, float32 of the same shape."""
-        # Of the checkpoint that this stands for, which is the same everywhere: upstream makes e4m3fnuz of it.
+        """Scales of blocks with these largest magnitudes, float32 with the same shape."""
+        # e4m3fn on every platform, as in a block-wise checkpoint: upstream converts that to e4m3fnuz itself.
         return absmax.clamp(min=SMALLEST_ABSMAX) / torch.finfo(torch.float8_e4m3fn).max
 
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         blocks = scale.view(len(values), *_blocks(values.shape[1:]))
         if not values.is_cpu:
             return self._quantize_blocks(values, weight, blocks)
-        # In parts, so that what is between stays in cache.
+        # In parts, so that intermediates stay in cache.
         found = torch.zeros(len(values), dtype=torch.float32)
         for rows in zip(*_split((values, weight, blocks), BLOCK_SIZE, 1), strict=True):
             for part in zip(*_split(rows, COLUMNS, 2), strict=True):
@@ -126,11 +126,11 @@ class BlockQuantizer(AssembledUnits):
         _, down, across = scale.shape
         padding = (0, across * BLOCK_SIZE - columns, 0, down * BLOCK_SIZE - rows)
         padded = torch.nn.functional.pad(values, padding) if any(padding) else values
-        # A view of the values, and not of a copy in float32: a quotient by float32 is one of float32.
+        # Views the values without casting them to float32: a quotient by float32 is float32 anyway.
         blocks = padded.reshape(units, down, BLOCK_SIZE, across, BLOCK_SIZE)
         largest: torch.Tensor = torch.linalg.vector_norm(blocks, torch.inf, dim=(2, 4), dtype=torch.float32)
         scale.copy_(self.scale_of(largest))
-        # No quotient exceeds 448 by more than rounding to float32 adds, which rounding to fp8 takes off again.
+        # A quotient exceeds 448 at most by float32 rounding, which rounding to fp8 removes again.
         quotients = blocks / scale.view(units, down, 1, across, 1)
         out.copy_(quotients.view(padded.shape)[:, :rows, :columns])
         found: torch.Tensor = largest.flatten(1).amax(1)

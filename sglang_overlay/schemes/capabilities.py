@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang does with weights, where releases differ: asked of SGLang itself, never of its version."""
+"""How SGLang handles weights where releases differ, found out from SGLang itself, never from its version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def has_row_kernel() -> bool:
-    """Whether SGLang has a kernel of its own for whole rows on CUDA, and does not take each for a group of values."""
+    """Whether SGLang has a dedicated kernel for whole rows on CUDA, instead of quantizing each row as one group."""
     try:
         from sglang.kernels.ops.quantization import fp8_kernel
     except ImportError:
@@ -20,47 +20,47 @@ def has_row_kernel() -> bool:
 
 
 def takes_hpc_ops_weights(backend: Any) -> bool:
-    """Whether experts are run by HPC-Ops, which wants their weights in a layout of its own."""
+    """Whether HPC-Ops runs the experts, which needs its own weight layout."""
     return hasattr(backend, "is_hpc_ops") and bool(backend.is_hpc_ops())
 
 
 def takes_activation_params(method: Any, backend: Any) -> bool:
-    """Whether experts are run by FlashInfer's TRT-LLM kernels, and these are given parameters of the activation."""
+    """Whether FlashInfer's TRT-LLM kernels run the experts, and take parameters of the activation."""
     trtllm = backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()
     return bool(trtllm and hasattr(method, "_prepare_flashinfer_trtllm_activation_params") and method._owns_moe_runner)
 
 
 def uses_aiter() -> bool:
-    """Whether layers are run by AMD's aiter, which wants weights in an order of its own."""
+    """Whether AMD's aiter runs the layers, which needs weights in its own order."""
     from sglang.srt.layers.quantization import fp8
 
     return bool(fp8._use_aiter)
 
 
 def packs_experts_to_int4() -> bool:
-    """Whether experts are int4, which SGLang does on ROCm."""
+    """Whether SGLang packs experts to int4, an option on ROCm."""
     from sglang.srt.layers.quantization import fp8
 
     return bool(fp8._use_hip_int4)
 
 
 def runs_shuffled_rows(rows: int) -> bool:
-    """Whether a weight of as many output channels, each with a scale, is run by a kernel that wants it shuffled."""
+    """Whether a per-channel weight with ``rows`` output channels is run by a kernel that needs it shuffled."""
     from sglang.srt.layers.quantization import fp8
 
     if not uses_aiter():
         return False
-    # Earlier releases, until 0.5.19, have one kernel for all sizes.
+    # Earlier releases, up to 0.5.19, have one kernel for all sizes.
     asked = getattr(fp8, "use_aiter_bpreshuffle_gemm", None)
     return asked is None or bool(asked(rows))
 
 
 SHUFFLED_ROWS = 16
-"""Rows that are shuffled among each other, by ``shuffle_weight`` of ``aiter/ops/shuffle.py`` with layout (16, 16)."""
+"""Rows that are shuffled together by ``shuffle_weight`` of ``aiter/ops/shuffle.py`` with layout (16, 16)."""
 
 
 def shuffle(weight: torch.Tensor) -> torch.Tensor:
-    """fp8 ``[..., rows, columns]`` in the order of aiter's kernels: aiter's own function, as SGLang calls it."""
+    """fp8 ``[..., rows, columns]`` in the order of aiter's kernels, by aiter's own function, as SGLang calls it."""
     from sglang.srt.layers.quantization import fp8
 
     shuffled: torch.Tensor = fp8.shuffle_weight(weight, (SHUFFLED_ROWS, 16))
@@ -68,7 +68,7 @@ def shuffle(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unshuffle(weight: torch.Tensor) -> torch.Tensor:
-    """What ``shuffle`` has been given. aiter has no such function, nor has SGLang before 0.5.23."""
+    """The inverse of ``shuffle``. aiter has no such function, nor has SGLang before 0.5.23."""
     *_, rows, columns = weight.shape
     tiles = weight.reshape(-1, rows // SHUFFLED_ROWS, columns // 32, 2, SHUFFLED_ROWS, 16)
     return tiles.permute(0, 1, 4, 2, 3, 5).reshape(weight.shape)

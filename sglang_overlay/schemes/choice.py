@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer gets which scheme: what ``SGLANG_STREAMFP8_SCHEME`` says.
+"""Which layer gets which scheme: the value of ``SGLANG_STREAMFP8_SCHEME``.
 
 A name (``block``) is the scheme of all layers. A JSON object chooses by kind of layer and by name::
 
     {"linear": "channel", "moe": "block", "ignore": ["lm_head"], "overrides": {"o_proj": "tensor"}}
 
-Patterns are a layer's full name, the end of it after a dot, or ``re:`` and a regular expression that matches the full
-name from its start. Parts of a fused layer go by the checkpoint's names too: ``q_proj`` with ``k_proj`` and ``v_proj``.
+A pattern is a layer's full name, the end of it after a dot, or ``re:`` and a regular expression that matches the full
+name from its start. A fused layer also matches if all checkpoint names of its parts do: ``q_proj``, ``k_proj``,
+``v_proj``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sglang_overlay.errors import SettingsError
 STOCK = "stock"
 NONE = "none"
 MXFP8 = "mxfp8"
-"""No scheme: a value of SGLang's own ``--quantization`` (``schemes/mxfp8.py``)."""
+"""Not a scheme, but a value of SGLang's own ``--quantization`` (``schemes/mxfp8.py``)."""
 _KEYS = ("linear", "moe", "ignore", "overrides")
 
 
@@ -30,9 +31,9 @@ class SchemeChoice:
     """Names of schemes, by kind of layer and by pattern.
 
     Attributes:
-        linear: of linear layers.
-        moe: of expert layers.
-        overrides: by pattern, in the order they were given; the first that matches counts.
+        linear: scheme of linear layers.
+        moe: scheme of expert layers.
+        overrides: schemes by pattern, in the order given; the first pattern that matches counts.
     """
 
     linear: str = STOCK
@@ -41,12 +42,12 @@ class SchemeChoice:
 
     @property
     def names(self) -> set[str]:
-        """All schemes that are asked for."""
+        """All schemes that the user asked for."""
         return {self.linear, self.moe, *self.overrides.values()}
 
     @property
     def is_stock(self) -> bool:
-        """Whether every layer is what stock SGLang makes of it."""
+        """Whether every layer is quantized as in stock SGLang."""
         return self.names == {STOCK}
 
     @property
@@ -58,18 +59,18 @@ class SchemeChoice:
         return f"{kinds}, {len(self.overrides)} pattern{'s' if len(self.overrides) > 1 else ''}"
 
     def with_override(self, pattern: str, scheme: str) -> str:
-        """What to write to have the same choice, but for layers that ``pattern`` means."""
+        """The same choice as JSON text, with ``scheme`` for layers that match ``pattern``."""
         kinds = {"linear": self.linear, "moe": self.moe}
         return json.dumps({**kinds, "overrides": {pattern: scheme, **self.overrides}})
 
     def override(self, names: Sequence[str]) -> str | None:
-        """The pattern that decides over a layer, or None.
+        """The first pattern that matches a layer, or None.
 
         Args:
-            names: the layer's name, and for a fused layer the checkpoint's names of its parts.
+            names: the layer's name and, for a fused layer, the checkpoint's names of its parts.
 
         Raises:
-            SettingsError: a pattern matches some parts of a fused layer and not the others.
+            SettingsError: a pattern matches some parts of a fused layer, but not all.
         """
         name, *parts = names
         for pattern in self.overrides:
@@ -86,7 +87,7 @@ class SchemeChoice:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern means the layer of this name."""
+    """Whether a pattern matches the layer of this name."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return name == pattern or name.endswith(f".{pattern}")
@@ -97,10 +98,10 @@ def parse(text: str, variable: str) -> SchemeChoice:
 
     Args:
         text: a scheme's name or JSON; empty for stock.
-        variable: where it was given, for messages.
+        variable: the environment variable or option it comes from, for messages.
 
     Raises:
-        SettingsError: it is no valid choice. Whether the schemes exist is not looked at.
+        SettingsError: it is not a valid choice. Whether the schemes exist is not checked here.
     """
     text = text.strip()
     if not text.startswith("{"):

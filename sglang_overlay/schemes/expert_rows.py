@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts whose rows are quantized apart from each other: what the schemes that have such experts share."""
+"""Shared by schemes that quantize each row of an expert's matrix on its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_overlay.schemes.rows_over_ranks import WholeRowScales
 from sglang_overlay.schemes.serialized_plan import SerializedPlan
 
 ROWS = 128
-"""Rows quantized at once on a CPU, so that intermediates stay in cache; fewer where a size is no multiple."""
+"""Rows quantized at once on a CPU, so that intermediates stay in cache; fewer if a size is not a multiple of it."""
 
 
 class ExpertRowsPlan(WholeRowScales, SerializedPlan):
@@ -30,17 +30,21 @@ class ExpertRowsPlan(WholeRowScales, SerializedPlan):
 
 
 def projection_rows(layer: torch.nn.Module, name: str, height: int) -> int:
-    """Rows of an expert's matrix, of ``height``, that come in one checkpoint tensor.
+    """Rows of an expert's matrix, of ``height`` rows, that come in one checkpoint tensor.
 
-    w13 is filled by a gate_proj and an up_proj of intermediate size rows each. On a device each is a unit of its own:
-    it takes as many launches as one of 128 rows.
+    gate_proj and up_proj fill w13, each with as many rows as the intermediate size. On a device each is one unit, which
+    takes no more kernel launches than a unit of 128 rows.
     """
     intermediate: int = layer.intermediate_size_per_partition  # type: ignore[assignment]
     return height if name == "w2_weight" else gcd(intermediate, height)
 
 
 def grid_of_rows(shape: tuple[int, ...], rows: int) -> UnitGrid:
-    """Each block of ``rows`` rows is a unit, in every matrix of ``shape``; their height is a multiple of it."""
+    """A grid in which each block of ``rows`` rows, in every matrix of ``shape``, is a unit.
+
+    Raises:
+        ValueError: the matrices' height is not a multiple of ``rows``.
+    """
     *matrices, height, width = shape
     if height % rows:
         raise ValueError(f"{height} rows do not divide into units of {rows}")

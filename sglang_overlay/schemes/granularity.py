@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``tensor`` and ``channel``: the granularity that stock SGLang chooses by platform, chosen by the user."""
+"""``tensor`` and ``channel``: the user chooses the granularity that stock SGLang chooses by platform."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from sglang_overlay.schemes.stored_format import StoredFormat
 
 
 class ChosenFp8Config(fp8.Fp8Config):  # type: ignore[misc]
-    """SGLang's own, for layers whose granularity is the user's choice: the hooks for stock's choice pass it by."""
+    """SGLang's own config for layers whose granularity the user chose; the hooks for stock's choice ignore it."""
 
 
 class ChosenLinearPlan(LinearPlan):
-    """The granularity is the user's choice, also of a layer that cannot be streamed."""
+    """The user chooses the granularity, also for layers that cannot be streamed."""
 
     replaces_stock = True
 
 
 class ChannelLinearPlan(WholeRowScales, ChosenLinearPlan):
-    """One scale an output channel, the same at any tensor parallel size."""
+    """One scale per output channel, the same at any tensor parallel size."""
 
     def whole_columns(self, layer: torch.nn.Module, name: str, columns: int) -> int:
         return int(layer.input_size)  # type: ignore[arg-type]
 
 
 class TensorScheme:
-    """One scale for each weight, and for each of an expert's two."""
+    """One scale for each weight; an expert has one for w13 and one for w2."""
 
     summary = "fp8, one scale a weight (for experts, one for w13 and one for w2 of each)"
 
@@ -58,12 +58,12 @@ class TensorScheme:
         return ChosenLinearPlan(per_channel=False) if kind is LayerKind.LINEAR else ExpertsPlan()
 
     def stored(self) -> StoredFormat | None:
-        # Stock quantizes the parts of a fused layer anew on loading such a checkpoint, from values already rounded.
+        # On loading such a checkpoint, stock quantizes the parts of a fused layer again, from values already rounded.
         return None
 
 
 class ChannelScheme:
-    """One scale for each output channel, that is each row of a weight; activations get one a token."""
+    """One scale for each output channel, that is each row of a weight; activations get one per token."""
 
     summary = "fp8, one scale an output channel"
 
@@ -84,7 +84,7 @@ class ChannelScheme:
         return ChannelLinearPlan(per_channel=True) if kind is LayerKind.LINEAR else ChannelExpertsPlan()
 
     def stored(self) -> StoredFormat | None:
-        """In compressed-tensors' format, as llm-compressor's FP8_DYNAMIC checkpoints."""
+        """In compressed-tensors' format, as in llm-compressor's FP8_DYNAMIC checkpoints."""
         return StoredFormat(
             STORED,
             "ignore",
@@ -97,7 +97,7 @@ class ChannelScheme:
 
 
 class ChannelExperts(CompressedTensorsW8A8Fp8MoE):  # type: ignore[misc]
-    """SGLang's own, which makes w13 of two projections, also for experts without a gate, which have one."""
+    """SGLang's own scheme, corrected for experts without a gate: it makes w13 for two projections, they have one."""
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
@@ -106,23 +106,23 @@ class ChannelExperts(CompressedTensorsW8A8Fp8MoE):  # type: ignore[misc]
         for name in ("w13_weight", "w13_weight_scale"):
             parameter = layer.get_parameter(name)
             experts, rows, columns = parameter.shape
-            # First without memory: there need not be any for both.
+            # Release the memory first: there may not be enough for both.
             parameter.data = parameter.data.new_empty(0)
             parameter.data = parameter.data.new_ones(experts, rows // 2, columns)
 
 
 class ChannelExpertsPlan(ExpertRowsPlan):
-    """Experts as of a checkpoint in compressed-tensors' format with channel-wise scales."""
+    """Experts as from a checkpoint in compressed-tensors' format with channel-wise scales."""
 
     def quantizer(self) -> UnitQuantizer:
         return ZeroedRowKernelQuantizer(fp8.per_token_group_quant_fp8, 0)
 
 
 class ZeroedRowKernelQuantizer(RowKernelQuantizer):
-    """Rows by upstream's kernel, of which those of zeros, with scale 0, hold zeros.
+    """Quantizes rows with upstream's kernel, but always stores zeros in rows with scale 0.
 
-    The kernel stores 0 or 448 there, as the number of rows may be, and stock has no number to go by: an export brings
-    each expert alone, a checkpoint may bring all of them at once. The export has zeros too.
+    There the kernel stores 0 or 448, depending on the number of rows, which is not fixed for experts: an export
+    quantizes each expert alone, a checkpoint may bring all of them at once. The export stores zeros too.
     """
 
     def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
@@ -143,7 +143,7 @@ STORED = {
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL, "input_activations": _TOKEN}},
     "quantization_status": "compressed",
 }
-"""What ``quantization_config`` of a checkpoint with channel-wise scales says."""
+"""The ``quantization_config`` of a checkpoint with channel-wise scales."""
 
 AITER_PER_TOKEN = "SGLANG_USE_AITER=1 and SGLANG_USE_AITER_FP8_PER_TOKEN=1"
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``int8``: experts with int8 weights and one scale an output channel; activations stay in the model's dtype.
+"""``int8``: experts with int8 weights and one scale per output channel; activations stay in the model's dtype.
 
-SGLang's fused MoE kernel computes with such weights (``use_int8_w8a16``), but no quantization method of SGLang's makes
-them: its own int8 methods quantize activations as well (``w8a8_int8``) or weights in groups (``moe_wna16``). vLLM plans
-one loader for fp8 and int8 experts (vllm-project/vllm#33178); here it is the same loader, and this file is the scheme.
+SGLang's fused MoE kernel takes such weights (``use_int8_w8a16``), but no quantization method of SGLang's makes them:
+its own int8 methods quantize activations as well (``w8a8_int8``) or weights in groups (``moe_wna16``). vLLM plans one
+loader for fp8 and int8 experts (vllm-project/vllm#33178); here the loader is the same, and this file is the scheme.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INT8_MAX = 127
 
 
 class Int8Scheme:
-    """Experts only. A linear layer has no kernel for int8 weights with activations in bf16."""
+    """Experts only: SGLang has no linear kernel for int8 weights with bf16 activations."""
 
     summary = "int8 weights, one scale an output channel, activations in bf16 (experts only)"
 
@@ -57,7 +57,7 @@ class Int8Scheme:
 
 
 class Int8ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
-    """Serves w13 ``[E, 2I, H]`` and w2 ``[E, H, I]`` int8 with float32 scales ``[E, 2I, 1]`` and ``[E, H, 1]``."""
+    """Serves int8 w13 ``[E, 2I, H]`` and w2 ``[E, H, I]`` with float32 scales ``[E, 2I, 1]`` and ``[E, H, 1]``."""
 
     def create_weights(
         self,
@@ -105,14 +105,14 @@ class Int8ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
 
 class Int8ExpertsPlan(ExpertRowsPlan):
-    """Nothing of the loader is int8's own."""
+    """Loads int8 experts just like fp8 experts with per-row scales."""
 
     def quantizer(self) -> UnitQuantizer:
         return Int8RowQuantizer()
 
 
 class Int8RowQuantizer(AssembledUnits):
-    """Scale of a row: its largest magnitude over 127; values are rounded to the nearest, ties to even. In float32."""
+    """A row's scale is its largest magnitude over 127; values are rounded to nearest, ties to even. In float32."""
 
     # Quotients are float32.
     at_once: ClassVar[int] = AssembledUnits.at_once // 4
@@ -123,7 +123,7 @@ class Int8RowQuantizer(AssembledUnits):
         if not values.is_cpu:
             largest = _quantize_rows(rows, out, scales)
         else:
-            # In parts, so that what is between stays in cache.
+            # In parts, so that intermediates stay in cache.
             at_once = max(1, CHUNK_ELEMENTS // columns)
             parts = zip(rows.split(at_once), out.split(at_once), scales.split(at_once), strict=True)
             largest = torch.cat([_quantize_rows(*part) for part in parts])
@@ -136,10 +136,10 @@ class Int8RowQuantizer(AssembledUnits):
 
 
 def _quantize_rows(rows: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Quantize ``[rows, columns]`` with ``scale`` ``[rows, 1]``; returns largest magnitudes of that shape."""
+    """Quantize ``[rows, columns]`` with ``scale`` ``[rows, 1]``; returns largest magnitudes, ``[rows, 1]``."""
     largest: torch.Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
     torch.div(largest.clamp(min=1e-10), INT8_MAX, out=scale)
-    # No quotient exceeds 127 by more than rounding to float32 adds.
+    # A quotient exceeds 127 at most by float32 rounding.
     out.copy_((rows / scale).round_())
     return largest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one layer goes through a load, and what weight updates ask of it. A scheme (``scheme.py``) makes one a layer."""
+"""How a layer goes through a load, and what updates ask of it. A scheme (``scheme.py``) makes a plan for each layer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ParameterPlan:
     """How one parameter is quantized and where the result goes.
 
     Attributes:
-        grid: how it divides into units.
-        quantizer: what makes fp8 values and scales of a unit.
-        storage: what it writes.
+        grid: how the parameter divides into units.
+        quantizer: turns a unit into fp8 values and scales.
+        storage: the memory it writes to.
     """
 
     grid: UnitGrid
@@ -33,7 +33,7 @@ class ParameterPlan:
 
 
 def quantize_whole(plan: ParameterPlan, values: torch.Tensor) -> torch.Tensor:
-    """Quantize a parameter that is there in full, in high precision; returns each unit's largest magnitude."""
+    """Quantize a complete high-precision parameter; returns each unit's largest magnitude, ``[units]``."""
     units = values.reshape(plan.grid.count, *plan.grid.shape)
     return plan.quantizer.quantize_run(units, plan.storage.weight, plan.storage.scale)
 
@@ -52,15 +52,15 @@ class Placeholders:
 
 
 class LayerPlan(abc.ABC):
-    """One layer's way through a load, in the order of the methods, and what updates need of it then.
+    """One layer's steps through a load, in the order of the methods, and what weight updates ask of it then.
 
-    Neither knows anything else of its scheme.
+    Loads and updates know nothing else of its scheme.
 
     Attributes:
-        weights: names of the parameters that the checkpoint's high-precision weights are loaded into.
-        fills: names of further parameters (scales, say) that only quantizing writes.
-        replaces_stock: the layer becomes something that upstream does not make of a high-precision weight, so one that
-            cannot be streamed is quantized here as well, when it has been loaded whole.
+        weights: names of the parameters that high-precision checkpoint weights are loaded into.
+        fills: names of further parameters, such as scales, that only quantizing writes.
+        replaces_stock: whether upstream cannot quantize the layer this way from a high-precision weight. Then the load
+            also quantizes layers that cannot be streamed, after they have been loaded completely.
     """
 
     weights: frozenset[str]
@@ -72,17 +72,17 @@ class LayerPlan(abc.ABC):
         """Run upstream's ``create_weights`` so that each of ``weights`` is a placeholder of ``dtype``.
 
         Raises:
-            UnexpectedParametersError: upstream has created something else; ``layer`` is to be created as in stock.
+            UnexpectedParametersError: upstream created other parameters; ``layer`` has to be created as in stock.
         """
 
     @abc.abstractmethod
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
-        """Final memory of one of ``weights``, on ``device``.
+        """Allocate the final memory of one of ``weights``, on ``device``.
 
         Args:
-            name: the parameter's.
-            placeholder: shape and high-precision dtype of what the checkpoint brings.
-            device: where the layer lies.
+            name: of the parameter.
+            placeholder: has the shape and the high-precision dtype of the weight.
+            device: of the layer.
         """
 
     @abc.abstractmethod
@@ -107,25 +107,24 @@ class LayerPlan(abc.ABC):
     def registered(
         self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Storage] | None:
-        """The memory of a finished layer's weights, by name; None where they have been repacked since."""
+        """The memory of a finished layer's weights, by name; None if upstream has repacked them."""
 
     def scale_placeholders(
         self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, tuple[str, torch.nn.Parameter]]:
-        """Where updates may bring weights that are quantized already, in the layout in which the layer is served.
+        """Placeholders for the scales of weights that updates may bring already quantized, in the served layout.
 
         To be called when upstream has just created the layer.
 
         Returns:
-            For each such weight the name under which upstream's models look for the parameter of its scales, and a
-            placeholder for that, without memory, with upstream's loader; its elements are in the order of the
-            storage's.
+            For each such weight, the name by which upstream's models look up its scale parameter, and a placeholder for
+            that parameter, without memory, with upstream's loader, and with elements in the order of the storage's.
         """
         return {}
 
 
 class OnlinePlan(LayerPlan):
-    """A layer whose weights upstream creates in high precision, to quantize them after loading."""
+    """A layer whose weights upstream creates in high precision, and in stock quantizes after loading."""
 
     def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
         allocation = PlaceholderAllocation(dtype)

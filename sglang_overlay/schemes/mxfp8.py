@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mxfp8``: what stock SGLang makes of a bf16 checkpoint under ``--quantization mxfp8``.
+"""``mxfp8``: a bf16 checkpoint under SGLang's own ``--quantization mxfp8``.
 
-e4m3 values, and for 32 of them in a row one power of two (OCP Microscaling Formats 1.0), whose exponent is a byte
-(UE8M0). Stock quantizes each layer when it has been loaded (``Fp8LinearMethod._quantize_mxfp8_weights``,
-``Fp8MoEMethod._process_mxfp8_moe_weights``) and then lays values and scales out for a kernel. Here rows are quantized
-while they are loaded, by the same function, into the form that a checkpoint in MXFP8 has; upstream goes on as with one.
+e4m3 values; each 32 consecutive ones of a row share a power of two (OCP Microscaling Formats 1.0), whose exponent is a
+byte (UE8M0). Stock quantizes each layer after it has been loaded (``Fp8LinearMethod._quantize_mxfp8_weights``,
+``Fp8MoEMethod._process_mxfp8_moe_weights``) and then arranges values and scales for a kernel. Here the same function
+quantizes rows while they are loaded, into the form of an MXFP8 checkpoint, and upstream continues as with one.
 
-No ``Scheme``, since SGLang's own ``--quantization`` chooses it, and not ``SGLANG_STREAMFP8_SCHEME``.
+This is not a ``Scheme``: SGLang's ``--quantization`` chooses it, not ``SGLANG_STREAMFP8_SCHEME``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes.layer_plan import OnlinePlan, ParameterPlan, Placeholders
 
 GROUP = 32
-"""Values in a row that share a scale."""
+"""Consecutive values of a row that share a scale."""
 BIAS = 127
-"""Of the stored exponents."""
+"""Bias of the stored exponents."""
 
 
 def is_online(config: Any) -> bool:
@@ -64,7 +64,7 @@ class Mxfp8Plan(OnlinePlan):
                 raise UnexpectedParametersError(
                     f"{name} has rows of {weight.shape[-1]}, and MXFP8 needs a multiple of {GROUP}"
                 )
-        # Before loaders are wrapped. Stock keeps the parameter with all its attributes, and only changes its data.
+        # Taken before loaders are wrapped. Stock keeps the parameter and its attributes, and only changes its data.
         self._likes = {
             name: twin(weight, torch.empty_like(weight, device="meta")) for name, weight in made.parameters.items()
         }
@@ -72,16 +72,16 @@ class Mxfp8Plan(OnlinePlan):
 
     @abc.abstractmethod
     def why_not(self, layer: Module) -> str | None:
-        """Why stock has to quantize the layer."""
+        """Why stock has to quantize the layer; None if it can be streamed."""
 
     def quantizer(self) -> UnitQuantizer:
-        """What turns rows into values and exponents: upstream's own function."""
+        """Turns rows into values and exponents with upstream's own function."""
         from sglang.srt.layers.quantization import fp8
 
         return GroupQuantizer(fp8.mxfp8_group_quantize)
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-        # A row, or an expert's matrix, which may be written in any way: at once with others, or with rows left over.
+        # Units are a row, or an expert's matrix: loaders may write several at once, or leave out rows.
         return ParameterPlan(UnitGrid.per_slice(placeholder.shape), self.quantizer(), storage)
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
@@ -96,12 +96,12 @@ class Mxfp8Plan(OnlinePlan):
     def registered(self, layer: Module, placeholders: Mapping[str, Parameter]) -> dict[str, Storage] | None:
         pairs = {name: (layer.get_parameter(name), layer.get_parameter(f"{name}_scale_inv")) for name in placeholders}
         if any(weight.is_cuda for weight, _ in pairs.values()):
-            return None  # Laid out for a kernel, in the same shapes for some.
+            return None  # Rearranged for a kernel, which some kernels' shapes do not show.
         return {name: _storage(weight.data, scale.data) for name, (weight, scale) in pairs.items()}
 
 
 class Mxfp8LinearPlan(Mxfp8Plan):
-    """``weight`` ``[N, K]``, of which each row is a unit, and ``weight_scale_inv``."""
+    """``weight`` ``[N, K]``, each row a unit, and ``weight_scale_inv`` ``[N, K / 32]``."""
 
     weights = frozenset({"weight"})
 
@@ -120,7 +120,7 @@ class Mxfp8LinearPlan(Mxfp8Plan):
 
 
 class Mxfp8ExpertsPlan(Mxfp8Plan):
-    """``w13_weight`` ``[E, 2I, H]`` and ``w2_weight`` ``[E, H, I]``; upstream has made their scales already."""
+    """``w13_weight`` ``[E, 2I, H]`` and ``w2_weight`` ``[E, H, I]``; upstream creates their scales itself."""
 
     weights = frozenset({"w13_weight", "w2_weight"})
     fills = frozenset({"w13_weight_scale_inv", "w2_weight_scale_inv"})
@@ -160,10 +160,10 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
 
 
 class GroupQuantizer(RowQuantizer):
-    """Rows of groups with an exponent each; a unit is a row, or several.
+    """Quantizes rows whose groups have an exponent each; a unit is one or several rows.
 
     Args:
-        function: ``[rows, columns] -> (e4m3 [rows, columns], uint8 exponents of one element a group)``, upstream's own.
+        function: upstream's ``[rows, columns] -> (e4m3 [rows, columns], uint8 exponents, one per group)``.
     """
 
     def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
@@ -176,8 +176,8 @@ class GroupQuantizer(RowQuantizer):
 
 @contextmanager
 def _as_of_a_checkpoint(method: Any) -> Iterator[None]:
-    """Let a quantization method take its layer for one of an MXFP8 checkpoint: what is left to do is to lay it out."""
-    # A linear layer's method asks itself, an expert layer's its config, which all layers share.
+    """Make a quantization method treat its layer as one of an MXFP8 checkpoint, so that it only rearranges weights."""
+    # A linear layer's method reads its own attribute, an expert layer's that of its config, which all layers share.
     before = {name: vars(method)[name] for name in ("quant_config", _SERIALIZED) if name in vars(method)}
     method.quant_config = copy.copy(method.quant_config)
     setattr(method.quant_config, _SERIALIZED, True)
@@ -193,9 +193,9 @@ _SERIALIZED = "is_checkpoint_fp8_serialized"
 
 
 def _flashinfer_quantizer() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """FlashInfer's MXFP8 quantizer as SGLang calls it for experts: through a wrapper of its own, or directly.
+    """FlashInfer's MXFP8 quantizer as SGLang calls it for experts: through SGLang's wrapper, or directly.
 
-    The wrapper of 0.5.15 swizzles scales whatever it is asked for; that release's experts do not use it.
+    The wrapper of 0.5.15 always swizzles scales, even if asked not to; that release's experts do not use it.
     """
     from sglang.srt.layers.quantization import fp8, fp8_utils
 

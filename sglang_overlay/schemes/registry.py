@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schemes by name: those of this package, and those that other packages bring.
+"""Schemes by name: those of this package, and those that other packages register.
 
-Another package registers its own in the entry point group ``sglang_streamfp8.schemes``; the entry point names an object
-that is a ``Scheme``. It is imported when a user asks for it, and not before.
+Another package registers its schemes in the entry point group ``sglang_streamfp8.schemes``; each entry point names a
+``Scheme`` object. It is imported only when a user asks for it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BUILT_IN = {
 
 @cache
 def entry_points() -> dict[str, metadata.EntryPoint]:
-    """Every scheme there is, by name, not yet imported. Names of this package's cannot be taken by another."""
+    """Every scheme by name, not yet imported. Other packages cannot replace this package's schemes."""
     found = {point.name: point for point in metadata.entry_points(group=GROUP)}
     return {**found, **{name: metadata.EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}}
 
 
 def valid_names() -> list[str]:
-    """What can be asked for."""
+    """The names that a user can ask for."""
     return [STOCK, *entry_points(), NONE]
 
 
@@ -43,10 +43,10 @@ def check(choice: SchemeChoice) -> None:
     """Make sure that all schemes of a choice exist.
 
     Raises:
-        SchemeError: one does not; the message lists those that do.
+        SchemeError: one does not exist; the message lists those that do.
     """
     others = choice.names - {STOCK, NONE, *BUILT_IN}
-    # Other packages' are looked for where they are needed: reading what is installed takes milliseconds.
+    # Look for other packages' schemes only if needed: reading the installed packages takes milliseconds.
     unknown = sorted(others - set(valid_names())) if others else []
     if unknown:
         own = f" For {MXFP8} start SGLang with --quantization {MXFP8}." if MXFP8 in unknown else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans whose scales are of whole rows, also where tensor parallelism leaves a rank some columns of them."""
+"""Plans whose scales cover whole rows, even if tensor parallelism gives each rank only some of their columns."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan, Placehol
 
 @dataclass(frozen=True)
 class WholeRowsPlan(ParameterPlan):
-    """How a parameter is quantized that holds some columns of its rows.
+    """How a parameter that holds only some columns of its rows is quantized.
 
     Attributes:
-        rows: the whole ones. Its stream has to show them what is written.
+        rows: magnitudes of the whole rows. The parameter's stream has to pass writes to its ``see`` and ``note``.
     """
 
     rows: WholeRows
 
 
 class WholeRowScales(LayerPlan):
-    """Mixin, the first base class of a plan with a scale a row: makes that the scale of the checkpoint's whole row.
+    """Mixin, to be the first base class of a plan with per-row scales: makes them scales of the checkpoint's rows.
 
     Attributes:
-        split: the parameters that have some columns of their rows: what their loaders are given, and all columns.
+        split: for each parameter with only some columns, the tensor its loader was given and a whole row's columns.
     """
 
     split: Mapping[str, tuple[LoadedTensor, int]] = MappingProxyType({})
@@ -63,17 +63,17 @@ class WholeRowScales(LayerPlan):
 
 
 def of(plan: ParameterPlan) -> WholeRows | None:
-    """The whole rows of a parameter that holds some of their columns."""
+    """The whole rows of a parameter that holds only some of their columns; None for other parameters."""
     return plan.rows if isinstance(plan, WholeRowsPlan) else None
 
 
 def are_split(plan: LayerPlan) -> bool:
-    """Whether a layer has some columns of its rows."""
+    """Whether a layer holds only some columns of its rows."""
     return isinstance(plan, WholeRowScales) and bool(plan.split)
 
 
 def told(names: Sequence[str]) -> str:
-    """What to say of parameters whose rows were not seen whole."""
+    """A message about parameters of whose rows only some columns were seen."""
     return (
         f"the weight loaders of {shortened(names)} were given some columns of rows that ranks share, so scales are of "
         "these columns, and others at another tensor parallel size"

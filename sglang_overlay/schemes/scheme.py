@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a quantization scheme is."""
+"""The interface of a quantization scheme."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_overlay.schemes.stored_format import StoredFormat
 
 
 class LayerKind(enum.Enum):
-    """Kinds of layers that have a scheme of their own; the value is the key in ``SGLANG_STREAMFP8_SCHEME``."""
+    """Kinds of layers that can have different schemes; the value is the key in ``SGLANG_STREAMFP8_SCHEME``."""
 
     LINEAR = "linear"
     EXPERTS = "moe"
@@ -29,7 +29,7 @@ class Scheme(Protocol):
     summary: str
 
     def why_not(self, kind: LayerKind) -> str | None:
-        """Why layers of this kind cannot have the scheme on this platform; None where they can."""
+        """Why layers of this kind cannot have the scheme on this platform; None if they can."""
 
     def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
         """SGLang's quantization method that serves a layer.
@@ -40,17 +40,17 @@ class Scheme(Protocol):
             name: its full name in the model.
 
         Returns:
-            An object of this layer's own: it is changed for the load. Its ``create_weights`` has a parameter
+            A new object for this layer, since the load modifies it. Its ``create_weights`` has a parameter
             ``params_dtype``.
         """
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
-        """How a layer is loaded: a plan of its own for each layer.
+        """How a layer is loaded: a new plan for each layer.
 
         Args:
             kind: of the layer.
-            method: what ``method`` returned for it.
+            method: the result of ``method`` for it.
         """
 
     def stored(self) -> StoredFormat | None:
-        """How its weights are stored in a checkpoint that stock SGLang loads; None where stock has no such format."""
+        """How its weights are stored in a checkpoint that stock SGLang loads; None if stock has no such format."""

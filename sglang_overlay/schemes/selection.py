@@ -16,7 +16,7 @@ _EXAMPLES = 4
 
 
 class SchemeSelection:
-    """Chooses each layer's scheme, and remembers which patterns have been of use. Belongs to the loading thread."""
+    """Chooses each layer's scheme, and remembers which patterns have matched. Belongs to the loading thread."""
 
     def __init__(self, choice: SchemeChoice) -> None:
         self.choice = choice
@@ -25,7 +25,7 @@ class SchemeSelection:
 
     @property
     def is_stock(self) -> bool:
-        """Whether every layer is what stock SGLang makes of it."""
+        """Whether every layer is quantized as in stock SGLang."""
         return self.choice.is_stock
 
     @property
@@ -38,10 +38,10 @@ class SchemeSelection:
 
         Args:
             kind: of the layer.
-            names: its name, and for a fused layer the checkpoint's names of its parts.
+            names: its name and, for a fused layer, the checkpoint's names of its parts.
 
         Raises:
-            SettingsError: a pattern matches some parts of a fused layer and not the others.
+            SettingsError: a pattern matches some parts of a fused layer, but not all.
         """
         self._names.append(names[0])
         pattern = self.choice.override(names)
@@ -51,13 +51,13 @@ class SchemeSelection:
         return self.choice.overrides[pattern]
 
     def check_used(self, modules: Iterable[str], *, is_part: bool = False) -> None:
-        """Once the model is built: make sure that no pattern is a slip of the pen.
+        """Make sure, once the model is built, that no pattern is a typo.
 
         Args:
-            modules: names of all the model's modules, quantized or not. ``none`` for one that never is, a head say, is
-                no mistake.
+            modules: names of all the model's modules, quantized or not. ``none`` for a module that is never quantized,
+                such as a head, is not a mistake.
             is_part: whether the user may have meant a layer of another model (a draft's target) or pipeline stage.
-                Then it is a warning.
+                Then a pattern without a match is only a warning.
 
         Raises:
             SchemeError: a pattern has not matched any layer.

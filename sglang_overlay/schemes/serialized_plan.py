@@ -18,13 +18,13 @@ from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan, Placehol
 
 
 class SerializedPlan(LayerPlan):
-    """A layer as upstream creates it for a checkpoint that is quantized already: values and scales, in real memory.
+    """A layer as upstream creates it for an already quantized checkpoint: values and scales in real memory.
 
-    They are the final storage. While the checkpoint is read, placeholders stand in the values' places; then upstream's
-    own post-processing finishes the layer, as if the values had come from a file.
+    These are the final storage. While the checkpoint is read, placeholders replace the values; then upstream's own
+    post-processing finishes the layer, as if the values had come from a file.
 
     Args:
-        scales: for each weight the name of the parameter that takes its scales.
+        scales: for each weight, the name of its scale parameter.
     """
 
     replaces_stock = True
@@ -38,11 +38,11 @@ class SerializedPlan(LayerPlan):
 
     @abc.abstractmethod
     def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
-        """How the parameter ``name``, which is ``weight``, divides into units: large ones on a device."""
+        """How the parameter ``name``, which is ``weight``, divides into units; on a device they should be large."""
 
     @abc.abstractmethod
     def quantizer(self) -> UnitQuantizer:
-        """What turns units into values and scales; it is given all scales of a unit in one dimension."""
+        """Turns units into values and scales; a unit's scales are one dimension."""
 
     def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
         create()
@@ -73,7 +73,7 @@ class SerializedPlan(LayerPlan):
         self, layer: torch.nn.Module, placeholders: Mapping[str, torch.nn.Parameter]
     ) -> dict[str, Storage] | None:
         pairs = {name: self._pair(layer, name) for name in placeholders}
-        # aiter's shuffle changes nothing that can be seen of a tensor.
+        # aiter's shuffle changes neither dtype nor shape, so _form cannot see it.
         if capabilities.uses_aiter() or any(self._form(*pair) != self._forms[name] for name, pair in pairs.items()):
             return None
         return {name: self._storage(name, *pair) for name, pair in pairs.items()}
@@ -97,7 +97,7 @@ class SerializedPlan(LayerPlan):
 
     @staticmethod
     def _form(weight: torch.Tensor, scale: torch.Tensor) -> tuple[Any, ...]:
-        """What upstream changes where it repacks: DeepGEMM's scales are rounded to powers of two, and say so."""
+        """Changes if upstream repacks the layer; DeepGEMM's scales, rounded to powers of two, have a flag for that."""
         return (
             *(form for tensor in (weight, scale) for form in (tensor.dtype, tensor.shape, tensor.is_contiguous())),
             bool(getattr(scale, "format_ue8m0", False)),

@@ -22,7 +22,7 @@ from sglang_overlay.schemes.layer_plan import OnlinePlan, ParameterPlan
 
 
 class ExpertsPlan(OnlinePlan):
-    """Streams ``w13_weight`` and ``w2_weight``, one expert of each a unit."""
+    """Streams ``w13_weight`` and ``w2_weight``; each expert's matrix is a unit."""
 
     weights = frozenset({"w13_weight", "w2_weight"})
 
@@ -42,7 +42,7 @@ class ExpertsPlan(OnlinePlan):
         return ParameterPlan(UnitGrid.per_slice(placeholder.shape), quantizer, storage)
 
     def quantizer(self) -> UnitQuantizer:
-        """What turns one expert's matrix into fp8: upstream's own function."""
+        """Turns one expert's matrix into fp8, with upstream's own function."""
         from sglang.srt.layers.quantization import fp8
 
         return WholeUnitQuantizer(fp8.scaled_fp8_quant)
@@ -50,7 +50,7 @@ class ExpertsPlan(OnlinePlan):
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         w13, w2 = storages["w13_weight"], storages["w2_weight"]
         layer.w13_weight_scale = Parameter(w13.scale, requires_grad=False)
-        # In place, as stock does it: experts are moved by references that a model has taken.
+        # In place, as in stock: expert rebalancing uses references that a model has taken.
         layer.get_parameter("w2_weight_scale").data.copy_(w2.scale)
         layer.w13_weight = Parameter(w13.weight, requires_grad=False)
         layer.w2_weight = Parameter(w2.weight, requires_grad=False)
@@ -65,7 +65,7 @@ class ExpertsPlan(OnlinePlan):
         if dispatcher is not None:
             kernel = getattr(layer, "w13_kernel", None)
             wanted = getattr(kernel, "DISPATCHER_QUANT_CONFIG", None)
-            # Releases whose own code does not pass use_mxfp8 on have dispatchers that do not look at it.
+            # In releases that do not pass use_mxfp8 on themselves, dispatchers ignore it.
             found = {"weight_dtype": layer.w13_weight.dtype, "use_mxfp8": method.use_mxfp8}
             dispatcher.set_quant_config(found if wanted is None else wanted)
 
@@ -78,14 +78,14 @@ class ExpertsPlan(OnlinePlan):
             if (storage.weight.dtype, storage.weight.shape, storage.scale.shape) != (fp8.fp8_dtype, shape, shape[:1]):
                 return None
         if capabilities.uses_aiter():
-            # Only in a finished layer: upstream shuffles experts when all have been loaded.
+            # Exists only in a finished layer: upstream shuffles experts when all have been loaded.
             self._row_scales = {name: layer.get_parameter(f"{name}_scale1").data for name in placeholders}
         return storages
 
     def scale_placeholders(
         self, layer: Module, placeholders: Mapping[str, Parameter]
     ) -> dict[str, tuple[str, Parameter]]:
-        """As checkpoints with a scale a tensor have them: ``[E, 2]`` for gate and up, ``[E]`` for down."""
+        """As in checkpoints with one scale per tensor: ``[E, 2]`` for gate and up, ``[E]`` for down."""
         from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
 
         if capabilities.uses_aiter():
@@ -101,10 +101,10 @@ class ExpertsPlan(OnlinePlan):
 
 
 class AiterExperts(ShuffledUnits):
-    """Experts that are being served by aiter: shuffled, and the scale of each repeated for each of its rows.
+    """Quantizes experts that aiter serves: shuffles them, and repeats each expert's scale for each of its rows.
 
     Args:
-        quantizer: of experts' matrices.
+        quantizer: quantizes an expert's matrix.
         row_scales: float32 ``[experts, rows]``.
     """
 
@@ -114,14 +114,14 @@ class AiterExperts(ShuffledUnits):
 
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         found = super().quantize_units(values, weight, scale)
-        # Which experts these are: a layer's scales are one tensor, of one element an expert.
+        # A layer's scales are one tensor with one element per expert, so the offset is the first expert's number.
         first = scale.storage_offset()
         self._row_scales[first : first + len(scale)] = scale.view(-1, 1)
         return found
 
 
 def _served(layer: Module, name: str, shape: tuple[int, ...]) -> Storage:
-    """A finished layer's weight and its scales, without the columns that upstream adds with SGLANG_MOE_PADDING."""
+    """A finished layer's weight and scales, without the columns that upstream adds with SGLANG_MOE_PADDING."""
     weight = layer.get_parameter(name).data
     return Storage(weight[..., : shape[-1]], layer.get_parameter(f"{name}_scale").data)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers: ``Fp8LinearMethod`` of SGLang's ``fp8.py``.
 
-Stock quantizes a bf16 weight ``[N, K]`` per channel where the kernels want that (cutlass fp8, marlin,
-aiter per token: ``per_token_group_quant_fp8(weight, K)``) and per tensor otherwise (``input_to_float8``), and keeps the
-transposed view. aiter's kernel per token wants the rows shuffled, 16 among each other.
+Stock quantizes a bf16 weight ``[N, K]`` per channel if the kernel needs that (cutlass fp8, marlin, aiter per token:
+``per_token_group_quant_fp8(weight, K)``) and per tensor otherwise (``input_to_float8``), and keeps the transposed view.
+aiter's per-token kernel needs the rows shuffled in groups of 16.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class LinearPlan(OnlinePlan):
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
         rows, columns = placeholder.shape
         if self._per_channel and capabilities.runs_shuffled_rows(rows):
-            # Triton's kernel, which is one for any number of rows.
+            # Triton has one kernel for any number of rows, hence 0.
             return _shuffled(self.quantizer(0), placeholder, storage)
         grid = UnitGrid.per_slice((rows, columns)) if self._per_channel else UnitGrid.one((rows, columns))
         return ParameterPlan(grid, self.quantizer(rows), storage)
 
     def quantizer(self, rows: int) -> UnitQuantizer:
-        """What turns rows of a weight that has ``rows``, or all of it, into fp8: upstream's own functions."""
+        """Turns rows of a weight with ``rows`` rows, or the whole weight, into fp8 with upstream's own functions."""
         from sglang.srt.layers.quantization import fp8
 
         if self._per_channel:
@@ -53,7 +53,7 @@ class LinearPlan(OnlinePlan):
 
     def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
         storage = storages["weight"]
-        # Per channel with the strides (1, 1) of stock's ``x_s.t().contiguous()``, which leaves one row as it is.
+        # Per channel: strides (1, 1), as of stock's ``x_s.t().contiguous()``, which does not copy a single row.
         scale = storage.scale.view(-1, 1).t() if self._per_channel else storage.scale.view(())
         layer.weight = Parameter(storage.weight.view(-1, storage.weight.shape[-1]).t(), requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
@@ -80,14 +80,14 @@ class LinearPlan(OnlinePlan):
     def scale_placeholders(
         self, layer: Module, placeholders: Mapping[str, Parameter]
     ) -> dict[str, tuple[str, Parameter]]:
-        """``weight_scale``, as checkpoints in compressed-tensors' format have it.
+        """``weight_scale``, as in checkpoints in compressed-tensors' format.
 
-        Per channel ``[N, 1]``; per tensor one for each checkpoint tensor of a fused weight.
+        Float32: per channel ``[N, 1]``; per tensor one scale for each checkpoint tensor of a fused weight.
         """
         from sglang.srt.layers.parameter import ChannelQuantScaleParameter, PerTensorScaleParameter
 
         weight: Any = placeholders["weight"]
-        # aiter serves rows that are shuffled.
+        # aiter serves shuffled rows.
         if capabilities.uses_aiter() or getattr(weight, "output_dim", None) != 0:
             return {}
         if self._per_channel:
@@ -112,12 +112,12 @@ def is_per_channel(method: Any) -> bool:
 
 
 def is_per_token(method: Any) -> bool:
-    """Whether aiter runs layers of an ``Fp8LinearMethod`` with one scale a token and one an output channel."""
+    """Whether aiter runs layers of an ``Fp8LinearMethod`` with one scale per token and one per output channel."""
     return bool(method.use_aiter_fp8_per_token and capabilities.uses_aiter())
 
 
 def _shuffled(quantizer: UnitQuantizer, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
-    """Units are the rows that are shuffled among each other. A height that is no multiple of them aiter refuses."""
+    """A plan whose units are the groups of rows that are shuffled together. aiter refuses heights with a remainder."""
     rows, columns = placeholder.shape
     height = rows if rows % capabilities.SHUFFLED_ROWS else capabilities.SHUFFLED_ROWS
     grid = UnitGrid(rows // height, (height, columns), sliced=True)

@@ -17,14 +17,14 @@ class StoredFormat:
     """A quantized matrix ``[N, K]`` becomes values of the same shape under its own name, and scales beside it.
 
     Attributes:
-        config: ``quantization_config`` of config.json, but for the layers left out.
-        ignored: key of the config for names of modules that are not quantized.
-        scale: what is put behind the matrix's name for its scales, for example ``_scale_inv``.
-        scale_shape: shape of the scales for a matrix of a shape.
+        config: ``quantization_config`` of config.json, without the list of modules that are not quantized.
+        ignored: the config's key for that list.
+        scale: suffix that turns the matrix's name into that of its scales, for example ``_scale_inv``.
+        scale_shape: maps a matrix's shape to that of its scales.
         quantizer: turns rows into values and scales, on the CPU.
         same_as: which online loads have the same weights as the checkpoint.
-        rows: rows that share scales. A matrix is quantized in runs of a multiple of them, from its first row.
-        dtype: of the values: that of the parameters which stock makes for ``config``. Scales are float32.
+        rows: number of rows that share scales. A matrix is quantized in runs of a multiple of it, from its first row.
+        dtype: dtype of the values, as of the parameters that stock creates for ``config``. Scales are float32.
     """
 
     config: Mapping[str, Any]
@@ -37,11 +37,11 @@ class StoredFormat:
     dtype: torch.dtype = torch.float8_e4m3fn
 
     def quantize(self, rows: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
-        """Quantize some rows of a matrix: a multiple of ``self.rows``, or the last ones.
+        """Quantize consecutive rows of a matrix: a multiple of ``self.rows``, except at its end.
 
         Args:
             rows: ``[R, K]`` in high precision.
-            values: output, ``[R, K]``.
-            scales: output, of shape ``scale_shape((R, K))``.
+            values: output, ``[R, K]`` of ``self.dtype``.
+            scales: output, float32 with shape ``scale_shape((R, K))``.
         """
         self.quantizer.quantize_run(rows.unsqueeze(0), values.unsqueeze(0), scales.view(1, -1))

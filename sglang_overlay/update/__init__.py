@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight updates of a model that is being served: what one is, how it captures, how it is undone."""
+"""Weight updates of a model that is being served: sessions, how they capture writes, and how they are undone."""

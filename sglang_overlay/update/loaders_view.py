@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model as its loaders know it, while an update loads weights: placeholders in place of what is served."""
+"""Show a model to its loaders as they expect it while an update loads weights: with placeholders."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def layers_shown(layers: Iterable[UpdatableLayer], wrap: Callable[[str, WeightLo
 def aliases_shown(
     model: torch.nn.Module, layers: Iterable[UpdatableLayer], wrappers: Mapping[torch.nn.Module, UpdatableLayer]
 ) -> Iterator[None]:
-    """Show a layer's placeholders wherever else models look for its weights.
+    """Show a layer's placeholders in all other places where models look for its weights.
 
-    LoRA's wrappers register those of linear layers again. Those of experts do not: upstream's models then look for
-    ``experts.w13_weight`` where it is ``experts.base_layer.w13_weight``, and pass over what they do not find.
+    LoRA's wrappers of linear layers register the layer's weights again. Those of experts do not, so upstream's models
+    look for ``experts.w13_weight`` although it is ``experts.base_layer.w13_weight``, and silently skip it.
     """
     shown: dict[int, dict[str, torch.nn.Parameter]] = {}
     own = {layer.module for layer in layers}
@@ -67,7 +67,7 @@ def aliases_shown(
 def wrapped_layers(
     model: torch.nn.Module, layers: Iterable[UpdatableLayer]
 ) -> Iterator[tuple[torch.nn.Module, UpdatableLayer]]:
-    """LoRA's modules around experts, each with the layer in it."""
+    """LoRA's modules around expert layers, each with the layer that it wraps."""
     own: dict[torch.nn.Module | None, UpdatableLayer] = {layer.module: layer for layer in layers}
     for module in model.modules():
         layer = own.get(module._modules.get("base_layer"))
@@ -77,7 +77,7 @@ def wrapped_layers(
 
 @contextmanager
 def loaders_wrapped(model: torch.nn.Module, wrap: Callable[[str, WeightLoader], WeightLoader]) -> Iterator[None]:
-    """Wrap the loaders of all parameters that have memory: models call loaders from threads, which no mode follows."""
+    """Wrap the loaders of all parameters with memory: models call them from threads, where no mode is active."""
     from sglang.srt.model_loader.weight_utils import default_weight_loader
 
     before = []
@@ -98,7 +98,7 @@ def loaders_wrapped(model: torch.nn.Module, wrap: Callable[[str, WeightLoader], 
 
 @contextmanager
 def notes_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Have models forget what they note down meanwhile: placeholders, in place of the parameters that are served."""
+    """Restore models' snapshots of parameters afterwards: new ones would hold placeholders."""
     before = {
         module: {name: vars(module)[name] for name in NOTED if name in vars(module)} for module in model.modules()
     }
@@ -113,7 +113,7 @@ def notes_kept(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def load_weights_given(model: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Make ``model.load_weights`` load what ``change`` makes of the weights."""
+    """Make ``model.load_weights`` load ``change(weights)``."""
     attributes: dict[str, Any] = vars(model)
     own, original = attributes.get("load_weights"), model.load_weights
 

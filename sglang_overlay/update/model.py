@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of each model that can be updated, for as long as it lives."""
+"""What updates need to know of each model, kept while the model lives."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _models: weakref.WeakKeyDictionary[torch.nn.Module, UpdatableModel] = weakref.We
 
 
 class UpdatableModel:
-    """All that a model's updates need to know, and the update that is open.
+    """What a model's updates need to know, and the open update.
 
     Args:
         layers: the layers that were quantized here.
-        stock: why others went through stock's quantization, by name.
-        wanted: what the model wants of its checkpoint's tensors.
+        stock: names of layers that stock quantized, with the reasons.
+        wanted: the shapes that the model expects of checkpoint tensors.
 
     Attributes:
-        open: the update that is open.
-        unopened: why the session that is under way has none, where that went wrong; told by its calls and at its end.
+        open: the open update.
+        unopened: the error, if the current session's update could not be opened; its calls and its end raise it.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class UpdatableModel:
         self._stock = {name: reason for name, reason in stock.items() if name not in known}
 
     def begin(self, executor: Executor | None = None) -> WeightUpdate:
-        """Open an update, in place of one that was never ended.
+        """Open an update. One that was never ended is undone first.
 
         Args:
-            executor: does the work; one of the model's device without threads unless given.
+            executor: does the work; by default one without threads for the model's device.
         """
         self.abort()
         if self._stock:
@@ -68,20 +68,24 @@ class UpdatableModel:
         return next((weight.device for weight in weights), torch.device("cpu"))
 
     def commit(self) -> None:
-        """Close the open update, if any. What it has written stays."""
+        """Close the open update, if any, and keep what it has written."""
         update, self.open = self.open, None
         if update is not None:
             update.close()
 
     def detach(self) -> WeightUpdate:
-        """The open update, which was right, for somebody else to undo or close."""
+        """Hand over the open update, which succeeded, to a caller who will undo or close it.
+
+        Raises:
+            RuntimeError: no update is open.
+        """
         if self.open is None:
             raise RuntimeError("no update is open")
         update, self.open = self.open, None
         return update
 
     def abort(self) -> None:
-        """Close the open update, if any, and put back what it has overwritten."""
+        """Undo and close the open update, if any."""
         update, self.open = self.open, None
         if update is not None:
             update.undo()
@@ -89,7 +93,7 @@ class UpdatableModel:
 
 
 def remember(model: torch.nn.Module, updatable: UpdatableModel) -> None:
-    """Keep what ``model``'s updates need for as long as the model lives."""
+    """Keep ``updatable``, for updates, while ``model`` lives."""
     present = set(model.modules())
     for layer in updatable.layers:
         if layer.module not in present:
@@ -98,5 +102,5 @@ def remember(model: torch.nn.Module, updatable: UpdatableModel) -> None:
 
 
 def updatable(model: torch.nn.Module) -> UpdatableModel | None:
-    """What was remembered for ``model``."""
+    """What was remembered for ``model``; None if nothing was."""
     return _models.get(model)

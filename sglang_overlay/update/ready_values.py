@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that a trainer has quantized itself, with their scales, on their way into a parameter: taken to the bit."""
+"""Take values that a trainer has quantized itself, and their scales, into a parameter unchanged, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sglang_overlay.update.update_capture import dtype_name
 
 @dataclass(frozen=True, eq=False)
 class _Write:
-    """Quantized values that go into ``region``'s box of ``region.count`` units from ``first`` on."""
+    """Quantized values for ``region``, beginning in unit ``first``."""
 
     first: int
     region: TargetRegion
@@ -33,17 +33,17 @@ class _Write:
 class ReadyValues:
     """Holds quantized values and scales of one parameter until units have all of both; then replaces these units.
 
-    Any thread may write; ``_lock`` is held meanwhile. All else is for when no loader runs.
+    Any thread may write, which holds ``_lock``. Everything else may be called only while no loader runs.
 
     Args:
         name: of the parameter, for messages.
-        grid: how it divides into units.
-        storage: its final memory; scales have one dimension beside the units, or none.
-        scale: the placeholder of the scales, in the order of the storage's; several for each of them where the parts of
-            a fused weight, which is served with one scale, have one each.
-        scale_name: of that parameter, for messages.
-        undo: keeps what is replaced.
-        account: counts what waits.
+        grid: how the parameter divides into units.
+        storage: its final memory; scales are ``[units]`` or ``[units, scales]``.
+        scale: the placeholder of the scales, in the order of the storage's. It may have several per served scale: one
+            for each part of a fused weight that is served with one scale.
+        scale_name: of that placeholder, for messages.
+        undo: keeps replaced values.
+        account: counts waiting values.
     """
 
     def __init__(
@@ -71,10 +71,14 @@ class ReadyValues:
         self._scaled = torch.zeros(scale.numel(), dtype=torch.bool)
         self._whole = torch.zeros(grid.count, dtype=torch.bool)
         self.taken = torch.zeros(grid.count, dtype=torch.bool)
-        """Units that have been replaced."""
+        """Units that have been replaced: bool, ``[units]``."""
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Take a write of scales: ``destination`` is a view of the scales' placeholder."""
+        """Take a write of scales: ``destination`` is a view of the scales' placeholder.
+
+        Raises:
+            WeightUpdateError: the parts of a fused weight have different scales.
+        """
         view = destination.size(), destination.stride(), destination.storage_offset()
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
             self._scale.as_strided(*view).copy_(source)
@@ -85,7 +89,8 @@ class ReadyValues:
         """Take a write of quantized values: ``destination`` is a view of the values' placeholder.
 
         Raises:
-            UnsupportedWriteError: the view is no box of the parameter.
+            UnsupportedWriteError: the view is not a box of the parameter.
+            WeightUpdateError: the parts of a fused weight have different scales.
         """
         try:
             first, region = self._regions.of(destination)
@@ -94,7 +99,7 @@ class ReadyValues:
                 self.write_values(*part)
             return
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():
-            # The sender may use the tensor's memory again.
+            # The sender may reuse the tensor's memory.
             values = region.lay_out(source).to(self._storage.weight.device, copy=True)
             write = _Write(first, region, values)
             self._account.add(values.nbytes)
@@ -104,14 +109,14 @@ class ReadyValues:
 
     @property
     def open_units(self) -> torch.Tensor:
-        """Units of which something has come, but not all of values and scales: bool, one a unit."""
+        """Units with some, but not all, of their values and scales: bool, ``[units]``."""
         found = self._whole | self._scaled.view(self._grid.count, -1).any(1)
         found[list(self._missing)] = True
         return found
 
     @property
     def problem(self) -> str | None:
-        """What has come in part only."""
+        """A message about units that are incomplete; None if there are none."""
         left = self.open_units
         if not left.any():
             return None
@@ -122,19 +127,19 @@ class ReadyValues:
         )
 
     def saved(self) -> tuple[object, ...]:
-        """What ``restore`` goes back to."""
+        """A snapshot for ``restore``."""
         missing = {unit: list(boxes) for unit, boxes in self._missing.items()}
         tensors = (self._scale.clone(), self._scaled.clone(), self._whole.clone(), self.taken.clone())
         return list(self._waiting), missing, tensors
 
     def restore(self, saved: tuple[object, ...]) -> None:
-        """Hold again what was held when ``saved`` was made."""
+        """Go back to the state at the time of ``saved``."""
         self.drop_staged()
         self._waiting, self._missing, (self._scale, self._scaled, self._whole, self.taken) = saved  # type: ignore[assignment,misc]
         self._account.add(sum(write.values.nbytes for write in self._waiting))
 
     def drop_staged(self) -> None:
-        """Give all memory of values back."""
+        """Release the memory of waiting values."""
         self._account.add(-sum(write.values.nbytes for write in self._waiting))
         self._waiting = []
 
@@ -148,7 +153,7 @@ class ReadyValues:
             self._whole[unit] |= not self._missing[unit]
 
     def _replace(self) -> None:
-        """Replace the units that have all of their values and scales."""
+        """Replace the units that now have all of their values and scales."""
         ready = self._whole & self._scaled.view(self._grid.count, -1).all(1)
         done = [write for write in self._waiting if bool(ready[write.units].all())]
         if not done:
@@ -161,7 +166,7 @@ class ReadyValues:
             self._write(write)
             self.taken[write.units] = True
             self._account.add(-write.values.nbytes)
-        # What comes for them from now on is another set of values and scales.
+        # Later values and scales for these units are a new set.
         for write in done:
             self._whole[write.units] = False
             self._scaled.view(self._grid.count, -1)[write.units] = False
@@ -179,7 +184,7 @@ class ReadyValues:
         scale.copy_(self._scales_of(write)[..., 0].reshape(scale.shape))
 
     def _scales_of(self, write: _Write) -> torch.Tensor:
-        """Scales that have come for units: for each unit, scale that is served, and part that has one."""
+        """The scales received for a write's units: ``[units, served scales of a unit, parts]``."""
         return self._scale.view(self._grid.count, -1, self._parts)[write.units]
 
     def _refuse_different(self, scales: torch.Tensor) -> None:

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight updates: high-precision weights into the fp8 storage of a model that is being served.
 
-SGLang updates a model by calling its ``load_weights`` again, once (from disk) or many times between the two ends of a
+SGLang updates a model by calling its ``load_weights`` again, once (from disk) or many times between begin and end of a
 session (tensors, a process group). Requests may be answered between two calls, so:
 
-1. ``UpdatableModel`` keeps, from the first load, each layer's placeholders and upstream's loaders: no weights.
+1. ``UpdatableModel`` keeps, from the first load, each layer's placeholders and upstream's loaders, but no weights.
 2. ``WeightUpdate`` lives from begin to end. It gives each placeholder a stream into the storage that is being served,
-   and keeps units of which only a part has come.
-3. While ``load_weights`` runs, and only then, each layer is what it was before its first quantization: placeholders
-   under the parameters' names, no scales (``WeightUpdate.loading``).
-4. Afterwards the very same fp8 parameters are back, so whatever refers to their memory (CUDA graphs) stays valid.
+   and holds incomplete units.
+3. While ``load_weights`` runs, and only then, each layer looks as before its first quantization: placeholders under
+   the parameters' names, no scales (``WeightUpdate.loading``).
+4. Afterwards the same fp8 parameters are back, so references to their memory (CUDA graphs) stay valid.
 
-A unit is replaced when all of it has come: in high precision, or quantized already in the layout that is served, with
-its scales. Before anything is overwritten it is kept in host memory (``undo.py``). So a call that fails leaves what
-calls before it have left, and an update that fails, or ends with units of which only a part came, leaves the weights of
-before. No high-precision value is ever written into quantized memory, whatever way leads there
-(``update_capture.py``).
+A unit is replaced when all of it has been sent: in high precision, or already quantized in the served layout, with its
+scales. Everything is copied to host memory before it is overwritten (``undo.py``). So after a failed call the weights
+are those of before that call; after an update that failed, or ended with incomplete units, those of before the update.
+No path writes a high-precision value into quantized memory (``update_capture.py``).
 """
 
 from __future__ import annotations
@@ -74,15 +73,15 @@ NOTHING_KNOWN = WantedShapes()
 
 
 class WeightUpdate:
-    """One update, from begin to end. Belongs to the thread that updates; loader threads reach only the sinks.
+    """One update, from begin to end. Belongs to the updating thread; loader threads reach only the sinks.
 
     Args:
         layers: of the model.
-        executor: does the work; none but the plain one unless given.
-        wanted: what the model wants of its checkpoint's tensors.
+        executor: does the work; by default the plain one.
+        wanted: the shapes that the model expects of checkpoint tensors.
 
     Attributes:
-        given: what upstream was given in the call that is under way.
+        given: the tensors that upstream was given in the current call.
     """
 
     def __init__(
@@ -123,13 +122,13 @@ class WeightUpdate:
         return module in self._layers or module in self._wrappers
 
     def takes(self, name: str) -> bool:
-        """Whether a parameter of this name is quantized by this update, or refused."""
+        """Whether this update quantizes, or refuses, writes to a parameter of this name."""
         return name in self._names
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
     def begin_call(self) -> None:
-        """One of several calls begins: ``undo_call`` goes back to here."""
+        """Begin one of several calls: ``undo_call`` goes back to here."""
         self.given = GivenTensors()
         self._undo.begin_call()
         self._bindings.append(None)
@@ -143,7 +142,7 @@ class WeightUpdate:
         }
 
     def keep_call(self) -> None:
-        """The call that is under way was right."""
+        """End the current call, which succeeded."""
         self._saved = None
         self._undo.keep_call()
         last = self._bindings.pop()
@@ -152,10 +151,10 @@ class WeightUpdate:
             self._unrepeated.pop(name, None)
 
     def undo_call(self, names: Iterable[str] = ()) -> None:
-        """Go back to before the call that is under way. It has to be repeated before the update ends.
+        """Go back to before the current call. Its tensors have to be sent again before the update ends.
 
         Args:
-            names: of the tensors it was to bring, beside those that upstream was given.
+            names: of the call's tensors, in addition to those that upstream was given.
         """
         saved, self._saved = self._saved, None
         self._undo.undo_call()
@@ -171,12 +170,12 @@ class WeightUpdate:
         self.expect_again([*self.given.names, *names])
 
     def expect_again(self, names: Iterable[str]) -> None:
-        """A call has failed that was to bring tensors of these names: without them, the update is not complete."""
+        """Require these tensors, of a call that failed, to be sent again before the update ends."""
         self._unrepeated.update(dict.fromkeys(names))
 
     def undo(self) -> None:
-        """Put back everything that was overwritten since the update began."""
-        # First: workers may still be writing.
+        """Restore everything that was overwritten since the update began."""
+        # First, since workers may still be writing.
         self._executor.close()
         self._undo.undo()
         for bindings in reversed(self._bindings):
@@ -184,11 +183,11 @@ class WeightUpdate:
 
     @contextmanager
     def loading(self, model: torch.nn.Module) -> Iterator[None]:
-        """Around a call of ``load_weights``, with whatever upstream does before and after it.
+        """Context for a call of ``load_weights``, including what upstream does before and after it.
 
         Raises:
-            WeightUpdateError: a layer cannot take what upstream's loader does, or upstream has left the model tensors
-                that cannot be served.
+            WeightUpdateError: a layer cannot take what upstream's loader writes, or upstream has left tensors in the
+                model that cannot be served.
         """
         self._bindings[-1] = self._bindings[-1] or Bindings(model)
         self._wrappers = dict(wrapped_layers(model, self._layers.values()))
@@ -234,15 +233,15 @@ class WeightUpdate:
     def write_direct(
         self, model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], load: Callable[[Any], None]
     ) -> None:
-        """Have upstream load tensors into the parameters of these names, as they are served.
+        """Have upstream load tensors into the served parameters with these names.
 
         Args:
-            model: that is updated.
-            tensors: names of parameters, and values in the form that is served.
-            load: upstream's own loading.
+            model: the model that is updated.
+            tensors: names of parameters, and values in the served form.
+            load: upstream's own function.
 
         Raises:
-            WeightUpdateError: values would be converted from or to a quantized form.
+            WeightUpdateError: values would be cast from or to a quantized dtype.
         """
         self._bindings[-1] = self._bindings[-1] or Bindings(model)
         known = dict(model.named_parameters())
@@ -258,11 +257,11 @@ class WeightUpdate:
         load(tensors)
 
     def finish(self, model: torch.nn.Module) -> None:
-        """Quantize what was only waiting for the end.
+        """Quantize covered units that had to wait for the end, and check that the update is complete.
 
         Raises:
-            PartialUpdateError: some units came only in part.
-            WeightUpdateError: weights came that do not go together, or that have failed and not been sent again.
+            PartialUpdateError: some units were sent only in part.
+            WeightUpdateError: weights contradict each other, or a call failed and its weights were not sent again.
         """
         self._executor.close()
         self._executor.check()
@@ -302,7 +301,7 @@ class WeightUpdate:
         )
 
     def close(self) -> None:
-        """End what runs beside the update and give all staging memory back. May be called again."""
+        """Close the executor and release all staging memory. May be called more than once."""
         self._executor.close()
         self._undo.forget()
         for stream in self._streams.values():
@@ -312,14 +311,14 @@ class WeightUpdate:
 
     @property
     def replaced(self) -> list[str]:
-        """Names of the fp8 layers that hold new values, at least in part."""
+        """Names of the fp8 layers that hold some new values."""
         names = dict.fromkeys(
             name.rpartition(".")[0] for name, stream in self._streams.items() if stream.replaced_units
         )
         return [*names, *self._replaced]
 
     def untouched(self, model: torch.nn.Module, model_config: Any) -> list[str]:
-        """What a whole checkpoint should have replaced and this update has not: names, with units where only some."""
+        """Names of parameters that a complete checkpoint would replace, but this update has not, or only in part."""
         left = {name: stream.units - stream.replaced_units for name, stream in self._streams.items()}
         told = [f"{name} ({count} of {self._streams[name].units} units)" for name, count in left.items() if count]
         told += [name for name in self._whole if name.rpartition(".")[0] not in self._replaced]
@@ -332,7 +331,7 @@ class WeightUpdate:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the layers that it may replace."""
+        """Names of the layers that the update may replace."""
         return [layer.name for layer in self._layers.values()]
 
     @property
@@ -401,7 +400,7 @@ class WeightUpdate:
         return self._streams[name]
 
     def _served(self, model: torch.nn.Module) -> ServedMemory:
-        """All memory of the model, as it is served. To be called while no placeholder is shown."""
+        """All memory of the model as it is served. To be called while no placeholders are shown."""
         quantized: dict[int, str] = dict(self._quantized)
         others: dict[int, str] = {}
         for name, tensor in tensors_of(model):
@@ -410,7 +409,7 @@ class WeightUpdate:
         return ServedMemory(quantized, others, self._undo)
 
     def _offered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """``weights``, noted one by one, in groups where they only load together."""
+        """``weights``, each noted in ``given``; tensors that only load together come together."""
         return self._groups.complete(self._noted(weights))
 
     def _noted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -419,7 +418,7 @@ class WeightUpdate:
             yield name, tensor
 
     def _unpaired(self, model: torch.nn.Module) -> list[str]:
-        """Of what came by the parameters' own names: values without their scales, and the reverse."""
+        """Of the tensors sent by parameter name, values without their scales, and the reverse."""
         known = dict(model.named_parameters()) if self._direct else {}
         pairs = [
             (name, f"{name}{suffix}") for name in known for suffix in ("_scale", "_scale_inv")
@@ -432,7 +431,7 @@ class WeightUpdate:
         ]
 
     def _wrap(self, name: str, loader: WeightLoader) -> WeightLoader:
-        """Upstream's loader of a weight, captured where it runs in a thread of its own; its errors name the weight."""
+        """Upstream's loader of a weight, captured also if it runs in another thread; its errors name the weight."""
 
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
@@ -451,10 +450,10 @@ class WeightUpdate:
         return load
 
     def _explain(self, error: KeyError) -> None:
-        """Models look parameters up by name, and a layer has those of its own layout only.
+        """Explain why a model did not find a parameter: a layer only has those of its own layout.
 
         Raises:
-            WeightUpdateError: it was looking for scales, or the like, of another layout.
+            WeightUpdateError: the model was looking for scales, or similar, of another layout.
         """
         last = self.given.last or ""
         if last.rpartition(".")[2] not in PACKED:
@@ -469,7 +468,7 @@ class WeightUpdate:
         ) from error
 
     def _refuse_misfits(self) -> None:
-        """Loaders pad, repeat and cut what does not fit, without a word.
+        """Refuse tensors that do not fit, which loaders silently pad, repeat and cut.
 
         Raises:
             WeightUpdateError: some tensors do not have the shape that the model needs.
@@ -497,7 +496,7 @@ class WeightUpdate:
 
     @contextmanager
     def _whole_quantized(self) -> Iterator[None]:
-        """Quantize, when upstream is done with them, weights that it reads in high precision."""
+        """Quantize weights that upstream reads in high precision, when it is done with them."""
         try:
             yield
             with torch.inference_mode(mode=False), torch.no_grad():
@@ -512,14 +511,14 @@ class WeightUpdate:
     def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan | None) -> None:
         self._replaced[name.rpartition(".")[0]] = None
         if plan is None:
-            # Upstream has made of it what it serves, and forgotten the layer.
+            # Upstream has computed what it serves from the weight, and deleted the layer.
             return
         found = quantize_whole(plan, values)
         self._damaged += [] if found.isfinite().all() else [name]
 
 
 class _Refusal:
-    """Stands for a weight that cannot be replaced in place."""
+    """The sink of a weight that cannot be replaced in place: refuses all writes."""
 
     def __init__(self, name: str) -> None:
         self.name = name

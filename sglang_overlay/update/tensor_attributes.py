@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that upstream computes from weights, and that an update leaves in the memory that they have."""
+"""Keep tensors that upstream computes from weights in the same memory during an update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_overlay.update.undo import UndoLog
 class TensorAttributes:
     """Tensors that modules hold as attributes, such as MLA's ``w_kc``, or in lists and dicts; no parameters or buffers.
 
-    By name, since upstream may make the lists and dicts anew as well.
+    Tracked by name, since upstream may replace the lists and dicts as well.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -23,22 +23,22 @@ class TensorAttributes:
         self._found = {name: tensor for name, _, _, tensor in _slots(model) if not tensor.is_meta}
 
     def keep_memory(self, undo: UndoLog) -> list[str]:
-        """Where upstream has put a new tensor in place of one, move its values into the old one's memory.
+        """Where upstream has replaced a tensor, copy the new values into the old memory.
 
         Args:
             undo: keeps what is overwritten.
 
         Returns:
-            Names of those that have got another form; they keep their old values too.
+            Names of tensors whose shape or dtype has changed; they keep their old values.
         """
         changed, moved = [], []
         for name, holder, key, new in list(_slots(self._model)):
             old = self._found.get(name, new)
             if new is old:
                 continue
-            # First of all, whatever becomes of the values.
+            # In any case, whether or not the values can be copied.
             holder[key] = old
-            # Without data: computed from a weight that did not come in this update, and so has not changed.
+            # No data: computed from a weight that was not sent in this update and so has not changed.
             if new.is_meta:
                 continue
             if (new.shape, new.dtype) != (old.shape, old.dtype):
@@ -53,7 +53,7 @@ class TensorAttributes:
 
 
 def _slots(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any, torch.Tensor]]:
-    """Where modules hold tensors beside parameters and buffers: name, list or dict, index or key, and the tensor."""
+    """Where modules hold tensors that are not parameters or buffers: name, container, index or key, and tensor."""
     for prefix, module in model.named_modules():
         attributes = vars(module)
         for key in [key for key in attributes if key not in TORCH_ATTRIBUTES]:

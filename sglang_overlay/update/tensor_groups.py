@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint tensors that a model only loads together, however an update splits them over its calls."""
+"""Checkpoint tensors that a model only loads together, even if an update sends them in different calls."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FUSED_BY_THE_MODEL = {
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
     "fused_qkv_a_g_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa", "g_proj"),
 }
-"""Layers whose weight a model puts together itself, by the last part of their name, from these checkpoint tensors.
+"""Layers whose weight a model fuses itself, by the last part of their name, and the checkpoint tensors it fuses.
 
 ``load_weights`` of deepseek_v2 and its relatives (bailing_moe, glm4_moe_lite, glm5_next, kimi_k25_eagle3,
-longcat_flash, dots3) waits for all of them, but only within one call: one that comes alone is dropped without a word.
+longcat_flash, dots3) waits for all of them, but only within one call: it silently drops a tensor that comes alone.
 """
 
 
 class TensorGroups:
-    """Hands tensors that only load together to upstream in one call, whichever calls of an update they come in.
+    """Holds tensors that only load together until upstream can get all of them in one call.
 
     Args:
         layers: names of the model's layers.
-        account: counts what is held for those to come.
+        account: counts the memory of held tensors.
     """
 
     def __init__(self, layers: Iterable[str], account: StagingAccount) -> None:
@@ -35,7 +35,7 @@ class TensorGroups:
         self._held: dict[str, dict[str, torch.Tensor]] = {}
 
     def complete(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """``weights``, without those that wait for others of their group, and with those that do so no longer."""
+        """``weights``, but tensors of a group are held until all of it has come, then yielded together."""
         for name, tensor in weights:
             part = next((part for part in name.split(".") if part in self._parts), None)
             # A pickled file may hold anything.
@@ -51,21 +51,21 @@ class TensorGroups:
                 yield from {**others, name: tensor}.items()
                 self._account.add(-sum(map(_bytes_of, others.values())))
             else:
-                # The sender may use the tensor's memory again.
+                # The sender may reuse the tensor's memory.
                 others[name] = tensor.clone()
                 self._account.add(tensor.nbytes)
 
     @property
     def waiting(self) -> list[str]:
-        """Names of fused weights of which a part has not come."""
+        """Names of fused weights that have been sent only in part."""
         return list(self._held)
 
     def saved(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What ``restore`` goes back to."""
+        """A snapshot for ``restore``."""
         return {whole: dict(others) for whole, others in self._held.items()}
 
     def restore(self, saved: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Hold again what was held when ``saved`` was made."""
+        """Go back to the state at the time of ``saved``."""
         self._account.add(-self._size)
         self._held = {whole: dict(others) for whole, others in saved.items()}
         self._account.add(self._size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a weight update has overwritten, in host memory, so that an update that fails leaves the weights of before."""
+"""Keep in host memory what a weight update overwrites, so that a failed update can be undone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Region = tuple[Any, ...]
 class UndoLog:
     """Values that writes have replaced, newest call last.
 
-    Each region is kept once a call, before its first write; putting back starts with the newest, so overlapping
-    regions end with what was there first. Any thread may ``keep``. All else is for when no loader runs.
+    Each region is kept once per call, before its first write. Restoring starts with the newest, so overlapping regions
+    end with their first values. Any thread may ``keep``; everything else may be called only while no loader runs.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class UndoLog:
         self._calls: list[dict[Region, tuple[torch.Tensor, torch.Tensor]]] = [{}]
 
     def keep(self, *views: torch.Tensor) -> None:
-        """Keep what ``views`` hold, which are about to be written to."""
+        """Keep the values of ``views``, which are about to be overwritten."""
         kept = self._calls[-1]
         for view in views:
             region = (storage_key(view), view.storage_offset(), view.shape, view.stride(), view.dtype)
@@ -45,37 +45,36 @@ class UndoLog:
         self._calls.append({})
 
     def keep_call(self) -> None:
-        """The last call was right: what it replaced is only needed to undo all calls."""
+        """End the last call, which succeeded: only ``undo`` can restore what it replaced."""
         last = self._calls.pop()
         for region, pair in last.items():
             self._calls[-1].setdefault(region, pair)
 
     def undo_call(self) -> None:
-        """Put back what the last call replaced."""
+        """Restore what the last call replaced."""
         _put_back(self._calls.pop())
 
     def undo(self) -> None:
-        """Put back everything."""
+        """Restore everything."""
         for call in reversed(self._calls):
             _put_back(call)
         self.forget()
 
     def forget(self) -> None:
-        """What was written stays."""
+        """Keep the new values: drop the log."""
         self._room = _Room()
         self._calls = [{}]
 
     @property
     def storages(self) -> Collection[int]:
-        """``storage_key`` of everything that was written to."""
+        """``storage_key`` of every storage that was written to."""
         return {region[0] for call in self._calls for region in call}
 
 
 class _Room:
-    """Host memory for copies, in large pieces.
+    """Host memory for copies, allocated in large blocks. Thread-safe.
 
-    Of its own, since pieces of units that wait are of the same sizes, and short-lived: among them malloc would leave
-    holes that nothing fills. Any thread may ask.
+    Staged pieces have the same sizes but are short-lived: allocated between them, copies would fragment the heap.
     """
 
     size = 8 << 20
@@ -86,9 +85,9 @@ class _Room:
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def for_values_of(self, view: torch.Tensor) -> torch.Tensor:
-        """Uninitialized and contiguous, of the shape and dtype of ``view``."""
+        """An uninitialized contiguous host tensor with the shape and dtype of ``view``."""
         size = -(-view.nbytes // self.aligned) * self.aligned
-        # Tensors that are made in inference mode can be written to in that mode only.
+        # Tensors made in inference mode can be written to only in that mode.
         with self._lock, torch.inference_mode(mode=False):
             if size > len(self._free):
                 self._free = torch.empty(max(self.size, size), dtype=torch.uint8)
@@ -97,14 +96,14 @@ class _Room:
 
 
 def _put_back(kept: dict[Region, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    # Tensors that were made in inference mode can be written to in that mode only, and all others as well.
+    # Tensors made in inference mode can be written to only in that mode, where all others can be as well.
     with torch.inference_mode():
         for view, old in reversed(kept.values()):
             view.copy_(old)
 
 
 class UndoableQuantizer:
-    """A ``UnitQuantizer`` that keeps what it replaces."""
+    """Wraps a ``UnitQuantizer``, and keeps what it overwrites."""
 
     def __init__(self, quantizer: UnitQuantizer, undo: UndoLog) -> None:
         self._quantizer = quantizer
@@ -126,13 +125,13 @@ class UndoableQuantizer:
 
 
 class Bindings:
-    """Which parameters and buffers each module of a model holds, to put back where upstream has replaced them."""
+    """A snapshot of the parameters and buffers of each module, to restore those that upstream replaces."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._held = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
 
     def put_back(self) -> None:
-        """Have each module hold what it held."""
+        """Restore each module's parameters and buffers."""
         for module, parameters, buffers in self._held:
             module._parameters = parameters
             module._buffers = buffers

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What upstream's loaders do during a weight update, operation by operation.
+"""Capture the operations of upstream's loaders during a weight update.
 
-Writes to placeholders go to their sinks. All others are looked at by the memory they go to, whatever name led there:
-quantized memory is refused, any other memory of the model is kept for undoing first.
+Writes to placeholders go to their sinks. All others are judged by the memory they go to, whatever its name: writes to
+quantized memory are refused, and any other memory of the model is first kept for undoing.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ aten = torch.ops.aten
 
 
 class GivenTensors:
-    """The tensors that upstream was given in one call, and which of them it did anything with.
+    """The tensors that upstream was given in one call, and which of them it used.
 
-    Any thread may ``note``; ``offer`` is called in turn. Several tensors may share a storage (flattened buckets).
+    Any thread may ``note``, but only one may ``offer``. Several tensors may share a storage (flattened buckets).
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._spans: dict[int, list[tuple[int, int, str]]] = {}
-        # A weak reference keeps a storage's number from being given to other memory.
+        # A weak reference keeps a storage's key from being reused for other memory.
         self._alive: dict[int, StorageWeakRef] = {}
         self._used: set[str] = set()
         self.names: dict[str, None] = {}
         self.last: str | None = None
-        """Name of the tensor that upstream was given last."""
+        """Name of the tensor that upstream was given last; None before the first."""
 
     def offer(self, name: str, tensor: torch.Tensor) -> None:
         """Note that upstream is about to get ``tensor``."""
@@ -58,7 +58,7 @@ class GivenTensors:
             self._spans[key].sort()
 
     def note(self, values: Iterable[Any]) -> None:
-        """Upstream does something with these arguments."""
+        """Note that upstream uses these arguments of an operation or a loader."""
         for value in values:
             if isinstance(value, torch.Tensor):
                 name = self.name_of(value)
@@ -68,7 +68,7 @@ class GivenTensors:
                 self.note(value)
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
-        """The given tensor that ``tensor`` is a view of."""
+        """Name of the given tensor that ``tensor`` is a view of; None if there is none."""
         spans = self._spans.get(storage_key(tensor))
         if spans is None:
             return None
@@ -80,17 +80,17 @@ class GivenTensors:
 
     @property
     def unused(self) -> list[str]:
-        """Names of tensors that nothing was done with, in the order in which they came."""
+        """Names of tensors that upstream has not used, in the order given."""
         return [name for name in self.names if name not in self._used]
 
 
 class ServedMemory:
-    """The memory of a model that an update may find itself writing to, by ``storage_key``.
+    """The memory of a model that loaders may write to directly, by ``storage_key``.
 
     Args:
-        quantized: names of quantized weights and their scales, which only quantizing fills.
+        quantized: names of quantized weights and their scales, which only quantizing may write.
         others: names of all other tensors.
-        undo: keeps what those hold before they are written to.
+        undo: keeps their values before they are overwritten.
     """
 
     def __init__(self, quantized: Mapping[int, str], others: Mapping[int, str], undo: UndoLog) -> None:
@@ -99,10 +99,10 @@ class ServedMemory:
         self._undo = undo
 
     def before_write(self, destination: torch.Tensor) -> None:
-        """Allow a write, or not.
+        """Allow a write, after keeping the values for undoing.
 
         Raises:
-            WeightUpdateError: it goes to quantized memory.
+            WeightUpdateError: the write goes to quantized memory.
         """
         key = storage_key(destination)
         if key in self._quantized:
@@ -115,13 +115,13 @@ class ServedMemory:
 
 
 class UpdateCapture(PartialCapture):
-    """As ``PartialCapture``; writes that go elsewhere are allowed by ``served``, and fp8 values are never converted.
+    """A ``PartialCapture`` that asks ``served`` about all other writes, and refuses to cast fp8 values.
 
     Args:
         sinks: the sink for each placeholder, by ``storage_key``.
-        takes_values: those of the placeholders whose sinks take quantized values, with the dtype that is served.
+        takes_values: placeholders whose sinks take quantized values, by ``storage_key``, with the served dtype.
         served: the model's other memory.
-        given: what upstream was given in this call.
+        given: the tensors that upstream was given in this call.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class UpdateCapture(PartialCapture):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self._given.note(args)
-        # A number that is copied comes as the number it is.
+        # copy_ may also get a plain number.
         if func is aten.copy_.default and isinstance(args[1], torch.Tensor):
             self._refuse_conversion(args[1], args[0].dtype, storage_key(args[0]))
             if not args[1].is_meta and not _is_same_memory(args[0], args[1]):
@@ -172,7 +172,7 @@ class UpdateCapture(PartialCapture):
 
 
 def _is_same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether copying changes nothing: SGLang's post_load.py moves ``cuda:0`` to ``cuda`` and back."""
+    """Whether a copy would change nothing, as when SGLang's post_load.py moves ``cuda:0`` to ``cuda`` and back."""
     return _place(one) == _place(other)
 
 
@@ -181,12 +181,12 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """For messages."""
+    """A dtype's name, for messages."""
     return str(dtype).removeprefix("torch.")
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors that an operation changes."""
+    """The tensors that an operation writes to."""
     positions, names = _changed_arguments(func)
     values = [args[position] for position in positions if position < len(args)]
     values += [kwargs[name] for name in names if name in kwargs]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One parameter during a weight update: a stream that can go back to before a call, and takes quantized values."""
+"""One parameter's stream during a weight update: it can undo a call, and takes quantized values."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sglang_overlay.update.update_capture import dtype_name
 
 
 class UpdateStream(ParameterStream):
-    """As ``ParameterStream``, for a parameter that is being served.
+    """A ``ParameterStream`` for a parameter that is being served.
 
     Args:
-        arguments: those of ``ParameterStream``, and ``rows`` and ``executor``.
-        ready: takes values that are quantized already, and their scales; None where they cannot be taken.
-        under_way: this thread's loader call; None where there is none.
+        arguments: those of ``ParameterStream``; so are ``rows`` and ``executor``.
+        ready: takes already quantized values; None if the parameter cannot take any.
+        under_way: returns this thread's current loader call, or None.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class UpdateStream(ParameterStream):
         self._under_way = under_way
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """As of ``ParameterStream``.
+        """Like ``ParameterStream.write``, but also takes quantized values.
 
         Raises:
-            WeightUpdateError: the values are quantized, and not as this parameter is.
+            WeightUpdateError: the values are quantized, but not in the way this parameter is.
         """
         source = self._as_padding(source)
         if source.dtype not in QUANTIZED and source.dtype is not self.storage.weight.dtype:
@@ -63,7 +63,7 @@ class UpdateStream(ParameterStream):
 
     @property
     def partial_units(self) -> list[int]:
-        """Units of which a part has come and the rest has not, in order. For when no loader runs."""
+        """Units that have been sent only in part, in order. To be called while no loader runs."""
         self._wait()
         return sorted(
             unit
@@ -72,7 +72,7 @@ class UpdateStream(ParameterStream):
         )
 
     def _as_padding(self, source: torch.Tensor) -> torch.Tensor:
-        """``source``; a number that upstream's loader puts around quantized values in the values' dtype."""
+        """``source``; if a fill pads quantized values, in their dtype."""
         if any(source.stride()):
             return source
         call = self._under_way()
@@ -90,12 +90,12 @@ class UpdateStream(ParameterStream):
 
     @property
     def replaced_units(self) -> int:
-        """Units that hold new values."""
+        """Number of units that hold new values."""
         return self.done_units if self._ready is None else int((self._done_mask() | self._ready.taken).sum())
 
     @property
     def problem(self) -> str | None:
-        """What has come in part only, or in two ways."""
+        """A message about units sent only in part, or both in high precision and quantized; None if there are none."""
         partial = self.partial_units
         if partial:
             return f"{self.name} ({len(partial)} of {self.units} units)"
@@ -108,7 +108,7 @@ class UpdateStream(ParameterStream):
 
     @property
     def conflict(self) -> LayerNotStreamableError | None:
-        """Why what came after a unit was complete does not go with it. Ends the stream."""
+        """The error if writes after a unit was complete contradict it, else None. Ends the stream."""
         try:
             self.settle()
         except LayerNotStreamableError as error:
@@ -117,11 +117,11 @@ class UpdateStream(ParameterStream):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether NaN or Inf was put into a unit. Waits for the device."""
+        """Whether this update wrote NaN or Inf. Waits for the device."""
         return any(self._done[unit] for unit in units_not_finite([self.magnitudes])[0])
 
     def saved(self) -> Mapping[str, Any]:
-        """What ``restore_call`` goes back to. For when no loader runs, as all that follows."""
+        """A snapshot for ``restore_call``. This and the methods below may be called only while no loader runs."""
         return {
             "staged": {unit: (list(held.pieces), held.has_background) for unit, held in self._staged.items()},
             "watches": {unit: list(watches) for unit, watches in self._watches.items()},
@@ -133,13 +133,13 @@ class UpdateStream(ParameterStream):
         }
 
     def restore_call(self, saved: Mapping[str, Any]) -> None:
-        """Hold again what was held when ``saved`` was made."""
+        """Go back to the state at the time of ``saved``."""
         self.drop_staged()
         for unit, (pieces, has_background) in saved["staged"].items():
             staged = self._staged[unit] = StagedUnit(self._account, has_background=has_background)
             known: set[int] = set()
             for piece in pieces:
-                # Parts of one piece share its memory; mapped files, which are watched, cost none.
+                # Parts of one piece share its memory, which is counted once; watched pieces lie in mapped files: free.
                 if unit in saved["watches"] or storage_key(piece.values) in known:
                     staged.pieces.append(piece)
                 else:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang's weight updaters can do, where supported releases differ: asked of SGLang itself, never of its version.
+"""What SGLang's weight updaters can do, where releases differ: found out from SGLang itself, never from its version.
 
-That a function has moved, or is not there at all, is said by its hook (``catalogue.py``) instead.
+Functions that have moved, or do not exist in some releases, are described by their hooks (``catalogue.py``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 
 
 def model_of(updater: Any) -> torch.nn.Module:
-    """The model whose weights are updated: by a ``WeightUpdater``, or by the ``ModelRunner`` itself."""
+    """The model that ``updater``, a ``WeightUpdater`` or a ``ModelRunner``, updates."""
     model: torch.nn.Module = updater.get_model() if hasattr(updater, "get_model") else updater.model
     return model
 
 
 def has_sessions(updater: Any) -> bool:
-    """Whether an update may come in several calls, between a begin and an end."""
+    """Whether an update can consist of several calls between a begin and an end."""
     return hasattr(updater, "begin_weight_update")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loads cost: time, memory, operations; the charts and pages that say so."""
+"""Measure what loads cost (time, memory, operations), and write the charts and pages that show it."""

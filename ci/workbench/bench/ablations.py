@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads on the CPU reference without one of the parts that make them fast, for ``ci/bench --ablation``."""
+"""Loads on the CPU reference without one of its optimizations, for ``ci/bench --ablation``."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ ABLATIONS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "late layers": partial(replaced, CpuExecutor, "quantizes_late", False),
     "all of them": partial(replaced, model_load, "executor_for", lambda _device: Executor()),
 }
-"""By the name of what is left out."""
+"""By the name of the optimization that is left out."""

@@ -1,8 +1,8 @@
-"""Baselines: what plans and small real loads needed when last looked at, and whether they need more now.
+"""Baselines: the recorded figures of plans and small real loads, to compare with current ones.
 
 A baseline is a JSON file for each model and release under ``ci/baselines/<release>/``. Figures of the planner are
-exact, so any difference counts, also a smaller one: refresh the baseline, and the diff shows by how much. Peaks of real
-loads may be higher by a tolerance; lower is no regression.
+exact, so any difference counts, also a smaller figure: refresh the baseline, and the diff shows by how much. Peaks of
+real loads may be higher by a tolerance; lower is no regression.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_overlay.offline.plan.planner import Plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "baselines"
 MEASURED_TOLERANCE = 0.03
-"""Of a peak measured in a real load. Threads and malloc differ by about 1 % from run to run."""
+"""Tolerance for a peak measured in a real load. Threads and malloc differ by about 1 % from run to run."""
 
 _SAMPLES = 60
 _PLANNED = ("peak_bytes", "final_bytes", "staging_peak_bytes", "units", "direct_units", "deferred", "fallback")
@@ -29,7 +29,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure that is not as it was."""
+    """One figure that differs from the baseline."""
 
     plan: str
     load: str
@@ -45,13 +45,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Found:
-    """What was worked out now, to be compared with the baseline of its name or to replace it.
+    """Current figures, to be compared with the baseline of the same name or to replace it.
 
     Attributes:
-        kind: ``planned`` or ``measured``, where in the baseline its figures are.
+        kind: ``planned`` or ``measured``: the section of the baseline that has its figures.
         figures: by mode.
-        facts: what else a baseline says of the model.
-        compare: from the baseline's figures to the differences that count.
+        facts: other facts about the model in the baseline.
+        compare: returns the differences that count, given the baseline's figures.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Found:
 
 
 def planned(name: str, plan: Plan) -> Found:
-    """A plan: of the rank that needs the most, in each mode. Every figure that differs counts."""
+    """Figures of a plan, of the rank that needs the most in each mode. Every difference counts."""
     figures: dict[str, Figures] = {mode: _figures(plan.highest(mode)) for mode in plan.request.modes}
     load = plan.ranks[0].loads[0]
     facts = {"parameters": load.checkpoint_parameters, "bytes": load.checkpoint_bytes}
@@ -70,7 +70,7 @@ def planned(name: str, plan: Plan) -> Found:
 
 
 def measured(name: str, peaks: Mapping[str, int]) -> Found:
-    """Real loads: a peak that is higher by more than the tolerance counts."""
+    """Peaks of real loads. Only a peak that is higher by more than the tolerance counts."""
     figures = {mode: {"peak_bytes": peak} for mode, peak in peaks.items()}
     return Found(name, "measured", figures, {}, lambda before: _higher_peaks(name, before, figures))
 
@@ -89,7 +89,7 @@ def _figures(load: PlannedLoad) -> Figures:
 
 
 def _every_difference(name: str, before: Mapping[str, Figures], now: Mapping[str, Figures]) -> list[Difference]:
-    """A mode that is only on one side differs in everything."""
+    """All figures that differ; a mode that only one side has differs in all of them."""
     differences = []
     for mode in dict.fromkeys([*before, *now]):
         old, new = before.get(mode, {}), now.get(mode, {})
@@ -118,7 +118,7 @@ def path_of(release: str, name: str, folder: Path = FOLDER) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A baseline; empty where there is none."""
+    """A baseline; empty if there is none."""
     if not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -126,21 +126,21 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def refresh(now: Found, release: str, folder: Path = FOLDER) -> Path:
-    """Make what was found the baseline; returns its file."""
+    """Make ``now`` the baseline; returns its file."""
     path = path_of(release, now.name, folder)
     write(path, {**read(path), "name": now.name, "release": release, **now.facts, now.kind: now.figures})
     return path
 
 
 def write(path: Path, baseline: Mapping[str, Any]) -> None:
-    """Write a baseline so that a diff of two shows figures line by line, and each timeline as one line."""
+    """Write a baseline with one figure per line and each timeline in one line, so that diffs are readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = json.dumps(_marked(baseline), indent=2).replace('"[[', "[[").replace(']]"', "]]")
     path.write_text(lines + "\n", encoding="utf-8")
 
 
 def _marked(value: Any) -> Any:
-    """Lists of samples as texts, which the encoder leaves in one line."""
+    """``value`` with lists of samples as strings, which the encoder keeps in one line."""
     if isinstance(value, Mapping):
         return {key: json.dumps(item) if key == "samples" else _marked(item) for key, item in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""What differs from a baseline, for people: a table of figures, and a chart of both timelines."""
+"""Show differences from a baseline: a table of figures, and a chart of both timelines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTH = 130
 
 
 def describe(now: Found, before: Mapping[str, Figures], differences: Sequence[Difference], charts: Path) -> str:
-    """Table and, for a plan, where its chart has been drawn in the folder ``charts``."""
+    """The table and, for a plan, the path of its chart, which is drawn in the folder ``charts``."""
     lines = [_text(_table(differences))]
     if now.kind == "planned":
         lines.append(f"both timelines: {_chart(now, before, differences, charts)}")
@@ -44,7 +44,7 @@ def _text(table: Table) -> str:
 
 
 def _chart(now: Found, before: Mapping[str, Figures], differences: Sequence[Difference], charts: Path) -> Path:
-    """Both timelines of the modes that differ."""
+    """Draw both timelines of the modes that differ."""
     modes = dict.fromkeys(difference.load for difference in differences)
     lines = []
     for mode in modes:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory and load time of a checkpoint, loaded in four ways in alternating runs.
 
-Every run is ``ModelRunner.load_model`` in real SGLang, in a process that has loaded a model before, so that imports and
-first-use costs are in none of them. Times on a shared machine drift: quote the ratios, which compare neighbours, and
-look at processor seconds beside them.
+Every run is ``ModelRunner.load_model`` in real SGLang, in a process that has loaded a model before, so that no run
+includes imports and first-use costs. Times on a shared machine drift: quote the ratios, which compare neighbouring
+runs, and look at processor seconds beside them.
 
-A case is one checkpoint read in one order. ``measure`` makes its checkpoint, runs the contenders in turn and, unless
-told otherwise, removes it; ``size_cases`` and ``scaling_cases`` are the series that ``ci/bench`` runs.
+A case is one checkpoint read in one order. ``measure`` makes its checkpoint and runs the contenders in turn;
+``size_cases`` and ``scaling_cases`` are the series that ``ci/bench`` runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BENCH_FAMILIES: tuple[Family, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to load a checkpoint; ``environ`` are variables of its loads."""
+    """One way to load a checkpoint; ``environ`` has the environment variables of its loads."""
 
     name: str
     quantization: str | None
@@ -50,12 +50,12 @@ STOCK = Contender("stock fp8", "fp8", "0")
 LAYERS = Contender("layer-granular", "fp8", "require", staging="layers")
 STREAMING = Contender("streaming", "fp8", "require")
 INTERCEPTING = Contender("not quantizing", "fp8", "require", quantizing="none")
-"""Streaming that takes and stages every write, and nothing else: what intercepting costs."""
+"""Streaming that only captures and stages every write: the cost of interception."""
 ONE_PASS = Contender("one pass", "fp8", "require", quantizing="once")
-"""Streaming that reads each weight once and writes it once, with a scale of 1: the least that a load can take."""
+"""Streaming that reads and writes each weight once, with a scale of 1: a lower bound for a load."""
 CONTENDERS = (BF16, STOCK, LAYERS, STREAMING)
 ABLATED = tuple(Contender(f"without {part}", "fp8", "require", without=part) for part in ABLATIONS)
-"""Streaming without one of the parts that the CPU reference loads fast by."""
+"""Streaming without one of the CPU reference's optimizations."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class Case:
     """One checkpoint, read in one order.
 
     Args:
-        name: what tells it from the others of its series.
-        value: where it lies on the axis of its series: GB, layers, experts, threads.
+        name: distinguishes it from the others of its series.
+        value: its place on the axis of its series: GB, layers, experts, threads.
         spec: the checkpoint.
-        order: of its files. ``staggered`` is ``SGLANG_SORT_WEIGHT_FILES=1``, by which each rank begins with another.
-        tp_size: ranks.
-        threads: of each rank; None takes all.
-        device: that models are loaded to.
+        order: of its files. With ``staggered`` (``SGLANG_SORT_WEIGHT_FILES=1``) each rank begins with a different file.
+        tp_size: number of ranks.
+        threads: number of threads of each rank; None for all.
+        device: the device that models are loaded to.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def environ(self) -> Mapping[str, str]:
-        """Variables of its loads."""
+        """Environment variables of its loads."""
         return {"SGLANG_SORT_WEIGHT_FILES": "1"} if self.order == "staggered" else {}
 
 
@@ -90,8 +90,8 @@ class Case:
 class Run:
     """One load: wall and processor seconds, and bytes above start (``peak``) and of the loaded model (``final``).
 
-    Seconds are the slowest rank's; processor seconds and bytes are summed over ranks. ``reserved`` is what the device's
-    allocator had at most taken; 0 on the CPU.
+    Seconds are the slowest rank's; processor seconds and bytes are summed over ranks. ``reserved`` is the most memory
+    that the device's allocator has reserved; 0 on the CPU.
     """
 
     contender: str
@@ -104,7 +104,7 @@ class Run:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The counted runs of a case, in the order made, and the bytes and number of its checkpoint's weights."""
+    """The counted runs of a case, in order, and the bytes and number of its checkpoint's weights."""
 
     case: Case
     checkpoint_bytes: int
@@ -115,7 +115,7 @@ class CaseResult:
 def size_cases(
     families: Iterable[Family], gigabytes: Iterable[float], orders: Iterable[FileOrder], tp_size: int = 1
 ) -> list[Case]:
-    """Every family in every order at every size. Staggering needs ranks: it has two at least."""
+    """Every family in every order at every size. ``staggered`` cases have at least two ranks."""
     return [
         Case(
             f"{family} {size:g} GB {order}",
@@ -131,7 +131,7 @@ def size_cases(
 
 
 def scaling_cases(threads: Sequence[int]) -> dict[str, list[Case]]:
-    """By what is varied: size (in whole layers of many experts), layers of few, experts (more of the same), threads."""
+    """Cases by what they vary: size (layers with many experts), layers with few experts, experts, threads."""
 
     def spec(layers: int, experts: int) -> CheckpointSpec:
         chosen = (("num_hidden_layers", layers), ("num_experts", experts))
@@ -146,7 +146,7 @@ def scaling_cases(threads: Sequence[int]) -> dict[str, list[Case]]:
 
 
 def overhead_case() -> Case:
-    """Thousands of tensors of 4 kB, which take no time to read or quantize: what a load costs is a cost per tensor."""
+    """Thousands of 4 kB tensors, which take no time to read or quantize: this shows the cost per tensor."""
     chosen = (
         ("num_hidden_layers", 8),
         ("num_experts", 512),
@@ -157,7 +157,7 @@ def overhead_case() -> Case:
 
 
 def sized_spec(family: Family, gigabytes: float, order: FileOrder = "sorted") -> CheckpointSpec:
-    """The checkpoint of that family, of as many whole layers as come nearest to ``gigabytes``."""
+    """The checkpoint of a family with the number of layers that comes nearest to ``gigabytes``."""
     dense = 1 if family.startswith("deepseek") else 0  # A first layer without experts.
     one, two = (_weight_bytes(_layered(family, dense + n)) for n in (1, 2))
     layers = dense + max(1, round((gigabytes * GIGABYTE - 2 * one + two) / (two - one)))
@@ -186,9 +186,9 @@ def measure(
     done: Callable[[Run], None] = lambda _: None,
     warm_ups: int = 1,
 ) -> CaseResult:
-    """So many warm-ups of each contender that are not counted, then ``rounds`` times each in turn.
+    """Run each contender ``warm_ups`` times without counting, then ``rounds`` times all in turn.
 
-    ``folder`` is where the checkpoint is, or is written.
+    ``folder`` is where the checkpoint is, or will be written.
     """
     checkpoint = build(case.spec, folder)
     runs = []
@@ -247,12 +247,12 @@ class Figures:
 
     @property
     def peak_of_final(self) -> float:
-        """Peak above start over the loaded model's bytes."""
+        """Ratio of the peak above start to the loaded model's bytes."""
         return self.peak / self.final
 
 
 def figures(runs: Sequence[Run]) -> dict[str, Figures]:
-    """Medians by contender, in the order in which they ran."""
+    """Medians by contender, in the order they ran."""
     return {name: _figures(name, _of(runs, name)) for name in dict.fromkeys(run.contender for run in runs)}
 
 
@@ -269,13 +269,13 @@ def _figures(name: str, runs: Sequence[Run]) -> Figures:
 
 
 def ratio(runs: Sequence[Run], one: str, other: str, measured: str) -> float:
-    """Median over the rounds of ``one / other``, each round's runs compared with each other."""
+    """Median over the rounds of ``one / other``, comparing runs of the same round."""
     pairs = zip(_of(runs, one), _of(runs, other), strict=True)
     return float(statistics.median(getattr(a, measured) / getattr(b, measured) for a, b in pairs))
 
 
 def added_seconds_a_tensor(result: CaseResult, one: str, other: str) -> float:
-    """Median over the rounds of the processor seconds that ``one`` takes beyond ``other``, for each tensor."""
+    """Processor seconds per tensor that ``one`` takes more than ``other``: median over the rounds."""
     pairs = zip(_of(result.runs, one), _of(result.runs, other), strict=True)
     return statistics.median(a.cpu_seconds - b.cpu_seconds for a, b in pairs) / result.checkpoint_tensors
 

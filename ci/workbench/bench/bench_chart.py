@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts of ``ci/bench``: peak memory and load time of each contender, over what a series varies."""
+"""Charts of ``ci/bench``: peak memory and load time of each contender, over the axis of each series."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _MARKERS = {
 
 
 def draw(series: Mapping[str, Sequence[CaseResult]], axis: Mapping[str, str], file: Path, title: str) -> None:
-    """One column of panels for each series: peak above, seconds below.
+    """Draw one column of panels for each series: peak above, seconds below.
 
     Args:
         series: results by the column's heading, ordered along its axis.
         axis: what the axis of each column shows.
         file: PNG to write.
-        title: of the whole.
+        title: of the whole figure.
     """
     figure = empty_figure(1.2 + 3.4 * len(series), 6.4)
     panels = figure.subplots(2, len(series), squeeze=False)
@@ -72,7 +72,7 @@ def draw(series: Mapping[str, Sequence[CaseResult]], axis: Mapping[str, str], fi
 
 def _lines(panel: Any, results: Sequence[CaseResult], value: Any) -> None:
     found: list[dict[str, Figures]] = [figures(result.runs) for result in results]
-    # Ablations are for the table: their lines would lie on one another.
+    # Ablations are only in the table: their lines would overlap.
     for name in [name for name in found[0] if name in _COLOURS]:
         panel.plot(
             [result.case.value for result in results],
@@ -86,7 +86,7 @@ def _lines(panel: Any, results: Sequence[CaseResult], value: Any) -> None:
 
 
 def _model_sizes(panel: Any, results: Sequence[CaseResult]) -> None:
-    """Dashed: where loads that wasted nothing would peak."""
+    """Dashed lines where loads without overhead would peak."""
     sizes = [figures(result.runs)[STREAMING.name].final / GIGABYTE for result in results]
     values = [result.case.value for result in results]
     panel.plot(values, sizes, color=INK, linestyle=(0, (5, 3)), linewidth=1.0, label="loaded fp8 model", zorder=5)
@@ -100,7 +100,7 @@ def _scale(panel: Any, values: Sequence[float]) -> None:
 
 
 def _apart(values: Sequence[float]) -> list[float]:
-    """Those that leave room for their labels on an axis from 0, the largest first."""
+    """The values, largest first, whose labels do not overlap on an axis from 0."""
     kept: list[float] = []
     for value in reversed(values):
         if not kept or kept[-1] - value >= 0.08 * values[-1]:

@@ -138,7 +138,7 @@ def main(
 
 
 def _thread_numbers() -> list[int]:
-    """1, 2, 4, ... up to the cores there are."""
+    """1, 2, 4, ... up to the number of cores."""
     cores = len(os.sched_getaffinity(0))
     return [number for number in (1, 2, 4, 8, 16) if number <= cores]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ci/bench`` measured, as JSON data: every run, on which machine, with which versions, of which commit.
+"""Results of ``ci/bench`` as JSON data: every run, with machine, versions and commit.
 
-``docs/bench.json`` is one, and README.md's table is made of it.
+``docs/bench.json`` is such a document, and README.md's table is made from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PACKAGES = ("sglang", "sglang-streamfp8", "torch", "transformers", "safetensors
 
 
 def document(results: Sequence[CaseResult]) -> dict[str, Any]:
-    """Nothing in it names a host, a user or a path."""
+    """The document. It contains no host, user or path names."""
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
@@ -34,7 +34,7 @@ def document(results: Sequence[CaseResult]) -> dict[str, Any]:
 
 
 def with_table(page: str, published: dict[str, Any]) -> str:
-    """A page, such as README.md, with the medians of a document's runs, and the medians of the rounds' ratios."""
+    """A page, such as README.md, with a table of a document's medians, and of the medians of the rounds' ratios."""
     rows = [row for case in published["cases"] for row in _rows(case["name"], [Run(**run) for run in case["runs"]])]
     return page_tables.with_table(page, "ci/bench", _COLUMNS, rows)
 
@@ -65,7 +65,7 @@ def _rows(case: str, runs: Sequence[Run]) -> Iterator[list[str]]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, number of cores that may be used, memory in bytes, system."""
+    """Processor, number of usable cores, memory in bytes, system."""
     return {
         "processor": _first(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),

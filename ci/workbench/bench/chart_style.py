@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workbench's charts have in common, in the manner of ``sglang_overlay/observe/chart.py``."""
+"""The workbench's chart style, like that of ``sglang_overlay/observe/chart.py``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sglang_overlay.observe.chart import GRID, INK
 
 
 def empty_figure(width: float, height: float) -> Figure:
-    """Of so many inches, to be written as a PNG; not through pyplot, whose state is global."""
+    """A figure of this size in inches, to be written as a PNG; without pyplot, whose state is global."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def dress(panel: Any) -> None:
-    """Grid, ticks and frame."""
+    """Style grid, ticks and frame."""
     panel.grid(visible=True, color=GRID, linewidth=0.8)
     panel.set_axisbelow(True)
     panel.tick_params(colors=INK)

@@ -1,4 +1,4 @@
-"""What loads ask of a GPU beside memory, planned: which models, in which schemes, and the page that shows them."""
+"""Planned GPU work of loads besides memory: for which models and schemes, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """One load: of a model, by stock or streaming in a scheme."""
+    """One load of a model, by stock or by streaming with a scheme."""
 
     model: str
     tp: int
@@ -37,7 +37,7 @@ class Cost:
 
 
 def planned(planners: Planners, models: Sequence[str], configs: Path = CONFIGS) -> Iterator[Cost]:
-    """Plan each, as many beside one another as there are workers."""
+    """Plan each load, in parallel on all workers."""
     wanted = [(model, loading, job) for model in models for loading, job in _jobs(configs / f"{model}.json", model)]
     loads = planners.run([job for _, _, job in wanted])
     for (model, loading, job), load in zip(wanted, loads, strict=True):

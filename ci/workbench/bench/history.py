@@ -33,7 +33,7 @@ _PANELS = (
 
 
 def lines_of(document: Mapping[str, Any], date: datetime.date) -> list[Line]:
-    """One line for each case of what ``ci/bench --json`` wrote."""
+    """One line for each case in a document of ``ci/bench --json``."""
     return [
         {
             "date": date.isoformat(),
@@ -58,7 +58,7 @@ def _ratios(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def add(history: Path, lines: Sequence[Line]) -> None:
-    """Append; a case that has a line of the same date, commit and release already gets that one replaced."""
+    """Append lines; a line of the same case, date, commit and release is replaced."""
     replaced = {_key(line) for line in lines}
     kept = [line for line in read(history) if _key(line) not in replaced]
     history.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +72,10 @@ def _key(line: Line) -> tuple[str, ...]:
 
 
 def read(history: Path) -> list[Line]:
-    """All lines, in order; none where there is no file yet.
+    """All lines, in order; empty if there is no file yet.
 
     Raises:
-        click.ClickException: a line is no JSON.
+        click.ClickException: a line is not JSON.
     """
     if not history.exists():
         return []
@@ -89,7 +89,7 @@ def read(history: Path) -> list[Line]:
 
 
 def draw(lines: Sequence[Line], file: Path) -> None:
-    """A panel for each ratio, a curve for each case."""
+    """Draw a panel for each ratio with a curve for each case."""
     figure = empty_figure(11, 7)
     panels = figure.subplots(2, 2, sharex=True).flat
     ordered = sorted(lines, key=lambda line: (line["case"], line["date"]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads that quantize less than they should: what streaming costs besides quantizing, and the least it can cost.
+"""Loads that skip parts of quantizing, to measure what streaming costs besides quantizing, and a lower bound.
 
-For ``ci/bench --overhead`` and ``--floor`` on the CPU only: what is loaded is no model.
+For ``ci/bench --overhead`` and ``--floor`` on the CPU only: the result is not a usable model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def nothing_quantized() -> Iterator[None]:
-    """Has units of one scale count as quantized when they are complete."""
+    """Make complete units with one scale count as quantized without any work."""
     with (
         replaced(PerTensorQuantizer, "quantize", _quantize),
         replaced(PerTensorQuantizer, "quantize_run", _quantize_run),
@@ -33,7 +33,7 @@ def nothing_quantized() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quantized_in_one_pass() -> Iterator[None]:
-    """Has the values of units of one scale read once and written once, as fp8 of scale 1, without their maximum."""
+    """Make units with one scale be read and written only once, as fp8 with scale 1, without finding their maximum."""
     with replaced(PerTensorQuantizer, "quantize", _quantize_once):
         yield
 

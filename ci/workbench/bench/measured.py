@@ -1,8 +1,8 @@
-"""Peaks of real loads on the CPU, to hold plans against.
+"""Peaks of real loads on the CPU, to compare with plans.
 
-What is measured is a load in a process that has made the same load before. The first one in a process also imports,
-compiles and starts what every later one uses: near 100 MB that have nothing to do with the model. What is left beside
-the model are threads' scratch memory and Python objects, some MB: models are large enough that this is below 1 %.
+Each measured load runs in a process that has made the same load before. The first one in a process also imports,
+compiles and starts what every later one uses: near 100 MB that have nothing to do with the model. The remainder besides
+the model is threads' scratch memory and Python objects, some MB: models are large enough that this is below 1 %.
 """
 
 from __future__ import annotations
@@ -21,35 +21,36 @@ from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadWorkers
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
-"""glibc raises both as large memory is freed, and then keeps up to 64 MB: here it gives all back, as a plan assumes."""
+"""glibc raises both when large blocks are freed, and then keeps up to 64 MB. Fixed values make it release all memory,
+as plans assume."""
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A checkpoint that is loaded for real."""
+    """A checkpoint that is actually loaded."""
 
     spec: CheckpointSpec
     tp: int = 1
 
     @property
     def name(self) -> str:
-        """For files and tables."""
+        """Name for files and tables."""
         return f"{self.spec.family}-{self.spec.size}-tp{self.tp}"
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """Ways of loading whose peak is no matter of chance.
+        """Modes whose peak is deterministic.
 
-        DeepSeek's loader hands experts to threads, and how many whole layers are open at once depends on which is late.
+        DeepSeek's loader distributes experts over threads, so the number of whole layers in progress depends on timing.
         """
         return tuple(mode for mode in MODES if mode != "layers" or not self.spec.family.startswith("deepseek"))
 
     def planned(self, mode: Mode, folder: Path) -> Job:
-        """The same load, to be planned; checkpoints are kept in ``folder``."""
+        """The same load as a planning job; checkpoints are kept in ``folder``."""
         return Job(build(self.spec, folder), Layout(tp=self.tp), mode=mode, device="cpu")
 
     def loaded(self, mode: Mode, folder: Path) -> LoadJob:
-        """The load itself."""
+        """The real load."""
         return LoadJob(
             build(self.spec, folder),
             streaming="0" if mode == "stock" else "require",
@@ -75,12 +76,12 @@ def measure(model: MeasuredModel, folder: Path) -> Mapping[Mode, list[LoadReport
 
 
 def _workers(logs: Path) -> LoadWorkers:
-    # Spawned: glibc reads its settings when a program starts.
+    # Spawned, since glibc reads its settings when a program starts.
     return LoadWorkers(logs, _MALLOC, "spawn")
 
 
 def _lower(workers: LoadWorkers, job: LoadJob, folder: Path) -> list[LoadReport]:
-    """The second and the third load, the lower of both: a busy machine can only raise a peak."""
+    """The second or the third load, whichever is lower: a busy machine can only raise a peak."""
     workers.load(job)
     loads = []
     for number in range(2):

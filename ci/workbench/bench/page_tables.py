@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in Markdown; those in pages that tests hold lie between two comments, of which one names the command."""
+"""Tables in Markdown. Generated tables in pages are between two comments, the first of which names the command."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _END = "<!-- its end -->\n"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The table's lines. Columns whose heading ends in a colon are numbers, to the right."""
+    """The table as Markdown. Columns whose heading ends in a colon are numbers, aligned to the right."""
     rules = ["---:" if heading.endswith(":") else "---" for heading in header]
     lines = [[heading.removesuffix(":") for heading in header], rules, *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def with_table(page: str, command: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The page with the command's table made anew, from what ``markdown`` takes.
+    """The page with the command's table replaced by ``markdown(header, rows)``.
 
     Raises:
         ValueError: the page has no place for it.

@@ -31,7 +31,7 @@ from workbench.releases import environment
 
 Form = Literal["overlay", "patches"]
 Data = dict[str, dict[Form, list["Peak"]]]
-"""What is known, by release, the oldest first."""
+"""Known figures by release, oldest first."""
 
 FORMS: tuple[Form, ...] = ("overlay", "patches")
 SPECS = tuple(CheckpointSpec(family, size="bench_2g", files=4) for family in ("qwen3_moe", "deepseek_v3"))
@@ -65,7 +65,7 @@ def measure(spec: CheckpointSpec, folder: Path) -> Peak:
     path = build(spec, folder)
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:
         stock = workers.load_fresh(LoadJob(path, streaming="0"))
-        # An SGLang with the patch series has no "require"; it says that it streamed, as the overlay does.
+        # An SGLang with the patch series has no "require", but logs that it streamed, like the overlay.
         streaming = workers.load_fresh(LoadJob(path, streaming="1" if built_in.streams_itself() else "require"))
     if not any("StreamFP8" in line for line in streaming.log) or any("StreamFP8" in line for line in stock.log):
         raise LoadFailed("stock streamed, or streaming did not:\n" + "\n".join([*stock.log, *streaming.log]))
@@ -80,10 +80,10 @@ def measure(spec: CheckpointSpec, folder: Path) -> Peak:
 
 
 def measured(release: str, form: Form, folder: Path) -> list[Peak]:
-    """`measure` of all models in a release's own environment.
+    """Run `measure` for all models in a release's own environment.
 
     Raises:
-        click.ClickException: with what it printed, where it failed.
+        click.ClickException: it failed; the message has its output.
     """
     python = environment.ensure(environment.planned(release))
     environ = {**os.environ, "PYTHONPATH": str(environment.CLONE / "ci")}
@@ -103,10 +103,10 @@ def _with_patches(python: Path, release: str, environ: Mapping[str, str]) -> dic
 
 
 def with_table(page: str, data: Data) -> str:
-    """The page with its table made anew: a row for each release, a column for each form and model.
+    """The page with its table replaced: a row for each release, a column for each form and model.
 
     Raises:
-        ValueError: it has no place for one.
+        ValueError: the page has no place for it.
     """
     columns = [f"{form}, {title}" for form in FORMS for title in TITLES.values()]
     rows = [[release, *_cells(data[release])] for release in reversed(data)]
@@ -124,7 +124,7 @@ def _cell(peak: Peak) -> str:
 
 
 def read(file: Path) -> Data:
-    """What was kept; nothing where there is no file yet."""
+    """The recorded figures; empty if there is no file yet."""
     stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return {
         release: {form: [Peak(**peak) for peak in peaks] for form, peaks in forms.items()}
@@ -170,7 +170,7 @@ def _announced(release: str, form: Form, folder: Path) -> list[Peak]:
 @main.command("measure", hidden=True)
 @click.argument("folder", type=click.Path(path_type=Path))
 def measure_all(folder: Path) -> None:
-    """Print what the SGLang of this environment does, as JSON."""
+    """Measure with this environment's SGLang, and print the results as JSON."""
     click.echo(json.dumps([asdict(measure(spec, folder)) for spec in SPECS]))
 
 

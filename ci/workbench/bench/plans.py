@@ -1,4 +1,4 @@
-"""The models whose plans are published and held: which, in what layouts, and the page that shows them."""
+"""The models whose plans are published and compared with baselines, their layouts, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SIZES = {
     "DeepSeek-V2": (2, 8),
     "DeepSeek-V3": (8,),
 }
-"""TP sizes at which the FP8 weights of a rank fit one of the largest GPUs."""
+"""TP sizes at which a rank's FP8 weights fit one of the largest GPUs."""
 
 CHECKED_ALWAYS = ("Qwen1.5-MoE-A2.7B-tp8-sorted", "DeepSeek-V2-Lite-tp8-shuffled")
 """Plans that the test suite compares with their baselines, in seconds; the others are compared every night."""
@@ -44,28 +44,28 @@ class PublishedPlan:
 
     @property
     def name(self) -> str:
-        """For files and tables."""
+        """Name for files and tables."""
         return f"{self.model}-tp{self.tp}-{self.order}"
 
     @property
     def names(self) -> set[str]:
-        """What it may be asked for by."""
+        """The names that select it."""
         return {self.model, f"{self.model}-tp{self.tp}", self.name}
 
     @property
     def request(self) -> Request:
-        """What to plan."""
+        """The planner's request."""
         return Request(CONFIGS / f"{self.model}.json", Layout(tp=self.tp), MODES, self.order)
 
 
 def published(names: Sequence[str] = ()) -> list[PublishedPlan]:
-    """All of them, or those of the names of a model, of a model at a TP size (``DeepSeek-V3-tp8``), or of a plan."""
+    """All plans, or those selected by names: a model, a model at a TP size (``DeepSeek-V3-tp8``), or a plan."""
     plans = [PublishedPlan(model, tp, order) for model, sizes in _SIZES.items() for tp in sizes for order in ORDERS]
     return [plan for plan in plans if not names or not plan.names.isdisjoint(names)]
 
 
 def compute(planners: Planners, plans: Iterable[PublishedPlan]) -> Iterator[tuple[PublishedPlan, Plan]]:
-    """Plan each, in order, as many loads beside one another as there are workers."""
+    """Compute each plan, in order; loads run in parallel on all workers."""
     listed = list(plans)
     loads = planners.run([job for found in listed for job in found.request.jobs()])
     for found in listed:
@@ -127,7 +127,7 @@ _SUMMARY = (
 
 
 def _summary(orders: Mapping[Order, Mapping[str, Any]]) -> list[str]:
-    """Of what depends on the order of files, the higher, apart from whole layers."""
+    """A row: the higher figure of both file orders where it depends on that, except for whole layers."""
     stock, streaming = (max(loads[mode]["peak_bytes"] for loads in orders.values()) for mode in ("stock", "streaming"))
     layers = [orders[order]["layers"]["peak_bytes"] if order in orders else 0 for order in ORDERS]
     (model,) = {loads["streaming"]["final_bytes"] for loads in orders.values()}

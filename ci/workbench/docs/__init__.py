@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site, and the demo."""
+"""The documentation site, and the demo."""

@@ -1,8 +1,7 @@
-"""Stock SGLang and streaming side by side: the same server command, the same question, what each load took.
+"""Stock SGLang and streaming side by side: the same server command, the same question, and the cost of each load.
 
 One `Trial` is one server: it is started, asked and stopped, and its load reports are read. `Comparison` holds the two
-trials of a model. Servers run one after the other, never together, so neither is measured with the other's memory
-or cores missing.
+trials of a model. Servers run one after the other, so that neither takes memory or cores from the other.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ SPECS = (
 )
 QUESTION = "What does it take to load a large model?"
 ANSWER_TOKENS = 12
-"""Few, because the reference platform that stands in for a GPU takes about a second for each."""
+"""Few, because the CPU reference platform takes about a second for each."""
 ACCURACY_NOISE = 0.03
-"""Of a share of right answers: kernels add up in another order for another batch, so answers vary between runs."""
+"""Tolerance for the share of right answers: kernels sum in a different order for other batches, so answers vary."""
 WIDTH_WITHOUT_TERMINAL = 120
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
@@ -60,7 +59,7 @@ class Subject:
         name: for headings and file names.
         model: what `--model-path` gets: a folder, or a name on the hub.
         arguments: server arguments besides the model and the quantization.
-        evaluation: what else both servers are asked, if anything.
+        evaluation: further questions for both servers, if any.
     """
 
     name: str
@@ -77,7 +76,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Trial:
-    """One server's answer, the load reports of all its ranks, and its share of right answers where it was evaluated."""
+    """One server's answer, the load reports of all its ranks, and its share of right answers if it was evaluated."""
 
     mode: Mode
     answer: str
@@ -86,17 +85,17 @@ class Trial:
 
     @property
     def peak(self) -> int:
-        """Bytes above start, on the rank that took most: the one that decides whether the model fits."""
+        """Highest peak of any rank, in bytes above start: it decides whether the model fits."""
         return max(found.memory.peak_above_start for found in self.reports)
 
     @property
     def seconds(self) -> float:
-        """Seconds the slowest rank took to load."""
+        """Load time of the slowest rank."""
         return max(found.seconds for found in self.reports)
 
     @property
     def final_bytes(self) -> int:
-        """Bytes of the loaded model on the rank that holds most."""
+        """Bytes of the loaded model on the rank that holds the most."""
         return max(found.final_bytes for found in self.reports)
 
 
@@ -111,19 +110,19 @@ class Comparison:
 
     @property
     def same_answer(self) -> bool:
-        """Whether both servers said the same."""
+        """Whether both servers gave the same answer."""
         return self.stock.answer == self.streaming.answer
 
     @property
     def is_less_accurate(self) -> bool:
-        """Whether streaming answers fewer evaluation questions right, beyond what batching changes from run to run."""
+        """Whether streaming answers fewer evaluation questions correctly, by more than the tolerance."""
         if self.stock.accuracy is None or self.streaming.accuracy is None:
             return False
         return self.streaming.accuracy < self.stock.accuracy - ACCURACY_NOISE
 
 
 class Screen:
-    """Progress for a person: a spinner on a terminal, plain lines elsewhere."""
+    """Shows progress: a spinner on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
@@ -131,12 +130,12 @@ class Screen:
             self.console.width = WIDTH_WITHOUT_TERMINAL
 
     def say(self, message: str) -> None:
-        """One finished step."""
+        """Print one finished step."""
         self.console.print(Text(message), soft_wrap=True)
 
     @contextmanager
     def step(self, message: str) -> Iterator[Callable[[str], None]]:
-        """A step that takes a while. Yields what shows how far it is; only a terminal shows that."""
+        """Context of a long step. Yields a function that shows its progress, on a terminal only."""
         if not self.console.is_terminal:
             self.say(f"{message} ...")
             yield lambda _: None
@@ -146,10 +145,10 @@ class Screen:
 
 
 def try_server(screen: Screen, subject: Subject, mode: Mode, folder: Path, timeout: float) -> Trial:
-    """Start the server in one mode, ask it, stop it, and read what its load took.
+    """Start the server in one mode, ask it, stop it, and read its load reports.
 
     Raises:
-        DemoError: it did not start, did not answer, or did not load the way it was told to.
+        DemoError: it did not start, did not answer, or did not load in this mode.
     """
     launch = launch_of(subject, mode, folder)
     screen.say(f"{subject.name}, {mode}: {shown(launch, mode)}")
@@ -180,7 +179,7 @@ def launch_of(subject: Subject, mode: Mode, folder: Path) -> serving.Launch:
 def answers_of(
     screen: Screen, launch: serving.Launch, subject: Subject, mode: Mode, timeout: float
 ) -> tuple[str, float | None]:
-    """Run the server for as long as an answer takes, and an evaluation where one is wanted."""
+    """Run the server, get its answer and, if requested, evaluate it."""
     title, accuracy = f"{subject.name}, {mode}", None
     with (
         screen.step(f"{title}: starting the server, log in {launch.log}") as show,
@@ -196,7 +195,7 @@ def answers_of(
 
 
 def check_mode(trial: Trial, launch: serving.Launch) -> None:
-    """Refuse a figure that is not of what its row says."""
+    """Refuse a trial whose load was not in the mode that its row says."""
     wrong = [found.mode for found in trial.reports if found.mode != trial.mode]
     if wrong:
         raise DemoError(
@@ -205,12 +204,12 @@ def check_mode(trial: Trial, launch: serving.Launch) -> None:
 
 
 def shown(launch: serving.Launch, mode: Mode) -> str:
-    """The command as one would type it."""
+    """The command as typed in a shell."""
     return " ".join([f"{MODE_VARIABLE}={SWITCH[mode]}", "python", *launch.command[1:]])
 
 
 def compare(screen: Screen, subject: Subject, out: Path, timeout: float) -> Comparison:
-    """Try `subject` stock, then streaming, and draw both."""
+    """Try `subject` with stock, then with streaming, and draw both."""
     folder = out / subject.name
     if folder.exists():
         shutil.rmtree(folder)
@@ -224,7 +223,7 @@ def compare(screen: Screen, subject: Subject, out: Path, timeout: float) -> Comp
 
 
 def read_through(screen: Screen, subject: Subject) -> None:
-    """Read the weight files once, so neither load is the one that finds them on a cold disk."""
+    """Read the weight files once, so that neither load has to read them from a cold disk."""
     if subject.folder is None:
         return
     with screen.step(f"{subject.name}: reading the checkpoint once, so both loads find it in the file cache") as show:
@@ -241,7 +240,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def table_of(comparisons: list[Comparison]) -> Table:
-    """What a person wants to know, two rows a model."""
+    """The result as a table with two rows per model."""
     table = Table(title="SGLang --quantization fp8: stock and streaming", title_justify="left")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("Model", "Loading", "Answer") else "right")
@@ -274,7 +273,7 @@ def rows_of(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def ratio(value: float, whole: float) -> str:
-    """`value / whole` with two decimals, or a dash where there is nothing to divide by."""
+    """`value / whole` with two decimals, or a dash if `whole` is 0."""
     return f"{value / whole:.2f}" if whole else "-"
 
 
@@ -331,7 +330,7 @@ def given_subject(model: str, arguments: tuple[str, ...]) -> Subject:
 
 @contextmanager
 def subjects(screen: Screen, model: str | None, arguments: tuple[str, ...], scratch: Path) -> Iterator[list[Subject]]:
-    """The user's model, or the two that are made for the demo."""
+    """The user's model, or the two models made for the demo."""
     if model is not None:
         yield [given_subject(model, arguments)]
         return
@@ -366,7 +365,7 @@ def main(
 
     ARGUMENTS after -- go to both servers, for example: ci/demo --model PATH -- --tp 2
     """
-    # A terminated demo unwinds like an interrupted one, so its server is stopped too.
+    # A terminated demo exits like an interrupted one, so that its server is stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     screen, results = Screen(), (out or environment.CLONE / "demo-output").resolve()
     scratch = results / "checkpoints"
@@ -386,7 +385,7 @@ def main(
 
 
 def publish(screen: Screen, comparisons: list[Comparison], results: Path) -> None:
-    """Print the table, and write it where it can be copied from."""
+    """Print the table, and write it to files."""
     screen.console.print(table_of(comparisons))
     for found in comparisons:
         if found.stock.accuracy is not None:

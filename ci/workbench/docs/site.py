@@ -1,7 +1,7 @@
-"""What the documentation site takes from outside of `docs/`; mkdocs calls it (`hooks` in mkdocs.yml).
+"""Add files from outside of `docs/` to the documentation site; mkdocs calls this (`hooks` in mkdocs.yml).
 
-Markdown is written to be read in a clone: pages link to files of the repository, and some pages lie at its top. In the
-site those pages are pages too, and a file that a page links to is published beside them.
+Markdown is written to be read in a clone: pages link to files of the repository, and some pages are at its top. The
+site includes those pages, and publishes linked files beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CLONE = Path(__file__).resolve().parents[3]
 TOP_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 """Pages at the top of the repository, and their names in the site."""
 PUBLISHED = "files"
-"""Folder of the site for what pages link to."""
+"""The site's folder for linked files."""
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 
 
@@ -43,12 +43,12 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def place(page: str) -> str:
-    """Where a page of the site lies in the repository."""
+    """The path in the repository of a page of the site."""
     return {target: source for source, target in TOP_PAGES.items()}.get(page, f"docs/{page}")
 
 
 def outside(markdown: str, source: str) -> list[str]:
-    """Files of the repository that a page links to and that are no part of the site otherwise."""
+    """Files of the repository that a page links to and that are not part of the site otherwise."""
     found = (resolved(link, source) for _, link, _ in _LINK.findall(markdown))
     return [
         path for path in found if not path.startswith("docs/") and path not in TOP_PAGES and (CLONE / path).is_file()
@@ -56,10 +56,10 @@ def outside(markdown: str, source: str) -> list[str]:
 
 
 def rewritten(markdown: str, source: str, page: str) -> str:
-    """A page whose links lead to where things are in the site.
+    """A page with its links changed to the site's paths.
 
     Args:
-        markdown: as it is in the repository.
+        markdown: the page as in the repository.
         source: path of the page there.
         page: its path in the site's sources.
     """
@@ -78,5 +78,5 @@ def rewritten(markdown: str, source: str, page: str) -> str:
 
 
 def resolved(link: str, source: str) -> str:
-    """The path in the repository that a link in a file there means."""
+    """The path in the repository that a link in ``source`` points to."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check on a GPU machine, and the pieces that are carried there."""
+"""The check that runs on a GPU machine, and the pieces that are carried there."""

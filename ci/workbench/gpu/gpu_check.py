@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs ``gpu_steps.py`` on a machine with an NVIDIA GPU: all steps in one process, which imports SGLang once.
+"""Run ``gpu_steps.py`` on a machine with an NVIDIA GPU: all steps in one process, which imports SGLang once.
 
-Should that process die, what it was at has failed, and another goes on with the steps after. With ``--wheels`` SGLang
-comes out of those and the rest from what the machine has. Standard library only: nothing is installed where this runs.
+If that process dies, its current step has failed, and another process continues with the next one. With ``--wheels``,
+SGLang is taken from those and everything else from the machine. Standard library only: nothing is installed there.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from workbench.releases import environment
 from workbench.releases.environment import CLONE, EnvironmentSetupError
 
 STEPS = ("environment", "kernels", "identity", "graphs", "memory", "time", "update", "ring")
-"""In order: what later steps build on, then what matters most."""
+"""Steps in order: first what later steps build on, then what matters most."""
 FINDINGS = "findings.jsonl"
 LOG = "log"
 _GRACE_SECONDS = 20
-"""A load that was begun in time may end this much later."""
+"""A load that began in time may end this much later."""
 _TAIL_LINES = 25
 
 
@@ -55,29 +55,29 @@ class Options:
 
     @property
     def findings(self) -> Path:
-        """A line of JSON for each thing found, and for each step begun."""
+        """The file with a line of JSON for each finding and for each step begun."""
         return self.results / FINDINGS
 
     @property
     def log(self) -> Path:
-        """What SGLang says."""
+        """The file for SGLang's output."""
         return self.results / LOG
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """What runs the steps: a Python, and variables that let it find SGLang."""
+    """The Python that runs the steps, and environment variables with which it finds SGLang."""
 
     python: Path
     variables: Mapping[str, str]
 
 
 def prepared(options: Options) -> Interpreter:
-    """SGLang out of the wheels beside what this Python has, or an environment of the whole lock.
+    """SGLang from the wheels beside this Python's packages, or an environment with the whole lock.
 
     Raises:
-        DamagedPiecesError: the wheels are not what the manifest says.
-        EnvironmentSetupError: it cannot be made.
+        DamagedPiecesError: the wheels do not match the manifest.
+        EnvironmentSetupError: the environment cannot be made.
     """
     if options.wheels is None:
         python = environment.ensure(environment.planned())
@@ -87,10 +87,10 @@ def prepared(options: Options) -> Interpreter:
         check_machine(pieces.read_manifest(options.wheels).facts)
         shutil.rmtree(folder, ignore_errors=True)
         pieces.unpack(options.wheels, folder)
-        # By these entry points SGLang finds this package, which is imported from the clone.
+        # SGLang finds this package, which is imported from the clone, by these entry points.
         _run(sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder / "site"))
         environment.complete(folder)
-    # Before the machine's packages, of which some are too new.
+    # Before the machine's packages, since some of those are too new.
     places = [folder / "site", CLONE / "ci", CLONE / "tests", CLONE]
     return Interpreter(
         Path(sys.executable),
@@ -103,7 +103,7 @@ def prepared(options: Options) -> Interpreter:
 
 
 def check_machine(facts: dict[str, Any]) -> None:
-    """Refuse wheels for another Python, and say so where they are made for another torch."""
+    """Refuse wheels for another Python, and warn about wheels for another torch."""
     here = environment.python_tag()
     if sys.version_info < environment.PYTHON_NEEDED:
         raise EnvironmentSetupError(f"The locks are for Python 3.11 and later, and this is {here}.")
@@ -130,7 +130,7 @@ def _run(*command: str) -> None:
 
 
 def run_steps(interpreter: Interpreter, options: Options) -> list[dict[str, Any]]:
-    """Run the steps until all are done or the time is up; what was found, in order."""
+    """Run the steps until all are done or the time is up; returns the findings in order."""
     options.findings.parent.mkdir(parents=True, exist_ok=True)
     options.findings.unlink(missing_ok=True)
     options.log.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def run_steps(interpreter: Interpreter, options: Options) -> list[dict[str, Any]
 
 
 def _watched(interpreter: Interpreter, options: Options, steps: Sequence[str], deadline: float) -> str | None:
-    """Run steps in one process, and end it and all it started; how it ended, if not well."""
+    """Run steps in one process, then end it and all that it started; returns how it failed, if it did."""
     left = max(0.0, deadline - time.monotonic())
     setting = {
         "--device": options.device,
@@ -175,7 +175,7 @@ def _watched(interpreter: Interpreter, options: Options, steps: Sequence[str], d
     except subprocess.TimeoutExpired:
         return f"not done {_GRACE_SECONDS} s after the time was up"
     finally:
-        # All that it started; its number stays taken for as long as one of them lives.
+        # Its whole process group; the group's number is not reused while a member lives.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -19,32 +19,32 @@ from sglang_overlay.offline.plan.replacing import replaced
 from workbench.gpu import gpu_modules
 
 emulations: Any = importlib.import_module("standin.kernels")
-"""Of the stand-in GPU, under ``tests/``."""
+"""Folder of the stand-in GPU, under ``tests/``."""
 
 Checked = tuple[str, bool, str, dict[str, Any]]
-"""What was checked, whether it passed, what there is to say, and figures."""
+"""What was checked, whether it passed, details, and figures."""
 Kernel = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Quantizes ``[rows, columns]``, to e4m3 of that shape and float32 scales."""
 
 ROWS = (1024, 2111, 2112, 2113, 4096, 6144)
-"""From 16 rows a multiprocessor on, of which an H200 has 132, the row quantizer has a warp for each."""
+"""From 16 rows per multiprocessor on, of which an H200 has 132, the row quantizer assigns a warp to each row."""
 COLUMNS = (2048, 260)
-"""Loaded 16 bytes at a time, and 8."""
+"""Sizes with loads of 16 bytes, and of 8."""
 VALUE_STEPS, SCALE_STEPS = 1, 2
-"""By how many representable numbers a kernel may differ from its emulation: on Hopper they are compiled with
-``--use_fast_math``, whose divisions are not emulated. What differs at all is told.
+"""By how many representable numbers a kernel may differ from its emulation: on Hopper kernels are compiled with
+``--use_fast_math``, whose divisions are not emulated. All differences are reported.
 """
 COPY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A kernel of SGLang's and the emulation that has to give its bytes.
+    """A kernel of SGLang's and the emulation that must give the same bytes.
 
     Attributes:
         kernel, emulation: called with input, e4m3 output and float32 scales to write to.
-        scales: shape of the scales for so many rows.
-        flat: whether both take all three with one dimension.
+        scales: returns the shape of the scales for a number of rows.
+        flat: whether both take all three tensors with one dimension.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Comparison:
     flat: bool = False
 
     def run(self, called: Callable[..., Any], values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What kernel or emulation makes of ``values``, in memory that held something else."""
+        """The kernel's or the emulation's e4m3 values and scales for ``values``, written over other contents."""
         output = torch.full(values.shape, 0x55, dtype=torch.uint8, device=values.device).view(torch.float8_e4m3fn)
         scale = torch.zeros(self.scales(len(values)), dtype=torch.float32, device=values.device)
         called(*((values.view(-1), output.view(-1), scale.view(-1)) if self.flat else (values, output, scale)))
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def checked(work: Path) -> Iterator[Checked]:
-    """All of it, on the current GPU."""
+    """Run all checks on the current GPU."""
     for comparison in comparisons():
         for rows in ROWS:
             for columns in COLUMNS[:1] if comparison.flat else COLUMNS:
@@ -87,7 +87,7 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def samples(rows: int, columns: int) -> torch.Tensor:
-    """bf16 ``[rows, columns]`` on the GPU: rows of many magnitudes, with zero, NaN, infinite and tiny ones."""
+    """bf16 ``[rows, columns]`` on the GPU: rows of many magnitudes, some with zeros, NaN, infinities or tiny values."""
     seeded = torch.Generator("cuda").manual_seed(rows * columns)
     values = torch.randn(rows, columns, generator=seeded, device="cuda")
     values *= torch.exp(4 * torch.randn(rows, 1, generator=seeded, device="cuda"))
@@ -96,7 +96,7 @@ def samples(rows: int, columns: int) -> torch.Tensor:
     values[9] = torch.nan
     values[10, 7] = torch.inf
     values[11:14] *= 1e-30
-    # Below the smallest normal number of float32, and at it.
+    # Below the smallest normal number of float32, and exactly that.
     values[14] = 1e-39
     values[15] = 2.0**-126
     values[16] = -0.0
@@ -114,7 +114,7 @@ def _compared(comparison: Comparison, rows: int, columns: int) -> Checked:
 
 def _comparison_of(comparison: Comparison, values: torch.Tensor) -> tuple[bool, str, dict[str, Any]]:
     if comparison.flat:
-        # One scale of all: what is not finite would leave nothing to compare.
+        # With a single scale, values that are not finite would leave nothing to compare.
         values = torch.nan_to_num(values, nan=0.0, posinf=0.0)
     real = comparison.run(comparison.kernel, values)
     with on_real_gpu() as mirrors:
@@ -127,14 +127,14 @@ def _comparison_of(comparison: Comparison, values: torch.Tensor) -> tuple[bool, 
 
 
 def _steps(real: torch.Tensor, emulated: torch.Tensor) -> torch.Tensor:
-    """For each row by how many representable numbers two outputs differ at most; 0 where all bytes are the same."""
+    """For each row, the largest difference of two outputs in representable numbers; 0 if all bytes are equal."""
     kind = torch.uint8 if real.dtype == torch.float8_e4m3fn else torch.int32
     one, other = (part.cpu().contiguous().view(kind).view(len(part), -1).long() for part in (real, emulated))
     return (one - other).abs().amax(dim=1)
 
 
 def _told(steps: list[torch.Tensor], values: torch.Tensor) -> str:
-    """How many rows differ from the emulation's, and which differ most."""
+    """A message: how many rows differ from the emulation, and which differ most."""
     told = []
     for what, found in zip(("rows of values", "scales"), steps, strict=True):
         worst = [row for row in found.argsort(descending=True)[:6].tolist() if found[row]]
@@ -148,7 +148,7 @@ def _largest(values: torch.Tensor, row: int) -> float:
 
 
 def _in_pieces(comparison: Comparison) -> Checked:
-    """A weight as a whole, and in two halves: the kernel's rule of which variant is picked shows in rows of zeros."""
+    """Quantize a weight at once and in two halves: rows of zeros show which variant the kernel picks."""
     values = samples(2560, COLUMNS[0])
     whole, _ = comparison.run(comparison.kernel, values)
     halves = torch.cat([comparison.run(comparison.kernel, half.contiguous())[0] for half in values.chunk(2)])
@@ -160,7 +160,7 @@ def _in_pieces(comparison: Comparison) -> Checked:
 
 @contextmanager
 def on_real_gpu() -> Iterator[dict[int, torch.Tensor]]:
-    """Lets emulations, which write to the stand-in's memory, work on copies of a real GPU's: by address, in here."""
+    """Make emulations, which write to host memory, work on host copies of a real GPU's tensors, by their addresses."""
     mirrors: dict[int, torch.Tensor] = {}
 
     def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def on_real_gpu() -> Iterator[dict[int, torch.Tensor]]:
 
 
 def _copies(work: Path) -> Iterator[Checked]:
-    """Rates of copies to the GPU out of ordinary, mapped and pinned memory."""
+    """Rates of copies to the GPU from pageable, mapped and pinned memory."""
     from safetensors.torch import load_file, save_file
 
     plain = torch.ones(COPY_BYTES, dtype=torch.uint8)

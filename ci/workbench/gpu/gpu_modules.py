@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's kernels that are compiled on first use, compiled ahead: where the wheels are collected, or on the machine.
+"""Compile SGLang's JIT kernels ahead of time: where the wheels are collected, or on the GPU machine.
 
-A module of SGLang's ``load_jit`` lies in ``TVM_FFI_CACHE_DIR`` under a name of its sources, the GPU and tvm-ffi's
-version, and is taken from there whoever compiled it.
+A module of SGLang's ``load_jit`` is in ``TVM_FFI_CACHE_DIR`` under a name that depends on its sources, the GPU and
+tvm-ffi's version, and is found there whoever compiled it.
 
     python -m workbench.gpu.gpu_modules --headers FOLDER   # needs nvcc and no GPU
 """
@@ -26,14 +26,15 @@ CACHE_VARIABLE = "TVM_FFI_CACHE_DIR"
 SOURCES_VARIABLE = "STREAMFP8_ROW_KERNELS"
 """Where the sources of the newest release's row quantizer are."""
 CAPABILITY = (9, 0)
-"""Of the GPUs that modules are compiled for: Hopper."""
+"""Architecture that modules are compiled for: Hopper."""
 ENVIRON = {"TVM_FFI_CUDA_ARCH_LIST": "9.0a"}
-"""SGLang sets this around each build and takes it back, which builds in other threads would notice were it not set."""
+"""SGLang sets this around each build and then restores it: if it were not set before, builds in other threads would
+lose it."""
 MODULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     # Quantization, of weights and of activations.
     ("quantization.per_tensor_quant_fp8", "per_tensor_quant_fp8_module", (False, "bfloat16")),
     ("quantization.per_tensor_quant_fp8", "per_tensor_quant_fp8_module", (True, "bfloat16")),
-    # A forward pass of the tiny checkpoints; found by reading SGLang 0.5.17. What is missing is compiled when needed.
+    # A forward pass of the tiny checkpoints; found by reading SGLang 0.5.17. Missing ones are compiled when needed.
     ("activation.activation", "activation_module", ("bfloat16",)),
     ("layernorm.norm", "_jit_qknorm_module", (64, "bfloat16")),
     ("attention.rope", "_jit_fused_rope_module", (True, 64, "bfloat16", "bfloat16")),
@@ -45,11 +46,11 @@ MODULES: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("kvcache.set_mla_kv_buffer", "set_mla_kv_buffer_module", (256, 64, True)),
     ("moe.moe_fused_gate", "_jit_moe_fused_gate_module", ()),
 )
-"""Where below ``sglang.kernels.ops``, the function that loads it, and what that is given; dtypes by name."""
+"""Module below ``sglang.kernels.ops``, the function that loads the kernel, and its arguments; dtypes by name."""
 ROW_KERNELS = "row_kernels"
-"""Folder of the newest release's row quantizer: that release itself needs another torch than the machine's."""
+"""Folder of the newest release's row quantizer: that release itself needs a different torch than the machine's."""
 _ROW_FLAGS = ["-DSGL_CUDA_ARCH=900", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "--use_fast_math"]
-"""As 0.5.23 has it compiled for Hopper (``_jit_per_token_quant_fp8_module``)."""
+"""Flags as in 0.5.23 for Hopper (``_jit_per_token_quant_fp8_module``)."""
 THREADS = min(16, len(os.sched_getaffinity(0)))
 
 
@@ -58,7 +59,7 @@ _Job = tuple[str, Callable[..., Any], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Built:
-    """A module: how long it took to load, compiled or not, and what went wrong."""
+    """A module: seconds to load it, including compiling if needed, and the error if any."""
 
     name: str
     seconds: float
@@ -66,7 +67,7 @@ class Built:
 
 
 def build_all(headers: Path | None) -> Iterator[Built]:
-    """Load every module, compiling those that are not in the cache, several at a time."""
+    """Load every module, several at a time, compiling those that are not in the cache."""
     os.environ.update({**ENVIRON, "LIBRARY_PATH": str(_with_cudart(Path(os.environ[CACHE_VARIABLE])))})
     jobs: list[_Job] = [(f"{where}:{what}{given}", _loaded, (where, what, given)) for where, what, given in MODULES]
     if headers is not None:
@@ -81,7 +82,7 @@ def compiled(cache: Path) -> list[Path]:
 
 
 def _with_cudart(cache: Path) -> Path:
-    """A folder with a ``libcudart.so`` to link with: torch brings it under the name of its version alone."""
+    """A folder with a ``libcudart.so`` to link with: torch has it only under a versioned name."""
     import torch
 
     folder = cache / "lib"
@@ -110,7 +111,7 @@ def _loaded(where: str, what: str, given: tuple[Any, ...]) -> Any:
 
 
 def row_kernels(sources: Path) -> Any:
-    """The row quantizer of the newest release, which needs no more of that release than the headers in ``sources``.
+    """The row quantizer of the newest release, which needs only the headers in ``sources`` of that release.
 
     Its function ``per_token_quant_fp8`` takes input, fp8 output and float32 scales ``[rows, 1]``, and picks one of two
     kernels by the number of rows.
@@ -118,7 +119,7 @@ def row_kernels(sources: Path) -> Any:
     import tvm_ffi
     from tvm_ffi import cpp
 
-    # As the others, under a name that depends on the sources.
+    # Like the others, under a name that depends on the sources.
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources.rglob("*.*h"))))
     build = Path(os.environ[CACHE_VARIABLE]) / f"{ROW_KERNELS}_{digest.hexdigest()[:16]}"
     built = build / f"{ROW_KERNELS}.so"
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = list(build_all(options.headers))
     for one in found:
         print(f"{one.seconds:6.1f} s  {one.name}  {one.error}", flush=True)
-    # Not by what they raised: without a driver a module that was compiled cannot be loaded.
+    # Errors do not count: without a driver, compiled modules cannot be loaded.
     made = compiled(Path(os.environ[CACHE_VARIABLE]))
     print(f"{len(made)} of {len(found)} compiled")
     return 0 if made else 1

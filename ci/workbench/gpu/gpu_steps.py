@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of ``ci/gpu_check``, all in one process: ``python -m workbench.gpu.gpu_steps STEP... --work W --out O``.
 
-They are the loads of ``loads.py`` on another device, and ``gpu_kernels.py``. ``--device cpu``
-rehearses them on the CPU reference platform: what that cannot do, and limits of a GPU, are reported as skipped.
+They are the loads of ``loads.py`` on another device, and ``gpu_kernels.py``. ``--device cpu`` rehearses them on the CPU
+reference platform: steps that it cannot run, and limits that apply to GPUs, are reported as skipped.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from workbench.loads.updates import Update
 Verdict = Literal["passed", "failed", "skipped"]
 
 PEAK_LIMIT = 1.02
-"""Highest allowed peak on a GPU, of the loaded model's bytes."""
+"""Highest allowed ratio of a peak on a GPU to the loaded model's bytes."""
 LOADER_THREADS = 8
-"""Of DeepSeek's loader."""
+"""Number of threads of DeepSeek's loader."""
 TIME_LIMIT = 1.0
-"""Longest allowed load on a GPU, of stock fp8's."""
+"""Highest allowed ratio of load time to stock fp8's on a GPU."""
 RING = {PINNED_RING_VARIABLE: "1"}
 """Variables that switch the pinned ring on."""
 RING_STREAMING = Contender("streaming, ring", "fp8", "require", environ=RING)
 SCHEMES = ("stock", "tensor", "channel", "block", "int8")
 EXPERTS = 32
-"""Of the layer whose units are timed."""
+"""Number of experts of the layer whose units are timed."""
 BROKEN = 3
-"""Exit code: the device answers no more, and what is left needs another process."""
+"""Exit code: the device no longer responds, so the remaining steps need another process."""
 
 _NEW_SEED = 1
 _ZERO_ROWS = slice(3, 40)
@@ -56,7 +56,7 @@ _ZERO_ROWS = slice(3, 40)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked, how that went, and the figures found."""
+    """One check: what it checked, its verdict, and its figures."""
 
     what: str
     verdict: Verdict
@@ -65,18 +65,18 @@ class Finding:
 
 
 class TimeIsUp(Exception):  # noqa: N818 - reads as what happened
-    """What would come next is skipped."""
+    """There is no time for the next load: it is skipped."""
 
 
 class ThisProcess(LoadWorkers):
-    """Loads models in this very process, of one rank, until the time is up."""
+    """Loads models in this process, on one rank, until the time is up."""
 
     def __init__(self, folder: Path, deadline: float) -> None:
         super().__init__(folder)
         self._deadline = deadline
 
     def load(self, job: LoadJob) -> LoadResult:
-        """As of ``LoadWorkers``; raises ``TimeIsUp`` instead of beginning too late."""
+        """Like ``LoadWorkers.load``, but raises ``TimeIsUp`` instead of beginning too late."""
         if time.monotonic() > self._deadline:
             raise TimeIsUp
         from workbench.loads import load_worker
@@ -89,7 +89,7 @@ class ThisProcess(LoadWorkers):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: device, folder for checkpoints, GB of the large one, counted rounds, and what loads."""
+    """Where and how large: device, folder for checkpoints, GB of the large one, counted rounds, and the loader."""
 
     device: str
     work: Path
@@ -99,12 +99,12 @@ class Setting:
 
     @property
     def is_rehearsal(self) -> bool:
-        """Whether there is no GPU, and so no limit to hold and no graph to capture."""
+        """Whether there is no GPU, and so there are no limits to check and no graphs to capture."""
         return self.device == "cpu"
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """Folder of the checkpoints."""
         return self.work / "checkpoints"
 
     def large(self, family: Family, share: float = 1.0) -> Case:
@@ -113,7 +113,7 @@ class Setting:
         return Case(family, size, bench.sized_spec(family, size), device=self.device)
 
     def tiny(self, family: Family, seed: int = 0, **overrides: int) -> Path:
-        """A checkpoint of a few MB, its experts' shards in different files."""
+        """A checkpoint of a few MB, with its experts' shards in different files."""
         spec = CheckpointSpec(
             family, files=4, assignment="round_robin", seed=seed, overrides=tuple(sorted(overrides.items()))
         )
@@ -141,8 +141,8 @@ class Variant:
 
 
 _WIDE: dict[str, Any] = {"overrides": {"intermediate_size": 1280}, "zero_rows": ("gate_proj", "q_proj", "o_proj")}
-"""gate and up have 2560 rows together and 1280 each: on an H200 SGLang's row quantizer has one kernel for those of
-2112 rows and more and another for fewer, which differ for rows of zeros.
+"""gate and up have 2560 rows together and 1280 each: on an H200, SGLang's row quantizer uses one kernel from 2112 rows
+on and another for fewer rows; they differ for rows of zeros.
 """
 IDENTITY = (
     Variant("qwen3, scales per channel", "qwen3", scales="channel", **_WIDE),
@@ -163,7 +163,7 @@ WITH_RING = tuple(
 
 
 def environment(setting: Setting) -> Iterator[Finding]:
-    """What is installed; whether SGLang's kernels can be loaded beside the machine's torch, or compiled there."""
+    """Installed versions; whether SGLang's kernels can be loaded with the machine's torch, or compiled there."""
     import torch
 
     versions = {name: version(name) for name in ("torch", "triton", "sglang", "sglang-streamfp8", "transformers")}
@@ -189,7 +189,7 @@ def environment(setting: Setting) -> Iterator[Finding]:
 
 
 def kernels(setting: Setting) -> Iterator[Finding]:
-    """Kernels against their emulations, byte for byte; copies to the device; what a unit of each scheme costs."""
+    """Kernels against their emulations, byte for byte; copies to the device; the cost of a unit in each scheme."""
     if setting.is_rehearsal:
         yield Finding("kernels against their emulations", "skipped", "no GPU")
         yield Finding("copies to the device", "skipped", "no GPU")
@@ -202,7 +202,7 @@ def kernels(setting: Setting) -> Iterator[Finding]:
 
 
 def identity(setting: Setting) -> Iterator[Finding]:
-    """Every tensor of a streamed model is stock's to the bit, and it generates the same tokens."""
+    """Every tensor of a streamed model is bit-identical to stock's, and the model generates the same tokens."""
     for variant in IDENTITY:
         yield _as_stock(setting, variant)
 
@@ -234,9 +234,9 @@ def memory(setting: Setting) -> Iterator[Finding]:
 
 
 def _beside_the_model(spec: CheckpointSpec) -> int:
-    """Bytes that a load of DeepSeek's has on the device however large the model is, next to which 2 GB are little.
+    """Device memory of a DeepSeek load that does not grow with the model, but matters for one of 2 GB. In bytes.
 
-    A unit, an expert's gate and up in bf16 and fp8, in each thread of SGLang's loader; and ``kv_b_proj`` in bf16, which
+    A unit (an expert's gate and up in bf16 and fp8) in each thread of SGLang's loader, and ``kv_b_proj`` in bf16, which
     SGLang reads before it is quantized, as in stock.
     """
     sizes = {plan.name: plan.nbytes for plan in tensor_plans(spec)}
@@ -246,7 +246,7 @@ def _beside_the_model(spec: CheckpointSpec) -> int:
 
 
 def load_time(setting: Setting) -> Iterator[Finding]:
-    """Load time against stock fp8, in alternating runs, with plain bf16 beside it."""
+    """Load time against stock fp8, in alternating runs, with plain bf16 for comparison."""
     case = setting.large("qwen3_moe")
     contenders = [BF16, STOCK, STREAMING, *([] if setting.is_rehearsal else [RING_STREAMING])]
     runs = bench.measure(setting.loads, case, setting.checkpoints, setting.rounds, contenders).runs
@@ -256,14 +256,14 @@ def load_time(setting: Setting) -> Iterator[Finding]:
 
 
 def update(setting: Setting) -> Iterator[Finding]:
-    """Weights are replaced where they are, so that captured graphs compute with the new ones."""
+    """Weights are replaced in place, so that captured graphs compute with the new ones."""
     families: tuple[Family, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
     for family in families:
         yield from _updated(setting, family)
 
 
 def ring(setting: Setting) -> Iterator[Finding]:
-    """Identity with the pinned ring on, loader threads included."""
+    """Identity with the pinned ring, also with loader threads."""
     if setting.is_rehearsal:
         yield Finding("the pinned ring", "skipped", "no GPU, and it is for CUDA alone")
         return
@@ -289,7 +289,7 @@ STEPS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
 
 
 def with_zero_rows(checkpoint: Path, matrices: Sequence[str]) -> Path:
-    """A copy of a checkpoint, beside it, in which some rows of these matrices are all zeros."""
+    """A copy of a checkpoint, next to it, in which some rows of these matrices are all zeros."""
     from safetensors.torch import load_file, save_file
 
     target = checkpoint.with_name(f"{checkpoint.name}-zero-rows")
@@ -316,7 +316,7 @@ def _as_stock(setting: Setting, variant: Variant) -> Finding:
         streamed = setting.loads.load(replace(job, streaming="require"))
     except LoadFailed as error:
         return Finding(variant.name, "failed", str(error))
-    # Kernels that add in no fixed order give other last digits each time; weights and tokens must agree.
+    # Kernels without a fixed summation order give different last digits each time; weights and tokens must agree.
     differences = [line for line in compare(stock, streamed) if not line.endswith("logits of the prompts differ")]
     differences += _unexpected(streamed, variant)
     rank = streamed.ranks[0]
@@ -327,7 +327,7 @@ def _as_stock(setting: Setting, variant: Variant) -> Finding:
 
 
 def _unexpected(streamed: LoadResult, variant: Variant) -> Iterator[str]:
-    """What shows that the comparison was not of what it was meant to be of."""
+    """Signs that the comparison did not compare what was intended."""
     rank = streamed.ranks[0]
     scales = {name: one.shape for name, one in rank.tensors.items() if name.endswith("qkv_proj.weight_scale")}
     is_channel = [len(shape) == 2 for shape in scales.values()]
@@ -342,7 +342,7 @@ def _unexpected(streamed: LoadResult, variant: Variant) -> Iterator[str]:
 
 
 def _unit_cost(setting: Setting, scheme: str) -> Finding:
-    """Time and launches for each expert of a layer: of Qwen3-30B-A3B's size, or tiny in a rehearsal."""
+    """Time and launches per expert of a layer, with Qwen3-30B-A3B's size, or tiny in a rehearsal."""
     size: dict[str, Any] = {} if setting.is_rehearsal else {"size": "bench"}
     spec = CheckpointSpec("qwen3_moe", overrides=(("num_experts", EXPERTS), ("num_hidden_layers", 1)), **size)
     environ = {} if scheme == "stock" else {SCHEME_VARIABLE: json.dumps({"moe": scheme})}
@@ -351,7 +351,7 @@ def _unit_cost(setting: Setting, scheme: str) -> Finding:
     )
     what = f"an expert, scheme {scheme}"
     try:
-        # The first compiles what the scheme needs; the second is timed; the third is watched, which takes time itself.
+        # The first load compiles what the scheme needs; the second is timed; the third is profiled, which is slower.
         if not setting.is_rehearsal:
             setting.loads.load(job)
         seconds = setting.loads.load(job).ranks[0].load_seconds / EXPERTS
@@ -402,7 +402,7 @@ def _timed(setting: Setting, contender: Contender, case: Case, runs: Sequence[Ru
 def _measured(
     setting: Setting, what: str, detail: str, value: float, limit: float | None, figures: dict[str, Any]
 ) -> Finding:
-    """A figure, judged where there is a limit and a GPU."""
+    """A figure, judged if there are a limit and a GPU."""
     if limit is None:
         return Finding(what, "passed", detail, figures)
     if setting.is_rehearsal:
@@ -416,14 +416,14 @@ def _measured(
 
 
 class Findings:
-    """Writes each finding as it is made: a line of JSON to a file, and one to read."""
+    """Writes each finding immediately: a line of JSON to a file, and a readable line."""
 
     def __init__(self, out: IO[str], shown: IO[str]) -> None:
         self._out, self._shown = out, shown
         self._begin = time.perf_counter()
 
     def begun(self, step: str) -> None:
-        """A step begins, for who wants to know at which one this process has died."""
+        """Note that a step begins, to know which one the process was at if it dies."""
         print(json.dumps({"step": step, "verdict": "begun"}), file=self._out, flush=True)
 
     def write(self, step: str, finding: Finding) -> None:
@@ -435,7 +435,7 @@ class Findings:
 
 
 def run(steps: Sequence[str], setting: Setting, findings: Findings) -> int:
-    """Run steps one after another, whatever becomes of each."""
+    """Run all steps one after another, even if some fail."""
     for step in steps:
         findings.begun(step)
         failed = False
@@ -486,5 +486,5 @@ def _log_to(path: Path) -> None:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # Not sys.exit: threads and process groups that SGLang leaves behind would be waited for.
+    # Not sys.exit, which would wait for threads and process groups that SGLang leaves behind.
     os._exit(code)

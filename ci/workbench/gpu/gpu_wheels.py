@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What SGLang needs on a machine that has a GPU, CUDA and PyTorch but no package index: a folder to import from.
+"""Collect what SGLang needs on a machine with a GPU, CUDA and PyTorch but no package index: a folder to import from.
 
-    site/          a release's lock installed, but for what ``ci/locks/gpu_machine.txt`` names and for :data:`DROPPED`
-    jit/           SGLang's kernels that are compiled on first use, compiled for Hopper where nvcc is at hand
+    site/          a release's lock, installed without the packages in ``ci/locks/gpu_machine.txt`` and :data:`DROPPED`
+    jit/           SGLang's kernels that are compiled on first use, compiled for Hopper if nvcc is available
     row_kernels/   sources of the newest release's row quantizer, which is checked there too
 
 Standard library only: nothing is installed where this runs.
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Run as a file, by whichever Python there is.
+# Run as a file, by any Python.
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[above]) for above in (2, 3)]
 
@@ -34,9 +34,9 @@ from workbench.releases import environment
 from workbench.releases.environment import CLONE, EnvironmentSetupError, Plan, normalized
 
 LEFT_OUT = Path("ci", "locks", "gpu_machine.txt")
-"""Names of packages that are not collected, in a clone."""
+"""The file, in a clone, with names of packages that are not collected."""
 KEPT = ("sgl_kernel/sm90/*",)
-"""Kernels that are kept of what is dropped below: for Hopper. sglang-kernel has a folder for each generation."""
+"""Kernels for Hopper, kept although the patterns below match. sglang-kernel has a folder for each generation."""
 DROPPED = (
     "bin/*",
     "*.a",
@@ -50,7 +50,7 @@ DROPPED = (
 )
 """Files that are not carried, as patterns over their paths in ``site``."""
 ROW_SOURCES = ("kernels/jit/csrc/gemm/per_token_quant_fp8.cuh", "kernels/jit/include/*")
-"""Of the newest release's wheel, below ``sglang/``."""
+"""Path in the newest release's wheel, below ``sglang/``."""
 _JIT = "sglang/kernels/jit/"
 _MEGABYTE = 10**6
 _ROW = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^ ;\\]+)", re.MULTILINE)
@@ -58,14 +58,14 @@ _ROW = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^ ;\\]+)", re.MU
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to collect: for which release of SGLang, and for which Python, such as ``3.12``."""
+    """What to collect: the SGLang release, and the Python version, such as ``3.12``."""
 
     plan: Plan
     python: str
 
     @property
     def requirements(self) -> str:
-        """Their rows of the lock, hashes included."""
+        """The collected packages' lines of the lock, with hashes."""
         return environment.without(self.plan.lock.read_text(encoding="utf-8"), self.left_out)
 
     @property
@@ -134,13 +134,13 @@ def _pip(wanted: Wanted, *command: str, listed: str) -> None:
 
 
 def _platforms() -> list[str]:
-    """pip takes a wheel whose tag is one of these, and knows no "or older"."""
+    """All platform tags that pip may use: it does not accept older ones by itself."""
     numbered = [f"manylinux_2_{number}_x86_64" for number in range(34, 4, -1)]
     return [*numbered, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
 
 
 def _row_sources(plan: Plan, target: Path) -> None:
-    """The newest release's row quantizer and its headers, out of that release's wheel."""
+    """Extract the newest release's row quantizer and its headers from that release's wheel."""
     newest = Wanted(environment.planned(environment.supported()[-1], "gpu", plan.clone), "3.12")
     others = frozenset(newest.versions) - {"sglang"}
     only = environment.without(newest.plan.lock.read_text(encoding="utf-8"), others)
@@ -152,7 +152,7 @@ def _row_sources(plan: Plan, target: Path) -> None:
 
 
 def extract_row_sources(archive: zipfile.ZipFile, target: Path) -> None:
-    """``csrc/`` and ``include/`` below ``target``, out of a wheel of SGLang."""
+    """Extract ``csrc/`` and ``include/`` from a wheel of SGLang to below ``target``."""
     for name in archive.namelist():
         if not name.endswith("/") and _is_any(name, [f"sglang/{pattern}" for pattern in ROW_SOURCES]):
             path = target / name.removeprefix(_JIT)
@@ -161,9 +161,9 @@ def extract_row_sources(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def _compile(plan: Plan, folder: Path) -> int:
-    """Compile kernels with this machine's nvcc, in an environment of the release; how many there are then.
+    """Compile kernels with this machine's nvcc, in the release's environment; returns their number.
 
-    They are kept between calls: names stand for sources.
+    They are kept between calls, since names depend on sources.
     """
     cache = plan.cache / f"kernels-{plan.release}"
     (folder / "jit").mkdir()
@@ -184,7 +184,7 @@ def _compile(plan: Plan, folder: Path) -> int:
 
 
 def release_for(torch: str, clone: Path = CLONE) -> str:
-    """The newest supported release that is made for this version of torch.
+    """The newest supported release for this version of torch.
 
     Raises:
         EnvironmentSetupError: there is none.
@@ -198,7 +198,7 @@ def release_for(torch: str, clone: Path = CLONE) -> str:
 
 
 def described(manifest: Manifest) -> Iterator[str]:
-    """What was packed, a line each."""
+    """A description of what was packed, line by line."""
     facts = manifest.facts
     yield (
         f"SGLang {facts['release']} for Python {facts['python']} on Linux x86_64, beside torch {facts['torch']} and a "

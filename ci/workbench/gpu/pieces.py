@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder as one compressed archive, cut into pieces small enough to be carried one by one. Standard library only.
+"""Pack a folder into one compressed archive, cut into pieces that can be carried one by one. Standard library only.
 
-OUT/piece-00/piece-00       a part of one .tar.xz; a folder each, as folders are what is carried
-OUT/piece-00/manifest.json  what the pieces are: sizes and SHA-256
+OUT/piece-00/piece-00       a part of one .tar.xz; each in its own folder, since folders are carried
+OUT/piece-00/manifest.json  sizes and SHA-256 of the pieces
 OUT/piece-01/piece-01
 """
 
@@ -21,16 +21,16 @@ MANIFEST = "manifest.json"
 _ARCHIVE = "folder.tar.xz"
 _BLOCK = 1 << 20
 _PRESET: Final = 6
-"""Of xz: 9 takes longer by half, and gives little less."""
+"""Level of xz: 9 takes half as long again for a slightly smaller archive."""
 
 
 class DamagedPiecesError(RuntimeError):
-    """What is there is not what the manifest names; the message says which piece."""
+    """The pieces do not match the manifest; the message says which one."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece as the manifest names it; ``size`` in bytes."""
+    """A piece as in the manifest; ``size`` in bytes."""
 
     name: str
     size: int
@@ -38,14 +38,14 @@ class Piece:
 
     @classmethod
     def of(cls, path: Path) -> Piece:
-        """What ``path`` holds, under its own name."""
+        """The piece in the file ``path``, under its own name."""
         with path.open("rb") as file:
             return cls(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was packed: ``facts`` that the packer wants known, the bytes unpacked, and the pieces in order."""
+    """The contents of an archive: the packer's ``facts``, the unpacked bytes, and the pieces in order."""
 
     facts: dict[str, Any]
     unpacked: int
@@ -53,7 +53,7 @@ class Manifest:
 
 
 def pack(folder: Path, out: Path, piece_bytes: int, **facts: Any) -> Manifest:
-    """Write what is in ``folder`` into pieces of at most ``piece_bytes`` under ``out``, the manifest with the first."""
+    """Pack ``folder`` into pieces of at most ``piece_bytes`` under ``out``, with the manifest next to the first."""
     archive = out / _ARCHIVE
     with tarfile.open(archive, "w:xz", preset=_PRESET) as tar:
         for path in sorted(folder.iterdir()):
@@ -83,7 +83,7 @@ def _copy(source: BinaryIO, target: BinaryIO, limit: int) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest that lies with the first piece under ``folder``, or in it where pieces were copied together.
+    """The manifest next to the first piece under ``folder``, or in ``folder`` if all pieces were copied there.
 
     Raises:
         DamagedPiecesError: there is none.
@@ -96,10 +96,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def unpack(folder: Path, out: Path) -> None:
-    """Put the pieces in ``folder`` (in folders of their own or not) together, and what was packed into ``out``.
+    """Join the pieces in ``folder`` (in their own folders or not), and unpack the archive into ``out``.
 
     Raises:
-        DamagedPiecesError: a piece is missing, or is not what the manifest says.
+        DamagedPiecesError: a piece is missing, or does not match the manifest.
     """
     manifest = read_manifest(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def unpack(folder: Path, out: Path) -> None:
             with _found(folder, piece).open("rb") as part:
                 shutil.copyfileobj(part, whole, _BLOCK)
     with tarfile.open(archive) as tar:
-        # Python 3.11.2, Debian's, has no filters yet.
+        # Debian's Python 3.11.2 has no filters yet.
         if hasattr(tarfile, "data_filter"):
             tar.extraction_filter = tarfile.data_filter
         tar.extractall(out)

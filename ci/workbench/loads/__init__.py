@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints, and real SGLang loading them in processes of their own."""
+"""Checkpoints, and real SGLang that loads them in separate processes."""

@@ -1,4 +1,4 @@
-"""Checkpoints made by script: real Hugging Face layouts, random weights, no hub.
+"""Generate checkpoints: real Hugging Face layouts, random weights, no hub.
 
 A checkpoint is described by a frozen :class:`CheckpointSpec` and written once per cache folder by :func:`build`:
 
@@ -9,9 +9,9 @@ The steps are: family and size give a ``config.json`` (:func:`model_config`); th
 (:func:`tensor_plans`); the spec assigns tensors to files (:func:`file_plan`); each file is written tensor by tensor,
 so memory stays near one tensor however large the checkpoint is.
 
-Values: every tensor is a slice of one random block, times a scale of its own, times a scale per row. No two experts,
-rows or shards (gate beside up, q beside k beside v) share a scale, so a slice in the wrong place shows in the bytes
-and in the quantization scales. The scales keep activations near one, so logits are finite.
+Values: every tensor is a slice of one random block, times its own scale, times a scale per row. No two experts, rows or
+shards (gate and up; q, k and v) share a scale, so a slice in the wrong place shows in the bytes and in the quantization
+scales. The scales keep activations near one, so logits are finite.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class CheckpointSpec:
         file_names: ``ordered``, or ``shuffled``: the same files under permuted numbers, so that reading them in
             sorted order is not model order.
         container: ``safetensors`` or ``bin`` (``torch.save``).
-        stored: ``bf16``; ``fp8`` (serialized, one scale a tensor) or ``fp8_block`` (128 x 128 blocks, as DeepSeek-V3
+        stored: ``bf16``; ``fp8`` (serialized, one scale per tensor) or ``fp8_block`` (128 x 128 blocks, as DeepSeek-V3
             is published), for runs in which nothing may stream.
         tied_embeddings: no ``lm_head.weight``; the config says so.
-        seed: of every random choice.
+        seed: seed of every random choice.
     """
 
     family: Family
@@ -146,7 +146,7 @@ _COMMON: Config = {
     "attention_bias": False,
 }
 _QWEN: Config = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0, "rope_scaling": None}
-# An eighth of DeepSeek's own 163840 positions: the rope table has a row for each and would outweigh a tiny model.
+# An eighth of DeepSeek's own 163840 positions: the rope table, with a row for each, would be larger than a tiny model.
 _YARN_FACTOR = 40
 _YARN_POSITIONS = 20480
 _DEEPSEEK: Config = {
@@ -490,7 +490,7 @@ def make_tensor(plan: TensorPlan, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor as stored: `make` gives it when its turn to be written comes."""
+    """One stored tensor: `make` creates it just before it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -565,7 +565,7 @@ def _file_numbers(spec: CheckpointSpec, entries: list[_Entry]) -> list[int]:
 
 
 def _fill_in_order(sizes: list[int], files: int) -> list[int]:
-    """Nearly equal bytes a file, order kept, no file left empty."""
+    """File numbers with nearly equal bytes per file, order kept, no file empty."""
     total, before, number, numbers = sum(sizes), 0, 0, []
     for position, size in enumerate(sizes):
         due = min(files - 1, before * files // total)
@@ -595,7 +595,7 @@ def _moved(numbers: list[int], chance: random.Random) -> list[int]:
 
 
 def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
-    """Write `entries` one at a time, so memory stays near one tensor (``save_file`` wants the whole file's)."""
+    """Write `entries` one at a time, so memory stays near one tensor (``save_file`` needs all tensors of a file)."""
     with path.open("wb") as file:
         file.write(header([Entry(entry.name, entry.shape, entry.dtype) for entry in entries]))
         for entry in entries:
@@ -712,7 +712,7 @@ def _publish(draft: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch compute with so many threads, in this thread and in those which it starts."""
+    """Make torch compute with ``number`` threads, in this thread and in those it starts."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -729,7 +729,7 @@ def _write(spec: CheckpointSpec, folder: Path) -> None:
     _write_tokenizer(folder, config["vocab_size"])
     files = _assign(spec)
     write = _write_safetensors if spec.container == "safetensors" else _write_bin
-    # A file a thread: tensors are too small to be worth a thread team of torch's each.
+    # One thread per file: tensors are too small for torch's own threads.
     with torch_threads(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write, (folder / name for name in files), files.values()))
     if spec.files > 1:

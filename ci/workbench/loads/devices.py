@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a load asks for on the device it goes to, beside the device's name."""
+"""Settings that a load needs on a device, besides the device's name."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from workbench.loads.job import StartMethod
 
 _SERVER_ARGS: dict[str, dict[str, Any]] = {
-    # Of the backends that SGLang has for these, the ones that need no package of kernels but sglang-kernel.
+    # SGLang's backends that need no kernel package but sglang-kernel.
     "cuda": {"attention_backend": "triton", "sampling_backend": "pytorch", "moe_runner_backend": "triton"},
 }
 _ENVIRON: dict[str, dict[str, str]] = {
-    # Nor kernels that are compiled when first used, by FlashInfer where SGLang finds it, or by DeepGEMM.
+    # No kernels that FlashInfer, if SGLang finds it, or DeepGEMM compiles on first use.
     "cuda": {"SGLANG_ENABLE_JIT_DEEPGEMM": "0", "SGLANG_IS_FLASHINFER_AVAILABLE": "false"},
 }
 _FLASHINFER = {
@@ -30,7 +30,7 @@ _FLASHINFER = {
     "flashinfer.prefill": ("cudnn_batch_prefill_with_kv_cache",),
     "flashinfer.sampling": ("min_p_sampling_from_probs", "top_k_top_p_sampling_from_probs"),
 }
-"""What SGLang 0.5.17 imports of FlashInfer with CUDA without asking whether it is there."""
+"""Names that SGLang 0.5.17 imports from FlashInfer with CUDA without checking whether it is installed."""
 _START_METHODS: dict[str, StartMethod] = {"cuda": "spawn"}
 
 
@@ -40,20 +40,20 @@ def server_args(device: str) -> dict[str, Any]:
 
 
 def environ(device: str) -> dict[str, str]:
-    """Variables that processes need when they import SGLang."""
+    """Environment variables that processes need when they import SGLang."""
     return _ENVIRON.get(device, {})
 
 
 def start_method(device: str) -> StartMethod:
-    """How processes are to be started: CUDA does not survive a fork."""
+    """How to start processes: CUDA does not survive a fork."""
     return _START_METHODS.get(device, "forkserver")
 
 
 def prepare(device: str) -> None:
-    """What a process has to do before it imports SGLang, where FlashInfer is not installed.
+    """Provide a substitute for FlashInfer if it is not installed; to be called before SGLang is imported.
 
-    SGLang 0.5.17 imports some names of it with CUDA whatever backends are chosen, and decodes DeepSeek with one. SGLang
-    and sgl-kernel have kernels of their own for all else that the check needs.
+    With CUDA, SGLang 0.5.17 imports some of its names for any choice of backends, and decodes DeepSeek with one. SGLang
+    and sgl-kernel have their own kernels for everything else that the check needs.
     """
     if device == "cuda" and importlib.util.find_spec("flashinfer") is None:
         for module, names in _FLASHINFER.items():
@@ -72,7 +72,7 @@ def bmm_fp8(
     dtype: torch.dtype,
     out: torch.Tensor,
 ) -> None:
-    """``a @ b`` of fp8 matrices ``[n, rows, k]`` and ``[n, k, columns]`` with one scale each, written to ``out``."""
+    """Write ``a @ b`` of fp8 matrices ``[n, rows, k]`` and ``[n, k, columns]`` with one scale each to ``out``."""
     import torch
 
     torch.bmm(a.to(dtype), b.to(dtype), out=out)
@@ -81,14 +81,14 @@ def bmm_fp8(
 
 @dataclass
 class Launches:
-    """What a device has run: kernels and copies, and the seconds that they took."""
+    """Number of kernels and copies that a device has run, and the seconds they took."""
 
     launches: int = 0
     seconds: float = 0.0
 
 
 class Accelerator:
-    """The memory and the queue of a device; of the CPU, which has neither, nothing happens and all figures are 0."""
+    """The memory and the queue of a device. On the CPU nothing happens, and all figures are 0."""
 
     def __init__(self, device: torch.device | str) -> None:
         import torch
@@ -97,12 +97,12 @@ class Accelerator:
         self._module: Any = None if kind == "cpu" else torch.get_device_module(kind)
 
     def wait(self) -> None:
-        """Until everything that was queued is done."""
+        """Wait until all queued work is done."""
         if self._module is not None:
             self._module.synchronize()
 
     def release_memory(self) -> None:
-        """Return the memory which the allocator holds and nobody uses."""
+        """Release unused memory that the allocator holds."""
         if self._module is not None:
             self._module.empty_cache()
 
@@ -112,7 +112,7 @@ class Accelerator:
         return 0 if self._module is None else int(self._module.max_memory_reserved())
 
     def answers(self) -> bool:
-        """Whether the device still works: after some errors CUDA refuses everything else."""
+        """Whether the device still works: after some errors CUDA refuses all further work."""
         try:
             self.wait()
         except Exception:
@@ -121,7 +121,7 @@ class Accelerator:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Launches]:
-        """What runs on the device meanwhile, by torch's profiler; complete when the block ends."""
+        """Counts what runs on the device inside the block, with torch's profiler; complete when the block ends."""
         found = Launches()
         if self._module is None:
             yield found

@@ -1,7 +1,7 @@
-"""Everything two loads of a model must agree on, tensor by tensor. Torch only.
+"""Everything that two loads of a model must agree on, tensor by tensor. Torch only.
 
-``named_tensors`` and ``model_bytes`` do what ``tensors_of`` and ``stored_bytes`` in ``sglang_overlay/load`` do, and
-share no code with them on purpose: a check must not repeat a mistake of what it checks.
+``named_tensors`` and ``model_bytes`` do the same as ``tensors_of`` and ``stored_bytes`` in ``sglang_overlay/load``, but
+deliberately share no code with them: a check must not repeat a mistake of the code it checks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _tensors_in(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 @dataclass(frozen=True)
 class TensorPrint:
-    """What two loads must agree on about one tensor.
+    """The facts about one tensor that two loads must agree on.
 
     Args:
         kind: ``parameter``, ``buffer``, or ``attribute`` for a tensor found in a module's ``__dict__``.
@@ -84,7 +84,7 @@ def model_prints(model: torch.nn.Module) -> dict[str, TensorPrint]:
 def model_flags(model: torch.nn.Module) -> dict[str, str]:
     """Name -> value of each plain attribute of a module, its quantization method or a parameter.
 
-    What post-processing notes for the kernels.
+    Post-processing sets such attributes for kernels.
     """
     holders: dict[str, Any] = dict(model.named_modules())
     for prefix, module in model.named_modules():
@@ -109,7 +109,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def hash_of(tensor: torch.Tensor) -> str:
-    """SHA-256 of the values in row-major order; of nothing for a meta tensor, which has none."""
+    """SHA-256 of the values in row-major order; of no bytes for a meta tensor."""
     if tensor.device.type == "meta":
         return "meta"
     plain = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)

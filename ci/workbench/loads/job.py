@@ -1,4 +1,4 @@
-"""What :mod:`workbench.loads.loads` orders of its workers, and what they answer."""
+"""Jobs that :mod:`workbench.loads.loads` sends to its workers, and their results."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ class LoadJob:
         prompts: token ids to continue greedily; none, no generation.
         new_tokens: tokens generated for each prompt.
         recorded_inputs: file for what the prompts give each linear and expert layer (``layer_inputs.py``).
-        uninitialized: what memory that nobody writes (parameters which the checkpoint lacks) is filled with, so that
-            two loads agree on it; None leaves it as it is.
-        staging: what streaming holds back until it is whole; ``layers`` is ``sglang_overlay.offline.plan.layers``.
-        peak_seconds: how long a whole layer is kept once quantized, for its peak not to fall between readings.
-        quantizing: ``once`` leaves out the pass that finds the scale, ``none`` takes every write and quantizes nothing
-            (``interception.py``).
-        without: what of the CPU reference's way of loading is left out (``ablations.py``).
-        threads: of torch's, and so of streaming's; None leaves their number as it is.
-        device: as ``--device``; ``devices.py`` has what else that asks for.
-        graphs: whether CUDA graphs are captured, after loading and before weight updates, as a server does it.
-        linear: whose scales linear layers have; ``tensor`` has SGLang take its path for devices on which its kernels
-            want one scale a matrix.
-        tokens_of: what generates: the ``last`` weights, or ``each``: the loaded ones before weight updates as well.
-        recorder: ``module:function``, a context manager around the load in each rank; what it yields is ``recorded``.
-        described: ``tensors``, or only their ``sizes``, where fingerprints of a large model would take long.
-        timeout_seconds: of the job, processes' start not counted.
+        uninitialized: fills memory that nobody writes (parameters which the checkpoint lacks) with this value, so that
+            two loads agree on it; None does not.
+        staging: what streaming collects until it is complete; ``layers`` is ``sglang_overlay.offline.plan.layers``.
+        peak_seconds: how long a whole layer is kept after it is quantized, so that samples do not miss the peak.
+        quantizing: ``once`` leaves out the pass that finds the scale, ``none`` captures every write but quantizes
+            nothing (``interception.py``).
+        without: the CPU reference's optimization that is left out (``ablations.py``).
+        threads: number of torch's threads, and so of streaming's; None does not change it.
+        device: as ``--device``; ``devices.py`` has the other settings for it.
+        graphs: whether CUDA graphs are captured, after loading and before weight updates, as in a server.
+        linear: which scales linear layers have; ``tensor`` makes SGLang take its path for devices whose kernels need
+            one scale per matrix.
+        tokens_of: which weights generate: the ``last`` ones, or ``each``: also the loaded ones before weight updates.
+        recorder: ``module:function``, a context manager around the load in each rank; its value is ``recorded``.
+        described: ``tensors``, or only their ``sizes`` if fingerprints of a large model would take too long.
+        timeout_seconds: of the job, without the start of processes.
     """
 
     checkpoint: Path
@@ -88,13 +88,13 @@ class LoadJob:
 
     @property
     def ranks(self) -> int:
-        """Processes that load together."""
+        """Number of processes that load together."""
         return self.tp_size * self.pp_size
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's side of a finished job.
+    """One rank's result of a finished job.
 
     Args:
         tensors: name -> print; parameters in ``named_parameters`` order, then buffers, then attributes.
@@ -102,19 +102,19 @@ class RankResult:
         parameter_order: names as ``named_parameters`` gives them.
         model_bytes: of all distinct storages the model holds.
         load_seconds: wall time of ``ModelRunner.load_model``.
-        load_cpu_seconds: time that the process's threads had a processor meanwhile.
+        load_cpu_seconds: processor time of the process's threads during ``load_model``.
         memory: of the process during ``load_model``, read every 3 ms.
         reserved: the most bytes that the device's allocator has held during ``load_model``; 0 on the CPU.
-        torch_threads: that torch computes with when the model has been loaded.
-        recorded: what the job's ``recorder`` has yielded.
+        torch_threads: number of torch's threads after the model has been loaded.
+        recorded: the value of the job's ``recorder``.
         job_seconds: wall time of the whole job in the process.
-        updates: what became of each of the job's updates.
-        tokens: generated ids, one tuple a prompt.
-        tokens_before: the same before weight updates, where ``tokens_of`` asks for ``each``.
-        graph_steps: forward passes among these that ran as a CUDA graph.
+        updates: results of the job's updates.
+        tokens: generated ids, one tuple per prompt.
+        tokens_before: the same before weight updates, if ``tokens_of`` is ``each``.
+        graph_steps: number of these forward passes that ran as a CUDA graph.
         logits_sha256: of the prefill's logits of all prompts and vocabulary, as float32.
         logits_finite: whether all of these are finite.
-        log: warnings of any logger, and everything of what streams, as ``LEVEL logger: message``.
+        log: warnings of any logger, and all messages of streaming, as ``LEVEL logger: message``.
     """
 
     rank: int
@@ -140,7 +140,7 @@ class RankResult:
 
 @dataclass(frozen=True)
 class RankError:
-    """What a rank answers when its job failed."""
+    """A rank's answer if its job failed."""
 
     rank: int
     traceback: str
@@ -148,7 +148,7 @@ class RankError:
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is sent: a job, and the port at which its ranks meet."""
+    """A message to a worker: a job, and the port at which its ranks meet."""
 
     job: LoadJob
     port: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of a loaded model are given while it runs."""
+"""Record the inputs of a loaded model's layers while it runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 ROWS = 512
-"""Rows of a layer's input that are kept."""
+"""Number of rows of a layer's input that are kept."""
 
 
 @contextlib.contextmanager
 def recorded_inputs(model: torch.nn.Module, file: Path | None) -> Iterator[None]:
-    """Write the first rows that each linear and expert layer is given, by the layer's name.
+    """Write the first input rows of each linear and expert layer, by the layer's name.
 
     Args:
         model: as SGLang has loaded it.
-        file: safetensors; float32 ``[rows, columns]``, at most ``ROWS`` rows. None, and nothing is kept.
+        file: a safetensors file for float32 ``[rows, columns]``, at most ``ROWS`` rows. None records nothing.
     """
     kept: dict[str, torch.Tensor] = {}
     hooks = [] if file is None else [_hook(name, layer, kept) for name, layer in _layers(model)]

@@ -1,15 +1,15 @@
 """The process behind :mod:`workbench.loads.loads`: one rank that loads models in real SGLang, one after another.
 
-A job goes the way SGLang's own ``sglang.benchmark.one_batch`` goes, after ``load_plugins()`` as in the scheduler:
+A job runs like SGLang's own ``sglang.benchmark.one_batch``, after ``load_plugins()`` as in the scheduler:
 
 1. publish the job's server arguments (the last publish wins, so one process can hold many in turn);
 2. set up process groups for this job, over gloo on the CPU;
 3. build a ``ModelRunner``, watching memory and time of its ``load_model``;
 4. make the job's weight updates; fingerprint every tensor of the model; generate when asked;
 5. drop the model, what SGLang keeps of it for the process, the groups and the arguments, so that the next job starts
-   from nothing.
+   from scratch.
 
-:mod:`workbench.loads.runtime` has what of this differs between releases.
+:mod:`workbench.loads.runtime` has the steps that differ between releases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import sglang.srt.plugins
 
-# As in every process SGLang starts: before modules that take names from those which plugins patch.
+# As in every process SGLang starts: before modules that import names which plugins patch.
 sglang.srt.plugins.load_plugins()
 
 import torch  # noqa: E402
@@ -64,22 +64,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from multiprocessing.connection import Connection
 
-# Imports every model, seconds which each forked worker would otherwise spend in its first job.
+# Imports every model, which would otherwise take seconds in the first job of each forked worker.
 importlib.import_module("sglang.srt.models.registry")
 
-# Every collection would otherwise walk the objects of all of SGLang, near a second each time.
+# Otherwise every collection would walk all objects of SGLang, near a second each time.
 gc.collect()
 gc.freeze()
 
 _STREAMING_LOGGERS = ("sglang_overlay", built_in.PACKAGE)
 _MEMORY_INTERVAL_MS = 3.0
 
-#: First thing a worker says.
+#: A worker's first message.
 READY = "ready"
 
 
 class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
-    """SGLang's ModelRunner, with memory and time of ``load_model`` kept, and passes run as a CUDA graph counted."""
+    """SGLang's ModelRunner; records memory and time of ``load_model``, and counts passes that ran as a CUDA graph."""
 
     memory: MemoryUsage
     load_seconds: float
@@ -107,7 +107,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
         return output
 
     def init_torch_distributed(self) -> Any:
-        """Until 0.5.19; a draft runner expects its target's runner, which is not made here, to have done it."""
+        """For releases up to 0.5.19: a draft runner expects its target's runner, which is not made here, to do this."""
         role, self.is_draft_worker = self.is_draft_worker, False
         try:
             return super().init_torch_distributed()
@@ -116,7 +116,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
 
 
 def release_memory() -> None:
-    """Collect garbage and return what malloc kept, so that the next reading is of what is held."""
+    """Collect garbage and release malloc's free memory, so that the next reading shows only memory in use."""
     gc.collect()
     # Only glibc keeps any.
     with contextlib.suppress(AttributeError):
@@ -124,7 +124,7 @@ def release_memory() -> None:
 
 
 class Filling(TorchDispatchMode):
-    """Fills what ``torch.empty`` and its relatives make with one value."""
+    """Fills the results of ``torch.empty`` and similar functions with one value."""
 
     def __init__(self, value: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -192,7 +192,7 @@ def model_config_of(job: LoadJob, server_args: ServerArgs) -> ModelConfig:
 
 def generate(runner: ModelRunner, job: LoadJob) -> dict[str, Any]:
     """Continue the job's prompts greedily, all in one batch, with SGLang's own batch and attention backend."""
-    # What an earlier batch left: SGLang's benchmark does the same between its batches.
+    # Clear the state of earlier batches, as SGLang's benchmark does.
     runner.req_to_token_pool.clear()
     runner.token_to_kv_pool_allocator.clear()
     requests = [_request(number, prompt, job.new_tokens) for number, prompt in enumerate(job.prompts)]
@@ -237,7 +237,7 @@ def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
 
 
 def one_scale_a_matrix() -> contextlib.AbstractContextManager[None]:
-    """Has linear layers that are made here take SGLang's path for devices without its kernel for scales per channel."""
+    """Make new linear layers take SGLang's path for devices without its kernel for per-channel scales."""
     return replaced(fp8, "cutlass_fp8_supported", lambda: False)
 
 
@@ -246,7 +246,7 @@ def _update(runner: Any, update: Update | RandomUpdates) -> UpdateResult | RuleR
 
 
 def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
-    """Load, describe, generate when asked; all of it is freed before this returns."""
+    """Load, describe, and generate if asked; everything is freed before this returns."""
     runner = None
     torch.manual_seed(0)
     try:
@@ -276,7 +276,7 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
 
 
 def finish(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
-    """Step 4 of the module's docstring, with a first generation before the updates where the job asks for that."""
+    """Step 4 of the module's docstring, with a first generation before the updates if the job asks for that."""
     outputs: dict[str, Any] = {"tokens": (), "logits_sha256": "", "logits_finite": True}
     first: dict[str, Any] = outputs
     is_ready = job.graphs == "captured" or job.tokens_of == "each"
@@ -302,7 +302,7 @@ def finish(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
 
 
 class LogCollector(logging.Handler):
-    """Keeps warnings of any logger and everything of what streams, the overlay or SGLang itself."""
+    """Keeps warnings of any logger, and all messages of streaming, by the overlay or by SGLang itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,9 +325,9 @@ def collected_log() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def job_environ(changes: Mapping[str, str | None]) -> Iterator[list[str]]:
-    """`changes` laid over the environment, and what is logged meanwhile.
+    """Apply `changes` to the environment, and yield what is logged meanwhile.
 
-    Hooks that a process started like this would not have are taken off: stock has none.
+    Hooks that a process with this environment would not have are taken off: stock has none.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(changed_environ(changes))
@@ -338,7 +338,7 @@ def job_environ(changes: Mapping[str, str | None]) -> Iterator[list[str]]:
 
 
 def obey(order: Order, rank: int) -> RankResult | RankError:
-    """Run one order; a failure is an answer too."""
+    """Run one order; a failure is returned, not raised."""
     begin = time.perf_counter()
     with job_environ({MODE_VARIABLE: order.job.streaming, **order.job.environ}) as log:
         try:
@@ -349,7 +349,7 @@ def obey(order: Order, rank: int) -> RankResult | RankError:
 
 
 def serve(rank: int, orders: Connection, log_path: str) -> None:
-    """Answer orders until the other side closes or a job fails: what that leaves in SGLang's globals is unknown."""
+    """Answer orders until the other side closes or a job fails, which may leave SGLang's globals in any state."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

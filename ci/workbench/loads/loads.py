@@ -6,11 +6,10 @@
     assert compare(stock, stream) == []
 
 Importing SGLang takes far longer than loading a tiny model, so it is done once: Python's fork server imports
-``load_worker.py`` and every worker process is forked from there. :class:`LoadWorkers` keeps one process a
-rank alive for each TP size and sends it one job after another. A failed job costs its processes; the next job starts
-new ones.
+``load_worker.py``, and every worker process is forked from there. For each TP size, :class:`LoadWorkers` keeps one
+process per rank alive and sends it one job after another. A failed job ends its processes; the next starts new ones.
 
-Processes are started by ``multiprocessing``, so a script that uses this needs its ``if __name__ == "__main__":``.
+Processes are started by ``multiprocessing``, so a script that uses this needs ``if __name__ == "__main__":``.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
 PROMPTS: tuple[tuple[int, ...], ...] = ((3, 50, 97, 120, 7), (200, 201, 30, 31, 32, 33, 34, 8, 9), (259, 4, 300))
 
 STORED_AS_FP8 = ("qkv_proj_with_rope_is_fp8", "shared_experts_is_fp8", "shared_experts_weight_block_size")
-"""Flags of ``deepseek_v2.py`` that say, when a layer is made, whether its checkpoint is fp8: False under every online
-quantization, stock's too. They choose kernels for AMX, and optional ones (``SGLANG_OPT_MOE_QUANT_ONCE``, MegaMoE)."""
+"""Flags of ``deepseek_v2.py`` that say, when a layer is created, whether its checkpoint is fp8: False under online
+quantization, also stock's. They select kernels for AMX, and optional ones (``SGLANG_OPT_MOE_QUANT_ONCE``, MegaMoE)."""
 
 _WORKER_MODULE = "workbench.loads.load_worker"
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -50,12 +49,12 @@ _GRACE_SECONDS = 5.0
 
 
 class LoadFailed(RuntimeError):  # noqa: N818 - reads as what happened
-    """A job did not come to its end; the message has the failing rank's traceback and where its log is."""
+    """A job failed; the message has the failing rank's traceback and the path of its log."""
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """A finished job, one entry a rank in rank order."""
+    """The results of a finished job, in rank order."""
 
     ranks: tuple[RankResult, ...]
 
@@ -76,10 +75,10 @@ class LoadResult:
 
 
 def compare(first: LoadResult, second: LoadResult) -> list[str]:
-    """Everything in which two loads differ: a line each, empty when the models are bit-identical.
+    """All differences of two loads, one per line; empty if the models are bit-identical.
 
-    Names, ``named_parameters`` order, kind, class, dtype, shape, stride, device and bytes of every tensor; plain
-    attributes of modules and parameters; tokens and logits where both generated.
+    Compares names, ``named_parameters`` order, kind, class, dtype, shape, stride, device and bytes of every tensor;
+    plain attributes of modules and parameters; tokens and logits if both generated.
     """
     if len(first.ranks) != len(second.ranks):
         return [f"ranks: {len(first.ranks)} != {len(second.ranks)}"]
@@ -132,7 +131,7 @@ def _compare_outputs(first: RankResult, second: RankResult) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port that is free now on the loopback interface. SGLang makes others from it by adding, up to 30000."""
+    """A TCP port that is free now on the loopback interface. SGLang derives others from it by adding up to 30000."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -141,26 +140,26 @@ def free_port() -> int:
 
 
 def core_binding(ranks: int) -> str:
-    """``SGLANG_CPU_OMP_THREADS_BIND``: this process's cores dealt out to `ranks`, e.g. ``0|1``."""
+    """``SGLANG_CPU_OMP_THREADS_BIND``: this process's cores divided among `ranks`, e.g. ``0|1``."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
     return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def process_context(start_method: StartMethod) -> ForkServerContext | SpawnContext:
-    """What starts processes; with ``forkserver`` they have SGLang and ``load_worker.py`` imported."""
+    """The context that starts processes; with ``forkserver`` they have SGLang and ``load_worker.py`` imported."""
     if start_method == "spawn":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_WORKER_MODULE])
-    # Python 3.11's fork server ignores the sys.path it is given, and then that the module cannot be found.
+    # Python 3.11's fork server ignores the sys.path it is given, and silently fails to find the module.
     with changed_environ({"PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])}):
         forkserver.ensure_running()
     return context
 
 
 def _serve(rank: int, orders: connection.Connection, log_path: str, environ: dict[str, str]) -> None:
-    """A worker process, from its first line: `environ` first, then SGLang, unless the fork server has it already."""
+    """The main function of a worker process: set `environ`, then import SGLang unless the fork server has done so."""
     os.environ.clear()
     os.environ.update(environ)
     from workbench.loads.load_worker import serve
@@ -188,12 +187,12 @@ class _RankProcess:
         theirs.close()
 
     def send(self, order: Order) -> None:
-        # A dead process shows when its answer is waited for, with its log.
+        # If the process is dead, `receive` reports that with its log.
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send(order)
 
     def receive(self) -> RankResult | RankError:
-        """The answer, once :attr:`pipe` is ready; an error where the process died without one."""
+        """The answer, once :attr:`pipe` is ready; an error if the process died without one."""
         try:
             answer: RankResult | RankError = self.pipe.recv()
         except (EOFError, OSError):
@@ -218,11 +217,11 @@ class _RankProcess:
 
 
 class LoadWorkers:
-    """Worker processes, one a rank and a TP size, started when first needed and used for many jobs.
+    """Worker processes, one per rank and TP size, started when first needed and reused for many jobs.
 
     Args:
-        folder: for logs; made if missing.
-        environ: variables laid over this process's environment in all workers.
+        folder: for logs; created if missing.
+        environ: variables added to this process's environment in all workers.
         start_method: ``forkserver``, or ``spawn`` for workers that import SGLang themselves: needed where a variable
             in `environ` is read when SGLang is imported or plugins are loaded (``SGLANG_PLUGINS``), and with CUDA,
             which does not survive a fork.
@@ -251,7 +250,7 @@ class LoadWorkers:
         self.close()
 
     def load(self, job: LoadJob) -> LoadResult:
-        """Run `job` in as many workers as it has ranks.
+        """Run `job` in one worker per rank.
 
         Raises:
             LoadFailed: the job failed, or took longer than ``job.timeout_seconds``.
@@ -267,9 +266,9 @@ class LoadWorkers:
             raise
 
     def load_fresh(self, job: LoadJob) -> LoadResult:
-        """Run `job` in processes of its own.
+        """Run `job` in new processes.
 
-        For memory: memory which an earlier job's allocator kept makes the next job's peak look smaller than it is.
+        For measuring memory: memory that an earlier job's allocator kept makes the next job's peak look smaller.
         """
         self._started += 1
         with LoadWorkers(self._folder / f"fresh-{self._started}", self._environ, self._start_method) as workers:
@@ -280,7 +279,7 @@ class LoadWorkers:
         return [self.load(job) for job in jobs]
 
     def close(self) -> None:
-        """Let all workers end."""
+        """End all workers."""
         for group in self._groups.values():
             for process in group:
                 process.close()
@@ -301,7 +300,7 @@ class LoadWorkers:
 
 
 def _wait_until_ready(group: list[_RankProcess]) -> None:
-    """Importing SGLang is not a job's time: each process says when it has it."""
+    """Wait until each process has imported SGLang, so that this does not count as a job's time."""
     for process in group:
         if not process.pipe.poll(_START_SECONDS):
             raise LoadFailed(f"rank {process.rank} did not start within {_START_SECONDS:.0f} s: {process.log_path}")
@@ -311,7 +310,7 @@ def _wait_until_ready(group: list[_RankProcess]) -> None:
 
 
 def _collect(group: list[_RankProcess], seconds: float) -> list[RankResult]:
-    """All ranks' results in rank order; a rank that failed ends the wait, as its peers may wait for it for ever."""
+    """All ranks' results in rank order. A failed rank ends the wait, since the others may wait for it forever."""
     deadline = time.monotonic() + seconds
     waiting = {process.pipe: process for process in group}
     results: dict[int, RankResult] = {}

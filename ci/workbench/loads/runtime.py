@@ -1,8 +1,8 @@
-"""One rank of SGLang, brought up and taken down as the installed release wants it.
+"""Set up and tear down one rank of SGLang as the installed release requires.
 
-Releases differ in who sets up the process groups and what a ``ModelRunner`` is told: everything in arguments (until
-0.5.15), a ``ParallelState`` (0.5.17, 0.5.19), or nothing, the groups being there before (since 0.5.21). Which of these
-it is, SGLang's own signatures say.
+Releases differ in who sets up the process groups and what a ``ModelRunner`` gets: everything as arguments (until
+0.5.15), a ``ParallelState`` (0.5.17, 0.5.19), or nothing, since the groups exist before (since 0.5.21). SGLang's own
+signatures show which of these applies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Made = TypeVar("Made")
 
 
 def module(*names: str) -> ModuleType | None:
-    """The first of these modules that this release has."""
+    """The first of these modules that this release has; None if it has none."""
     for name in names:
         try:
             return importlib.import_module(name)
@@ -50,7 +50,7 @@ _context: Any = module("sglang.srt.runtime_context")
 
 
 def told(called: Callable[..., Made], **offered: Any) -> Made:
-    """Call something with those of the arguments that it takes."""
+    """Call ``called`` with those of the arguments that it takes."""
     taken = inspect.signature(called).parameters
     return called(**{name: value for name, value in offered.items() if name in taken})
 
@@ -64,7 +64,7 @@ def without_graphs() -> dict[str, Any]:
 
 
 def with_decode_graphs(batch: int) -> dict[str, Any]:
-    """Fields of ``ServerArgs`` with which CUDA graphs of decoding are captured, for up to ``batch`` requests."""
+    """Fields of ``ServerArgs`` that capture CUDA graphs of decoding for up to ``batch`` requests."""
     taken = inspect.signature(ServerArgs).parameters.keys()
     largest = "cuda_graph_max_bs_decode" if "cuda_graph_max_bs_decode" in taken else "cuda_graph_max_bs"
     prefill = {"cuda_graph_backend_prefill": "disabled"}
@@ -72,7 +72,7 @@ def with_decode_graphs(batch: int) -> dict[str, Any]:
 
 
 def publish(server_args: ServerArgs, rank: int) -> None:
-    """Make these arguments the process's, in place of those of an earlier runner."""
+    """Make these the process's arguments, replacing those of an earlier runner."""
     if hasattr(_context, "SpawnRanks"):
         pp_rank, tp_rank = divmod(rank, server_args.tp_size)
         world_rank = _context.spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank)
@@ -95,14 +95,14 @@ def publish(server_args: ServerArgs, rank: int) -> None:
 def build(
     runner: type[ModelRunner], server_args: ServerArgs, model_config: ModelConfig, rank: int, port: int, role: str
 ) -> Any:
-    """A runner of the published arguments, with its model loaded.
+    """A runner for the published arguments, with its model loaded.
 
     Args:
         runner: ``ModelRunner`` or a subclass.
         server_args: as published.
         model_config: of the model.
-        rank: in the world, pipeline stages outermost.
-        port: at which the ranks meet.
+        rank: global rank, pipeline stages outermost.
+        port: where the ranks meet.
         role: ``target``, or ``draft`` for the model of a speculative worker.
     """
     if hasattr(_bootstrap, "init_parallel_runtime"):
@@ -112,7 +112,7 @@ def build(
     if not all_ranks_bound():
         cores = os.environ.get(CORES_PER_RANK, "").split("|")
         os.environ[CORES_PER_RANK] = "|".join(cores[: server_args.tp_size])
-    # Early releases do this where the module of ModelRunner is imported, before anyone knows how many ranks there are.
+    # Early releases do this when ModelRunner's module is imported, before the number of ranks is known.
     if current_platform.is_out_of_tree():
         current_platform.init_backend()
     place = _place(server_args, rank)
@@ -148,13 +148,13 @@ def _place(server_args: ServerArgs, rank: int) -> dict[str, Any]:
 
 
 def get_ready_to_generate(runner: Any) -> None:
-    """What a scheduler has done after loading; early releases have done it by then."""
+    """Do what a scheduler does after loading; early releases have already done it."""
     for step in ("alloc_memory_pool", "init_attention_backends", "init_cuda_graphs"):
         getattr(runner, step, lambda: None)()
 
 
 def mark_extended(request: Any) -> None:
-    """Say that all of a request's prompt is to be run next."""
+    """Mark all of a request's prompt to be run next."""
     length = len(request.origin_input_ids)
     request.full_untruncated_fill_ids = request.origin_input_ids
     request.logprob_start_len = -1
@@ -168,12 +168,12 @@ def mark_extended(request: Any) -> None:
 
 
 def take_down() -> None:
-    """Let go of the process groups, the published arguments, and what SGLang keeps of a model for the process."""
+    """Drop the process groups, the published arguments, and what SGLang keeps of a model for the process."""
     destroy_model_parallel()
     destroy_distributed_environment()
-    # Shared by all models of a process; the layered loader leaves the memory of these without values.
+    # Shared by all models of a process; the layered loader leaves them uninitialized.
     rotary_embeddings._ROPE_DICT.clear()
-    # Until 0.5.15 a global of its own, which can be set once.
+    # Until 0.5.15 a global that can be set only once.
     if hasattr(expert_location, "_global_expert_location_metadata"):
         expert_location._global_expert_location_metadata = None
     if _context is not None:

@@ -1,11 +1,11 @@
-"""Starting, asking and stopping a real server in a process group of its own.
+"""Start, ask and stop a real server in its own process group.
 
     launch = Launch(command=(python, "-m", "sglang.launch_server", ...), port=port, log=Path("server.log"))
     with running(launch, timeout=600) as url:
         answer = ask(url, "Hello")
 
-The server writes to a log file, never to the terminal. Whatever goes wrong, the error carries the end of that log, and
-nothing the server started outlives the `with` block.
+The server writes to a log file, never to the terminal. Every error includes the end of that log, and nothing that the
+server started outlives the `with` block.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Launch:
     Attributes:
         command: program and arguments.
         port: where it will listen on `HOST`.
-        log: file for its output, overwritten; its folder is made, and is the server's working folder.
-        variables: environment variables to set besides the inherited ones; None takes one away.
-        ready: path that answers 200 once the server is ready, and something else or nothing before.
+        log: file for its output, overwritten; its folder is created, and is the server's working folder.
+        variables: environment variables to set besides the inherited ones; None removes one.
+        ready: path that answers 200 only once the server is ready.
     """
 
     command: tuple[str, ...]
@@ -67,7 +67,7 @@ def sglang_command(python: str, model: str, port: int, arguments: tuple[str, ...
 
 
 def no_news(seconds: float) -> None:
-    """What to do while waiting when there is nothing to do."""
+    """Does nothing: the default for ``waiting``."""
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def running(launch: Launch, timeout: float, waiting: Callable[[float], None] = n
     Args:
         launch: what to start.
         timeout: seconds until it must be ready.
-        waiting: called now and then with the seconds waited so far.
+        waiting: called repeatedly with the seconds waited so far.
 
     Yields:
         The server's address.
@@ -137,17 +137,17 @@ def _answers(launch: Launch) -> bool:
 
 
 def direct_client(seconds: float) -> httpx.Client:
-    """For requests to this machine: a proxy set for the outside world would answer in the server's place."""
+    """A client without proxies, for requests to this machine."""
     return httpx.Client(trust_env=False, timeout=seconds)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and everything left of its process group: politely first, then for certain."""
+    """End the server and the rest of its process group: first with a signal that it can handle, then with SIGKILL."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-    # The group's number is that of the process started here, and stays taken as long as a member lives.
+    # The group's number is that of the process started here, and is not reused while a member lives.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -159,7 +159,7 @@ def tail(launch: Launch) -> str:
         content = launch.log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         return f"Its log cannot be read: {error}"
-    # SGLang prints all its settings on one line of many thousand characters.
+    # SGLang prints all its settings in one line of many thousand characters.
     shown = (line if len(line) <= 500 else f"{line[:500]} ..." for line in content[-TAIL_LINES:])
     return "\n".join([f"The last lines of {launch.log}:", *(f"  | {line}" for line in shown)])
 
@@ -168,7 +168,7 @@ def ask(url: str, question: str, max_tokens: int = 32) -> str:
     """The server's greedy answer to `question`, through the chat completion interface.
 
     Raises:
-        ServerError: the request failed; the caller knows the log.
+        ServerError: the request failed; the caller has to add the log.
     """
     import openai
 
@@ -196,7 +196,7 @@ def input_logprobs(url: str, windows: Sequence[Sequence[int]]) -> list[tuple[flo
     """What the server says of text, by ``/generate``: logprobs in nats of each window's tokens but the first.
 
     Raises:
-        ServerError: the request failed; the caller knows the log.
+        ServerError: the request failed; the caller has to add the log.
     """
     content = {
         "input_ids": [list(window) for window in windows],

@@ -1,7 +1,7 @@
-"""Random weight updates of one loaded model, held to one rule: each rank holds what its answer says.
+"""Random weight updates of one loaded model, checked against one rule: each rank holds what its answer says.
 
-After an answer of success the new weights, after one of failure those of before, to the bit, and all ranks give the
-same answer. A step of ``LoadJob``; every rank makes the same updates, some of which fail on one.
+After success these are the new weights, after failure the previous ones, bit for bit, and all ranks give the same
+answer. A step of ``LoadJob``; every rank makes the same updates, some of which fail on one rank.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 NamedTensor = tuple[str, torch.Tensor]
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers that SGLang serves as one, and the checkpoint's layers in it, row below row."""
+"""Layers that SGLang fuses, and the checkpoint's layers in each, in the order of their rows."""
 _FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_up_proj|down_proj)$")
 _STACKED = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
 SPOILT = ("shape", "fp8", "integer", "half", "reader")
-"""How a tensor of an update may be wrong: shaped otherwise, fp8 without scale, integers, left out, unreadable."""
+"""How a tensor of an update may be wrong: another shape, fp8 without scale, integers, left out, unreadable."""
 
 
 @dataclass(frozen=True)
 class RandomUpdates:
-    """Many updates.
+    """A series of random updates.
 
     Args:
-        checkpoints: of one model, whose weights differ everywhere; the first is the one that was loaded.
-        ready: for each of these a folder with the same weights in blocks, as they are served then, or none at all.
-            In blocks, each part of a fused layer is replaced by itself; else its parts share a scale.
-        first: number of the first update; each is made from its number alone.
-        count: how many.
+        checkpoints: of one model, with different weights everywhere; the first is the one that was loaded.
+        ready: for each of these, a folder with the same weights quantized in blocks, as they are then served; or empty.
+            With blocks, each part of a fused layer is replaced separately; otherwise its parts share a scale.
+        first: number of the first update; its number alone determines each update.
+        count: number of updates.
         lora: whether SGLang's LoRA layers are put around the model's linear layers.
     """
 
@@ -56,11 +56,11 @@ class RandomUpdates:
 
 @dataclass
 class RuleResult:
-    """What one rank found.
+    """One rank's results.
 
     Args:
-        answers: of each update: its number, what it was, and each of its answers.
-        broken: where the rule did not hold.
+        answers: of each update: its number, its description, and each of its answers.
+        broken: violations of the rule.
     """
 
     answers: list[tuple[int, str, tuple[bool, ...]]] = field(default_factory=list)
@@ -75,15 +75,15 @@ class _Case:
 
     Args:
         source: ``tensor``, ``bucket`` or ``disk``.
-        version: which checkpoint it brings.
-        calls: names of tensors that each call brings.
-        spoilt: how one of them is wrong, or nothing.
+        version: which checkpoint it sends.
+        calls: names of the tensors of each call.
+        spoilt: how one of them is wrong; empty if none is.
         victim: that tensor.
-        rank: where it is wrong, or where memory runs out; -1 is everywhere, where it is always left out.
-        writes: how many writes there succeed before memory runs out; none, it does not.
-        retries: whether a call that fails is made again as it should be.
+        rank: where it is wrong, or where memory runs out; -1 is all ranks, as always for a tensor that is left out.
+        writes: number of writes on that rank that succeed before memory runs out; None if it does not.
+        retries: whether a failed call is repeated correctly.
         dtype: of the tensors.
-        is_ready: they come quantized.
+        is_ready: whether they are sent quantized.
     """
 
     source: str
@@ -110,7 +110,7 @@ class _Case:
 
 
 class Rule:
-    """Makes random updates of one runner's model and holds them to the rule.
+    """Makes random updates of one runner's model and checks the rule.
 
     Args:
         runner: SGLang's ``ModelRunner``.
@@ -138,7 +138,7 @@ class Rule:
 
     def run(self) -> RuleResult:
         """Make all updates."""
-        # Tensors are too small to be worth a team of threads.
+        # Tensors are too small for several threads.
         torch.set_num_threads(1)
         for number in range(self._updates.first, self._updates.first + self._updates.count):
             case = self._case(random.Random(number))
@@ -162,9 +162,9 @@ class Rule:
         names = [name for name in tensors if self._group_of(name) in set(groups)]
         chance.shuffle(names)
         source = chance.choice(("tensor", "tensor", "bucket", "disk"))
-        # Reading a checkpoint in a random order is another test's.
+        # Another test reads a checkpoint in a random order.
         size = len(names) if source == "disk" or not self._has_sessions else -(-len(names) // chance.randrange(1, 5))
-        # Of files one tensor can be left out, or fail to be read; a bucket is read as a whole.
+        # On disk, one tensor can be left out or be unreadable; a bucket is read as a whole.
         ways = {"disk": SPOILT[-2:], "bucket": SPOILT[:-1]}.get(source, SPOILT)
         spoilt = chance.choice(ways) if chance.random() < 0.4 else ""
         runs_out = not spoilt and chance.random() < 0.4
@@ -267,7 +267,7 @@ class Rule:
 
     @contextlib.contextmanager
     def _memory(self, case: _Case) -> Iterator[None]:
-        """Have memory run out where the case says so: in the midst of writing, where that hurts most."""
+        """Make memory run out where the case says so: between writes, the worst moment."""
         from sglang_overlay.offline.plan.replacing import replaced
         from sglang_overlay.update.undo import UndoLog
 
@@ -301,19 +301,19 @@ class Rule:
     # -- the rule ----------------------------------------------------------------------------------------------------
 
     def _group_of(self, name: str) -> str:
-        """What a checkpoint's tensor is replaced with, by a name of its own: what shares a scale shares it."""
+        """Name of the group of checkpoint tensors that are replaced together, since they share a scale."""
         layer = re.sub(r"\.(weight|weight_scale|weight_scale_inv)$", "", name)
         parent, _, last = layer.rpartition(".")
         return f"{parent}.{last if self._ready else _FUSED_OF.get(last, last)}".lstrip(".")
 
     def _whole(self, case: _Case, arrived: set[str]) -> set[str]:
-        """Groups of which everything has come."""
+        """Groups of which all tensors have been sent."""
         tensors = (self._ready if case.is_ready else self._plain)[case.version]
         missing = {self._group_of(name) for name in tensors if name not in arrived}
         return {self._group_of(name) for name in arrived} - missing
 
     def _splits(self, case: _Case) -> bool:
-        """Whether a call brings only a part of a group that has to come in one."""
+        """Whether a call sends only a part of a group that has to be sent in one call."""
         return not self._has_sessions and len(case.calls) > 1
 
     def _state_of(self, path: Path) -> dict[str, torch.Tensor]:
@@ -344,7 +344,7 @@ class Rule:
         return self._states[self._held.get(layer, 0)][name]
 
     def _rows(self, name: str, parts: Sequence[str]) -> torch.Tensor:
-        """A fused tensor, each part's rows as they should be."""
+        """A fused tensor with the expected rows of each part."""
         heights = [len(self._plain[0][f"{part}.weight"]) for part in parts]
         rows = [len(self._states[0][name]) * height // sum(heights) for height in heights]
         pieces = zip(*(state[name].split(rows) for state in self._states), strict=True)
@@ -356,7 +356,7 @@ class Rule:
         wrong = [name for name, tensor in self._state().items() if not _same(tensor, self._expected(name))]
         if wrong:
             self._break(number, case, f"holds something else in {wrong[:6]}", message)
-        # So that one fault is not told again and again, and all ranks go on from the same place.
+        # So that one fault is reported only once, and all ranks continue from the same state.
         self._is_lost = any(gathered(bool(wrong)))
 
     def _break(self, number: int, case: _Case, what: str, message: str) -> None:
@@ -364,7 +364,7 @@ class Rule:
 
 
 class _Unreadable(torch.Tensor):
-    """A tensor that nobody can read."""
+    """A tensor that raises when it is read."""
 
     @staticmethod
     def __new__(cls: Any, tensor: torch.Tensor) -> _Unreadable:
@@ -389,7 +389,7 @@ def _same(tensor: torch.Tensor, expected: torch.Tensor | Sequence[torch.Tensor])
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    # Strides aside, which a stack of experts does not keep.
+    # Strides are ignored: a stack of experts does not keep them.
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -413,7 +413,7 @@ def wrap_in_lora(model: torch.nn.Module) -> None:
     make = torch.tensor
     backend = TorchNativeLoRABackend(1, torch.device("cpu"))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (LinearBase, FusedMoE))}
-    # SGLang's LoRA pins memory whether or not there is a GPU to pin it for.
+    # SGLang's LoRA pins memory even without a GPU.
     with replaced(torch, "tensor", unpinned):
         for name, layer in layers.items():
             replace_submodule(model, name, get_lora_layer(layer, backend))

@@ -28,9 +28,9 @@ class Update:
     Args:
         source: ``disk``; ``tensor``, ``bucket`` (flattened) or ``direct`` (parameters' own names) in a session.
         checkpoint: where the new weights are.
-        names: only tensors in whose name this regular expression is found.
-        calls: of ``update_weights_from_tensor``, each with its share of the tensors.
-        order: in which tensors come: as in the ``file``, or ``shuffled``, which parts what belongs together.
+        names: regular expression; only tensors whose names contain a match are sent.
+        calls: number of calls of ``update_weights_from_tensor``, each with its share of the tensors.
+        order: of tensors: as in the ``file``, or ``shuffled``, which separates tensors that belong together.
     """
 
     source: Literal["disk", "tensor", "bucket", "direct"]
@@ -42,11 +42,11 @@ class Update:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an update did on one rank.
+    """The result of an update on one rank.
 
     Args:
-        success, message: upstream's answer; the exception where there was one.
-        moved: tensors that lie elsewhere than before, or are new or gone.
+        success, message: upstream's answer, or the exception.
+        moved: tensors whose memory has moved, or that are new or gone.
         memory: of the process during the update.
         seconds: wall time.
     """
@@ -87,7 +87,7 @@ def _answer(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tens
 
 
 def _session(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
-    """All calls in one session, or each by itself where there are no sessions (before 0.5.21)."""
+    """Make all calls in one session, or each by itself if there are no sessions (before 0.5.21)."""
     has_sessions = hasattr(updater, "begin_weight_update")
     if has_sessions:
         updater.begin_weight_update()
@@ -112,14 +112,14 @@ def _send(updater: Any, update: Update, tensors: list[tuple[str, torch.Tensor]])
         return answer
     load_format = "direct" if update.source == "direct" else None
     answer = updater.update_weights_from_tensor(tensors, load_format)
-    # A trainer uses its buffers again.
+    # A trainer reuses its buffers.
     for _, tensor in tensors:
         tensor.fill_(0)
     return answer
 
 
 def _dealt(update: Update, device: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    # Memory of their own: what a mapped file's pages cost when they are written to would count as the update's.
+    # Copied: writing to a mapped file's pages would count as the update's memory.
     tensors = [
         (name, tensor.to(device, copy=True))
         for name, tensor in tensors_of(update.checkpoint)
@@ -141,5 +141,5 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _addresses(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Which object each tensor is, and where its memory lies."""
+    """Identity and memory address of each tensor."""
     return {name: (id(tensor), tensor.data_ptr()) for _, name, tensor in named_tensors(model)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many grade-school mathematics questions a server answers right: SGLang's own GSM8K evaluation, greedy."""
+"""Share of grade-school mathematics questions that a server answers correctly: SGLang's GSM8K evaluation, greedy."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SECONDS = 3600
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked.
+    """The questions to ask.
 
     Attributes:
-        questions: how many, the first of the test set.
+        questions: number of questions, from the start of the test set.
         data: JSON lines with ``question`` and ``answer``; None lets SGLang download GSM8K's test set.
         shots: solved examples before each question, from the same file.
-        answer_tokens: the most an answer may have.
+        answer_tokens: most tokens of an answer.
     """
 
     questions: int
@@ -38,8 +38,8 @@ def gsm8k(url: str, evaluation: Evaluation, folder: Path) -> float:
 
     Args:
         url: of the server.
-        evaluation: what is asked.
-        folder: where SGLang leaves the answers it got.
+        evaluation: the questions to ask.
+        folder: where SGLang leaves the answers.
 
     Raises:
         ServerError: the evaluation failed; its output is in the message.
@@ -51,7 +51,7 @@ def gsm8k(url: str, evaluation: Evaluation, folder: Path) -> float:
     command += ["--max-new-tokens", str(evaluation.answer_tokens)]
     if evaluation.data is not None:
         command += ["--data-path", str(evaluation.data)]
-    # A proxy of the caller's is not for a server on this machine.
+    # The caller's proxy must not be used for a server on this machine.
     environ = {**os.environ, "NO_PROXY": str(address.hostname), "no_proxy": str(address.hostname)}
     folder.mkdir(parents=True, exist_ok=True)
     ran = subprocess.run(

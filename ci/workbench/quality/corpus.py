@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that every machine with Python has: the sources and documentation of its standard library, as tokens.
 
-Which files are held out depends on their names alone, so what is measured has never been trained on.
+Which files are held out depends only on their names, so measured text is never trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from workbench.loads.checkpoints import SPECIAL_TOKENS
 
 _LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__")
-"""Other packages, and what is long and says the same over and over."""
+"""Excluded: other packages, and long repetitive files."""
 
 _HELD_OUT_ONE_IN = 16
 END = SPECIAL_TOKENS.index("<|endoftext|>")
@@ -27,7 +27,7 @@ END = SPECIAL_TOKENS.index("<|endoftext|>")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenizer, and the tokens of the text it was trained on and of the text it was not.
+    """A tokenizer, and the tokens of the training text and of the held-out text.
 
     Attributes:
         train: int64 ``[tokens]``.
@@ -76,6 +76,6 @@ def _tokens(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def windows(tokens: torch.Tensor, length: int, count: int) -> torch.Tensor:
-    """``count`` windows ``[count, length]``, spread evenly."""
+    """``count`` windows, spread evenly: ``[count, length]``."""
     starts = torch.linspace(0, len(tokens) - length, count, dtype=torch.float64).long()
     return torch.stack([tokens[start : start + length] for start in starts.tolist()])

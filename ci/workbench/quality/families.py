@@ -1,8 +1,8 @@
 """Tiny checkpoints of every architecture that both SGLang's registry and ``transformers`` know.
 
 The config class's own defaults are shrunk key by key (:data:`TINY`), whatever the model calls them, in the config and
-in all configs inside it; :data:`SPECIAL` has what an architecture needs beyond that. The weights are the
-``transformers`` model's own parameters under the names it saves them by, which are those of published checkpoints.
+in all nested configs; :data:`SPECIAL` has what an architecture needs beyond that. The weights are the ``transformers``
+model's own parameters under the names it saves them by, which are those of published checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Config = dict[str, Any]
 _VOCAB = 512
 _LAYERS = 2
 
-#: Key of a config -> its tiny value. Keys are only replaced where the config class has them with a number.
+#: Key of a config -> its tiny value. Keys are only replaced if the config class has them with a number.
 TINY: Config = {
     **dict.fromkeys(("vocab_size", "padded_vocab_size", "vocab_size_per_layer_input"), _VOCAB),
     **dict.fromkeys(
@@ -86,8 +86,8 @@ _HYBRID: Config = {
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
 }
 
-#: Architecture -> dotted config key -> value: what the table above cannot know, and what published configs say beyond
-#: what ``transformers`` writes.
+#: Architecture -> dotted config key -> value: exceptions to the table above, and keys that published configs have but
+#: ``transformers`` does not write.
 SPECIAL: dict[str, Config] = {
     "BertForSequenceClassification": {"position_embedding_type": "absolute"},
     "BertModel": {"position_embedding_type": "absolute"},
@@ -138,7 +138,7 @@ SPECIAL: dict[str, Config] = {
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }
 
-#: The same for keys that published configs have and ``transformers`` has no use for, or reads differently.
+#: The same for keys of published configs that ``transformers`` ignores or reads differently.
 PUBLISHED: dict[str, Config] = {
     "Exaone4ForCausalLM": {"sliding_window_pattern": "LG"},
     "ExaoneMoeForCausalLM": {"sliding_window_pattern": "LG", "is_moe_layer": [False, True]},
@@ -155,13 +155,13 @@ PUBLISHED: dict[str, Config] = {
     "Qwen3_5MoeForConditionalGeneration": {"vision_config.deepstack_visual_indexes": []},
 }
 
-#: Architecture -> options of the server it does not load without.
+#: Architecture -> server options that it needs to load.
 SERVER_ARGS: dict[str, dict[str, Any]] = {
     "Exaone4ForCausalLM": {"attention_backend": "triton"},
     "ExaoneMoeForCausalLM": {"attention_backend": "triton"},
 }
 
-#: Lists with an entry a layer: left out, so that the config class makes them anew for the tiny number of layers.
+#: Lists with an entry per layer: left out, so that the config class creates them for the tiny number of layers.
 _PER_LAYER = (
     "layer_types",
     "mlp_layer_types",
@@ -173,7 +173,7 @@ _PER_LAYER = (
 
 
 def architectures() -> list[str]:
-    """Names that SGLang's registry and ``transformers`` share, sorted."""
+    """Names that both SGLang's registry and ``transformers`` have, sorted."""
     import transformers
     from sglang.srt.models.registry import ModelRegistry
 
@@ -213,15 +213,15 @@ def _put(config: Config, path: list[str], value: Any) -> None:
 
 
 def server_args(architecture: str) -> dict[str, Any]:
-    """Options of the server with which the architecture is to be loaded."""
+    """Server options for loading the architecture."""
     return SERVER_ARGS.get(architecture, {})
 
 
 def build(architecture: str, folder: Path) -> Path:
-    """Write a checkpoint of `architecture` into a folder of its name under `folder`, unless it is there.
+    """Write a checkpoint of `architecture` into a folder of its name under `folder`, unless it exists.
 
     Raises:
-        Exception: whatever ``transformers`` raises where it cannot build the model.
+        Exception: any error of ``transformers`` if it cannot build the model.
     """
     import transformers
 
@@ -244,7 +244,7 @@ def build(architecture: str, folder: Path) -> Path:
 
 @torch.no_grad()
 def fill(parameters: dict[str, torch.Tensor]) -> None:
-    """Random values whose scale differs from row to row, so that a slice in the wrong place shows."""
+    """Fill with random values whose scale differs from row to row, so that a slice in the wrong place shows."""
     generator = torch.Generator().manual_seed(0)
     for tensor in parameters.values():
         rows = torch.exp2(2 * torch.rand(tensor.shape[:1], generator=generator) - 1).view(-1, *[1] * (tensor.dim() - 1))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give a trained model outlier channels, as large models grow them, without changing what it computes.
+"""Give a trained model outlier channels, as large models develop them, without changing what it computes.
 
-A channel between two operations that are linear in it is made larger before and smaller after by the same power of two,
-or the other way round; bf16 and float32 represent that exactly. Channels of a norm: its weight, and the columns of the
-projections that read it. Channels inside a feed-forward network: the up projection's rows and the down projection's
-columns. So there are outliers among activations and among weights.
+A channel between two operations that are linear in it is scaled up before and down after by the same power of two, or
+the other way round; bf16 and float32 represent that exactly. For channels of a norm, these are its weight and the
+columns of the projections that read it; inside a feed-forward network, the up projection's rows and the down
+projection's columns. So there are outliers among activations and among weights.
 
 Large models: Dettmers et al., "LLM.int8()", arXiv 2208.07339 (a few channels, magnitudes up to 20 times the rest);
 Xiao et al., "SmoothQuant", arXiv 2211.10438, which moves magnitude between activations and weights in this way.
@@ -18,7 +18,7 @@ import torch
 
 FACTORS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 8.0, 16.0, 32.0, 64.0)
 ONE_IN = 64
-"""One channel in so many is an outlier."""
+"""One channel in this many is an outlier."""
 
 _READ_BY = {
     "input_layernorm": ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"),
@@ -26,14 +26,14 @@ _READ_BY = {
     "kv_a_layernorm": ("kv_b_proj",),
     "post_attention_layernorm": ("gate", "gate_proj", "up_proj"),
 }
-"""What reads each norm's output, by the last part of the name before ``weight``."""
+"""The projections that read each norm's output, by the last part of the norm's name before ``weight``."""
 
 _INSIDE = {"input_layernorm": ".self_attn", "post_attention_layernorm": ".mlp"}
-"""Where that is, from the module that has the norm."""
+"""Where those are, relative to the module that has the norm."""
 
 
 def add_outliers(tensors: Mapping[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, under published names, with outlier channels; those given are not changed."""
+    """A copy of a checkpoint's tensors, under published names, with outlier channels."""
     made = {name: tensor.clone() for name, tensor in tensors.items()}
     chance = torch.Generator().manual_seed(seed)
     for name in sorted(made):
@@ -68,7 +68,7 @@ def _scale_hidden(tensors: dict[str, torch.Tensor], up: str, chance: torch.Gener
 
 
 def _factors(channels: int, chance: torch.Generator) -> torch.Tensor:
-    """Ones ``[channels]``, with one in ``ONE_IN`` a power of two instead."""
+    """Ones ``[channels]``, but one in ``ONE_IN`` is another power of two."""
     factors = torch.ones(channels)
     count = max(1, channels // ONE_IN)
     places = torch.randperm(channels, generator=chance)[:count]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each scheme costs in quality: perplexity on text nobody has trained on, and errors of weights and outputs.
+"""Measure what each scheme costs in quality: perplexity on held-out text, and errors of weights and outputs.
 
-Everything is taken from models that real SGLang has loaded: logprobs are its server's, weights are those it serves,
-read back from what its ``ShardedStateLoader`` saves, and layers' inputs are those of the bf16 model on the same text.
+Everything comes from models that real SGLang has loaded: logprobs are its server's, weights are the served ones, read
+back from what its ``ShardedStateLoader`` saves, and layers' inputs are those of the bf16 model on the same text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from workbench.quality.corpus import windows
 from workbench.quality.small_models import SmallModel
 
 RECORDED_WINDOWS = 8
-"""Of which layers' inputs are kept."""
+"""The layers whose inputs are kept."""
 SERVER_SECONDS = 600.0
 
 Windows = Sequence[tuple[int, ...]]
@@ -49,7 +49,7 @@ class Contender:
 
 BF16 = Contender("bf16", None, "stock")
 STOCK = Contender("stock (GPU)", "fp8", '{"linear": "channel", "moe": "tensor"}')
-"""What stock SGLang makes of a checkpoint on NVIDIA GPUs."""
+"""The scheme that stock SGLang uses on NVIDIA GPUs."""
 
 CONTENDERS = (
     BF16,
@@ -64,11 +64,11 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class LayerError:
-    """One quantized weight: signal to quantization noise, in dB.
+    """Signal to quantization noise of one quantized weight, in dB.
 
     Attributes:
-        weight: of the weight itself.
-        output: of the product with the layer's input; None for a weight that is not multiplied with it.
+        weight: ratio for the weight itself.
+        output: ratio for the product with the layer's input; None for a weight that is not multiplied with it.
     """
 
     name: str
@@ -81,9 +81,9 @@ class Quality:
     """One contender's figures.
 
     Attributes:
-        losses: mean loss of each window, nats a token.
-        model_bytes: of the loaded model.
-        layers: those that are quantized.
+        losses: mean loss of each window, in nats per token.
+        model_bytes: bytes of the loaded model.
+        layers: errors of the quantized layers.
     """
 
     contender: Contender
@@ -99,10 +99,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one contender's loss from another's on the same windows, nats a token.
+    """Difference of one contender's loss from another's on the same windows, in nats per token.
 
     Attributes:
-        mean: above zero where it is worse.
+        mean: above zero if the first is worse.
         error: standard error of the mean.
     """
 
@@ -116,14 +116,14 @@ class Difference:
 
 
 def measure(model: SmallModel, workers: LoadWorkers, logs: Path, length: int, count: int) -> Iterator[Quality]:
-    """All contenders on one model, over ``count`` windows of ``length`` tokens of held-out text.
+    """Measure all contenders on one model, over ``count`` windows of ``length`` tokens of held-out text.
 
     Args:
-        model: to be measured.
-        workers: for what is read from inside.
+        model: the model to measure.
+        workers: load the model to read its weights and layers' inputs.
         logs: folder for the servers' logs.
-        length: of a window.
-        count: of windows.
+        length: tokens of a window.
+        count: number of windows.
 
     Raises:
         ServerError: a server did not start, or did not answer.
@@ -153,17 +153,17 @@ def measure(model: SmallModel, workers: LoadWorkers, logs: Path, length: int, co
 
 
 def served_losses(model: Path, contender: Contender, text: Windows, log: Path) -> tuple[float, ...]:
-    """Mean loss of each window, nats a token, by the logprobs that a server returns.
+    """Mean loss of each window, in nats per token, from the logprobs that a server returns.
 
     Raises:
-        ServerError: it did not start, or did not answer.
+        ServerError: the server did not start, or did not answer.
     """
     port = serving.free_port()
     quantization = () if contender.quantization is None else ("--quantization", contender.quantization)
     command = serving.sglang_command(sys.executable, str(model), port, (*quantization, "--device", "cpu"))
     variables = {MODE_VARIABLE: "require", SCHEME_VARIABLE: contender.scheme}
     with serving.running(serving.Launch(command, port, log, variables), SERVER_SECONDS) as url:
-        # One at a time: what shares a batch with a window would change its rounding.
+        # One at a time: other windows in the same batch would change the rounding.
         found = [serving.input_logprobs(url, [window])[0] for window in text]
     return tuple(-statistics.fmean(window) for window in found)
 
@@ -175,7 +175,7 @@ def difference(one: Quality, other: Quality) -> Difference:
 
 
 def is_pointless(found: Quality, stock: Quality) -> bool:
-    """Whether it is worse than stock without being smaller."""
+    """Whether a contender is certainly worse than stock without being smaller."""
     worse = difference(found, stock)
     return bool(found.layers) and worse.is_certain and worse.mean > 0 and found.model_bytes >= stock.model_bytes
 
@@ -183,12 +183,12 @@ def is_pointless(found: Quality, stock: Quality) -> bool:
 def layer_errors(
     original: Mapping[str, torch.Tensor], quantized: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
 ) -> Iterator[LayerError]:
-    """Errors of every weight that differs in its dtype, against float64.
+    """Errors, against float64, of every weight that has a different dtype in the quantized model.
 
     Args:
         original: parameters of the bf16 model, by name.
-        quantized: of the quantized one.
-        inputs: of layers, ``[rows, columns]``, by the layer's name.
+        quantized: parameters of the quantized model, by name.
+        inputs: inputs of layers, ``[rows, columns]``, by the layer's name.
     """
     for name, weight in original.items():
         if name not in quantized or quantized[name].dtype == weight.dtype:
@@ -203,7 +203,7 @@ def layer_errors(
 
 
 def dequantized(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A weight as its scales say, float64: ``[N, K]``, experts' ``[E, N, K]``."""
+    """A weight multiplied by its scales, float64: ``[N, K]``, experts' ``[E, N, K]``."""
     weight = tensors[name].double()
     if f"{name}_scale_inv" in tensors:
         scale = tensors[f"{name}_scale_inv"]
@@ -228,7 +228,7 @@ def _output_ratio(exact: torch.Tensor, rounded: torch.Tensor, given: torch.Tenso
 
 
 def _hidden(given: torch.Tensor, w13: torch.Tensor) -> torch.Tensor:
-    """What w2 is given, ``[E, rows, I]``, were every token sent to every expert."""
+    """Input of w2, ``[E, rows, I]``, if every token were sent to every expert."""
     gate, up = (given @ w13.transpose(-1, -2)).chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -238,7 +238,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def median_ratio(layers: Sequence[LayerError], part: str, kind: str) -> float:
-    """Median over layers of which the name contains ``part``, of their ``weight`` or ``output`` ratio."""
+    """Median ``weight`` or ``output`` ratio (``kind``) of layers whose names contain ``part``."""
     found = [getattr(layer, kind) for layer in layers if part in layer.name]
     known = [float(value) for value in found if value is not None]
     return statistics.median(known or [math.nan])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ci/quality`` measured, as ``docs/quality.md``, its picture and its data."""
+"""Results of ``ci/quality`` as ``docs/quality.md``, with its picture and its data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MARKERS = ("s", "o", "^", "v", "D", "X", "P")
 
 
 def data_of(results: Results, facts: Mapping[str, Any], windows: int, length: int) -> dict[str, Any]:
-    """Everything measured, as JSON data; nothing in it names a machine or a path."""
+    """All results as JSON data, without names of machines or paths."""
     packages = ("sglang", "sglang-streamfp8", "torch", "transformers")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
@@ -125,7 +125,7 @@ def _cell(layer: Any) -> str:
 
 
 def draw(results: Results, file: Path) -> None:
-    """One row a model: each layer's output error, and the loss above bf16."""
+    """Draw one row per model: each layer's output error, and the loss above bf16."""
     figure = empty_figure(11, 4.2 * len(results))
     panels = figure.subplots(len(results), 2, squeeze=False, width_ratios=(3, 1))
     for (family, found), (left, right) in zip(results.items(), panels, strict=True):

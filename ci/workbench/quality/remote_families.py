@@ -1,7 +1,7 @@
-"""Tiny checkpoints of architectures that ``transformers`` does not have: their code came with their checkpoints.
+"""Tiny checkpoints of architectures that ``transformers`` does not have, since their code came with checkpoints.
 
-Configs borrow the model type ``llama``, whose config class keeps every key it does not know. Names are those of
-published checkpoints, written out as a :class:`Naming`.
+Configs use the model type ``llama``, whose config class keeps unknown keys. Names are those of published checkpoints,
+listed in a :class:`Naming`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _MOE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Naming:
-    """How an architecture calls its tensors; ``{}`` stands for the layer. Attention's names come with their rows."""
+    """An architecture's tensor names; ``{}`` stands for the layer. Attention's names come with their rows."""
 
     embeddings: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -74,7 +74,7 @@ class Naming:
 
 @dataclass(frozen=True)
 class RemoteFamily:
-    """An architecture: its names, what its config says beyond the common keys, and where it has experts."""
+    """An architecture: its names, its config's keys beyond the common ones, and where it has experts."""
 
     naming: Naming = field(default_factory=Naming)
     config: dict[str, Any] = field(default_factory=dict)
@@ -122,12 +122,12 @@ FAMILIES: dict[str, RemoteFamily] = {
 
 
 def architectures() -> list[str]:
-    """Those written out here."""
+    """The architectures of this module."""
     return sorted(FAMILIES)
 
 
 def build(architecture: str, folder: Path) -> Path:
-    """Write a checkpoint of `architecture` into a folder of its name under `folder`, unless it is there."""
+    """Write a checkpoint of `architecture` into a folder of its name under `folder`, unless it exists."""
     from safetensors.torch import save_file
 
     path = folder / architecture

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models that have learned something, in published formats: what quantization does to them is worth measuring.
+"""Small trained models in published formats, so that it is worth measuring what quantization does to them.
 
     model = trained("qwen3_moe", Recipe(), cache_root() / "quality")
 
-Training is seeded and on a fixed number of threads, on the text of ``corpus.py``; nothing is downloaded. What
-is trained is kept in a folder whose name depends on the recipe, the code, and the versions that decide the result.
+Training is seeded and uses a fixed number of threads, on the text of ``corpus.py``; nothing is downloaded. Trained
+models are kept in a folder whose name depends on the recipe, the code, and the versions that affect the result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OVERRIDES: dict[Family, tuple[tuple[str, Any], ...]] = {
     "qwen3_moe": (("vocab_size", VOCAB_SIZE),),
     "deepseek_v3": (("vocab_size", VOCAB_SIZE), ("intermediate_size", 512), ("q_lora_rank", 128)),
 }
-"""Over the tiny checkpoints' configs; all sizes that are quantized are multiples of 128."""
+"""Changes to the tiny checkpoints' configs; all quantized sizes are multiples of 128."""
 
 Told = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss."""
@@ -50,7 +50,7 @@ class Recipe:
         batch: sequences a step.
         length: tokens a sequence.
         rate: peak learning rate.
-        threads: of torch's; another number gives other roundings, and more than one is little faster at this size.
+        threads: number of torch's threads, which affects rounding; more than one is little faster at this size.
         seed: of weights, batches and outliers.
     """
 
@@ -68,8 +68,8 @@ class SmallModel:
 
     Attributes:
         held_out: int64 ``[tokens]``, text that it has not seen.
-        seconds: training took; of the time when it was trained.
-        loss: over the last tenth of the steps, in nats a token.
+        seconds: duration of its training.
+        loss: mean over the last tenth of the steps, in nats per token.
     """
 
     family: Family
@@ -80,7 +80,7 @@ class SmallModel:
 
 
 def trained(family: Family, recipe: Recipe, cache: Path, told: Told) -> SmallModel:
-    """The model of a family, trained now or before."""
+    """The model of a family, trained now unless it was before."""
     folder = cache / f"{family}-{_key(family, recipe)}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def trained(family: Family, recipe: Recipe, cache: Path, told: Told) -> SmallMod
 
 
 def spec_of(family: Family) -> CheckpointSpec:
-    """What the checkpoint looks like: its config, and its tensors' names and shapes."""
+    """The checkpoint's spec: its config, and its tensors' names and shapes."""
     return CheckpointSpec(family, overrides=_OVERRIDES[family])
 
 
@@ -135,7 +135,7 @@ def _train(family: Family, recipe: Recipe, folder: Path, told: Told) -> None:
 
 
 def build_model(config: dict[str, Any]) -> Any:
-    """A model of transformers with random weights, in float32."""
+    """A transformers model with random weights, in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -144,7 +144,7 @@ def build_model(config: dict[str, Any]) -> Any:
 
 
 def _steps(model: Any, text: Corpus, recipe: Recipe, told: Told) -> Iterator[float]:
-    """Train; each step's loss in nats a token."""
+    """Train, yielding each step's loss in nats per token."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -165,7 +165,7 @@ def _steps(model: Any, text: Corpus, recipe: Recipe, told: Told) -> Iterator[flo
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth, then half a cosine down to a tenth of the peak."""
+    """Factor of the learning rate: linear warm-up over a tenth, then half a cosine down to a tenth of the peak."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up

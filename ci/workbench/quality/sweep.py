@@ -1,4 +1,4 @@
-"""Load every model family both ways in real SGLang and say which are the same."""
+"""Load every model family both ways in real SGLang and compare the results."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ OUTCOMES = {
     "stock cannot load": "stock SGLang fails with `--quantization fp8` on a machine without a GPU",
     "no checkpoint": "`transformers` cannot build the model from this tiny config",
 }
-"""What can become of an architecture, and what that means."""
+"""Possible outcomes for an architecture, and what they mean."""
 
 BAD = ("differs", "error")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one architecture.
+    """The result for one architecture.
 
     Attributes:
         outcome: a key of ``OUTCOMES``.
-        streamed, deferred, fallback: layers by the way they took.
+        streamed, deferred, fallback: numbers of layers by how they were loaded.
         detail: the reason, or the first differences.
     """
 
@@ -107,7 +107,7 @@ def _judged(architecture: str, differences: list[str], report: LoadReport) -> Ou
 
 
 def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:
-    """An incomplete load is no fault where stock quantized memory that nobody wrote, whatever that was filled with."""
+    """The kind of a failure: an incomplete load is no fault if stock quantized memory that nobody had written."""
     missing = re.findall(r"([\w.]+)\.\w+ \(\d+ of \d+ units", str(error))
     one, other = stock.ranks[0].tensors, again.ranks[0].tensors
     uninitialized = {name.rpartition(".")[0] for name, print_ in one.items() if print_ != other[name]}
@@ -115,7 +115,7 @@ def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:
 
 
 def _first_line(text: str) -> str:
-    """As much as a table takes, without what differs from run to run: folders, and the time of a log line."""
+    """A line short enough for a table, without folders and times of log lines, which differ from run to run."""
     told = re.sub(r"(?<![\w/])/(?:[\w.+-]+/)+", "", re.sub(r"^\[?\d{4}-\d\d-\d\d [\d:,.]+\]?\s*", "", text.strip()))
     return " ".join(told.split())[:240]
 

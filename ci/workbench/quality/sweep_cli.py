@@ -17,7 +17,7 @@ from workbench.quality.sweep import BAD, sweep, to_json, to_markdown
 
 
 def build(architecture: str, folder: Path) -> Path:
-    """A tiny checkpoint of it."""
+    """Write a tiny checkpoint of an architecture, and return its path."""
     if architecture in remote_families.FAMILIES:
         return remote_families.build(architecture, folder)
     return families.build(architecture, folder)

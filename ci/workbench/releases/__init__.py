@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environments, patch series and what a new SGLang release needs."""
+"""Environments, patch series, and the steps for a new SGLang release."""

@@ -1,7 +1,6 @@
-"""Writes `sglang_overlay/hooks/bodies.json`: what each hooked function does in each supported release.
+"""Writes `sglang_overlay/hooks/bodies.json`: fingerprints of each hooked function in each supported release.
 
-Each release's own package is fetched once. With --check nothing is written; the exit code is 1 where the file is not
-what would be written.
+Each release's own package is fetched once. With --check nothing is written; the exit code is 1 if the file is stale.
 """
 
 from __future__ import annotations

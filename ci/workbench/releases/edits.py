@@ -1,6 +1,6 @@
 """Lines that the patch series adds to SGLang's own files: decorators, an import, environment variables.
 
-Nothing of SGLang's is rewritten, so an edit fits each release that has the function.
+Existing lines are not changed, so an edit fits every release that has the function.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 DECORATOR = "streaming_hook"
 ANCHOR = "SGLANG_SORT_WEIGHT_FILES"
-"""The environment variable after which new ones are declared; it is about reading weights too."""
+"""New environment variables are declared after this one, which is also about reading weights."""
 
 
 class EditError(Exception):
-    """A release does not have what is to be changed."""
+    """A release lacks a place for an edit."""
 
 
 @dataclass(frozen=True)
 class HookEdit:
-    """A function to be decorated.
+    """A decorator for a function.
 
     Attributes:
         name: of a function or `Class.method`.
-        wrapper: what the decorator is given.
+        wrapper: the decorator's argument.
     """
 
     name: str
@@ -38,7 +38,7 @@ class EnvironmentField:
     Attributes:
         name: of the variable.
         value: its declaration, such as `EnvBool(True)`.
-        comment: what it is for, a line each.
+        comment: lines that say what it is for.
     """
 
     name: str
@@ -56,7 +56,7 @@ def edited(text: str, edits: Sequence[HookEdit | EnvironmentField], module: str,
         path: of the file, for messages.
 
     Raises:
-        EditError: the file does not have what is to be changed.
+        EditError: the file lacks a place for an edit.
     """
     body = ast.parse(text).body
     added: dict[int, list[str]] = {}
@@ -76,7 +76,7 @@ def edited(text: str, edits: Sequence[HookEdit | EnvironmentField], module: str,
 
 
 def _with_lines(text: str, added: dict[int, list[str]]) -> Iterator[str]:
-    """The text's lines, and after those whose numbers are in `added` what stands there."""
+    """The text's lines, with the lines of `added` inserted after the line numbers that are its keys."""
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if number == 1:
             yield from (f"{new}\n" for new in added.get(0, ()))
@@ -97,7 +97,7 @@ def _function(body: list[ast.stmt], name: str, path: str) -> ast.FunctionDef | a
 
 
 def _import_line(body: list[ast.stmt], module: str, path: str) -> int:
-    """The line after which an import stands in isort's order: that of the module next before it in the alphabet."""
+    """The line after which an import belongs in isort's order: that of the alphabetically preceding module."""
     before = [
         (each.module, each.end_lineno)
         for each in body

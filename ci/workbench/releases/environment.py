@@ -1,16 +1,16 @@
 """The virtual environment that `ci/test` and `ci/demo` run in, made once and used again.
 
-Runs before anything is installed, so it uses the standard library only. Three parts, all under `cache_root()` and none
-in the clone:
+Runs before anything is installed, so it uses the standard library only. It has three parts, all under `cache_root()`,
+none in the clone:
 
 1. `uv-<version>-py<X.Y>`: uv, installed by pip from `ci/locks/uv.txt`.
 2. `environments/<release>-<packages>-py<X.Y>-<lock digest>`: everything of `ci/locks/<release>.txt`, hashes checked. It
-   knows nothing of any clone, so all clones share it.
+   does not depend on a clone, so all clones share it.
 3. `clones/<clone digest>-<environment>`: a virtual environment that holds this clone's editable install and nothing
    else, and sees the packages of 2. Two clones never see each other's code.
 
-An environment counts as built when its marker file exists, which is written last. One without it is removed and built
-anew, and a file lock keeps two processes from building the same one.
+An environment counts as built when its marker file exists, which is written last. One without it is removed and
+rebuilt, and a file lock keeps two processes from building the same one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ CLONE = Path(__file__).resolve().parents[3]
 RELEASES = Path("sglang_overlay", "hooks", "releases.json")
 """The supported releases, in a clone; newest last."""
 PYTHON_NEEDED = (3, 11)
-"""What SGLang 0.5.22 and later ask for; earlier releases run on it as well."""
+"""Required by SGLang 0.5.22 and later; earlier releases run on it as well."""
 MARKER = "complete.json"
 BYTES_NEEDED = {"cpu": 9 * 2**30, "gpu": 16 * 2**30}
-"""Disk an environment takes while it is built, by package selection, rounded up."""
+"""Disk space that an environment needs while it is built, by package selection, rounded up."""
 
 
 class EnvironmentSetupError(RuntimeError):
@@ -51,9 +51,9 @@ class Plan:
 
     Attributes:
         release: SGLang release, one of `locked()`.
-        packages: "cpu" leaves out what only runs on an NVIDIA GPU; "gpu" is the whole lock.
-        clone: root of the working tree whose code is to be run.
-        cache: folder that everything goes under.
+        packages: "cpu" leaves out packages that only run on an NVIDIA GPU; "gpu" is the whole lock.
+        clone: root of the working tree whose code is run.
+        cache: folder that contains everything.
     """
 
     release: str
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def requirements(self) -> str:
-        """What is installed: the lock, less the GPU-only packages for "cpu"."""
+        """The requirements to install: the lock, for "cpu" without GPU-only packages."""
         text = self.lock.read_text(encoding="utf-8")
         if self.packages == "gpu":
             return text
@@ -99,7 +99,7 @@ def cache_root() -> Path:
 
 
 def supported(clone: Path = CLONE) -> list[str]:
-    """Supported SGLang releases, oldest first; the last one is what everything uses unless told otherwise."""
+    """Supported SGLang releases, oldest first; the last one is the default everywhere."""
     entries = json.loads((clone / RELEASES).read_text(encoding="utf-8"))["supported"]
     return [str(entry["release"]) for entry in entries]
 
@@ -117,7 +117,7 @@ def locked(clone: Path = CLONE) -> list[str]:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver lists a GPU; torch would know better but is not installed yet."""
+    """Whether the driver lists a GPU; torch is not installed yet."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return False
@@ -126,18 +126,18 @@ def has_nvidia_gpu() -> bool:
 
 
 def names_in(listing: Path) -> frozenset[str]:
-    """Normalized package names in a file of one name a line, `#` starting a comment."""
+    """Normalized package names in a file with one name per line; `#` starts a comment."""
     lines = (line.partition("#")[0].strip() for line in listing.read_text(encoding="utf-8").splitlines())
     return frozenset(normalized(line) for line in lines if line)
 
 
 def normalized(name: str) -> str:
-    """Package name as PEP 503 has it."""
+    """Package name normalized as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def without(lock: str, names: frozenset[str]) -> str:
-    """The lock text with the entries of `names` taken out, their hashes included."""
+    """The lock text without the entries of `names` and their hashes."""
     entries = re.split(r"^(?=\S)", lock, flags=re.MULTILINE)
     kept = (entry for entry in entries if normalized(re.split(r"[=<>! \[;]", entry, maxsplit=1)[0]) not in names)
     return "".join(kept)
@@ -164,10 +164,10 @@ def site_packages(environment: Path) -> Path:
 
 
 def ensure(plan: Plan) -> Path:
-    """Make what is missing of `plan` and return the interpreter that runs the clone's code.
+    """Create missing parts of `plan` and return the interpreter that runs the clone's code.
 
     Raises:
-        EnvironmentSetupError: the machine does not fit, or a step failed.
+        EnvironmentSetupError: the machine is not suitable, or a step failed.
     """
     check_machine(plan)
     plan.cache.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def ensure(plan: Plan) -> Path:
 
 
 def check_machine(plan: Plan) -> None:
-    """Refuse what cannot work, before hours or gigabytes are spent on it."""
+    """Refuse plans that cannot work on this machine, before hours or gigabytes are spent on them."""
     if sys.version_info < PYTHON_NEEDED:
         raise EnvironmentSetupError(f"Python {python_tag()} is too old: SGLang {plan.release} needs 3.11 or newer.")
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
@@ -197,7 +197,7 @@ def check_machine(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Hold the file lock that belongs to `target`, waiting for another process that has it."""
+    """Hold the file lock of `target`, after waiting for any other process that holds it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(target.name + ".lock").open("w") as handle:
         try:
@@ -209,7 +209,7 @@ def exclusive(target: Path) -> Iterator[None]:
 
 
 def marker_of(environment: Path) -> dict[str, object]:
-    """What was recorded when `environment` was completed; empty if it never was."""
+    """The facts recorded when `environment` was completed; empty if it never was."""
     try:
         content = json.loads((environment / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -230,7 +230,7 @@ def complete(environment: Path, **facts: object) -> None:
 
 
 def build_base(plan: Plan) -> None:
-    """Install the lock into a new environment, replacing what an interrupted build left."""
+    """Install the lock into a new environment, replacing remains of an interrupted build."""
     started = time.monotonic()
     check_disk(plan)
     uv = ensure_uv(plan)
@@ -240,7 +240,7 @@ def build_base(plan: Plan) -> None:
     make_venv(plan, plan.base, "--without-pip")
     listing = plan.base / "requirements.txt"
     listing.write_text(requirements, encoding="utf-8")
-    # Every process of a server imports 6,000 files, and compiling them each time takes half of its start.
+    # Every process of a server imports 6,000 files; compiling them each time would take half of its start.
     compiled = ["--compile-bytecode", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
     install(plan, uv, plan.base, [*compiled, "-r", str(listing)])
     seconds = time.monotonic() - started
@@ -249,7 +249,7 @@ def build_base(plan: Plan) -> None:
 
 
 def build_layer(plan: Plan) -> None:
-    """Install the clone, editable, into an environment of its own that also sees the shared one."""
+    """Install the clone, editable, into its own environment, which also sees the shared one."""
     uv = ensure_uv(plan)
     if not is_complete(plan.layer):
         make_venv(plan, plan.layer, "--without-pip")
@@ -261,7 +261,7 @@ def build_layer(plan: Plan) -> None:
 
 
 def fingerprint(plan: Plan) -> str:
-    """Stands for everything the editable install depends on; source files are not among it."""
+    """Digest of everything the editable install depends on, which does not include source files."""
     return digest("".join((plan.clone / name).read_text(encoding="utf-8") for name in ("setup.py", "pyproject.toml")))
 
 
@@ -291,7 +291,7 @@ def ensure_uv(plan: Plan) -> Path:
 
 
 def make_venv(plan: Plan, environment: Path, *options: str) -> None:
-    """Make an empty virtual environment, replacing whatever lies there."""
+    """Make an empty virtual environment, replacing whatever is there."""
     if environment.exists():
         shutil.rmtree(environment)
     step(plan, [sys.executable, "-m", "venv", *options, str(environment)])
@@ -304,7 +304,7 @@ def install(plan: Plan, uv: Path, environment: Path, arguments: list[str]) -> No
 
 
 def step(plan: Plan, command: list[str]) -> None:
-    """Run one command, its output on standard error, which leaves standard output to the result."""
+    """Run one command with its output on standard error: standard output is for the result."""
     try:
         subprocess.run(command, check=True, env=step_environment(plan), cwd=plan.cache, stdout=sys.stderr)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -315,9 +315,9 @@ def step(plan: Plan, command: list[str]) -> None:
 
 
 def step_environment(plan: Plan) -> dict[str, str]:
-    """The caller's variables less those that would redirect an install, and uv's cache next to the environments.
+    """The caller's variables without those that would redirect an install, and with uv's cache near the environments.
 
-    On one file system uv links packages out of its cache instead of copying them, so the cache costs no extra disk.
+    On the same file system uv links packages from its cache instead of copying them, so the cache costs no extra disk.
     """
     redirecting = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "PIP_PREFIX", "PIP_TARGET", "PIP_USER"}
     kept = {name: value for name, value in os.environ.items() if name not in redirecting}
@@ -326,12 +326,12 @@ def step_environment(plan: Plan) -> dict[str, str]:
 
 
 def say(message: str) -> None:
-    """One line of progress, on standard error."""
+    """Print one line of progress on standard error."""
     print(f"[environment] {message}", file=sys.stderr, flush=True)
 
 
 def planned(release: str | None = None, packages: str = "auto", clone: Path = CLONE) -> Plan:
-    """The plan for this machine: the newest release where none is given, GPU packages for "auto" where there is one."""
+    """The plan for this machine: by default the newest release; "auto" includes GPU packages if there is a GPU."""
     release = release or supported(clone)[-1]
     if packages == "auto":
         packages = "gpu" if has_nvidia_gpu() else "cpu"

@@ -16,7 +16,7 @@ from workbench.releases import environment, patched, repository
 
 
 class ForkError(Exception):
-    """The branch cannot be made; the clone is as it was."""
+    """The branch cannot be made; the clone is unchanged."""
 
 
 def branch_of(release: str) -> str:
@@ -25,10 +25,10 @@ def branch_of(release: str) -> str:
 
 
 def fork(clone: Path, release: str) -> str:
-    """Put the branch where the release's tag and the series lead; returns the commit.
+    """Set the branch to the release's tag plus the series; returns the commit.
 
     Raises:
-        ForkError: there is no such tag, the series does not fit, or somebody has committed to the branch.
+        ForkError: there is no such tag, the series does not fit, or somebody else has committed to the branch.
     """
     tag, branch = f"v{release}", branch_of(release)
     if not _has(clone, f"refs/tags/{tag}"):

@@ -22,13 +22,13 @@ SERIES = "series"
 
 
 def made(package: Path) -> dict[str, str]:
-    """The series of a release: its files' names and texts, `series` among them.
+    """The series of a release: names and texts of its files, including `series`.
 
     Args:
-        package: folder that the release's `sglang` package lies in.
+        package: folder that contains the release's `sglang` package.
 
     Raises:
-        EditError: the release does not have what is to be changed.
+        EditError: the release lacks a place for an edit.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -55,7 +55,7 @@ _FORMAT = (
 
 
 def stored(release: str) -> dict[str, str]:
-    """The series of a release as it lies in the clone."""
+    """The series of a release as stored in the clone."""
     folder = FOLDER / release
     return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()} if folder.is_dir() else {}
 
@@ -70,7 +70,7 @@ def store(release: str, files: Mapping[str, str]) -> None:
 
 
 def stale(release: str, package: Path) -> list[str]:
-    """Names of a release's files that are not what would be made, those included that are missing or too many."""
+    """Names of a release's files that differ from what would be made, including missing and extra files."""
     found, wanted = stored(release), made(package)
     return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 

@@ -52,13 +52,13 @@ sglang=={release}
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a hooked function from one release to the next.
+    """How a hooked function differs from one release to the next.
 
     Args:
         target: where the later release has it, or else where it was.
-        problem: why it cannot be hooked; empty where it can.
-        notes: what is different, a line each.
-        diff: of the function itself, in unified form; empty where nothing is different.
+        problem: why it cannot be hooked; empty if it can.
+        notes: the differences, one per line.
+        diff: unified diff of the function itself; empty if it has not changed.
     """
 
     target: str
@@ -68,12 +68,12 @@ class Change:
 
 
 def compare(before: Path, after: Path, points: Iterable[Hook]) -> list[Change]:
-    """How hooked functions differ between two releases, those that do not left out.
+    """The hooked functions that differ between two releases.
 
     Args:
-        before: folder that the ``sglang`` package of the earlier release lies in.
-        after: that of the later one.
-        points: what is hooked.
+        before: folder that contains the ``sglang`` package of the earlier release.
+        after: the same for the later release.
+        points: the hooks.
     """
     changes = (_change(before, after, hook) for hook in points)
     return [change for change in changes if change.problem or change.notes or change.diff]
@@ -103,7 +103,7 @@ def _diff(was: source_tree.Source, now: source_tree.Source) -> str:
 
 
 def entry_of(root: Path, release: str, date: str) -> dict[str, Any]:
-    """What releases.json says of a release, from its package."""
+    """The entry of a release for releases.json, from its package."""
     (metadata,) = root.glob("sglang-*.dist-info/METADATA")
     fields = Parser().parsestr(metadata.read_text(encoding="utf-8"))
     pins = {need.name: need for need in map(Requirement, fields.get_all("Requires-Dist", [])) if need.marker is None}
@@ -119,7 +119,7 @@ def entry_of(root: Path, release: str, date: str) -> dict[str, Any]:
 
 
 def with_entry(text: str, entry: Mapping[str, Any]) -> str:
-    """The text of releases.json with a release entered, or entered anew."""
+    """The text of releases.json with a release added or replaced."""
     others = [known for known in json.loads(text)["supported"] if known["release"] != entry["release"]]
     entries = sorted([*others, entry], key=lambda known: Version(known["release"]))
     return '{\n  "supported": [\n' + ",\n".join(map(_written, entries)) + "\n  ]\n}\n"
@@ -132,7 +132,7 @@ def _written(entry: Mapping[str, Any]) -> str:
 
 
 def fetch(release: str) -> Path:
-    """Folder with the release's own package, none of what it needs; fetched once."""
+    """Folder with the release's own package, without its dependencies; fetched once."""
     plan = environment.planned(release)
     folder = plan.cache / "packages" / release
     if not (folder / "sglang").is_dir():
@@ -154,7 +154,7 @@ def enter(release: str, package: Path, date: str) -> None:
 
 
 def check(release: str) -> list[str]:
-    """What `python -m sglang_overlay check` has against the release in its own environment."""
+    """Problems that `python -m sglang_overlay check` finds with the release in its own environment."""
     python = environment.ensure(environment.planned(release))
     command = [str(python), "-m", "sglang_overlay", "check", "--json"]
     done = subprocess.run(command, cwd=environment.CLONE, capture_output=True, text=True, check=False)
@@ -182,13 +182,13 @@ def patches_made(release: str) -> bool:
 
 
 def baselines_made(release: str) -> bool:
-    """Plan the published models, load small ones for real, and keep what that took."""
+    """Plan the published models, load small ones for real, and record the figures."""
     command = [str(environment.CLONE / "ci" / "baseline"), "--release", release, "--refresh", "--measured"]
     return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
 
 
 def report(changes: Sequence[Change], before: str, after: str) -> str:
-    """What a person has to look at in the hooked functions."""
+    """The differences of hooked functions that a person has to look at."""
     if not changes:
         return f"No hooked function differs between {before} and {after}."
     parts = [f"Hooked functions that differ between {before} and {after}: {len(changes)}"]
@@ -211,7 +211,7 @@ def previous(release: str, known: Sequence[str]) -> str:
 
 
 def take_on(release: str, package: Path, date: str) -> list[str]:
-    """Steps 3 to 8; what went wrong, a line each."""
+    """Do steps 3 to 8; returns the errors, one per line."""
     enter(release, package, date)
     has_patches = patches_made(release)
     problems = [] if has_patches else [f"no patch series: ci/make_patches --release {release}"]
@@ -225,7 +225,7 @@ def take_on(release: str, package: Path, date: str) -> list[str]:
 
 
 def to_do(release: str) -> str:
-    """What is left to a person in any case."""
+    """The steps that a person always has to do."""
     return (
         f"Left to you: look at the differences above; set the date of {release} in {environment.RELEASES}; run "
         f"ci/test --release {release}, ci/peaks --release {release} and ci/plans; add a row to docs/releases.md and "

@@ -1,7 +1,7 @@
 """A release's source tree with the patch series applied, to run instead of the installed package.
 
 The tree is a git repository with SGLang's own layout, made from the published package, which has no tests and no
-documentation in it; what the series adds of those is new there.
+documentation; the series adds its own as new files.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from workbench.releases import environment, repository
 
 BRANCH = "release"
 _PLUGINS = {"SGLANG_PLUGINS": "streamfp8_cpu_reference,streamfp8_cpu"}
-"""The tree shadows the installed package; of the plugins only the CPU's platform is let in."""
+"""The tree shadows the installed package; the only plugin allowed is the CPU reference platform."""
 
 
 def installed() -> Path:
-    """Folder that the installed `sglang` package lies in."""
+    """Folder that contains the installed `sglang` package."""
     root = releases.root()
     if root is None:
         raise ModuleNotFoundError("SGLang is not installed")
@@ -36,8 +36,8 @@ def make_tree(release: str, package: Path, folder: Path) -> Path:
 
     Args:
         release: its version.
-        package: folder that its `sglang` package lies in.
-        folder: that does not exist, or is empty.
+        package: folder that contains its `sglang` package.
+        folder: must not exist, or be empty.
     """
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package / "sglang", folder / "python" / "sglang", ignore=ignored)
@@ -48,12 +48,12 @@ def make_tree(release: str, package: Path, folder: Path) -> Path:
 
 
 def apply_with_git(tree: Path, files: Iterable[Path]) -> None:
-    """`git am` as it is set up by default: no fuzz, no three-way merge."""
+    """Apply patches with `git am` and its default settings: no fuzz, no three-way merge."""
     repository.git(tree, "am", "--quiet", *(str(file.resolve()) for file in files))
 
 
 def apply_with_patch(tree: Path, files: Iterable[Path]) -> None:
-    """`patch -p1`, which must not need to look for a hunk's place with fewer lines of context.
+    """Apply patches with `patch -p1`, without fuzz.
 
     Raises:
         RuntimeError: a patch does not fit.
@@ -66,7 +66,7 @@ def apply_with_patch(tree: Path, files: Iterable[Path]) -> None:
 
 
 def patched_tree(release: str) -> Path:
-    """A tree of the installed release with the stored series applied, made once for each state of the series."""
+    """A tree of the installed release with the stored series applied, made once for each version of the series."""
     files = patches.files_of(release)
     state = environment.digest("".join(file.read_text(encoding="utf-8") for file in files))
     plan = environment.planned(release)

@@ -1,4 +1,4 @@
-"""git, in the same way on every machine: this project's author, one date, and none of the user's settings."""
+"""Run git in the same way on every machine: with this project's author, a fixed date, and no user settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 AUTHOR = "sglang-streamfp8"
 EMAIL = "noreply@sglang-streamfp8.invalid"
 DATE = "2026-11-01T00:00:00+0000"
-"""Of all patches, so that they are the same whenever they are made."""
+"""Date of all patches, so that they are the same whenever they are made."""
 
 
 def commit(repository: Path, files: Mapping[str, str], message: str) -> None:
@@ -24,7 +24,7 @@ def commit(repository: Path, files: Mapping[str, str], message: str) -> None:
 
 
 def git(repository: Path, *arguments: str) -> str:
-    """Run git as an author of no machine's and at no time, without the user's settings."""
+    """Run git with the project's author and a fixed date, without the user's settings; returns its output."""
     settings = ("-c", f"user.name={AUTHOR}", "-c", f"user.email={EMAIL}", "-c", "core.autocrlf=false")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     fixed = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_AUTHOR_DATE": DATE, "TZ": "UTC"}

@@ -1,8 +1,8 @@
-"""The patch series that puts streaming into SGLang itself: what each patch holds, and the text it is made of.
+"""The patch series that adds streaming to SGLang itself: the contents of each patch, and their text.
 
-Everything is generated. Modules are the overlay's own, with imports renamed; what only an SGLang with streaming built
-in needs (how it is switched on, its tests on a GPU, its documentation) lies in `patches/upstream`, laid out as SGLang's
-repository is. SGLang's own files get a decorator at each hook (`edits.py`).
+Everything is generated. Modules are the overlay's own, with renamed imports. Files that only an SGLang with streaming
+built in needs (its switch, its GPU tests, its documentation) are in `patches/upstream`, with the layout of SGLang's
+repository. SGLang's own files get a decorator at each hook (`edits.py`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Patch:
     """One step of the series.
 
     Attributes:
-        number: from 1; `patches/messages` has a commit message of this number.
-        modules: of the overlay, by folder and name; in the series they lie in one folder.
-        files: what it takes over from `patches/upstream`.
-        tests: what becomes of files in `tests/core`, by their names.
+        number: from 1; `patches/messages` has the commit message with this number.
+        modules: modules of the overlay, by folder and name; in the series they are in one folder.
+        files: files that it takes from `patches/upstream`.
+        tests: names of files in `tests/core`, and what they become.
         switches: environment variables that it adds.
     """
 
@@ -127,10 +127,10 @@ def commits(release: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Each patch's commit message, and the files it leaves, changed ones only, by their paths in SGLang's repository.
 
     Args:
-        release: folder that the release's `sglang` package lies in.
+        release: folder that contains the release's `sglang` package.
 
     Raises:
-        EditError: a release does not have what is to be changed.
+        EditError: the release lacks a place for an edit.
     """
     formatted = _formatted({path: text for patch in PATCHES for path, text in _added(patch).items()})
     for patch in PATCHES:
@@ -141,12 +141,12 @@ def commits(release: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def touched(release: Path) -> dict[str, str]:
-    """The release's own files that the series changes, as they are."""
+    """The release's own files that the series changes, in their original form."""
     return {path: _original(release, path) for path in _changed(release, len(PATCHES))}
 
 
 def _added(patch: Patch) -> dict[str, str]:
-    """New files of a patch, before they are laid out in upstream's style."""
+    """New files of a patch, before they are formatted in upstream's style."""
     files = {path: (SOURCES / path).read_text(encoding="utf-8") for path in patch.files}
     for module in patch.modules:
         source = Path("sglang_overlay", f"{module}.py")
@@ -157,7 +157,7 @@ def _added(patch: Patch) -> dict[str, str]:
 
 
 def _renamed(source: Path) -> str:
-    """A module of the overlay's as one of the package's."""
+    """A module of the overlay with imports renamed for the series' package."""
     text = (CLONE / source).read_text(encoding="utf-8")
     text = re.sub(r"\bsglang_overlay\.(core|load|schemes)\b", PACKAGE, text)
     text = re.sub(r"  # (type: ignore|noqa)\b.*$", "", text, flags=re.MULTILINE)
@@ -170,7 +170,7 @@ def _renamed(source: Path) -> str:
 
 
 def _as_registered_test(name: str, text: str) -> str:
-    """A test of the core's as upstream's continuous integration runs one: registered, and a program of its own."""
+    """A test of the core in the form that upstream's CI runs: registered, and executable by itself."""
     text = text.replace("from core.streams import", "from streaming_fp8_builders import")
     if not name.startswith("test_"):
         return text
@@ -186,7 +186,7 @@ def _as_registered_test(name: str, text: str) -> str:
 
 
 def _formatted(files: Mapping[str, str]) -> dict[str, str]:
-    """In upstream's style: black's layout and isort's order."""
+    """Files formatted in upstream's style: black's layout and isort's order."""
     with tempfile.TemporaryDirectory() as folder:
         for path, text in files.items():
             file = Path(folder, path)
@@ -204,7 +204,7 @@ def _ruff(*arguments: str) -> None:
 
 
 def _changed(release: Path, upto: int) -> dict[str, str]:
-    """Those of the release's files that patches up to this one have changed, each as it is then."""
+    """The release's files that patches up to this one have changed, in their form after it."""
     hooks: dict[str, dict[str, HookEdit]] = {}
     for hook in STREAMING:
         for built_in in hook.built_in:

@@ -23,7 +23,7 @@ from workbench.releases.new_release import Change, compare, fetch, report
 
 
 def newest_release() -> str:
-    """The newest release on the package index, pre-releases not counted.
+    """The newest release on the package index, without pre-releases.
 
     Raises:
         click.ClickException: the index does not answer.
@@ -42,7 +42,7 @@ def newest_release() -> str:
 
 
 def source_root(tree: Path) -> Path:
-    """Folder that the ``sglang`` package lies in: a checkout has it in ``python``.
+    """Folder that contains the ``sglang`` package: ``python`` in a checkout.
 
     Raises:
         click.ClickException: there is none.

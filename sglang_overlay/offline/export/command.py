@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sglang_overlay export``: the process SGLang's model is traced in, and what is printed."""
+"""Implements ``python -m sglang_overlay export``: sets up the process that traces SGLang's model, and prints."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ VERSION = 1
 
 
 def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code: bool) -> Exported:
-    """Export, with a bar on standard error, and return what came of it.
+    """Export, with a progress bar on standard error, and return the result.
 
     Raises:
-        StreamFP8Error: it cannot be done, or reading or writing failed.
+        StreamFP8Error: the checkpoint cannot be exported, or reading or writing failed.
     """
     schemes = parse(scheme, "--scheme")
     # Before SGLang is imported, which takes seconds.
@@ -39,7 +39,7 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
     console = Console(stderr=True)
     with console.status("Importing SGLang and tracing its loader ..."):
         os.environ.update(own_process.ENVIRON)
-        # SGLang's modules warn of what they could do on other hardware.
+        # SGLang's modules warn about features that need other hardware.
         warnings.simplefilter("ignore")
         own_process.load_plugins()
         from sglang_overlay.offline.export.run import export
@@ -59,7 +59,7 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
 
 
 def told(target: Path, made: Exported) -> str:
-    """What came of an export, in a line."""
+    """The result of an export in one line."""
     resumed = f", {made.resumed} of them written before" if made.resumed else ""
     return (
         f"{target}: {count_text(made.quantized, 'tensor')} of {made.tensors} quantized, "
@@ -69,12 +69,12 @@ def told(target: Path, made: Exported) -> str:
 
 
 def to_json(target: Path, made: Exported) -> dict[str, Any]:
-    """What came of an export, as plain JSON data. Sizes are bytes."""
+    """The result of an export as plain JSON data. Sizes are bytes."""
     return {"schema": SCHEMA, "version": VERSION, "folder": str(target), **asdict(made)}
 
 
 class _ExportBar:
-    """A bar on the terminal; nothing in a file."""
+    """A progress bar on a terminal; prints nothing to a file."""
 
     def __init__(self, console: Console, total: int) -> None:
         columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -83,7 +83,7 @@ class _ExportBar:
         self._bar.start()
 
     def advance(self, count: int, /) -> None:
-        """``count`` more bytes are written."""
+        """Note that ``count`` more bytes are written."""
         self._bar.advance(self._task, count)
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An export that is under way: whose folder it is, what is in it already, and when it is finished.
+"""The journal of a running export: who owns the folder, what is in it already, and when the export is finished.
 
-The folder holds the journal from its first moment to the last, and whoever has the journal locked has the folder. It is
-complete on disk before anything else is written, so one that was cut off stands for an export that had not begun. All
-other files appear complete or not at all, ``config.json`` last: without it neither SGLang nor transformers takes a
-folder for a model.
+The folder contains the journal from beginning to end of the export, and the process that has locked the journal owns
+the folder. The journal is complete on disk before anything else is written, so a truncated one means that the export
+had not begun. All other files appear complete or not at all, ``config.json`` last: without it neither SGLang nor
+transformers recognizes the folder as a model.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ JOURNAL = ".streamfp8-export.json"
 
 @contextmanager
 def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a folder for an export; on leaving without an error the export is finished.
+    """Own a folder for an export; leaving the block without an error finishes the export.
 
     Args:
-        folder: made if missing; may hold what an earlier, interrupted export of the same has left.
+        folder: created if missing; may hold files of an earlier, interrupted run of the same export.
         described: everything that decides what is written, as JSON data.
 
     Raises:
-        ExportError: the folder has other contents, or somebody else is at it.
+        ExportError: the folder has other contents, or another process is exporting to it.
         OSError: it cannot be written to, or its file system has no locks.
     """
     journal = folder / JOURNAL
-    # Decided before the folder is looked at: in one that is finished meanwhile, no journal is begun.
+    # Decided before the folder is checked, so that no journal is begun if another process finishes meanwhile.
     mode = "r+b" if journal.exists() else "x+b"
     check_free_for(folder, described)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(journal, mode) as file:
-        # Whoever held it before may have left it in another state.
+        # The previous owner may have changed it.
         if check_free_for(folder, described) is None:
             _write(file, _text(described))
             sync_folder(folder)
@@ -51,13 +51,13 @@ def begun(folder: Path, described: Mapping[str, Any]) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> str | None:
-    """Make sure that some export may be written to ``folder``.
+    """Make sure that an export, whichever it is, may be written to ``folder``.
 
     Returns:
-        What the journal of an unfinished export there says, if there is one.
+        The journal's text if there is an unfinished export, else None.
 
     Raises:
-        ExportError: it has other contents than an unfinished export, or is no folder.
+        ExportError: the folder has contents other than an unfinished export, or is not a folder.
     """
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder} is no folder")
@@ -71,10 +71,10 @@ def check_free_for(folder: Path, described: Mapping[str, Any]) -> str | None:
     """Make sure that this export may be written to ``folder``.
 
     Returns:
-        As of ``check_free``.
+        As ``check_free``.
 
     Raises:
-        ExportError: as of ``check_free``, or another export is unfinished there.
+        ExportError: as ``check_free``, or a different export is unfinished there.
     """
     found = check_free(folder)
     if found not in (None, _text(described)):
@@ -87,12 +87,12 @@ def check_free_for(folder: Path, described: Mapping[str, Any]) -> str | None:
 
 @contextmanager
 def _locked(journal: Path, mode: str) -> Iterator[IO[bytes]]:
-    """Open a journal that nobody else holds. For writing: otherwise NFS locks it for nobody alone."""
+    """Open and lock a journal exclusively. Opened for writing, which NFS requires for an exclusive lock."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(journal.open(mode))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The lock of a file that whoever finished the export has removed since says nothing.
+            # A lock is worthless if another process has finished the export and removed the file since.
             is_held = os.path.samestat(os.fstat(file.fileno()), journal.stat())
         except (BlockingIOError, FileExistsError, FileNotFoundError):
             is_held = False
@@ -102,7 +102,7 @@ def _locked(journal: Path, mode: str) -> Iterator[IO[bytes]]:
 
 
 def _read(journal: Path) -> str | None:
-    """What a journal says; None where there is none, or it was cut off while it was written."""
+    """A journal's text; None if there is none, or if it is truncated."""
     try:
         found = journal.read_text(encoding="utf-8")
         json.loads(found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of each checkpoint tensor, and which file of the export it lies in."""
+"""Plan how each checkpoint tensor is stored, and in which file of the export."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sglang_overlay.schemes.stored_format import StoredFormat
 
 @dataclass(frozen=True)
 class Item:
-    """A checkpoint tensor and what is stored of it: itself, or values and scales.
+    """A checkpoint tensor and what is stored for it: the tensor itself, or values and scales.
 
     Attributes:
         source: the tensor.
-        entries: what is stored.
-        dtype: what the values are cast to before they are quantized; None where they are copied.
+        entries: the stored tensors.
+        dtype: the dtype that values are cast to before they are quantized; None if the tensor is copied.
     """
 
     source: SourceTensor
@@ -34,7 +34,7 @@ class Item:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it becomes values and scales."""
+        """Whether it is stored as values and scales."""
         return self.dtype is not None
 
     @property
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the export and what is in it, in order."""
+    """A file of the export and its items, in order."""
 
     name: str
     items: tuple[Item, ...]
@@ -58,11 +58,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that is going to be written but the files that are copied.
+    """Everything that an export writes, except for copied files.
 
     Attributes:
         shards: files with weights.
-        config: ``config.json``.
+        config: contents of ``config.json``.
     """
 
     shards: tuple[Shard, ...]
@@ -75,7 +75,7 @@ class ExportPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights stored."""
+        """Bytes of all stored weights."""
         return sum(item.nbytes for item in self.items)
 
 
@@ -85,14 +85,14 @@ def make_plan(
     """Plan an export.
 
     Args:
-        tensors: of the checkpoint, in the order in which they are to be stored.
+        tensors: of the checkpoint, in the order in which they are stored.
         config: of the checkpoint.
         trace: where the tensors go in the model.
-        form: how quantized ones are stored.
-        most: bytes in a shard; a single tensor may have more.
+        form: how quantized tensors are stored.
+        most: most bytes in a shard; a single larger tensor gets its own.
 
     Raises:
-        ExportError: a tensor would not have in the export the values that it has in an online load.
+        ExportError: a tensor would have other values in the export than in an online load.
     """
     items = [_item(tensor, trace.regions.get(tensor.name, ()), form) for tensor in tensors]
     if not any(item.is_quantized for item in items):
@@ -128,7 +128,7 @@ def _dtype_loaded(tensor: SourceTensor, regions: Sequence[Destination]) -> torch
 
 
 def _check_landing(tensor: SourceTensor, region: Destination, form: StoredFormat) -> None:
-    """Make sure that the parameter's scales are those that the tensor alone has."""
+    """Make sure that the tensor, quantized alone, gets the same scales as in the parameter."""
     where = f"{tensor.name} {list(tensor.shape)} goes into {region.parameter} {list(region.shape)}"
     if extent(region.box)[-2:] != tensor.shape or region.box[-1] != (0, region.shape[-1]):
         raise ExportError(
@@ -153,7 +153,7 @@ def _module(name: str) -> str:
 
 
 def _check_ignored(ignored: Sequence[str], layers: Sequence[str]) -> None:
-    """SGLang also leaves out what is inside a module that is left out."""
+    """Make sure that no quantized layer is inside an ignored module: SGLang would ignore it too."""
     for layer in layers:
         outer = next((module for module in ignored if f".{layer}.".find(f".{module}.") >= 0), None)
         if outer is not None:

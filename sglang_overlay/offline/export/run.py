@@ -28,20 +28,20 @@ from sglang_overlay.schemes.stored_format import StoredFormat
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _SPARE = 64 << 20
-"""Bytes that are to be free beyond what is written."""
+"""Free bytes required beyond what is written."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has made.
+    """The result of an export.
 
     Attributes:
-        tensors: of the checkpoint.
+        tensors: number of tensors in the checkpoint.
         quantized: how many of them are stored as values and scales.
-        source_bytes: of the checkpoint's tensors.
-        stored_bytes: of the export's.
-        shards: files with weights.
-        resumed: how many of these an earlier, interrupted export had written.
+        source_bytes: bytes of the checkpoint's tensors.
+        stored_bytes: bytes of the export's tensors.
+        shards: number of files with weights.
+        resumed: how many of these an earlier, interrupted run had written.
     """
 
     tensors: int
@@ -59,7 +59,7 @@ def free_bytes(folder: Path) -> int:
 
 
 RECORD = "streamfp8_export.json"
-"""Lies beside an exported checkpoint."""
+"""A file with facts about the export, in the exported checkpoint's folder."""
 
 
 def export(
@@ -73,28 +73,28 @@ def export(
 ) -> Exported:
     """Write ``source``, quantized, to ``target``.
 
-    1. SGLang's own loader says which tensors an online load would quantize, and where they go in the model.
-    2. Each is given its place in a shard.
-    3. Shards are written one after another, then the files that are copied, the index, and ``config.json`` at the end.
+    1. Trace SGLang's own loader: which tensors an online load would quantize, and where they go in the model.
+    2. Assign each tensor to a shard.
+    3. Write one shard after another, then copied files, the index, and finally ``config.json``.
 
-    An export that was interrupted goes on where it stopped when it is started again.
+    An interrupted export continues where it stopped when it is started again.
 
     Args:
         source: folder of a bf16 checkpoint.
-        target: folder that does not exist, is empty, or holds an interrupted export of the same.
-        schemes: one scheme for all that is quantized; layers may be left out.
-        most: bytes in a shard.
+        target: folder that does not exist, is empty, or holds an interrupted run of the same export.
+        schemes: one scheme for all quantized layers; layers may be left out.
+        most: most bytes in a shard.
         server_args: further fields of SGLang's ``ServerArgs``.
-        progress: given the bytes to be written, makes what shows them.
-        free: free disk space for a folder.
+        progress: creates the progress display, given the bytes to be written.
+        free: returns the free disk space, in bytes, for a folder.
 
     Raises:
-        StreamFP8Error: it cannot be exported, or not to there.
-        OSError: reading or writing failed. What has been written by then is used again by the next start.
+        StreamFP8Error: the checkpoint cannot be exported, or not to ``target``.
+        OSError: reading or writing failed. The next start reuses what has been written.
     """
     from sglang_overlay.offline.tracing import trace
 
-    # First of all: schemes and tracing import SGLang.
+    # Checked first, since schemes and tracing import SGLang.
     journal.check_free(target)
     form = form_of(schemes)
     checkpoint = SourceCheckpoint(source)
@@ -109,7 +109,7 @@ def export(
             "Nothing has been written."
         )
     with journal.begun(target, described), checkpoint.opened() as files:
-        # Until the folder was held, another export may have gone on with it.
+        # Before the folder was locked, another process may have continued the export.
         missing = _missing(plan, target)
         with closing(progress(sum(item.nbytes for shard in missing for item in shard.items))) as bar:
             for shard in missing:
@@ -126,7 +126,7 @@ def export(
 
 
 def form_of(schemes: SchemeChoice) -> StoredFormat:
-    """How the weights of a choice of schemes are stored.
+    """The stored format for a choice of schemes.
 
     Raises:
         ExportError: they cannot be stored in one checkpoint that stock SGLang loads.
@@ -147,7 +147,7 @@ def form_of(schemes: SchemeChoice) -> StoredFormat:
 
 
 def _record(schemes: SchemeChoice, form: StoredFormat) -> dict[str, Any]:
-    """What whoever finds the checkpoint may want to know of it."""
+    """Facts about the export, for anyone who finds the checkpoint."""
     return {
         "schema": "sglang-streamfp8/export-record",
         "version": 1,
@@ -162,12 +162,12 @@ def _missing(plan: ExportPlan, target: Path) -> list[Shard]:
 
 
 def _bytes_to_write(checkpoint: SourceCheckpoint, missing: Sequence[Shard]) -> int:
-    """Free disk that is needed."""
+    """Bytes of free disk space that are needed."""
     return sum(map(shard_bytes, missing)) + sum(path.stat().st_size for path in checkpoint.others()) + _SPARE
 
 
 def _described(checkpoint: SourceCheckpoint, plan: ExportPlan) -> dict[str, Any]:
-    """What an interrupted export must have in common with the one that goes on with it."""
+    """What an interrupted export and the one that continues it must have in common."""
     return {
         "schema": "sglang-streamfp8/export-journal",
         "version": 1,
@@ -180,7 +180,7 @@ def _described(checkpoint: SourceCheckpoint, plan: ExportPlan) -> dict[str, Any]
 
 
 def _finish(checkpoint: SourceCheckpoint, plan: ExportPlan, record: Mapping[str, Any], target: Path) -> None:
-    """What makes shards a checkpoint; ``config.json`` last."""
+    """Write what turns the shards into a checkpoint, ``config.json`` last."""
     for path in checkpoint.others():
         with path.open("rb") as original, appearing(target / path.name) as copy:
             shutil.copyfileobj(original, copy)

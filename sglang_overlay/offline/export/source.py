@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that is exported: its files, what is in them, and their tensors one at a time."""
+"""The checkpoint that is exported: its files and their tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class SourceTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class _Opened(Protocol):
     def get_tensor(self, name: str) -> torch.Tensor:
-        """Mapped, not read."""
+        """A tensor, mapped but not read."""
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
 
 
 class SourceCheckpoint:
-    """A folder with ``config.json`` and weights in ``*.safetensors``, or else ``pytorch_model*.bin``.
+    """A folder with ``config.json`` and weights in ``*.safetensors`` or else ``*.bin`` files.
 
     Raises:
         ExportError: there is no such checkpoint, or it is quantized already.
@@ -69,12 +69,12 @@ class SourceCheckpoint:
             yield Files(self.folder, stack)
 
     def identity(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of change of each file: the same as long as nobody has touched the checkpoint."""
+        """Name, bytes and modification time (ns) of each file: unchanged if the checkpoint is unchanged."""
         found = [(file, (self.folder / file).stat()) for file in (CONFIG, *self.files)]
         return [(file, status.st_size, status.st_mtime_ns) for file, status in found]
 
     def others(self) -> list[Path]:
-        """Files that belong to the model and are no weights: tokenizer, generation config, code, licence."""
+        """Files of the model other than weights and config.json: tokenizer, generation config, code, licence."""
         return sorted(
             path
             for path in self.folder.iterdir()
@@ -118,7 +118,7 @@ def _object_in(path: Path) -> dict[str, Any]:
     """A JSON file's content.
 
     Raises:
-        ExportError: it is not valid, or no object.
+        ExportError: it is not valid JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +138,11 @@ class Files:
         self._opened: dict[str, _Opened] = {}
 
     def open(self, file: str) -> _Opened:
-        """A file's tensors, mapped: pages are read as they are used, and cost no memory that others could not have."""
+        """A file's tensors, mapped: pages are read when they are used, and the system can drop them.
+
+        Raises:
+            ExportError: the file cannot be read.
+        """
         if file not in self._opened:
             path = self._folder / file
             try:
@@ -155,7 +159,7 @@ class Files:
 
 
 class _TorchFile:
-    """What ``torch.save`` wrote: entries that are no tensors (an epoch, a config) belong to no model."""
+    """A file of ``torch.save``. Entries that are not tensors (an epoch, a config) are ignored."""
 
     def __init__(self, entries: dict[str, object]) -> None:
         self._tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there when they are complete, and how a safetensors file begins."""
+"""Write files atomically, and the header of a safetensors file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as it is stored."""
+    """A stored tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Entry:
 
 
 def header(entries: Sequence[Entry]) -> bytes:
-    """The header of a safetensors file with these tensors, in this order."""
+    """The header of a safetensors file that contains these tensors in this order."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -51,13 +51,13 @@ def header(entries: Sequence[Entry]) -> bytes:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The values, in row-major order."""
+    """The values' bytes, in row-major order."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
 def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name once its contents have reached the disk; a crash leaves only the unfinished one."""
+    """A file that gets its name once its contents are on disk; a crash leaves only the unfinished file."""
     unfinished = unfinished_name(path)
     with unfinished.open("wb") as file:
         yield file
@@ -68,12 +68,12 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
 
 
 def unfinished_name(path: Path) -> Path:
-    """What a file is called while it is written. No loader takes it for weights."""
+    """The name of a file while it is written, which no loader takes for weights."""
     return path.with_name(f".{path.name}.unfinished")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that names given in a folder survive a loss of power."""
+    """Make sure that new names in a folder survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,11 +17,11 @@ RUN_ELEMENTS = 1 << 21
 """Elements quantized at once: 4 MiB of bf16."""
 
 Written = Callable[[int], None]
-"""Called with the bytes written."""
+"""Called with the number of bytes written."""
 
 
 def write_shard(shard: Shard, form: StoredFormat, files: Files, path: Path, written: Written) -> None:
-    """Write a shard to ``path``, which is there when it is complete and on disk, and not before."""
+    """Write a shard to ``path``, which appears only when it is complete and on disk."""
     with appearing(path) as file:
         file.write(header(shard.entries))
         for item in shard.items:
@@ -32,7 +32,7 @@ def write_shard(shard: Shard, form: StoredFormat, files: Files, path: Path, writ
 
 
 def shard_bytes(shard: Shard) -> int:
-    """Size of a shard's file."""
+    """Size of a shard's file in bytes."""
     return len(header(shard.entries)) + sum(entry.nbytes for entry in shard.entries)
 
 
@@ -49,7 +49,7 @@ def _contents(item: Item, form: StoredFormat, files: Files) -> Iterator[torch.Te
     for run in tensor.split(height):
         factors = torch.empty(form.scale_shape(tuple(run.shape)), dtype=scale.dtype)
         values = torch.empty(run.shape, dtype=weight.dtype)
-        # As an online load does: other digits than the parameter keeps must not decide the scales.
+        # Cast first, like an online load: digits that the parameter does not keep must not affect the scales.
         form.quantize(run.to(item.dtype), values, factors)
         yield values
         scales[filled : filled + len(factors)].copy_(factors)

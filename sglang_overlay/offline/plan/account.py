@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of tensors over time: every storage from the operation that makes it to the moment it is freed.
+"""Count the memory of tensors over time: every storage from the operation that creates it until it is freed.
 
-``AllocatedMemory`` counts what an allocator hands out, which is what limits a GPU. ``TouchedMemory`` counts what has
-been written to, which is what ``RssAnon`` sees of a process on the CPU: the system gives pages when they are first
-used.
+``AllocatedMemory`` counts what an allocator hands out, which limits a GPU. ``TouchedMemory`` counts what has been
+written to, as ``RssAnon`` does for a process on the CPU: the system allocates pages when they are first used.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ class _Record:
 
 
 class Account:
-    """What tensors on one device hold, now and over the load. Not for several threads at once.
+    """Memory of the tensors on one device, now and over the load. Not thread-safe.
 
     ``samples`` has, for each position in the checkpoint, the highest and the last figure at that position.
 
     Args:
-        device: type of the device whose memory counts.
-        block: allocations are rounded up to a multiple of this.
+        device: type of the device whose memory is counted.
+        block: allocations are rounded up to a multiple of this many bytes.
 
     Attributes:
-        work: what else is asked of the device.
+        work: the device's other work: launches, uploads and waits.
     """
 
     def __init__(self, device: str, block: int = 1) -> None:
@@ -59,7 +58,7 @@ class Account:
         self._read += size
 
     def made(self, tensor: torch.Tensor, *, filled: bool) -> None:
-        """Note the result of an operation; ``filled`` says whether it has contents yet. Views count for nothing."""
+        """Note the result of an operation; ``filled`` says whether it has contents yet. Views are not counted."""
         if tensor.device.type != self.device:
             return
         storage = tensor.untyped_storage()
@@ -72,13 +71,13 @@ class Account:
         self._count(record, self._counted_when_made(tensor, size, filled))
 
     def written(self, tensor: torch.Tensor, elements: int) -> None:
-        """Note that so many elements of ``tensor``, which may be a view, have been written to."""
+        """Note that ``elements`` elements of ``tensor``, which may be a view, have been written to."""
         record = self._records.get(tensor.untyped_storage()._cdata)
         if record is not None:
             self._count(record, min(record.size - record.counted, elements * tensor.element_size()))
 
     def pulse(self, size: int) -> None:
-        """Note memory that an operation takes and gives back before it returns."""
+        """Note memory, in bytes, that an operation allocates and frees before it returns."""
         self._change(size)
         self._change(-size)
 
@@ -109,18 +108,18 @@ class Account:
 
 
 class AllocatedMemory(Account):
-    """Counts a storage from its allocation on."""
+    """Counts all of a storage from its allocation on."""
 
 
 class TouchedMemory(Account):
-    """Counts of a storage what has been written to. A part that is written twice counts twice, up to the whole."""
+    """Counts the written part of a storage. A part written twice counts twice, up to the storage's size."""
 
     def _counted_when_made(self, tensor: torch.Tensor, size: int, filled: bool) -> int:  # noqa: FBT001
         return size if filled else 0
 
 
 class AllocatedLate(AllocatedMemory):
-    """Counts quantized memory when it is filled: who waits for whole layers allocates each layer's then, not before."""
+    """Counts quantized memory only when it is filled: layer-granular streaming allocates each layer's then."""
 
     def _counted_when_made(self, tensor: torch.Tensor, size: int, filled: bool) -> int:  # noqa: FBT001
         return size if filled or tensor.element_size() > 1 else 0

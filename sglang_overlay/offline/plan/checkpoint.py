@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint as its headers describe it: files, and names, shapes and dtypes of the tensors in them."""
+"""A checkpoint as its headers describe it: files, and the names, shapes and dtypes of their tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LENGTH = 8
 
 
 class CheckpointError(StreamFP8Error):
-    """The headers of a checkpoint cannot be read, or do not say what is needed."""
+    """The headers of a checkpoint cannot be read, or lack something."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Checkpoint:
     """All files of a checkpoint, sorted by name.
 
     Attributes:
-        files: with their tensors, sorted by name as SGLang's loader takes them.
-        source: where this is known from, for people.
+        files: with their tensors, sorted by name, as SGLang's loader reads them.
+        source: where this information comes from, for people.
     """
 
     files: tuple[WeightFile, ...]
@@ -77,8 +77,8 @@ class Checkpoint:
         """The files in the order in which a rank reads them.
 
         ``sorted`` is SGLang's default. ``staggered`` is ``SGLANG_SORT_WEIGHT_FILES=1``: in each group of as many files
-        as there are ranks, each starts with another one. ``shuffled`` is the worst that a folder's own order can be
-        (``SGLANG_SORT_WEIGHT_FILES=-1``): no model order at all, the same in every plan.
+        as there are ranks, each rank starts with a different one. ``shuffled`` is the worst case of a folder's own
+        order (``SGLANG_SORT_WEIGHT_FILES=-1``): no model order at all, the same in every plan.
         """
         files = list(self.files)
         if order == "shuffled":
@@ -117,7 +117,7 @@ def _header(path: Path) -> Iterator[TensorHeader]:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """The file of each tensor, from ``model.safetensors.index.json``; None where there is no such index.
+    """The file of each tensor, from ``model.safetensors.index.json``; None if there is no such index.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -133,7 +133,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def arranged(checkpoint: Checkpoint, index: Mapping[str, str]) -> Checkpoint:
-    """``checkpoint`` in the files that an index names; tensors that either of the two lacks are left out."""
+    """``checkpoint`` arranged in the files of an index; tensors that either of the two lacks are left out."""
     groups: dict[str, list[TensorHeader]] = {}
     for tensor in sorted(checkpoint.tensors, key=lambda tensor: tensor.name):
         if tensor.name in index:
@@ -145,7 +145,7 @@ def arranged(checkpoint: Checkpoint, index: Mapping[str, str]) -> Checkpoint:
 
 
 def split_into_files(tensors: Sequence[TensorHeader], most: int) -> tuple[WeightFile, ...]:
-    """Tensors in files of at most ``most`` bytes each, in the order given, as ``save_pretrained`` splits them."""
+    """Tensors split into files of at most ``most`` bytes each, in the order given, like ``save_pretrained``."""
     groups = split_by_size(tensors, lambda tensor: tensor.size, most)
     return tuple(
         WeightFile(shard_name(number, len(groups)), tuple(sorted(group, key=lambda t: t.name)))

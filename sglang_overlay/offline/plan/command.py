@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m sglang_overlay plan`` does with its options."""
+"""Implements ``python -m sglang_overlay plan``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def TABLE(plan: Plan, gpu: GPU | None) -> None:  # noqa: N802 - the name of a fo
 
 
 def run(asked: Mapping[str, Any], gpu_name: str | None, png: Path | None, output: Output) -> int:
-    """Plan what was asked for, print it, and return the exit code: 1 where streaming does not fit the GPU.
+    """Plan, print the plan, and return the exit code: 1 if streaming does not fit the GPU.
 
     Raises:
         StreamFP8Error: it cannot be planned.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which operations of a load are launches, copies from the host, and waits for the device."""
+"""Count a load's kernel launches, copies from the host, and waits for the device."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ALLOCATIONS = frozenset(
         aten.new_empty_strided.default,
     }
 )
-"""Operations that make a tensor without contents."""
+"""Operations that create an uninitialized tensor."""
 _WAITS = frozenset({aten._local_scalar_dense.default, aten.nonzero.default})
-"""Operations whose result the host needs: a number, or how much was found."""
+"""Operations whose result the host needs: a number, or the number of elements found."""
 
 
 def count(work: DeviceWork, device: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Count an operation that is no view, if it is one of ``device``'s. Not for several threads at once."""
+    """Count an operation, not a view, if it involves ``device``. Not thread-safe."""
     if func in ALLOCATIONS:
         return
     found = [tensor.device.type for tensor in _tensors(args)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan as JSON that other programs may rely on; ``plan.schema.json`` beside this module is the format.
+"""A plan as JSON that other programs can rely on; ``plan.schema.json`` beside this module specifies the format.
 
-Within one version fields are only ever added. Sizes are bytes.
+Within one version, fields are only ever added. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_SAMPLES = 400
 
 
 def to_json(plan: Plan, gpu: GPU | None = None) -> dict[str, Any]:
-    """``plan`` as plain data, with the verdict for ``gpu``."""
+    """``plan`` as plain JSON data, with the verdict for ``gpu``."""
     request = plan.request
     any_load = plan.ranks[0].loads[0]
     return {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and shapes of a checkpoint that is not at hand, from its ``config.json`` alone.
+"""Names and shapes of a checkpoint from its ``config.json`` alone.
 
-transformers builds its own model on the meta device, and says under which names it would save it: those of the
-published checkpoint. Weights which its model does not have (DeepSeek-V3's multi-token prediction layer) are missing.
+transformers builds its own model on the meta device, and lists the names it would save it under: those of the published
+checkpoint. Weights that its model does not have (DeepSeek-V3's multi-token prediction layer) are missing.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def from_config(folder: Path) -> Checkpoint:
 
 
 def _place(name: str) -> tuple[tuple[int, str], ...]:
-    """Model order: layer 10 after layer 9; embeddings, layers, what follows them."""
+    """Sort key of model order: embeddings, then layers by number, then what follows them."""
     parts = name.split(".")
     return tuple((int(part), "") if part.isdigit() else (_RANK.get(part, 0), part) for part in parts)
 
 
 _RANK = {"embed_tokens": -1, "norm": 1, "lm_head": 2}
-"""Where names that stand beside ``layers`` come; all else comes in between."""
+"""Position of names that stand beside ``layers``; all others come in between."""

@@ -13,7 +13,7 @@ from sglang_overlay.errors import StreamFP8Error
 
 
 class UnknownGPUError(StreamFP8Error):
-    """A GPU of which this package does not know the memory."""
+    """This package does not know the memory of this GPU."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class GPU:
     """A kind of GPU.
 
     Attributes:
-        memory: bytes that ``nvidia-smi`` gives as its total.
-        usable: bytes of it that weights may take.
+        memory: total bytes, as ``nvidia-smi`` shows them.
+        usable: bytes of those that weights may take.
         capability: major and minor compute capability.
     """
 
@@ -33,7 +33,7 @@ class GPU:
 
     @property
     def serves_experts(self) -> bool:
-        """Whether SGLang serves fp8 experts on it: its Triton kernels have e4m3 from compute capability 8.9 on."""
+        """Whether SGLang serves fp8 experts on it: its Triton kernels need compute capability 8.9 for e4m3."""
         return self.capability >= (8, 9)
 
 
@@ -50,10 +50,10 @@ def _gpu(entry: dict[str, Any], usable: float) -> GPU:
 
 
 def find(name: str) -> GPU:
-    """The GPU of that name, in upper or lower case.
+    """The GPU of that name, ignoring case.
 
     Raises:
-        UnknownGPUError: there is none; the message lists those there are.
+        UnknownGPUError: there is none; the message lists the known ones.
     """
     for gpu in known():
         if gpu.name.lower() == name.lower():

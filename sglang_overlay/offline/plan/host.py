@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that one rank needs for what it reads, by the way in which SGLang reads it.
+"""Host memory that one rank needs for the tensors it reads, depending on how SGLang reads them.
 
-A mapped file's pages are the system's: they are read again if somebody needs the memory. Whatever else is read lies in
-memory of the process until the model's loader has let go of it, in a file's tensors or in all of them.
+The pages of a mapped file belong to the page cache: the system can drop them and read them again. Other reads are in
+the process's own memory until the model's loader drops the tensors of a file, or all of them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 THREADS = 8
 """``DefaultModelLoader.DEFAULT_NUM_THREADS``."""
 _AT_ONCE = THREADS + 2
-"""Files that ``buffered_multi_thread_safetensors_weights_iterator`` has at most: read, waiting, and given out."""
+"""Most files that ``buffered_multi_thread_safetensors_weights_iterator`` holds: being read, waiting, and yielded."""
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The most host memory of its own, beside the page cache, that one rank needs for what it reads. In bytes.
+    """Peak host memory, in bytes, that one rank needs for the tensors it reads, in addition to the page cache.
 
     Attributes:
-        held: of checkpoint tensors that the model's loader keeps at once; all where it sorts or collects them first.
+        held: checkpoint tensors that the model's loader keeps at once; all of them if it sorts or collects them first.
         unmapped: with ``--weight-loader-disable-mmap``, in 8 threads: each file is held twice while it is read.
         pickled: from ``.bin`` or ``.pt`` files, in 8 threads: SGLang keeps all of them until the last is loaded.
     """
@@ -39,7 +39,7 @@ class HostMemory:
 
     @classmethod
     def of(cls, files: Sequence[WeightFile], held: int) -> HostMemory:
-        """For a checkpoint's files in the order in which they are read, and what the model's loader keeps."""
+        """For a checkpoint's files in reading order, and the bytes (``held``) that the model's loader keeps."""
         sizes = [sum(tensor.size for tensor in file.tensors) for file in files]
         windows = (sizes[start : start + _AT_ONCE] for start in range(max(1, len(sizes) - _AT_ONCE + 1)))
         most = max(sum(window) + sum(sorted(window)[-THREADS:]) for window in windows)
@@ -47,7 +47,7 @@ class HostMemory:
 
 
 class HeldTensors:
-    """Counts the checkpoint's tensors that somebody still refers to."""
+    """Counts the memory of checkpoint tensors that are still referenced."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -56,7 +56,7 @@ class HeldTensors:
         self._given = 0
 
     def give(self, tensor: torch.Tensor, known: Collection[torch.Tensor]) -> None:
-        """Note a tensor that is about to be loaded; ``known`` are kept by whoever gives them."""
+        """Note a tensor that is about to be loaded; ``known`` tensors do not count: the caller keeps them."""
         self.peak = max(self.peak, self._now - sum(other.nbytes for other in known))
         storage = tensor.untyped_storage()
         key, size = storage._cdata, tensor.nbytes
@@ -65,7 +65,7 @@ class HeldTensors:
         self._given += size
 
     def finish(self) -> None:
-        """Note that all have been given."""
+        """Note that all tensors have been given."""
         if self._now == self._given:
             self.peak = self._given
 

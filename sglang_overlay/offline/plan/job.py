@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is planned and what comes of it: plain data, which goes from one process to another."""
+"""Jobs of the planner and their results: plain data, which processes exchange."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sglang_overlay.offline.plan.host import HostMemory
 from sglang_overlay.schemes.choice import SchemeChoice
 
 Mode = Literal["stock", "layers", "streaming"]
-"""How fp8 comes about: after everything is loaded (``stock``); a whole layer at a time, as soon as all of it has come
-(``layers``: vLLM's layerwise loading, SGLang's PR #17945); a quantization unit at a time (``streaming``, this
+"""When weights are quantized: after everything is loaded (``stock``); one layer at a time, as soon as all of it has
+been read (``layers``: vLLM's layerwise loading, SGLang's PR #17945); one unit at a time (``streaming``, this
 package)."""
 
 MODES: tuple[Mode, ...] = ("stock", "layers", "streaming")
 
 Order = Literal["sorted", "staggered", "shuffled"]
-"""How checkpoint files follow one another; see ``Checkpoint.read_by``."""
+"""Order of checkpoint files; see ``Checkpoint.read_by``."""
 
 ORDERS: tuple[Order, ...] = ("sorted", "staggered", "shuffled")
 
@@ -36,7 +36,7 @@ class Layout:
         tp: ``--tp-size``.
         ep: ``--ep-size``.
         pp: ``--pp-size``.
-        dp: ``--dp-size``; with ``dp_attention`` a part of the TP ranks, else whole copies, each of which is as one.
+        dp: ``--dp-size``; with ``dp_attention`` the TP ranks are divided, else each replica is as a single one.
         dp_attention: ``--enable-dp-attention``.
     """
 
@@ -48,19 +48,19 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Processes that load together."""
+        """Number of processes that load together."""
         return self.tp * self.pp
 
 
 @dataclass
 class DeviceWork:
-    """What a load asks of a device beside memory.
+    """A load's work on a device.
 
     Attributes:
-        launches: operations that run on the device, a launch each, copies within it included; a kernel of SGLang's
-            counts as many as it launches.
+        launches: operations that run on the device, one launch each, including copies within it; SGLang's functions
+            count the kernels they launch.
         uploads: copies from the host.
-        waits: for the device, by the host: its numbers, and copies to the host.
+        waits: how often the host waits for the device: for numbers, and for copies to the host.
     """
 
     launches: int = 0
@@ -73,12 +73,12 @@ class Job:
     """One load of one rank.
 
     Attributes:
-        model: folder with ``config.json``, and the checkpoint's headers unless these come from the configuration alone.
+        model: folder with ``config.json`` and, unless the configuration is enough, the checkpoint's headers.
         rank: ``pp_rank * tp + tp_rank``.
-        device: what is modelled. ``cuda``: allocations on a GPU, the checkpoint in host memory. ``cpu``: memory written
-            to (``RssAnon``), the checkpoint in files that are mapped.
-        from_config: take names and shapes from ``config.json`` although there are headers.
-        schemes: as ``SGLANG_STREAMFP8_SCHEME`` says; stock SGLang knows only its own.
+        device: what is modelled. ``cuda``: allocations on a GPU, with the checkpoint in host memory. ``cpu``: memory
+            written to (``RssAnon``), with the checkpoint in mapped files.
+        from_config: take names and shapes from ``config.json`` even if there are headers.
+        schemes: as for ``SGLANG_STREAMFP8_SCHEME``; mode ``stock`` ignores them.
         server_args: further fields of SGLang's ``ServerArgs``.
     """
 
@@ -98,18 +98,18 @@ class PlannedLoad:
     """What one rank needs in one mode. Sizes are bytes.
 
     Attributes:
-        peak: the most memory at once.
-        final: of the loaded model's tensors.
-        staging_peak: the most high-precision memory at once for units, or layers, that had not come completely.
+        peak: peak memory.
+        final: memory of the loaded model's tensors.
+        staging_peak: peak high-precision memory for incomplete units, or layers.
         units: quantization units; layers in mode ``layers``.
-        direct_units: of these, how many came whole from one checkpoint tensor.
-        streamed, deferred, fallback: layers by the way they take (see the load report).
-        why_none: why the whole model is loaded as stock does, if so.
-        checkpoint_bytes, checkpoint_parameters, checkpoint_files: of what every rank reads.
+        direct_units: how many of these came whole from one checkpoint tensor.
+        streamed, deferred, fallback: numbers of layers by how they are loaded (see the load report).
+        why_none: the reason if the whole model is loaded as in stock.
+        checkpoint_bytes, checkpoint_parameters, checkpoint_files: of the checkpoint that every rank reads.
         checkpoint_source: where names and shapes come from.
-        samples: memory over the bytes read; what follows the last tensor is at the last position.
-        host: what is read needs of host memory, beside the above.
-        work: what else is asked of the device.
+        samples: memory over the bytes read; all after the last tensor is at the last position.
+        host: host memory for reading, in addition to the above.
+        work: the device's other work.
     """
 
     mode: Mode

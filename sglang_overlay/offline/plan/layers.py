@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer-granular streaming, to compare with: a layer is gathered whole in high precision, then quantized and let go of.
+"""Layer-granular streaming, for comparison: collect a whole layer in high precision, quantize it, release it.
 
-That is what vLLM #31914 and SGLang #17945 do. Here it is a mode of this package's own streaming, so that a comparison
-shows the granularity and nothing else: the same capture, the same kernels, the same threads, the same reports. For
-plans and benchmarks (``ci/bench``) only, never for serving.
+vLLM #31914 and SGLang #17945 work like this. Here it is a mode of this package's own streaming, so that comparisons
+show only the granularity: capture, kernels, threads and reports are the same. For plans and benchmarks (``ci/bench``)
+only, never for serving.
 
     with whole_layers(): load()
 
-A layer's peak lasts as long as its last values take to be quantized, some milliseconds. ``peak_seconds`` draws it out
-for whoever measures memory by reading it now and then.
+A layer's peak lasts only while its last values are quantized, some milliseconds. ``peak_seconds`` prolongs it for
+measurements that sample memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PART_BYTES = 1 << 18
-"""Of a layer that is quantized at once, what one job gets: worker threads are to share it."""
+"""Size of a job when a layer is quantized at once, so that worker threads share it."""
 
 
 class _Layer:
-    """The parameters of one layer; ``lock`` guards their gathering. Complete when all of each has come."""
+    """The parameters of one layer; ``lock`` guards collecting them. Complete when each is completely written."""
 
     def __init__(self, peak_seconds: float) -> None:
         self.peak_seconds = peak_seconds
@@ -43,7 +43,7 @@ class _Layer:
 
 
 class GatheredStream(ParameterStream):
-    """A parameter that waits for the rest of its layer. Arguments are those of ``ParameterStream``."""
+    """A parameter that waits for the rest of its layer. Further arguments are those of ``ParameterStream``."""
 
     def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(name, placeholder, *args, **kwargs)
@@ -85,7 +85,7 @@ class GatheredStream(ParameterStream):
         self._missing = [part for box in self._missing for part in difference(box, placement.box)]
 
     def _pass_on(self) -> None:
-        """Quantize everything, on all threads as stock's operators do, and wait for it: the memory is the layer's."""
+        """Quantize everything, on all threads like stock's operators, and wait: jobs read the collected memory."""
         gathered = self._gathered
         assert gathered is not None
         self._is_passed_on = True
@@ -106,7 +106,7 @@ class GatheredStream(ParameterStream):
 
 @contextlib.contextmanager
 def whole_layers(peak_seconds: float = 0.0) -> Iterator[None]:
-    """Make all loads in this process gather layers. Parameters belong together whose names differ in the last part."""
+    """Make loads in this process collect layers: all parameters whose names differ only in the last part."""
     layers: dict[tuple[StagingAccount, str], _Layer] = {}
 
     def stream(name: str, *args: Any, **kwargs: Any) -> Any:

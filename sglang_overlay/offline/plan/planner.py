@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ranks of a server in all modes, and whether they fit."""
+"""Plan all ranks of a server in all modes, and tell whether they fit."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sglang_overlay.schemes.choice import SchemeChoice
 
 
 class RequestError(StreamFP8Error):
-    """What is to be planned makes no sense, or is not there."""
+    """A request is inconsistent, or its model does not exist."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned; see ``Job`` for what is not explained here.
+    """What to plan; see ``Job`` for the other attributes.
 
     Attributes:
-        every_rank: compute each rank; otherwise the first TP rank of each pipeline stage stands for its stage.
+        every_rank: compute each rank; otherwise the first TP rank of each pipeline stage represents its stage.
     """
 
     model: Path
@@ -43,7 +43,7 @@ class Request:
         """A job for each computed rank and mode, ranks first.
 
         Raises:
-            RequestError: there is no ``config.json`` of a model, or the ranks do not divide evenly.
+            RequestError: there is no model's ``config.json``, or the ranks do not divide evenly.
         """
         self._check_config()
         self._check_layout()
@@ -77,7 +77,7 @@ class Request:
                 raise RequestError(f"{layout.tp} TP ranks do not divide into {size} {name.upper()} ranks")
 
     def computed_ranks(self) -> list[int]:
-        """Ranks for which there is a job."""
+        """The ranks that are computed."""
         return list(range(0, self.layout.ranks, 1 if self.every_rank else self.layout.tp))
 
 
@@ -86,7 +86,7 @@ class PlannedRank:
     """One computed rank in all modes.
 
     Attributes:
-        stands_for: all ranks that are taken to be like this one, itself included.
+        stands_for: all ranks that this one represents, including itself.
     """
 
     rank: int
@@ -100,14 +100,14 @@ class PlannedRank:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for and what came out."""
+    """A request and its results."""
 
     request: Request
     release: str
     ranks: tuple[PlannedRank, ...]
 
     def fits(self, mode: Mode, gpu: GPU) -> bool:
-        """Whether every rank's peak leaves the GPU's other users their share."""
+        """Whether every rank's peak fits into the GPU's usable memory."""
         return all(rank.load(mode).peak <= gpu.usable for rank in self.ranks)
 
     def highest(self, mode: Mode) -> PlannedLoad:
@@ -116,10 +116,10 @@ class Plan:
 
 
 def plan(request: Request) -> Plan:
-    """Plan in processes of its own, as many as there are cores and jobs.
+    """Plan in separate processes, at most one per core.
 
     Raises:
-        StreamFP8Error: what is asked for is not there, or could not be loaded.
+        StreamFP8Error: the model does not exist or could not be loaded.
     """
     jobs = request.jobs()
     with Planners(min(len(jobs), len(os.sched_getaffinity(0)))) as planners:
@@ -127,7 +127,7 @@ def plan(request: Request) -> Plan:
 
 
 def collect(request: Request, loads: Iterator[PlannedLoad]) -> Plan:
-    """Put the results of ``request.jobs()`` together."""
+    """Combine the results of ``request.jobs()``, in that order."""
     from sglang_overlay.hooks import releases
 
     ranks = []

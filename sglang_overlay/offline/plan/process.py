@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that plan: SGLang is imported once, and every job has a process of its own.
+"""Run planning jobs: SGLang is imported once, and each job runs in a forked process.
 
-SGLang keeps tables of an earlier model (rotary embeddings), which a later one would find and not allocate. And a plan
-must not depend on the machine: no GPU is visible to these processes, and streaming is on whatever the user's settings.
+Separate processes, since SGLang keeps tables of an earlier model (rotary embeddings), which a later one would reuse
+instead of allocating. A plan must not depend on the machine, so GPUs are hidden from these processes, and streaming is
+on whatever the user's settings.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PATIENCE_SECONDS = 5.0
 
 
 class PlanError(StreamFP8Error):
-    """A rank could not be planned; the message has what the load said."""
+    """A rank could not be planned; the message contains the load's error."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,14 @@ class _Failure:
 
 
 class Planners:
-    """Runs jobs beside one another, ``workers`` at a time.
+    """Runs jobs in parallel, ``workers`` at a time.
 
         with Planners(2) as planners:
             for load in planners.run(jobs): ...
 
     Args:
-        workers: processes that plan at the same time.
-        task: ``module:function`` that does a job; another one than the planner's own to see what it would report if
-            the code it runs were different.
+        workers: number of processes that plan at the same time.
+        task: ``module:function`` that does a job, by default the planner's own.
     """
 
     def __init__(self, workers: int, task: str = "sglang_overlay.offline.plan.simulate:simulate") -> None:
@@ -71,16 +71,16 @@ class Planners:
 
     def __exit__(self, *_: object) -> None:
         self._pipe.close()
-        # It may be in the middle of jobs that nobody waits for any more.
+        # It may still be running jobs that nobody waits for any more.
         self._process.terminate()
         self._process.join()
         self._log.close()
 
     def run(self, jobs: Iterable[Job]) -> Iterator[PlannedLoad]:
-        """Results in the order of the jobs, each as soon as it and those before it are there.
+        """Results in the order of the jobs, each as soon as it and those before it are done.
 
         Raises:
-            PlanError: a job failed; those after it are not waited for.
+            PlanError: a job failed; later ones are not waited for.
         """
         listed = list(jobs)
         self._pipe.send(listed)
@@ -103,7 +103,7 @@ class Planners:
 
 
 def _serve(orders: Connection, workers: int, task: str, log: str) -> None:
-    """The process that imports SGLang and forks one process a job."""
+    """The main function of the process that imports SGLang and forks one process per job."""
     os.environ.update(own_process.ENVIRON)
     opened = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(opened, 1)
@@ -118,7 +118,7 @@ def _serve(orders: Connection, workers: int, task: str, log: str) -> None:
 
 
 def _answer(orders: Connection, jobs: list[Job], task: str, workers: int) -> None:
-    """Send what comes of each job, up to the first that fails."""
+    """Send each job's result, up to the first failure."""
     results = _InOrder()
     with contextlib.closing(_Forks(task)) as forks:
         waiting = deque(enumerate(jobs))
@@ -140,7 +140,7 @@ def _is_awaited() -> bool:
 
 
 class _Forks:
-    """A process for each job that is under way."""
+    """The processes of running jobs."""
 
     def __init__(self, task: str) -> None:
         self._task = task
@@ -158,7 +158,7 @@ class _Forks:
         self._running[ours] = (number, job, process)
 
     def finished(self) -> Iterator[tuple[int, PlannedLoad | _Failure]]:
-        """Numbers and results of jobs that have ended; waits a while for one."""
+        """Numbers and results of jobs that have ended; waits up to ``_PATIENCE_SECONDS`` for one."""
         ready = cast("list[Connection]", connection.wait(list(self._running), timeout=_PATIENCE_SECONDS))
         for pipe in ready:
             number, job, process = self._running.pop(pipe)
@@ -176,7 +176,7 @@ class _Forks:
 
 
 class _InOrder:
-    """Gives results in the order of their numbers, whatever order they come in."""
+    """Puts results in the order of their numbers."""
 
     def __init__(self) -> None:
         self.given = 0
@@ -192,11 +192,11 @@ class _InOrder:
 
 
 def _read_checkpoints(jobs: list[Job]) -> None:
-    """Before processes are forked, each of which would else read them, or build transformers' model, again."""
+    """Read them before forking: otherwise each process would read them, or build transformers' model, again."""
     from sglang_overlay.offline.plan.simulate import checkpoint_of
 
     for model, from_config in {(job.model, job.from_config): None for job in jobs}:
-        # What is wrong with one is for the job to say.
+        # The job itself will report the error.
         with contextlib.suppress(Exception):
             checkpoint_of(model, from_config)
 
@@ -218,7 +218,7 @@ def _do(task: str, job: Job, answer: Connection) -> None:
 
 
 def _in_short(error: Exception) -> str:
-    """What was raised, and the lines of code that led to it, the innermost last."""
+    """The error, and the lines of code that led to it, innermost last."""
     frames = traceback.extract_tb(error.__traceback__)[-_LAST_FRAMES:]
     lines = [f"  {frame.filename}:{frame.lineno}: {frame.line}" for frame in frames]
     return "\n".join([f"{type(error).__name__}: {error}".strip(": "), *lines])

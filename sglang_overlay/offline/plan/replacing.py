@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put something in another's place for a while."""
+"""Temporarily replace attributes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give ``owner`` another ``name`` inside the block."""
+    """Set the attribute ``name`` of ``owner`` to ``value`` inside the block."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:

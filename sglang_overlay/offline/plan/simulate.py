@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load one rank of a model without memory, in one mode, and say what it would have taken."""
+"""Load one rank of a model without memory, in one mode, and report what it would have needed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _KEPT_TENSORS = 8
 
 
 class NotHookedError(StreamFP8Error):
-    """SGLang is as it comes: nothing here would be streamed."""
+    """SGLang is not hooked, so nothing would be streamed."""
 
 
 def simulate(job: Job) -> PlannedLoad:
-    """Do what a rank does, on tensors without memory.
+    """Load one rank on tensors without memory.
 
     Raises:
-        StreamFP8Error: the checkpoint's headers cannot be read, or the load would fail (a missing tensor, say).
+        StreamFP8Error: the checkpoint's headers cannot be read, or the load would fail (for example, a missing tensor).
     """
     checkpoint = checkpoint_of(job.model, job.from_config)
     _check_hooked()
@@ -64,7 +64,7 @@ def simulate(job: Job) -> PlannedLoad:
 
 
 def _check_hooked() -> None:
-    """A plan of streaming in a process whose SGLang is not patched would be stock's."""
+    """Make sure that SGLang is hooked: otherwise a plan of streaming would be stock's."""
     if not any(found.state is State.ACTIVE for found in inspect_hooks(STREAMING)):
         raise NotHookedError(
             "SGLang has not loaded this package's plugin, so nothing would be streamed: "
@@ -80,7 +80,7 @@ def _account(job: Job) -> Account:
 
 @cache
 def checkpoint_of(model: Path, from_config_alone: bool) -> Checkpoint:  # noqa: FBT001 - part of the cache's key
-    """The headers in a folder; where there are none, what ``config.json`` says, in the files of the index if any."""
+    """The headers in a folder or, without any, the tensors by ``config.json``, arranged in the index's files if any."""
     if not from_config_alone and model.is_dir() and any(model.glob("*.safetensors")):
         return read_headers(model)
     with _config_folder(model) as folder:
@@ -91,7 +91,7 @@ def checkpoint_of(model: Path, from_config_alone: bool) -> Checkpoint:  # noqa: 
 
 @contextmanager
 def _config_folder(model: Path) -> Iterator[Path]:
-    """A folder that holds the model's ``config.json`` under this name."""
+    """A folder that contains the model's ``config.json`` under this name."""
     if model.is_dir():
         yield model
         return
@@ -125,9 +125,9 @@ def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
 def _weights(
     job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad, held: HeldTensors
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What SGLang's own iterator gives, tensor by tensor."""
+    """Yields names and tensors as SGLang's own iterator does."""
     contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
-    # As long as one tensor of a mapped file lives, those that follow are known to be mapped as well.
+    # Keep some tensors alive: while one of a mapped file lives, later ones are recognized as mapped without a lookup.
     latest: deque[torch.Tensor] = deque(maxlen=_KEPT_TENSORS)
     for file in _read_by(job, checkpoint):
         for header in file.tensors:
@@ -141,7 +141,7 @@ def _weights(
 
 
 class _NoComputing(Executor):
-    """Computes nothing: the CPU's own quantizers need no memory, and read what is not there. Without threads."""
+    """Computes nothing, without threads: the CPU's quantizers need no extra memory, but would read absent values."""
 
     quantizes_late = True
 
@@ -150,7 +150,7 @@ class _NoComputing(Executor):
 
 
 class _NoQuantizer:
-    """Writes where the results would go."""
+    """Fills the outputs with zeros, so that they count as written."""
 
     def could_be(self, piece: Any, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         return True

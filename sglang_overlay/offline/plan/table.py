@@ -23,7 +23,7 @@ NOT_COUNTED = "Weights while loading, and nothing else: no KV cache, activations
 
 
 def print_plan(out: Console, plan: Plan, gpu: GPU | None) -> None:
-    """What is planned, a row for each computed rank and mode, what the figures leave out, and the verdict."""
+    """Print what is planned, a row for each computed rank and mode, what the figures leave out, and the verdict."""
     _print_subject(out, plan)
     table = Table(header_style="dim", box=None, pad_edge=False)
     for heading in ("rank", "mode"):
@@ -95,7 +95,7 @@ def _print_notes(out: Console, plan: Plan) -> None:
 
 
 def _print_host(out: Console, plan: Plan) -> None:
-    """What reading takes of the host, which depends on neither the mode nor, but for the files' order, on the rank."""
+    """Host memory for reading: independent of the mode and, except for the files' order, of the rank."""
     load = max((load for rank in plan.ranks for load in rank.loads), key=lambda load: load.host.unmapped)
     out.print(
         f"Host memory of each rank for what it reads, beside the page cache: none where safetensors files are mapped; "

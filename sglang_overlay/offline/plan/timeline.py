@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planned memory over bytes read, as a PNG."""
+"""Draw planned memory over bytes read, as a PNG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LABELS: dict[Mode, str] = {"stock": "stock", "layers": "whole layers", "streaming": "streaming"}
 _COLOURS: dict[Mode, int] = {"stock": 0, "layers": 2, "streaming": 1}
 _AFTER_READING = 0.15
-"""Width of what follows the last byte read, as a share of what precedes it: there is no measure of its progress."""
+"""Width of the part after the last byte read, relative to the part before, since bytes do not measure its progress."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def draw(plan: Plan, file: Path, title: str, gpu: GPU | None = None) -> Path:
     """Draw the highest rank of each mode into the PNG ``file`` and return its path.
 
     Raises:
-        ChartError: there is no matplotlib, or the file cannot be written.
+        ChartError: matplotlib is missing, or the file cannot be written.
     """
     loads = [plan.highest(mode) for mode in plan.request.modes]
     levels = {"loaded model": loads[-1].final}
@@ -45,7 +45,11 @@ def draw(plan: Plan, file: Path, title: str, gpu: GPU | None = None) -> Path:
 
 
 def draw_lines(lines: Sequence[Line], levels: dict[str, int], file: Path, title: str) -> Path:
-    """Draw curves, and levels as dashed lines, into the PNG ``file`` and return its path."""
+    """Draw curves, and levels (bytes by label) as dashed lines, into the PNG ``file`` and return its path.
+
+    Raises:
+        ChartError: matplotlib is missing, or the file cannot be written.
+    """
     figure, axes = chart.empty_figure()
     for line in lines:
         xs, ys = _points(line.samples)
@@ -61,7 +65,7 @@ def _line(load: PlannedLoad) -> Line:
 
 
 def _points(samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
-    """GB read, and GB of memory; samples after the last byte are spread over a band of their own."""
+    """GB read, and GB of memory; samples after the last byte are spread over a separate band."""
     total = max(read for read, _ in samples)
     before = [sample for sample in samples if sample[0] < total]
     after = [sample for sample in samples if sample[0] == total]

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run code that builds and loads a model on tensors that have shape, dtype and device, and no memory.
+"""Build and load a model on tensors that have shape, dtype and device, but no memory.
 
-PyTorch's ``FakeTensorMode`` does the main part. On top of it here:
+PyTorch's ``FakeTensorMode`` does most of the work. This module adds:
 
-- parameters of classes of upstream's own keep their class and attributes (``torch.nn.Parameter`` drops them for any
-  data that is not a plain tensor);
-- small tensors on the CPU are real: code that looks at contents (tables, permutations) finds them;
-- tensors of the checkpoint are real too, but over an empty file, and are never read;
-- single numbers keep their value; one that is unknown is zero, and a search finds nothing;
-- every allocation is told to an account.
+- parameters of upstream's own classes keep their class and attributes (``torch.nn.Parameter`` drops them for any data
+  that is not a plain tensor);
+- small tensors on the CPU are real, for code that looks at contents (tables, permutations);
+- checkpoint tensors are real too, but over an empty file, and are never read;
+- single numbers keep their value; unknown numbers are zero, and searches find nothing;
+- every allocation is counted in an account.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from sglang_overlay.offline.plan.replacing import replaced
 aten = torch.ops.aten
 
 REAL_BELOW = 1 << 20
-"""Tensors on the CPU of fewer bytes than this have real memory."""
+"""CPU tensors of fewer bytes than this have real memory."""
 
 
 @contextmanager
 def weightless(account: Account) -> Iterator[None]:
-    """Make what is created in the block weightless, and count it."""
+    """Make tensors that are created inside the block weightless, and count them in ``account``."""
     mode = _fake_mode()
     with _own_parameter_classes(), mode, _Weightless(account, mode):
         yield
@@ -51,7 +51,7 @@ def weightless(account: Account) -> Iterator[None]:
 
 def _fake_mode() -> FakeTensorMode:
     mode = FakeTensorMode()
-    # It remembers tensors by weak references, which ``torch.utils.swap_tensors`` refuses.
+    # Disable its memo of weak references to tensors, which ``torch.utils.swap_tensors`` refuses.
     mode.fake_tensor_converter.meta_converter.tensor_memo = _Forgetful()  # type: ignore[assignment]
     return mode
 
@@ -76,7 +76,7 @@ class _Weightless(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         if _is_composite(func):
-            # Where another mode's handler calls it, it comes here whole; what it is made of is what counts.
+            # An operation called by another mode's handler arrives undecomposed, but its parts are what counts.
             with self:
                 return func.decompose(*args, **kwargs)
         if not _is_view(func):
@@ -103,7 +103,7 @@ class _Weightless(TorchDispatchMode):
 
 
 def _needs_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation on real tensors, or on none, must not run for real."""
+    """Whether an operation on real tensors, or on none, has to run on fake ones."""
     device = torch.device(kwargs.get("device") or "cpu").type
     if device != "cpu":
         return device != "meta"
@@ -128,7 +128,7 @@ def _on_fakes(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: di
 def _without_special_cases(
     mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> FakeTensor | list[FakeTensor]:
-    """What ``FakeTensorMode`` does in the end, several times as fast: run the operation for tensors on ``meta``."""
+    """Run the operation on ``meta`` tensors, as ``FakeTensorMode`` does in the end, but several times faster."""
     device = torch.device(kwargs["device"]) if kwargs.get("device") else _device_of(args)
     if "device" in kwargs:
         kwargs = {**kwargs, "device": "meta"}
@@ -152,7 +152,7 @@ def _on_meta(value: Any) -> Any:
 
 
 def _stand_in(value: Any) -> Any:
-    """Fake tensors in place of real ones."""
+    """``value`` with fake tensors in place of real ones."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(_stand_in, value))
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
@@ -161,7 +161,7 @@ def _stand_in(value: Any) -> Any:
 
 
 def _follow_number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: FakeTensor) -> None:
-    """Work out a single number that comes of single numbers, where one of them is known or the answer is yes or no."""
+    """Compute a single number from single numbers, if one of them is known or the result is boolean."""
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     if any(tensor.numel() != 1 for tensor in tensors) or any(
         isinstance(value, (tuple, list)) and value for value in args
@@ -177,7 +177,7 @@ def _follow_number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], res
 
 
 def _remember(tensor: torch.Tensor, value: Any) -> None:
-    # On the storage, which all views share, and which keeps its attributes as long as it lives.
+    # On the storage, which all views share and which keeps its attributes while it lives.
     tensor.untyped_storage()._streamfp8_number = value  # type: ignore[attr-defined]
 
 
@@ -186,7 +186,7 @@ def _number_of(tensor: torch.Tensor) -> Any:
 
 
 def _known(value: Any) -> Any:
-    """A real tensor of one number in place of a fake one; what is unknown is zero."""
+    """A real tensor in place of a fake one with one number, zero if that is unknown; other values unchanged."""
     if not isinstance(value, FakeTensor):
         return value
     known = _number_of(value)
@@ -196,7 +196,7 @@ def _known(value: Any) -> Any:
 
 
 def _elements_put(args: tuple[Any, ...]) -> int:
-    """How many elements an operation among ``_PUTS`` writes: one for each index, or each value."""
+    """Number of elements that an operation of ``_PUTS`` writes: one for each index, or each value."""
     counts: list[int] = [tensor.numel() for tensor in (*args[1], args[2]) if tensor is not None]
     return max(counts)
 
@@ -225,12 +225,12 @@ def _is_mutable(func: Any) -> bool:
 def _copy(account: Account, args: tuple[Any, ...]) -> torch.Tensor:
     destination, source = args[0], args[1]
     if not isinstance(source, torch.Tensor):
-        # A number that is copied comes as the number it is.
+        # copy_ may also get a plain number.
         return _fill(account, args)
     if source.shape != destination.shape:
         source.expand(destination.shape)
     if destination.device != source.device and not destination.is_contiguous():
-        # PyTorch copies between devices through contiguous memory on the destination's.
+        # PyTorch copies between devices through contiguous memory on the destination's device.
         account.pulse(destination.numel() * destination.element_size())
     account.written(destination, destination.numel())
     if destination.numel() == 1:
@@ -278,13 +278,13 @@ _FACTORIES = frozenset(
         aten.zeros.default,
     }
 )
-"""Operations that make a tensor from nothing; their first argument is its shape."""
+"""Operations that create a tensor without inputs; their first argument is its shape."""
 
 _PLAIN = _FACTORIES | {
     aten._to_copy.default,
     aten.empty_like.default,
 }
-"""Operations, beside views, that load a model's every tensor and are the same for fake tensors as for others."""
+"""Operations, besides views, that run for every tensor of a model and need no special cases for fake tensors."""
 
 _PUTS = frozenset({aten.index_put_.default, aten._index_put_impl_.default})
 """Operations that write to some elements of their first argument."""
@@ -292,7 +292,7 @@ _PUTS = frozenset({aten.index_put_.default, aten._index_put_impl_.default})
 
 @contextmanager
 def _own_parameter_classes() -> Iterator[None]:
-    """Let ``Parameter`` subclasses be what they are over fake data too, also where two parameters change places."""
+    """Make ``Parameter`` subclasses keep their class over fake data, also when two parameters are swapped."""
     make, swap = Parameter.__new__, torch.utils.swap_tensors
 
     def make_own(cls: type[Parameter], data: Any = None, requires_grad: bool = True) -> Any:  # noqa: FBT001
@@ -311,7 +311,7 @@ def _own_parameter_classes() -> Iterator[None]:
 
 
 def _class_for(tensor: torch.Tensor) -> Any:
-    """The class that belongs to what a tensor is now, fake or not; swapping has exchanged the two."""
+    """The class for a tensor that may have become fake, or real, by swapping."""
     plain = getattr(type(tensor), "_plain_class", type(tensor))
     is_fake = torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
     return _fake_class(plain) if is_fake and not issubclass(plain, FakeTensor) else plain
@@ -323,7 +323,7 @@ def _fake_class(cls: Any) -> Any:
 
 
 class EmptyFile:
-    """Tensors over an empty file, mapped as a checkpoint is: they may be viewed, and are never read.
+    """Creates tensors over an empty file, mapped like a checkpoint: they may be viewed, but must not be read.
 
     Args:
         size: bytes of the largest tensor.
@@ -335,7 +335,7 @@ class EmptyFile:
             self._map = mmap.mmap(file.fileno(), max(size, 1), access=mmap.ACCESS_COPY)
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor on the CPU, with a storage of its own."""
+        """A contiguous CPU tensor with its own storage."""
         if not prod(shape):
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=prod(shape)).view(shape)
