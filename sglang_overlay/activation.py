@@ -222,8 +222,8 @@ def _hooks() -> _Hooks:
     return _Hooks(_states(upstream.STREAMING), _states(cpu_reference.HOOKS), _states(upstream.TELLING))
 
 
-def _states(points: Iterable[Hook]) -> tuple[HookLine, ...]:
-    return tuple(_hook(found) for found in hook.inspect_hooks(points))
+def _states(hooks: Iterable[Hook]) -> tuple[HookLine, ...]:
+    return tuple(_hook(found) for found in hook.inspect_hooks(hooks))
 
 
 def _hook(found: HookState) -> HookLine:

@@ -375,7 +375,7 @@ def export_command(scheme: str, most: float, as_json: bool, **asked: Any) -> Non
     if as_json:
         click.echo(json.dumps(command.to_json(asked["target"], made), indent=2))
     else:
-        click.echo(command.told(asked["target"], made), err=True)
+        click.echo(command.summary(asked["target"], made), err=True)
 
 
 def _or_exit(work: Callable[[], Result]) -> Result:

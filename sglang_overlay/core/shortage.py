@@ -50,10 +50,10 @@ class _Explanation(AbstractContextManager[None]):
     ) -> None:
         if error is not None and is_shortage(error):
             needed = f"{_mib(self._size)} were needed {self._purpose}"
-            raise StagingMemoryError(f"memory ran out: {needed}. {told(self._account)}") from error
+            raise StagingMemoryError(f"memory ran out: {needed}. {memory_note(self._account)}") from error
 
 
-def told(account: StagingAccount) -> str:
+def memory_note(account: StagingAccount) -> str:
     """A message: what streaming has allocated, and what the user can do about it."""
     return (
         f"Streaming had allocated {_mib(account.stored)} of fp8 weights and scales, and held {_mib(account.held)} of "

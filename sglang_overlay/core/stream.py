@@ -152,7 +152,7 @@ class ParameterStream:
         """Equal for streams whose units are quantized by the same kernels."""
         return type(self._quantizer), self._grid.shape, self._dtype
 
-    def try_quantizer(self) -> None:
+    def warm_up(self) -> None:
         """On a device, quantize a unit of zeros before anything is written, so that kernels are compiled only once."""
         if self.storage.weight.device.type not in ("cpu", "meta"):
             self._quantize_missing(0)

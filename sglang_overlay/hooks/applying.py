@@ -71,8 +71,8 @@ def _patch_when_imported(settings: Settings) -> None:
     from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
     from sglang_overlay.hooks.hook import Hook, apply, apply_fitting, by_module
 
-    def patch(points: tuple[Hook, ...], _module: ModuleType) -> None:
-        mismatch = apply(points)
+    def patch(hooks: tuple[Hook, ...], _module: ModuleType) -> None:
+        mismatch = apply(hooks)
         if mismatch is not None:
             note_mismatch(mismatch)
 
@@ -82,14 +82,14 @@ def _patch_when_imported(settings: Settings) -> None:
         guard.note_mismatch(reason)
         _guard(settings.required_by, reason)
 
-    def patch_fitting(points: tuple[Hook, ...], _module: ModuleType) -> None:
-        apply_fitting(points)
+    def patch_fitting(hooks: tuple[Hook, ...], _module: ModuleType) -> None:
+        apply_fitting(hooks)
 
     is_off = settings.mode is Mode.OFF
-    for module, points in by_module(MEASURING if is_off else STREAMING).items():
-        when_imported(module, partial(patch, points), note_mismatch)
-    for module, points in by_module(TELLING).items():
-        when_imported(module, partial(patch_fitting, points), _log)
+    for module, hooks in by_module(MEASURING if is_off else STREAMING).items():
+        when_imported(module, partial(patch, hooks), note_mismatch)
+    for module, hooks in by_module(TELLING).items():
+        when_imported(module, partial(patch_fitting, hooks), _log)
     if not is_off:
         when_imported(ray_actors.DRIVER_MODULE, ray_actors.warn_unless_set_up, _log)
 

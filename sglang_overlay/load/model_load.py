@@ -27,7 +27,7 @@ from sglang_overlay.core.errors import (
 from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.placeholders import set_loader
-from sglang_overlay.core.shortage import is_shortage, shortage_explained, told
+from sglang_overlay.core.shortage import is_shortage, memory_note, shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream
@@ -239,7 +239,7 @@ class ModelLoad:
     def explain(self, error: Exception) -> Iterator[str]:
         """What an error that ended upstream's load does not say itself."""
         if is_shortage(error):
-            yield told(self.account)
+            yield memory_note(self.account)
         yield from self.checkpoint.explain(self._layers)
 
     # -- after the weights are read ----------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ class ModelLoad:
         """Use each kernel once, before threads of a model's loader do: what is built then is built by one of them."""
         kinds = {part.kind: part for layer in self._layers for part in layer.streams.values()}
         for part in kinds.values():
-            part.try_quantizer()
+            part.warm_up()
 
     def _take_back(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
         """A layer cannot be streamed; its placeholders have memory now, with all that was written."""
@@ -433,7 +433,7 @@ class ModelLoad:
         Raises:
             StreamingUnavailableError: streaming is required.
         """
-        text = rows_over_ranks.told(self._narrowed)
+        text = rows_over_ranks.narrowed_note(self._narrowed)
         if self.settings.mode is Mode.REQUIRE:
             refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", text)
         self.checkpoint.warn(text)

@@ -72,7 +72,7 @@ def are_split(plan: LayerPlan) -> bool:
     return isinstance(plan, WholeRowScales) and bool(plan.split)
 
 
-def told(names: Sequence[str]) -> str:
+def narrowed_note(names: Sequence[str]) -> str:
     """A message about parameters of whose rows only some columns were seen."""
     return (
         f"the weight loaders of {shortened(names)} were given some columns of rows that ranks share, so scales are of "

@@ -283,7 +283,7 @@ class WeightUpdate:
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
             raise WeightUpdateError(str(conflicts[0])) from conflicts[0]
-        self._damaged += [name for name, stream in self._streams.items() if stream.is_damaged]
+        self._damaged += [name for name, stream in self._streams.items() if stream.has_non_finite]
         if self._damaged:
             logger.warning(
                 "StreamFP8: the weight update put NaN or Inf into %d parameters: %s. Expect garbage.",
@@ -292,7 +292,7 @@ class WeightUpdate:
             )
         narrowed = [name for name, stream in self._streams.items() if stream.rows and stream.rows.is_narrowed]
         if narrowed:
-            logger.warning("StreamFP8: %s.", rows_over_ranks.told(narrowed))
+            logger.warning("StreamFP8: %s.", rows_over_ranks.narrowed_note(narrowed))
         logger.info(
             "StreamFP8: weight update: %d units of %d layers replaced in place, at most %.1f MB staged.",
             sum(stream.replaced_units for stream in self._streams.values()),

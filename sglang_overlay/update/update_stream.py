@@ -116,7 +116,7 @@ class UpdateStream(ParameterStream):
         return None
 
     @property
-    def is_damaged(self) -> bool:
+    def has_non_finite(self) -> bool:
         """Whether this update wrote NaN or Inf. Waits for the device."""
         return any(self._done[unit] for unit in units_not_finite([self.magnitudes])[0])
 

@@ -67,15 +67,15 @@ class Change:
     diff: str
 
 
-def compare(before: Path, after: Path, points: Iterable[Hook]) -> list[Change]:
+def compare(before: Path, after: Path, hooks: Iterable[Hook]) -> list[Change]:
     """The hooked functions that differ between two releases.
 
     Args:
         before: folder that contains the ``sglang`` package of the earlier release.
         after: the same for the later release.
-        points: the hooks.
+        hooks: the hooks.
     """
-    changes = (_change(before, after, hook) for hook in points)
+    changes = (_change(before, after, hook) for hook in hooks)
     return [change for change in changes if change.problem or change.notes or change.diff]
 
 

@@ -58,7 +58,7 @@ def run(source: Path, target: Path, scheme: str, most: int, *, trust_remote_code
         ) from error
 
 
-def told(target: Path, made: Exported) -> str:
+def summary(target: Path, made: Exported) -> str:
     """The result of an export in one line."""
     resumed = f", {made.resumed} of them written before" if made.resumed else ""
     return (

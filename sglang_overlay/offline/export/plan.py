@@ -108,7 +108,7 @@ def _item(tensor: SourceTensor, regions: Sequence[Destination], form: StoredForm
         return Item(tensor, (Entry(tensor.name, tensor.shape, tensor.dtype),))
     dtype = _dtype_loaded(tensor, regions)
     for region in regions:
-        _check_landing(tensor, region, form)
+        _check_region(tensor, region, form)
     scales = Entry(tensor.name + form.scale, form.scale_shape(tensor.shape), torch.float32)
     return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales), dtype)
 
@@ -127,7 +127,7 @@ def _dtype_loaded(tensor: SourceTensor, regions: Sequence[Destination]) -> torch
     return regions[0].dtype
 
 
-def _check_landing(tensor: SourceTensor, region: Destination, form: StoredFormat) -> None:
+def _check_region(tensor: SourceTensor, region: Destination, form: StoredFormat) -> None:
     """Make sure that the tensor, quantized alone, gets the same scales as in the parameter."""
     where = f"{tensor.name} {list(tensor.shape)} goes into {region.parameter} {list(region.shape)}"
     if extent(region.box)[-2:] != tensor.shape or region.box[-1] != (0, region.shape[-1]):

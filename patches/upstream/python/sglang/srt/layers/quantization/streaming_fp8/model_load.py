@@ -28,7 +28,7 @@ from sglang.srt.layers.quantization.streaming_fp8.executor import Executor
 from sglang.srt.layers.quantization.streaming_fp8.layer import LayerStream
 from sglang.srt.layers.quantization.streaming_fp8.layer_plan import LayerPlan, ParameterPlan
 from sglang.srt.layers.quantization.streaming_fp8.placeholders import materialize, set_loader
-from sglang.srt.layers.quantization.streaming_fp8.shortage import is_shortage, shortage_explained, told
+from sglang.srt.layers.quantization.streaming_fp8.shortage import is_shortage, memory_note, shortage_explained
 from sglang.srt.layers.quantization.streaming_fp8.sources import CheckpointSources
 from sglang.srt.layers.quantization.streaming_fp8.staging import StagingAccount
 from sglang.srt.layers.quantization.streaming_fp8.stream import ParameterStream, Storage
@@ -220,7 +220,7 @@ class ModelLoad:
     def explain(self, error: Exception) -> Iterator[str]:
         """What an error that ended upstream's load does not say itself."""
         if is_shortage(error):
-            yield told(self.account)
+            yield memory_note(self.account)
         if self.checkpoint is not None:
             yield from self.checkpoint.explain([stream for stream, _ in self._streams.values()])
 
@@ -270,7 +270,7 @@ class ModelLoad:
         """Use each kernel once, before threads of a model's loader do: what is built then is built by one of them."""
         kinds = {part.kind: part for stream, _ in self._streams.values() for part in stream.streams.values()}
         for part in kinds.values():
-            part.try_quantizer()
+            part.warm_up()
 
     def _allocate(self, pending: PendingLayer, key: str) -> Storage:
         return pending.plan.allocate(key, pending.placeholders[key], pending.device)
