@@ -26,6 +26,7 @@ def _parameter(values):
 KINDS = {
     "plain": lambda patch: None,
     "pipelined": pipelined.use,
+    "by kernels": streams.use_kernels,
     "of upstream's class": lambda patch: patch.setattr(streams, "make_parameter", _parameter),
 }
 

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pytest
 import torch
 
+from core.kernels import RowKernelInPlace, scaled_fp8_quant
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import capture_of
-from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, WholeUnitQuantizer
+from sglang_overlay.core.quantizers import RowKernelQuantizer, RowQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import ParameterStream, Storage
@@ -61,13 +64,17 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def expected(stream: ParameterStream, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(stream._quantizer, RowQuantizer):
-        values, scales = quantize_rows(weight)
+    quantizer, weight = stream._quantizer, weight.contiguous()
+    if isinstance(quantizer, RowQuantizer):
+        by_kernel = isinstance(quantizer, RowKernelQuantizer)
+        values, scales = quantizer.kernel(weight, weight.shape[-1]) if by_kernel else quantize_rows(weight)
         return values, scales.reshape(-1)
+    function = quantizer.function if isinstance(quantizer, WholeUnitQuantizer) else quantize_unit
     units = weight if stream._grid.sliced else weight.unsqueeze(0)
-    quantized = [quantize_unit(unit) for unit in units]
+    # Kernels want units at aligned addresses.
+    quantized = [function(unit.clone()) for unit in units]
     return torch.stack([values.view(torch.uint8) for values, _ in quantized]).view(FP8), torch.stack(
-        [scale for _, scale in quantized]
+        [scale.reshape(()) for _, scale in quantized]
     )
 
 
@@ -88,7 +95,7 @@ def per_expert_by_kernel(shape: tuple[int, ...], dtype: torch.dtype = torch.bflo
 
 def per_channel(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Streamed:
     """Each row is a unit with one scale."""
-    return _streamed(shape, UnitGrid.per_slice(shape), RowQuantizer(quantize_rows), dtype)
+    return _streamed(shape, UnitGrid.per_slice(shape), one_scale_a_row(shape[0]), dtype)
 
 
 def _streamed(shape, grid, quantizer, dtype) -> Streamed:
@@ -122,3 +129,18 @@ def make_sources() -> CheckpointSources:
 def one_scale() -> UnitQuantizer:
     """What quantizes a unit of one scale."""
     return WholeUnitQuantizer(quantize_unit)
+
+
+def one_scale_a_row(rows: int) -> UnitQuantizer:
+    """What quantizes each of a weight's rows."""
+    return RowQuantizer(quantize_rows)
+
+
+def use_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Until ``patch`` is undone, streams have the quantizers of a GPU, with upstream's kernels in torch.
+
+    From 16 rows on the whole weight has another kernel than its parts, as on a GPU from 16 rows a multiprocessor on.
+    """
+    this = sys.modules[__name__]
+    patch.setattr(this, "one_scale", lambda: WholeUnitQuantizer(scaled_fp8_quant))
+    patch.setattr(this, "one_scale_a_row", lambda rows: RowKernelQuantizer(RowKernelInPlace(multiprocessors=1), rows))

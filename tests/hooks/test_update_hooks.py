@@ -1,336 +1,280 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures of a hooked function itself; test_updates.py has those that real updates bring about."""
+"""Updates that go wrong somewhere, as a real scheduler of a target and a draft answers them.
+
+test_updates.py has those that go wrong by what they bring.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import SimpleNamespace
-
 import pytest
 import torch
-from core.pipelined import InThreads
+from harness.scheduler_process import Fault, SchedulerProcess
+from safetensors.torch import save_file
+from update.test_updates import SEED, SESSIONS
+from workbench.loads.fingerprints import hash_of
 
-from sglang_overlay.cpu_reference.workers import Workers
 from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, WeightUpdateError
-from sglang_overlay.hooks import update_hooks
-from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome
-from sglang_overlay.update import model as known_models
-from sglang_overlay.update import session
-from sglang_overlay.update.model import UpdatableModel, remember, updatable
-from sglang_overlay.update.session import WeightUpdate
+from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome, Together
+
+UPDATE = "sglang_overlay.update.session:WeightUpdate"
+KEEP = "sglang_overlay.update.undo:UndoLog.keep"
+LOAD = "sglang.srt.models.qwen3:Qwen3ForCausalLM.load_weights"
+POSTPROCESS = "sglang.srt.model_loader.loader:DefaultModelLoader.postprocess_weights"
+POST_LOAD = "sglang.srt.model_executor.model_runner_components.weight_updater:post_load_weights"
+OUT_OF_MEMORY = StagingMemoryError("memory ran out")
 
 
-class Model(torch.nn.Module):
-    def load_weights(self, weights):
-        """As each of SGLang's models has it."""
+def out_of_memory(function, after=0):
+    return [Fault(f"{UPDATE}.{function}", OUT_OF_MEMORY, after)]
+
+
+@pytest.fixture(scope="module")
+def old(checkpoint):
+    return checkpoint("qwen3")
+
+
+@pytest.fixture(scope="module")
+def new(checkpoint):
+    return checkpoint("qwen3", seed=SEED)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory, old):
+    log = tmp_path_factory.mktemp("scheduler") / "log.txt"
+    with SchedulerProcess(log, SGLANG_EXTERNAL_MODEL_PACKAGE="harness.misbehaving") as process:
+        process.before = process.start(old, old).held
+        yield process
 
 
 @pytest.fixture
-def known():
-    """A model with an open session; ``updater`` is what SGLang's method of that name belongs to."""
-    model = Model()
-    found = UpdatableModel([], {})
-    remember(model, found)
-    found.begin()
-    return SimpleNamespace(model=model), found
+def scheduler(process, old):
+    """A scheduler whose target and draft hold the old weights."""
+    yield process
+    if process.ask("disk", old).held != process.before:
+        process.start(old, old)
 
 
-def fail(_updater, *, run_post_load):
-    raise OSError(f"no room, run_post_load={run_post_load}")
+@pytest.fixture
+def before(scheduler):
+    return scheduler.before
 
 
-def test_session_that_fails_at_its_end_is_closed_and_answered(known):
-    updater, found = known
-    assert end(updater, fail) == [f"OSError: no room, run_post_load=False. {BEFORE_UPDATE}"]
-    assert found.open is None
+@SESSIONS
+class TestSession:
+    """Begin, calls and end, of which upstream answers success whatever becomes of the end."""
 
+    @pytest.fixture(autouse=True)
+    def _ended(self, scheduler):
+        yield
+        scheduler.ask("end")
 
-def test_session_that_nobody_waits_for_raises_and_is_closed(known):
-    updater, found = known
-    with pytest.raises(WeightUpdateError, match="no room"):
-        update_hooks.end_weight_update(fail, updater, run_post_load=False)
-    assert found.open is None
+    def test_whose_end_fails_is_closed_and_answered(self, scheduler, new, before):
+        scheduler.ask("begin")
+        assert scheduler.ask("tensor", new).success
+        answer = scheduler.ask("end", faults=[Fault(POSTPROCESS, OSError("no room"))])
+        assert (answer.success, answer.message) == (False, f"OSError: no room. {BEFORE_UPDATE}")
+        assert answer.held == before
 
+    def test_is_post_loaded_where_no_call_has_done_that(self, scheduler, new):
+        post_load = [Fault(POST_LOAD, OSError("no room"))]
+        scheduler.ask("begin")
+        assert "no room" in scheduler.ask("end", faults=post_load).message
+        scheduler.ask("begin")
+        assert scheduler.ask("tensor", new).success
+        assert scheduler.ask("end", faults=post_load).success
 
-@dataclass
-class Ended:
-    """SGLang's answer to the end of a session."""
+    def test_that_nobody_waits_for_raises_and_is_closed(self, scheduler, before):
+        scheduler.call("begin")
+        answer = scheduler.call("end", run_post_load=False, faults=[Fault(POSTPROCESS, OSError("no room"))])
+        assert type(answer.raised) is WeightUpdateError
+        assert "no room" in str(answer.raised)
+        assert answer.held == before
 
-    success: bool
-    message: str = "Success"
+    def test_whose_end_quantizes_what_has_waited_and_fails_goes_back(self, scheduler, new, before):
+        scheduler.ask("begin")
+        assert scheduler.ask("tensor", new).success
+        answer = scheduler.ask("end", faults=out_of_memory("finish", after=1))
+        assert (answer.success, answer.message) == (False, f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}")
+        assert answer.held == before
 
+    def test_that_cannot_be_opened_is_answered_at_its_end_and_the_next_one_succeeds(self, scheduler, new, before):
+        assert scheduler.ask("begin", faults=out_of_memory("__init__")).held == before
+        call = scheduler.ask("tensor", new)
+        assert not call.success
+        assert "memory ran out" in call.message
+        answer = scheduler.ask("end")
+        assert (answer.success, answer.message) == (False, f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}")
+        assert answer.held == before
+        scheduler.ask("begin")
+        assert scheduler.ask("tensor", new).success
+        answer = scheduler.ask("end")
+        assert answer.success
+        assert [held.is_open for held in answer.held] == [False, False]
+        assert answer.held != before
 
-def end(updater, original=lambda _updater, *, run_post_load: None):
-    """End a session as SGLang's scheduler does; what went wrong."""
-    runner = SimpleNamespace(model=updater.model)
-    manager = SimpleNamespace(_select_runners=lambda: [("target", runner)])
+    def test_end_without_an_update_is_one_of_its_own(self, scheduler, before):
+        """What is served is not quantized once more."""
+        answer = scheduler.call("end", run_post_load=True)
+        assert answer.raised is None
+        assert answer.held == before
 
-    def end_all(_manager, _request):
-        update_hooks.end_weight_update(original, updater, run_post_load=False)
-        return Ended(success=True)
+    def test_of_which_a_part_came_stays_one(self, scheduler, new, before):
+        scheduler.ask("begin")
+        assert scheduler.ask("tensor", new, names=r"layers\.1\.self_attn\.q_proj").success
+        answer = scheduler.call("end", run_post_load=False)
+        assert type(answer.raised) is PartialUpdateError
+        assert "model.layers.1.self_attn.qkv_proj.weight (1 of 1 units)" in str(answer.raised)
+        assert str(answer.raised).endswith(f" {BEFORE_UPDATE}")
+        assert answer.held[0] == before[0]
 
-    answer = update_hooks.end_session(end_all, manager, None)
-    return [] if answer.success else [answer.message]
-
-
-def run_out(*_args, **_kwargs):
-    raise StagingMemoryError("memory ran out")
-
-
-def test_session_whose_workers_failed_is_closed_and_answered(known):
-    updater, found = known
-    found.begin(InThreads(Workers(1)))._executor.submit(run_out)
-    assert end(updater) == [f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}"]
-    assert found.open is None
-
-
-def test_session_that_cannot_be_opened_is_answered_at_its_end_and_the_next_one_succeeds(known, monkeypatch):
-    updater, found = known
-    with monkeypatch.context() as patch:
-        patch.setattr(known_models, "WeightUpdate", run_out)
-        update_hooks.begin_weight_update(lambda _updater: None, updater)
-    assert found.open is None
-    assert end(updater) == [f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}"]
-    update_hooks.begin_weight_update(lambda _updater: None, updater)
-    assert end(updater) == []
-
-
-def test_end_of_a_session_without_an_update_is_one_of_its_own(known):
-    updater, found = known
-    found.abort()
-    seen = []
-    update_hooks.end_weight_update(
-        lambda _updater, *, run_post_load: seen.append(session._current.get()), updater, run_post_load=True
-    )
-    assert [type(opened) for opened in seen] == [WeightUpdate]
-    assert found.open is None
-
-
-CALLS = {
-    "tensor": lambda updater: update_hooks.update_weights_from_tensor(lambda *_: (True, ""), updater, []),
-    "distributed": lambda updater: update_hooks.load_weights_from_distributed(lambda *_: (True, ""), updater, []),
-    "ipc": lambda updater: update_hooks.update_weights_from_ipc(lambda *_: (True, ""), updater, None),
-}
-
-
-@pytest.mark.parametrize("moment", ["__init__", "finish"])
-@pytest.mark.parametrize("call", CALLS)
-def test_call_whose_update_fails_at_either_end_is_answered(call, moment, known, monkeypatch):
-    updater, found = known
-    found.abort()
-    monkeypatch.setattr(WeightUpdate, moment, run_out)
-    answer = (False, f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}")
-    assert CALLS[call](updater) == answer
-    assert found.open is None
-
-
-def test_answer_has_the_notes_of_what_went_wrong(known):
-    updater, _ = known
-
-    def fail(*_):
+    def test_goes_on_after_a_call_that_fails_and_its_answer_has_the_notes_of_what_went_wrong(self, scheduler, new):
         error = OSError("cannot be read.")
-        error.__notes__ = ["Of tensor x."]
-        raise error
-
-    success, message = update_hooks.update_weights_from_ipc(fail, updater, None)
-    assert not success
-    assert message == f"OSError: cannot be read. {BEFORE_CALL}\nOf tensor x."
-
-
-def test_interrupt_is_not_made_an_answer(known):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        update_hooks.update_weights_from_ipc(interrupt, known[0], None)
+        error.add_note("Of tensor x.")
+        scheduler.ask("begin")
+        answer = scheduler.call("tensor", new, faults=[Fault(LOAD, error)])
+        assert (answer.success, answer.message) == (False, f"OSError: cannot be read. {BEFORE_CALL}\nOf tensor x.")
+        assert scheduler.ask("tensor", new).success
+        assert scheduler.ask("end").success
 
 
-def test_partial_update_stays_one(known, monkeypatch):
-    def finish(_update, _model):
-        raise PartialUpdateError("half of it came")
+DISTRIBUTED = pytest.param("distributed", marks=SESSIONS)
+IPC = pytest.param("ipc", marks=SESSIONS)
+"""Earlier releases ask CUDA for the device whose weights come."""
 
-    updater, found = known
-    monkeypatch.setattr(WeightUpdate, "finish", finish)
-    with pytest.raises(PartialUpdateError, match=f"^half of it came. {BEFORE_UPDATE}$"):
-        update_hooks.end_weight_update(lambda _updater, *, run_post_load: None, updater, run_post_load=True)
-    assert found.open is None
+
+@pytest.mark.parametrize("function", ["__init__", "finish"])
+@pytest.mark.parametrize("call", ["tensor", DISTRIBUTED, IPC])
+def test_call_whose_update_fails_at_either_end_is_answered(call, function, scheduler, new, before):
+    answer = scheduler.call(call, new, faults=out_of_memory(function))
+    assert (answer.success, answer.message) == (False, f"StagingMemoryError: memory ran out. {BEFORE_UPDATE}")
+    assert answer.held == before
+    answer = scheduler.call(call, new)
+    assert answer.success, answer.message
+    assert answer.held != before
+
+
+def test_interrupt_is_not_made_an_answer(scheduler, new):
+    assert type(scheduler.call("tensor", new, faults=[Fault(LOAD, KeyboardInterrupt())]).raised) is KeyboardInterrupt
+
+
+class TestFromDisk:
+    """Upstream reads "the original weights" where it fails, from a path that need not be the one of what is served."""
+
+    @pytest.mark.parametrize(
+        "faults",
+        [
+            pytest.param(out_of_memory("__init__"), id="begin"),
+            pytest.param(out_of_memory("finish"), id="end"),
+            pytest.param([Fault(KEEP, OUT_OF_MEMORY, after=5)], id="worker"),
+        ],
+    )
+    def test_failure_goes_back_to_the_weights_and_the_path_before(self, faults, scheduler, checkpoint, old, new):
+        served = scheduler.call("tensor", new).held
+        answer = scheduler.call("disk", checkpoint("qwen3", seed=2), load_format="auto", faults=faults)
+        assert not answer.success
+        assert answer.message.startswith("Failed to update weights: ")
+        assert "memory ran out" in answer.message
+        assert answer.message.count(BEFORE_UPDATE) == 1
+        assert answer.held == served
+        assert answer.held[0].path == str(old)
+
+    def test_folder_without_weights_leaves_the_path_before(self, scheduler, old, before):
+        answer = scheduler.call("disk", old.parent / "mistyped", load_format="auto")
+        assert not answer.success
+        assert answer.message.startswith("Failed to get weights iterator: ")
+        assert answer.message.endswith(f". {BEFORE_UPDATE}")
+        assert answer.held == before
+
+    def test_error_that_upstream_raises_leaves_the_path_before(self, scheduler, new, before):
+        answer = scheduler.call("disk", new, load_format="none at all")
+        assert answer.raised is None
+        assert not answer.success
+        assert answer.message.startswith("Failed to update weights: ValueError: ")
+        assert answer.message.endswith(f". {BEFORE_UPDATE}")
+        assert answer.held == before
+
+    def test_success_leaves_the_new_path(self, scheduler, new):
+        answer = scheduler.call("disk", new, load_format="auto")
+        assert answer.success
+        assert answer.held[0].path == str(new)
+
+
+def send(scheduler, way, folder, faults=()):
+    """Update all models by one request, or a session with one call; the last answer."""
+    if way != "tensor":
+        return scheduler.ask(way, folder, faults=faults)
+    scheduler.ask("begin")
+    called = scheduler.ask("tensor", folder, faults=faults)
+    ended = scheduler.ask("end")
+    assert called.success == ended.success
+    return ended
+
+
+@pytest.mark.parametrize("way", ["disk", pytest.param("tensor", marks=SESSIONS), IPC])
+@pytest.mark.parametrize("failing", ["target", "draft"])
+def test_target_and_draft_go_back_together(failing, way, scheduler, old, new, before):
+    """The one that fails does so when it has been written to."""
+    answer = send(scheduler, way, new, out_of_memory("_refuse_misfits", after=int(failing == "draft")))
+    assert not answer.success
+    assert BEFORE_UPDATE in answer.message
+    assert answer.held == before
+    answer = send(scheduler, way, new)
+    assert answer.success, answer.message
+    target, draft = answer.held
+    assert target.tensors == draft.tensors != before[0].tensors
+    assert [held.is_open for held in answer.held] == [False, False]
+    assert [held.path for held in answer.held] == [str(new if way == "disk" else old)] * 2
+
+
+def test_draft_that_is_not_streamed_takes_its_target_along(scheduler, checkpoint, old, new):
+    narrow = checkpoint("qwen3", overrides=(("hidden_size", 64),))
+    served = scheduler.start(old, narrow, speculative_draft_model_quantization="unquant").held
+    assert {held.tensors["model.layers.0.mlp.down_proj.weight"].dtype for held in served} == {
+        "torch.float8_e4m3fn",
+        "torch.bfloat16",
+    }
+    answer = scheduler.ask("disk", new)
+    assert not answer.success
+    assert BEFORE_UPDATE not in answer.message
+    assert answer.held[0] == served[0]
 
 
 @pytest.fixture
-def disk(known):
-    """Updates from disk: ``run`` one whose reading of weights is ``load``; the path that ``load`` leaves."""
-    updater, found = known
-    found.abort()
-    updater.model_config = SimpleNamespace(model_path="served")
-
-    def run(load):
-        def original(updater, path):
-            updater.model_config.model_path = path
-            return load()
-
-        return update_hooks.update_weights_from_disk(original, updater, "new")
-
-    return updater, run
-
-
-@pytest.mark.parametrize("moment", ["__init__", "finish"])
-def test_update_from_disk_that_fails_at_either_end_goes_back_to_the_path_before(moment, disk, monkeypatch):
-    updater, run = disk
-    monkeypatch.setattr(WeightUpdate, moment, run_out)
-    seen = []
-
-    def load():
-        with pytest.raises(WeightUpdateError):
-            update_hooks.load_weights_and_postprocess(lambda *_: None, updater.model, [], torch.device("cpu"))
-        # As upstream does, to read the original weights again.
-        update_hooks.load_weights_and_postprocess(
-            lambda *_: seen.append("read"), updater.model, [], torch.device("cpu")
-        )
-        return False, ""
-
-    told = f"Failed to update weights: StagingMemoryError: memory ran out. {BEFORE_UPDATE}"
-    assert run(load) == (False, told)
-    assert seen == []
-    assert updater.model_config.model_path == "served"
-
-
-def test_update_from_disk_that_finds_no_weights_leaves_the_path_before(disk):
-    updater, run = disk
-    assert run(lambda: (False, "no such folder")) == (False, f"no such folder. {BEFORE_UPDATE}")
-    assert updater.model_config.model_path == "served"
-
-
-def test_update_from_disk_that_raises_leaves_the_path_before(disk):
-    updater, run = disk
-    success, message = run(run_out)
-    assert not success
-    assert message == f"Failed to update weights: StagingMemoryError: memory ran out. {BEFORE_UPDATE}"
-    assert updater.model_config.model_path == "served"
-
-
-def test_update_from_disk_that_succeeds_leaves_the_new_path(disk):
-    updater, run = disk
-    assert run(lambda: (True, "")) == (True, "")
-    assert updater.model_config.model_path == "new"
-
-
-@pytest.fixture
-def direct(known):
-    """A direct update of a layer that stock quantized, with values of a dtype; what stock's loader was given."""
-    updater, _ = known
-    model, loaded = updater.model, []
-    model.weight = torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False)
-    model.weight_scale = torch.nn.Parameter(torch.ones(1), requires_grad=False)
-
-    def load(_model, part):
-        loaded.extend(name for name, _ in part)
+def direct(scheduler, checkpoint, tmp_path):
+    """A direct update of a layer that stock quantized, with values of a dtype; what was sent, the answer, before."""
+    path = checkpoint("qwen3", overrides=(("architectures", ("RepackingForCausalLM",)),))
+    before, _ = scheduler.start(path, path).held
+    scale, weight = (f"model.layers.0.self_attn.o_proj.weight{suffix}" for suffix in ("_scale", ""))
 
     def run(dtype):
-        tensors = [("weight_scale", torch.ones(1)), ("weight", torch.ones(2).to(dtype))]
-        update_hooks.load_weights_direct(load, model, tensors)
+        sent = {
+            scale: torch.full(before.tensors[scale].shape, 2.0),
+            weight: torch.ones(before.tensors[weight].shape).to(dtype),
+        }
+        save_file(sent, tmp_path / "sent.safetensors")
+        return sent, scheduler.call("tensor", tmp_path, load_format="direct"), before
 
-    return run, loaded
+    return run
 
 
 def test_direct_update_gives_stock_fp8_values_and_scales(direct):
-    run, loaded = direct
-    run(torch.float8_e4m3fn)
-    assert loaded == ["weight_scale", "weight"]
+    sent, answer, before = direct(torch.float8_e4m3fn)
+    assert answer.success, answer.message
+    after = answer.held[0].tensors
+    assert {name for name in after if after[name] != before.tensors[name]} == set(sent)
+    assert {name: after[name].sha256 for name in sent} == {name: hash_of(values) for name, values in sent.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_direct_update_refuses_to_have_stock_cast_to_fp8(dtype, direct):
-    run, loaded = direct
-    with pytest.raises(WeightUpdateError, match=r"^weight was quantized by stock SGLang"):
-        run(dtype)
-    assert loaded == []
-
-
-@pytest.fixture
-def pair():
-    """A target and a draft, each with one weight of zeros, and a manager of theirs, as SGLang's."""
-    runners = []
-    for role in ("target", "draft"):
-        model = Model()
-        model.weight = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
-        remember(model, UpdatableModel([], {}))
-        runners.append(SimpleNamespace(role=role, model=model, model_config=SimpleNamespace(model_path="served")))
-    return runners
-
-
-def update_both(runners, way, failing):
-    """Update all models with ones, of which the one called ``failing`` fails when it has been written to."""
-
-    def load(runner):
-        runner.model.weight.data.copy_(torch.ones(2))
-        if runner.role == failing:
-            raise OSError("no room")
-
-    def from_disk(runner, path):
-        runner.model_config.model_path = path
-        try:
-            update_hooks.load_weights_and_postprocess(lambda *_: load(runner), runner.model, [], torch.device("cpu"))
-        except WeightUpdateError as error:
-            return False, str(error)
-        return True, "Success"
-
-    calls = {
-        "disk": lambda runner: update_hooks.update_weights_from_disk(from_disk, runner, "new"),
-        "tensor": lambda runner: update_hooks.update_weights_from_tensor(
-            lambda *_: (True, load(runner) or "Success"), runner, []
-        ),
-        "ipc": lambda runner: update_hooks.update_weights_from_ipc(
-            lambda *_: (True, load(runner) or "Success"), runner, None
-        ),
-    }
-
-    def update_all(_manager, _request):
-        for runner in runners:
-            success, message = calls[way](runner)
-            if not success:
-                break
-        return success, message
-
-    return update_hooks.update_of_all_models(update_all, None, None)
-
-
-def held(runners):
-    assert all(updatable(runner.model).open is None for runner in runners)
-    return [(runner.model.weight.tolist(), runner.model_config.model_path) for runner in runners]
-
-
-@pytest.mark.parametrize("way", ["disk", "tensor", "ipc"])
-@pytest.mark.parametrize("failing", ["target", "draft"])
-def test_target_and_draft_go_back_together(failing, way, pair):
-    success, message = update_both(pair, way, failing)
-    assert not success
-    assert BEFORE_UPDATE in message
-    assert held(pair) == [([0.0, 0.0], "served")] * 2
-    success, _ = update_both(pair, way, "")
-    assert success
-    assert held(pair) == [([1.0, 1.0], "new" if way == "disk" else "served")] * 2
-
-
-def test_draft_that_is_not_streamed_takes_its_target_along(pair):
-    target, draft = pair
-    stock = SimpleNamespace(role="draft", model=Model(), model_config=draft.model_config)
-
-    def update_all(_manager, _request):
-        answer = update_hooks.update_weights_from_tensor(lambda *_: (True, fill(target)), target, [])
-        assert answer[0]
-        assert target.model.weight.tolist() == [1.0, 1.0]
-        return update_hooks.update_weights_from_tensor(lambda *_: (False, "stock's"), stock, [])
-
-    def fill(runner):
-        runner.model.weight.data.fill_(1)
-        return "Success"
-
-    assert update_hooks.update_of_all_models(update_all, None, None) == (False, "stock's")
-    assert held([target]) == [([0.0, 0.0], "served")]
+    _, answer, before = direct(dtype)
+    assert not answer.success
+    assert answer.message.startswith("model.layers.0.self_attn.o_proj.weight was quantized by stock SGLang")
+    assert answer.held[0] == before
 
 
 def test_answer_tells_of_all_models_what_upstream_keeps_of_the_last():
-    together = update_hooks.Together()
+    together = Together()
     together.joined(Outcome(unused=["a", "b"], untouched=["x"], advice="Rename."))
     told = together.joined(Outcome(unused=["b", "c"], untouched=["y"]))
     assert told == Outcome(unused=["b"], untouched=["x", "y"], advice="Rename.")

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real scheduler of a target and a draft in a process of its own, whose weights a test updates, and where it says
+what goes wrong.
+
+    with SchedulerProcess(log) as scheduler:
+        scheduler.start(target, draft)
+        answer = scheduler.ask("disk", checkpoint, faults=[Fault("package.module:Class.method", OSError("no room"))])
+
+``ask`` sends the scheduler SGLang's own request, ``call`` calls the target's weight updater. The process imports SGLang
+itself: as in ``test_update_serving.py``, a scheduler with a draft runs on the CPU with Triton's interpreter only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench.loads.job import LoadJob, changed_environ
+
+from sglang_overlay.settings import MODE_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+    from types import TracebackType
+
+    from workbench.loads.fingerprints import TensorPrint
+
+_SECONDS = 300.0
+
+What = Literal["begin", "tensor", "distributed", "ipc", "disk", "end"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error that a function raises instead of what it does.
+
+    Args:
+        target: ``module:name``, of a function or a method.
+        error: that is raised.
+        after: calls that go well before that.
+    """
+
+    target: str
+    error: BaseException
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one model holds: its tensors, the path it was read from, and whether an update of it is open."""
+
+    tensors: dict[str, TensorPrint]
+    path: str
+    is_open: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a request or a call.
+
+    Args:
+        success, message: as SGLang answers; of a call that returns nothing, none.
+        raised: in place of an answer.
+        held: by target and draft afterwards.
+    """
+
+    success: bool
+    message: str
+    raised: BaseException | None
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the process is to do: start a scheduler of two models, or an update."""
+
+    kind: Literal["start", "ask", "call"]
+    what: What = "begin"
+    folders: tuple[Path, ...] = ()
+    sent: bytes = b""
+    faults: tuple[Fault, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class SchedulerProcess:
+    """The process, killed when it is left.
+
+    Args:
+        log: file for what it prints.
+        environ: variables laid over this process's environment there.
+    """
+
+    def __init__(self, log: Path, **environ: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._log = log
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(log)), daemon=True)
+        with changed_environ({MODE_VARIABLE: "1", "TRITON_INTERPRET": "1", **environ}):
+            self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> SchedulerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def start(self, target: Path, draft: Path, **server_args: Any) -> Answer:
+        """A scheduler of these models, in place of the one before."""
+        return self._send(_Order("start", folders=(target, draft), fields=server_args))
+
+    def ask(self, what: What, *checkpoint: Path, names: str = "", faults: Sequence[Fault] = ()) -> Answer:
+        """Send the scheduler a request.
+
+        Args:
+            what: it asks for.
+            checkpoint: where the new weights are.
+            names: only tensors in whose name this regular expression is found; not from disk.
+            faults: what goes wrong meanwhile.
+        """
+        # Here, as in a trainer: with SGLang's patch of torch a process that updates weights serializes none on the CPU.
+        sent = _serialized(checkpoint[0], names) if what == "tensor" else b""
+        return self._send(_Order("ask", what, checkpoint, sent, tuple(faults)))
+
+    def call(self, what: What, *checkpoint: Path, faults: Sequence[Fault] = (), **arguments: Any) -> Answer:
+        """Call the target's weight updater, past the scheduler; as of ``ask``, with further arguments of the method."""
+        return self._send(_Order("call", what, checkpoint, faults=tuple(faults), fields=arguments))
+
+    def _send(self, order: _Order) -> Answer:
+        self._pipe.send(order)
+        if not self._pipe.poll(_SECONDS):
+            raise RuntimeError(f"the scheduler hangs: {self._log}")
+        try:
+            answer: Answer = self._pipe.recv()
+        except EOFError:
+            told = self._log.read_text(errors="replace")[-4000:]
+            raise RuntimeError(f"the scheduler's process has ended:\n{told}") from None
+        return answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _serve(orders: Connection, log: str) -> None:
+    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(opened, 1)
+    os.dup2(opened, 2)
+    sys.modules["checkpoint_engine"] = ModuleType("checkpoint_engine")
+    sys.modules["checkpoint_engine.worker"] = engine = ModuleType("checkpoint_engine.worker")
+    engine.update_weights_from_ipc = _weights_of_a_folder  # type: ignore[attr-defined]
+    scheduler = None
+    with contextlib.suppress(EOFError):
+        while True:
+            order: _Order = orders.recv()
+            success, message, raised = True, "", None
+            try:
+                if order.kind == "start":
+                    scheduler = _started(order)
+                else:
+                    success, message = _answer(scheduler, order)
+            except BaseException as error:
+                # The process's log has it, where the test that asked for it wants to know more.
+                traceback.print_exc()
+                if order.kind == "start":
+                    raise
+                success, raised = False, error.with_traceback(None)
+            orders.send(Answer(success, message, raised, tuple(map(_held, _runners(scheduler)))))
+
+
+def _weights_of_a_folder(
+    _context: Any, folder: str, device_id: Any, run: Callable[[Any], Any], post_hook: Callable[[], None]
+) -> None:
+    """In place of the checkpoint engine, a package that is not installed: gives what it would receive to SGLang."""
+    run(list(_tensors(Path(folder))))
+    post_hook()
+
+
+def _started(order: _Order) -> Any:
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.server_args import PortArgs
+    from workbench.loads import load_worker, runtime
+
+    from sglang_overlay.cpu_reference.platform import CpuReferencePlatform
+
+    CpuReferencePlatform.supports_speculative_algorithm = lambda *_: True
+    target, draft = order.folders
+    fields = {
+        "attention_backend": "triton",
+        "max_total_tokens": 512,
+        "speculative_algorithm": "STANDALONE",
+        "speculative_draft_model_path": str(draft),
+        "speculative_num_steps": 1,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 2,
+        **order.fields,
+    }
+    runtime.take_down()
+    server_args = load_worker.server_args_of(LoadJob(target, server_args=fields))
+    runtime.publish(server_args, rank=0)
+    # Until 0.5.19 a scheduler is told its place.
+    ranks = dict.fromkeys(("gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"), 0)
+    ports = PortArgs.init_new(server_args)
+    return runtime.told(Scheduler, server_args=server_args, port_args=ports, dp_rank=None, **ranks)
+
+
+def _runners(scheduler: Any) -> list[Any]:
+    manager = scheduler.weight_updater
+    if hasattr(manager, "_select_runners"):
+        return [runner for _, runner in manager._select_runners()]
+    module = sys.modules[type(manager).__module__]
+    return [manager.tp_worker.model_runner, module._get_draft_model_runner(manager.draft_worker)]
+
+
+def _held(runner: Any) -> Held:
+    from workbench.loads.fingerprints import model_prints
+
+    from sglang_overlay.update.model import updatable
+
+    known = updatable(runner.model)
+    is_open = known is not None and known.open is not None
+    return Held(model_prints(runner.model), runner.model_config.model_path, is_open)
+
+
+def _answer(scheduler: Any, order: _Order) -> tuple[bool, str]:
+    with contextlib.ExitStack() as stack:
+        for fault in order.faults:
+            stack.enter_context(_failing(fault))
+        if order.kind == "ask":
+            answer = scheduler._request_dispatcher(_request(order))
+            return answer.success, answer.message
+        runner = _runners(scheduler)[0]
+        # Until 0.5.15 the runner updates its weights itself.
+        method, arguments = _call(getattr(runner, "weight_updater", runner), order)
+        returned = method(*arguments, **order.fields)
+        return (True, "") if returned is None else returned
+
+
+@contextlib.contextmanager
+def _failing(fault: Fault) -> Iterator[None]:
+    module, _, path = fault.target.partition(":")
+    parent, _, name = path.rpartition(".")
+    owner = pkgutil.resolve_name(f"{module}:{parent}" if parent else module)
+    before = inspect.getattr_static(owner, name)
+    function, left = getattr(before, "__func__", before), [fault.after]
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise fault.error
+        return function(*args, **kwargs)
+
+    setattr(owner, name, staticmethod(fail) if isinstance(before, staticmethod) else fail)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _request(order: _Order) -> Any:
+    from sglang.srt.managers import io_struct
+
+    if order.what == "begin":
+        return io_struct.BeginWeightUpdateReqInput()
+    if order.what == "end":
+        return io_struct.EndWeightUpdateReqInput()
+    (folder,) = order.folders
+    if order.what == "disk":
+        return io_struct.UpdateWeightFromDiskReqInput(model_path=str(folder), load_format="auto")
+    if order.what == "ipc":
+        return _ipc(folder)
+    return io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=[order.sent])
+
+
+def _call(updater: Any, order: _Order) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A method of the updater's, and what it is given."""
+    if order.what in ("begin", "end"):
+        return getattr(updater, f"{order.what}_weight_update"), ()
+    (folder,) = order.folders
+    if order.what == "disk":
+        return updater.update_weights_from_disk, (str(folder),)
+    if order.what == "ipc":
+        return updater.update_weights_from_ipc, (_ipc(folder),)
+    if order.what == "distributed":
+        return updater.load_weights_from_distributed, (_tensors(folder),)
+    return updater.update_weights_from_tensor, (_tensors(folder),)
+
+
+def _ipc(folder: Path) -> Any:
+    from sglang.srt.managers.io_struct import UpdateWeightsFromIPCReqInput
+    from sglang.srt.platforms import current_platform
+
+    return UpdateWeightsFromIPCReqInput(zmq_handles={f"GPU-{current_platform.get_device_uuid()}": str(folder)})
+
+
+def _serialized(folder: Path, names: str) -> bytes:
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    tensors = [(name, tensor) for name, tensor in _tensors(folder) if re.search(names, name)]
+    serialized: bytes = MultiprocessingSerializer.serialize(tensors)
+    return serialized
+
+
+def _tensors(folder: Path) -> list[tuple[str, Any]]:
+    from workbench.loads.updates import tensors_of
+
+    return list(tensors_of(folder))
