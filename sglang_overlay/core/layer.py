@@ -111,7 +111,9 @@ class LayerStream:
                 self._on_loss(self, f"{reason}, and {lost}")
             else:
                 self._on_return(self, reason)
-            self._forget()
+            # Parameters refer to this, through their loaders, for as long as they live.
+            for kept in (self.placeholders, self.streams, self._sinks):
+                kept.clear()
         finally:
             with self._condition:
                 self._returning = False
@@ -121,12 +123,8 @@ class LayerStream:
         """Drop the placeholders and their streams: the layer has its quantized parameters."""
         for placeholder in self.placeholders.values():
             ViewCapture.unwatch(placeholder)
-        self._forget()
-
-    def _forget(self) -> None:
-        # Parameters refer to this, through their loaders, for as long as they live.
-        for kept in (self.placeholders, self.streams, self._sinks):
-            kept.clear()
+        self.placeholders.clear()
+        self.streams.clear()
 
     @property
     def misfits(self) -> list[Misfit]:

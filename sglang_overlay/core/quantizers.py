@@ -72,12 +72,17 @@ def magnitude(unit: torch.Tensor) -> torch.Tensor:
     return magnitudes(unit.reshape(1, -1) if unit.ndim == 0 else unit.unsqueeze(0))[0]
 
 
-def magnitudes(units: torch.Tensor) -> torch.Tensor:
-    """Like ``magnitude``, for each unit: ``[n, ...] -> [n]``. One kernel on a device; on a CPU a norm is slower."""
+def magnitudes(units: torch.Tensor, batch: int = 1) -> torch.Tensor:
+    """Like ``magnitude``, for each unit: ``[*b, ...] -> [*b]``. One kernel on a device; on a CPU a norm is slower.
+
+    Args:
+        units: to look at.
+        batch: number of leading dimensions that count units.
+    """
     if units.is_cpu:
-        flat = units.flatten(1)
-        return torch.maximum(flat.amin(1).neg(), flat.amax(1))
-    dimensions = tuple(range(1, units.ndim))
+        flat = units.flatten(batch)
+        return torch.maximum(flat.amin(-1).neg(), flat.amax(-1))
+    dimensions = tuple(range(batch, units.ndim))
     largest: torch.Tensor = torch.linalg.vector_norm(units, torch.inf, dim=dimensions)
     return largest
 

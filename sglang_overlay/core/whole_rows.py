@@ -129,7 +129,7 @@ def _widened(values: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
 
 def row_magnitudes(rows: torch.Tensor) -> torch.Tensor:
     """Largest magnitude in each row: ``[..., columns] -> [...]``, of the same dtype; NaN if any value is."""
-    return magnitudes(rows.reshape(-1, rows.shape[-1])).view(rows.shape[:-1])
+    return magnitudes(rows, rows.ndim - 1)
 
 
 class WholeRowsQuantizer(AssembledUnits):

@@ -170,7 +170,7 @@ def update_weights_from_disk(
             success, message = original(updater, model_path, *args, **kwargs)
     except Exception as error:
         logger.exception("StreamFP8: the weights could not be updated from %s.", model_path)
-        message = f"Failed to update weights: {_told(error)}"
+        message = _told(error)
         if disk.is_judged and disk.failure is None:
             message = f"The new weights are served, but what follows failed: {_told(error)}"
     finally:
@@ -179,11 +179,11 @@ def update_weights_from_disk(
         outcome = _of_all(Outcome(None if success else f"{_sentence(message)} {BEFORE_UPDATE}"))
         disk.failure = outcome.failure
         _joined_with_earlier(outcome)
-    elif disk.failure is not None:
+    if disk.failure is not None:
         message = f"Failed to update weights: {disk.failure}"
     if disk.failure is not None or not success:
         updater.model_config.model_path = served
-        return False, message if disk.is_judged else (disk.failure or message)
+        return False, message
     together = _together.get()
     if together is not None:
         together.add(functools.partial(setattr, updater.model_config, "model_path", served))

@@ -62,12 +62,17 @@ class CheckpointWatch:
         if isinstance(tensor, torch.Tensor) and tensor.dtype in QUANTIZED:
             self._quantized.append(name)
 
-    def explain(self, streams: Sequence[LayerStream]) -> Iterator[str]:
-        """What an error that ended the load of ``streams`` does not say itself."""
+    def explain(self, streams: Sequence[LayerStream], *, was_read: bool) -> Iterator[str]:
+        """What an error that ended the load of ``streams`` does not say itself.
+
+        Args:
+            streams: the layers that were being streamed.
+            was_read: whether anything was loaded into other layers.
+        """
         last = next(reversed(self._seen), "")
         if self._seen.get(last):
             yield f"the checkpoint's entry that was read last, {last}, is {self._seen[last]}"
-        if not any(part.origins() for stream in streams for part in stream.streams.values()):
+        if not was_read and not any(part.origins() for stream in streams for part in stream.streams.values()):
             advice = Misplaced.among(self._seen, [stream.name for stream in streams]).advice
             if advice:
                 yield f"the model did not load any weight so far. {advice}"

@@ -93,6 +93,11 @@ class Fallback:
         if pending.plan.replaces_stock:
             self._quantized_here[layer] = pending
 
+    @property
+    def was_read(self) -> bool:
+        """Whether anything was loaded into these layers."""
+        return any(weight.origins() for weights in list(self._weights.values()) for weight in weights.values())
+
     def names(self) -> Iterator[str]:
         """Of all weights that are watched."""
         yield from (weight.name for weights in self._weights.values() for weight in weights.values())
@@ -120,6 +125,7 @@ class Fallback:
         """
         for layer in self._weights.keys() - set(model.modules()):
             weights = self._weights.pop(layer)
+            self._quantized_here.pop(layer, None)
             self._tell(weights, {key: weight.missing() for key, weight in weights.items()})
 
     def clear(self) -> None:

@@ -240,7 +240,7 @@ class ModelLoad:
         """What an error that ended upstream's load does not say itself."""
         if is_shortage(error):
             yield memory_note(self.account)
-        yield from self.checkpoint.explain(self._layers)
+        yield from self.checkpoint.explain(self._layers, was_read=self.fallback.was_read)
 
     # -- after the weights are read ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core import pipelined, streams
+from core import kernels, pipelined, streams
 
 
 class UpstreamParameter(torch.nn.Parameter):
@@ -26,7 +26,7 @@ def _parameter(values):
 KINDS = {
     "plain": lambda patch: None,
     "pipelined": pipelined.use,
-    "by kernels": streams.use_kernels,
+    "by kernels": kernels.use_kernels,
     "of upstream's class": lambda patch: patch.setattr(streams, "make_parameter", _parameter),
 }
 

@@ -6,7 +6,11 @@ The arithmetic is that of a build without fast-math.
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+from core import streams
+from sglang_overlay.core.quantizers import RowKernelQuantizer, WholeUnitQuantizer
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -69,3 +73,14 @@ def scaled_fp8_quant(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = unit.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax().reshape(1) / FP8_MAX
     products = (unit.float() * (1 / scale)).nan_to_num(nan=FP8_MAX, posinf=torch.inf, neginf=-torch.inf)
     return products.clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def use_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Until ``patch`` is undone, streams have the quantizers of a GPU, with upstream's kernels in torch.
+
+    From 16 rows on the whole weight has another kernel than its parts, as on a GPU from 16 rows a multiprocessor on.
+    """
+    patch.setattr(streams, "one_scale", lambda: WholeUnitQuantizer(scaled_fp8_quant))
+    patch.setattr(
+        streams, "one_scale_a_row", lambda rows: RowKernelQuantizer(RowKernelInPlace(multiprocessors=1), rows)
+    )

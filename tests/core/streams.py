@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pytest
 import torch
 
-from core.kernels import RowKernelInPlace, scaled_fp8_quant
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import capture_of
 from sglang_overlay.core.quantizers import RowKernelQuantizer, RowQuantizer, UnitQuantizer, WholeUnitQuantizer
@@ -134,13 +131,3 @@ def one_scale() -> UnitQuantizer:
 def one_scale_a_row(rows: int) -> UnitQuantizer:
     """What quantizes each of a weight's rows."""
     return RowQuantizer(quantize_rows)
-
-
-def use_kernels(patch: pytest.MonkeyPatch) -> None:
-    """Until ``patch`` is undone, streams have the quantizers of a GPU, with upstream's kernels in torch.
-
-    From 16 rows on the whole weight has another kernel than its parts, as on a GPU from 16 rows a multiprocessor on.
-    """
-    this = sys.modules[__name__]
-    patch.setattr(this, "one_scale", lambda: WholeUnitQuantizer(scaled_fp8_quant))
-    patch.setattr(this, "one_scale_a_row", lambda rows: RowKernelQuantizer(RowKernelInPlace(multiprocessors=1), rows))

@@ -156,7 +156,7 @@ def test_what_a_loader_asks_of_a_watched_parameter_is_answered():
 def test_what_is_let_go_of_is_the_plain_parameter_it_was():
     placeholder, notes, capture = watched()
     placeholder.output_dim = 1
-    ViewCapture.let_go(placeholder)
+    ViewCapture.unwatch(placeholder)
     assert type(placeholder) is torch.nn.Parameter
     assert vars(placeholder) == {"output_dim": 1}
     with capture():

@@ -15,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core import pipelined, streams
+from core import pipelined
+from core.kernels import use_kernels
 from core.streams import per_channel, per_expert, per_tensor
 from core.test_stream import weight_of
 from sglang_overlay.core.regions import slices
@@ -33,7 +34,7 @@ def pipelined_streams():
 @pytest.fixture(scope="class")
 def kernels():
     with pytest.MonkeyPatch.context() as patch:
-        streams.use_kernels(patch)
+        use_kernels(patch)
         yield
 
 

@@ -8,6 +8,7 @@ what goes wrong.
 
 ``ask`` sends the scheduler SGLang's own request, ``call`` calls the target's weight updater. The process imports SGLang
 itself: as in ``test_update_serving.py``, a scheduler with a draft runs on the CPU with Triton's interpreter only.
+``SchedulerRanks`` are several of them that share a model.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.loads.job import LoadJob, changed_environ
+from workbench.loads.loads import free_port
 
 from sglang_overlay.settings import MODE_VARIABLE
 
@@ -39,7 +42,10 @@ if TYPE_CHECKING:
 
 _SECONDS = 300.0
 
-What = Literal["begin", "tensor", "distributed", "ipc", "disk", "end"]
+What = Literal["begin", "tensor", "distributed", "ipc", "disk", "end", "join"]
+
+GROUP = "trainer"
+"""Of a trainer that broadcasts; ``join`` makes one that has no other member."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class _Order:
     """What the process is to do: start a scheduler of two models, or an update."""
 
     kind: Literal["start", "ask", "call"]
+    rank: int
     what: What = "begin"
     folders: tuple[Path, ...] = ()
     sent: bytes = b""
@@ -99,11 +106,13 @@ class SchedulerProcess:
 
     Args:
         log: file for what it prints.
+        rank: of those that share the model.
         environ: variables laid over this process's environment there.
     """
 
-    def __init__(self, log: Path, **environ: str) -> None:
+    def __init__(self, log: Path, rank: int = 0, **environ: str) -> None:
         context = multiprocessing.get_context("spawn")
+        self._rank = rank
         self._log = log
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, str(log)), daemon=True)
@@ -122,7 +131,7 @@ class SchedulerProcess:
 
     def start(self, target: Path, draft: Path, **server_args: Any) -> Answer:
         """A scheduler of these models, in place of the one before."""
-        return self._send(_Order("start", folders=(target, draft), fields=server_args))
+        return self._send(_Order("start", self._rank, folders=(target, draft), fields=server_args))
 
     def ask(self, what: What, *checkpoint: Path, names: str = "", faults: Sequence[Fault] = ()) -> Answer:
         """Send the scheduler a request.
@@ -135,11 +144,11 @@ class SchedulerProcess:
         """
         # Here, as in a trainer: with SGLang's patch of torch a process that updates weights serializes none on the CPU.
         sent = _serialized(checkpoint[0], names) if what == "tensor" else b""
-        return self._send(_Order("ask", what, checkpoint, sent, tuple(faults)))
+        return self._send(_Order("ask", self._rank, what, checkpoint, sent, tuple(faults)))
 
     def call(self, what: What, *checkpoint: Path, faults: Sequence[Fault] = (), **arguments: Any) -> Answer:
         """Call the target's weight updater, past the scheduler; as of ``ask``, with further arguments of the method."""
-        return self._send(_Order("call", what, checkpoint, faults=tuple(faults), fields=arguments))
+        return self._send(_Order("call", self._rank, what, checkpoint, faults=tuple(faults), fields=arguments))
 
     def _send(self, order: _Order) -> Answer:
         self._pipe.send(order)
@@ -151,6 +160,48 @@ class SchedulerProcess:
             told = self._log.read_text(errors="replace")[-4000:]
             raise RuntimeError(f"the scheduler's process has ended:\n{told}") from None
         return answer
+
+
+class SchedulerRanks:
+    """Two ranks that share a target and a draft.
+
+    Args:
+        folder: for what they print.
+        environ: as of ``SchedulerProcess``.
+
+    Attributes:
+        ranks: by number.
+    """
+
+    def __init__(self, folder: Path, **environ: str) -> None:
+        self.ranks = [SchedulerProcess(folder / f"rank-{rank}.txt", rank, **environ) for rank in range(2)]
+        self._threads = ThreadPoolExecutor(len(self.ranks))
+
+    def __enter__(self) -> SchedulerRanks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for rank in self.ranks:
+            rank.__exit__(kind, error, trace)
+        self._threads.shutdown()
+
+    def start(self, target: Path, draft: Path) -> list[Answer]:
+        """Schedulers of these models."""
+        fields = {"tp_size": len(self.ranks), "nccl_port": free_port()}
+        return self._together(lambda rank, _: rank.start(target, draft, **fields))
+
+    def ask(self, what: What, *checkpoint: Path, faults: Sequence[Fault] = (), on: int = 1) -> list[Answer]:
+        """Send all of them a request; ``faults`` go wrong on the rank ``on`` alone."""
+        return self._together(lambda rank, number: rank.ask(what, *checkpoint, faults=faults if number == on else ()))
+
+    def call(self, what: What, faults: Sequence[Fault] = (), on: int = 1, **arguments: Any) -> list[Answer]:
+        """Call the weight updaters of all of them."""
+        return self._together(lambda rank, number: rank.call(what, faults=faults if number == on else (), **arguments))
+
+    def _together(self, do: Callable[[SchedulerProcess, int], Answer]) -> list[Answer]:
+        return list(self._threads.map(do, self.ranks, range(len(self.ranks))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,9 +264,10 @@ def _started(order: _Order) -> Any:
     }
     runtime.take_down()
     server_args = load_worker.server_args_of(LoadJob(target, server_args=fields))
-    runtime.publish(server_args, rank=0)
+    runtime.publish(server_args, rank=order.rank)
     # Until 0.5.19 a scheduler is told its place.
-    ranks = dict.fromkeys(("gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"), 0)
+    ranks = dict.fromkeys(("moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank"), 0)
+    ranks |= {"gpu_id": order.rank, "tp_rank": order.rank}
     ports = PortArgs.init_new(server_args)
     return runtime.told(Scheduler, server_args=server_args, port_args=ports, dp_rank=None, **ranks)
 
@@ -283,15 +335,19 @@ def _request(order: _Order) -> Any:
     (folder,) = order.folders
     if order.what == "disk":
         return io_struct.UpdateWeightFromDiskReqInput(model_path=str(folder), load_format="auto")
+    if order.what == "distributed":
+        return io_struct.UpdateWeightsFromDistributedReqInput(group_name=GROUP, **_described(folder))
     if order.what == "ipc":
         return _ipc(folder)
-    return io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=[order.sent])
+    return io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=[order.sent] * (order.rank + 1))
 
 
 def _call(updater: Any, order: _Order) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A method of the updater's, and what it is given."""
     if order.what in ("begin", "end"):
         return getattr(updater, f"{order.what}_weight_update"), ()
+    if order.what == "join":
+        return updater.init_weights_update_group, ("127.0.0.1", free_port(), -order.rank, 1, GROUP, "gloo")
     (folder,) = order.folders
     if order.what == "disk":
         return updater.update_weights_from_disk, (str(folder),)
@@ -300,6 +356,12 @@ def _call(updater: Any, order: _Order) -> tuple[Callable[..., Any], tuple[Any, .
     if order.what == "distributed":
         return updater.load_weights_from_distributed, (_tensors(folder),)
     return updater.update_weights_from_tensor, (_tensors(folder),)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    names, tensors = zip(*_tensors(folder), strict=True)
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+    return {"names": list(names), "dtypes": dtypes, "shapes": [list(tensor.shape) for tensor in tensors]}
 
 
 def _ipc(folder: Path) -> Any:

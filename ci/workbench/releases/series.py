@@ -1,8 +1,8 @@
 """The patch series that adds streaming to SGLang itself: the contents of each patch, and their text.
 
-Everything is generated. Modules are the overlay's own, with renamed imports. Files that only an SGLang with streaming
-built in needs (its switch, its GPU tests, its documentation) are in `patches/upstream`, with the layout of SGLang's
-repository. SGLang's own files get a decorator at each hook (`edits.py`).
+The core and a few modules more are the overlay's own, with renamed imports. What an SGLang with streaming built in does
+in its own way (a load, stock's layers, the switch, GPU tests, documentation) is in `patches/upstream`, with the layout
+of SGLang's repository. SGLang's own files get a decorator at each hook (`edits.py`).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _renamed(source: Path) -> str:
     text = re.sub(r"\bsglang_overlay\.(core|load|schemes)\b", PACKAGE, text)
     text = re.sub(r"  # (type: ignore|noqa)\b.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^ *# -- .* -+$", lambda rule: rule[0][:LINE_LENGTH], text, flags=re.MULTILINE)
-    left = re.search(r"\bsglang_overlay\b.*", text)
+    left = re.search(r"\bsglang_overlay\b.*|^from core\b(?!\.streams import).*", text, flags=re.MULTILINE)
     if left is not None:
         raise EditError(f"{source} needs what the series does not have: {left[0]}")
     licence, _, rest = text.partition("\n")
