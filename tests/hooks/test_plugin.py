@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import sglang
 import wrapt
+from harness.forked_python import ForkedPython
 
 from sglang_overlay.hooks import plugin, ray_actors, releases, source_tree
 from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
@@ -145,18 +146,21 @@ ABSENT = len(releases.absent())
 PRESENT = len(STREAMING) - ABSENT
 
 
-def run(change="", then=EPILOGUE, arguments=(), **variables):
-    """A process that loads SGLang's plugins, and then makes an fp8 config as a model load does."""
+def environ_with(**variables):
+    """This process's, of SGLang's variables those given."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
-    environ[CPU_REFERENCE_VARIABLE] = "1"
-    return subprocess.run(
-        [sys.executable, "-c", PROLOGUE + change + then, *arguments],
-        env={**environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return {**environ, CPU_REFERENCE_VARIABLE: "1", **variables}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A process that loads SGLang's plugins, and then makes an fp8 config as a model load does."""
+    with ForkedPython(tmp_path_factory.mktemp("python")) as python:
+
+        def start(change="", then=EPILOGUE, arguments=(), **variables):
+            return python.run(PROLOGUE + change + then, arguments, environ_with(**variables))
+
+        yield start
 
 
 def warnings_of(result):
@@ -164,14 +168,14 @@ def warnings_of(result):
 
 
 @pytest.mark.parametrize(("value", "active"), [("0", 0), ("1", PRESENT), ("require", PRESENT)])
-def test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone(value, active):
+def test_switch_puts_the_hooks_in_place_or_leaves_sglang_alone(value, active, run):
     result = run(SGLANG_STREAMFP8=value)
     assert result.returncode == 0, result.stderr
     assert f"ACTIVE {active} of {len(STREAMING)}" in result.stdout
     assert warnings_of(result) == []
 
 
-def test_unknown_value_ends_the_process_with_the_valid_ones():
+def test_unknown_value_ends_the_process_with_the_valid_ones(run):
     result = run(SGLANG_STREAMFP8="yes")
     assert result.returncode == 1
     assert "ACTIVE" not in result.stdout
@@ -189,7 +193,7 @@ def test_unknown_value_ends_the_process_with_the_valid_ones():
     ],
 )
 class TestSGLangThatIsNotAsExpected:
-    def test_is_left_as_it_is_with_one_warning_at_the_first_fp8_load(self, change, said):
+    def test_is_left_as_it_is_with_one_warning_at_the_first_fp8_load(self, change, said, run):
         result = run(change)
         assert result.returncode == 0, result.stderr
         assert "Fp8MoEMethod" not in result.stdout
@@ -197,7 +201,7 @@ class TestSGLangThatIsNotAsExpected:
         assert said in warning
         assert "supported" in warning
 
-    def test_is_an_error_of_the_fp8_load_alone_where_streaming_is_required(self, change, said):
+    def test_is_an_error_of_the_fp8_load_alone_where_streaming_is_required(self, change, said, run):
         result = run(change, SGLANG_STREAMFP8="require")
         assert result.returncode == 1
         assert "SERIALIZED" in result.stdout
@@ -214,13 +218,13 @@ class TestSGLangThatIsNotAsExpected:
     ],
 )
 class TestHooksThatCannotBeApplied:
-    def test_are_said_and_fp8_loads_are_stocks(self, change, said):
+    def test_are_said_and_fp8_loads_are_stocks(self, change, said, run):
         result = run(change, SGLANG_STREAMFP8="1")
         assert result.returncode == 0, result.stderr
         assert "ONLINE" in result.stdout
         assert said in result.stderr
 
-    def test_end_what_requires_streaming(self, change, said):
+    def test_end_what_requires_streaming(self, change, said, run):
         result = run(change, SGLANG_STREAMFP8="require")
         assert result.returncode == 1
         assert "ONLINE" not in result.stdout
@@ -228,11 +232,16 @@ class TestHooksThatCannotBeApplied:
         assert said in result.stderr
 
 
-def load(change, checkpoint, *folders, **variables):
+@pytest.fixture
+def load(run, checkpoint):
     """Loads a tiny checkpoint in a process of which something is changed."""
-    path = [*folders, Path(__file__).parents[2] / "ci", Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(map(str, path))
-    return run(change, LOAD_PLUGINS + LOAD, [checkpoint("qwen3")], PYTHONPATH=path, **variables)
+
+    def start(change, *folders, **variables):
+        path = [*folders, Path(__file__).parents[2] / "ci", Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(map(str, path))
+        return run(change, LOAD_PLUGINS + LOAD, [checkpoint("qwen3")], PYTHONPATH=path, **variables)
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -245,8 +254,8 @@ def load(change, checkpoint, *folders, **variables):
 class TestHooksOfWhichOthersAreInPlace:
     """What is loaded must not be streamed all the same, and said not to be."""
 
-    def test_load_is_stocks_with_one_warning(self, change, said, checkpoint, tmp_path):
-        result = load(change, checkpoint, SGLANG_STREAMFP8_REPORT=str(tmp_path))
+    def test_load_is_stocks_with_one_warning(self, change, said, tmp_path, load):
+        result = load(change, SGLANG_STREAMFP8_REPORT=str(tmp_path))
         assert result.returncode == 0, result.stderr
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         (warning,) = warnings_of(result)
@@ -254,21 +263,21 @@ class TestHooksOfWhichOthersAreInPlace:
         assert "The model is loaded as in stock SGLang." in warning
         assert {(report.mode, report.units.streamed) for report in read_folder(tmp_path)} == {("stock", 0)}
 
-    def test_load_is_an_error_where_streaming_is_required(self, change, said, checkpoint):
-        result = load(change, checkpoint, SGLANG_STREAMFP8="require")
+    def test_load_is_an_error_where_streaming_is_required(self, change, said, load):
+        result = load(change, SGLANG_STREAMFP8="require")
         assert result.returncode == 1
         assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
 
 
 @pytest.mark.parametrize("change", [RENAMED_REGISTRY, NO_REGISTRY], ids=["renamed", "gone"])
-def test_private_names_of_sglangs_own_hook_registry_are_not_needed(change):
+def test_private_names_of_sglangs_own_hook_registry_are_not_needed(change, run):
     result = run(change, SGLANG_STREAMFP8="require")
     assert result.returncode == 0, result.stderr
     assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
 
 
-def test_function_that_another_plugin_wraps_as_well_is_streamed(checkpoint):
-    result = load(OTHER_WRAPS, checkpoint, SGLANG_STREAMFP8="require")
+def test_function_that_another_plugin_wraps_as_well_is_streamed(load):
+    result = load(OTHER_WRAPS, SGLANG_STREAMFP8="require")
     assert result.returncode == 0, result.stderr
     assert "FP8 torch.float8_e4m3fn" in result.stdout
 
@@ -287,26 +296,31 @@ for target in sorted({place.target for point in (*STREAMING, *TELLING) for place
 """
 
 
-def functions(**variables):
+@pytest.fixture(scope="module")
+def functions(run):
     """Where each function that is hooked, or would be, stands in a file."""
-    result = run(then=SEEN, **variables)
-    assert result.returncode == 0, result.stderr
-    return {line for line in result.stdout.splitlines() if line.startswith("SEEN ")}
+
+    def find(**variables):
+        result = run(then=SEEN, **variables)
+        assert result.returncode == 0, result.stderr
+        return {line for line in result.stdout.splitlines() if line.startswith("SEEN ")}
+
+    return find
 
 
 @pytest.fixture(scope="module")
-def stock():
+def stock(functions):
     return functions(SGLANG_PLUGINS="of_nobody")
 
 
 class TestSwitchedOff:
     """``SGLANG_STREAMFP8=0``: every function that is hooked otherwise is the one that stands in SGLang's file."""
 
-    def test_nothing_is_hooked(self, stock):
+    def test_nothing_is_hooked(self, stock, functions):
         assert functions(SGLANG_STREAMFP8="0") == stock
         assert len(stock) >= PRESENT
 
-    def test_report_that_is_asked_for_hooks_what_measures_a_load_and_nothing_else(self, stock, tmp_path):
+    def test_report_that_is_asked_for_hooks_what_measures_a_load_and_nothing_else(self, stock, tmp_path, functions):
         found = functions(SGLANG_STREAMFP8="0", SGLANG_STREAMFP8_REPORT=str(tmp_path))
         changed = {line.split()[1] for line in stock - found}
         measuring = {point.target for point in (*MEASURING, *TELLING)}
@@ -317,14 +331,14 @@ class TestSwitchedOff:
 class TestReleaseThatIsNotSupported:
     """It comes after the one that is installed, and is like it."""
 
-    def test_has_its_hooks_in_place(self):
+    def test_has_its_hooks_in_place(self, run):
         result = run(NEXT_RELEASE, SGLANG_STREAMFP8="require")
         assert result.returncode == 0, result.stderr
         assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
         assert warnings_of(result) == []
 
-    def test_is_streamed_with_nothing_said_where_all_bodies_are_known(self, checkpoint):
-        result = load(NEXT_RELEASE, checkpoint, SGLANG_STREAMFP8="require")
+    def test_is_streamed_with_nothing_said_where_all_bodies_are_known(self, load):
+        result = load(NEXT_RELEASE, SGLANG_STREAMFP8="require")
         assert result.returncode == 0, result.stderr
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         assert warnings_of(result) == []
@@ -345,16 +359,16 @@ def changed_sglang(tmp_path_factory):
 
 
 class TestFunctionThatDoesSomethingElse:
-    def test_is_streamed_with_a_warning_that_names_it(self, changed_sglang, checkpoint):
-        result = load("", checkpoint, changed_sglang)
+    def test_is_streamed_with_a_warning_that_names_it(self, changed_sglang, load):
+        result = load("", changed_sglang)
         assert result.returncode == 0, result.stderr
         assert "FP8 torch.float8_e4m3fn" in result.stdout
         (warning,) = warnings_of(result)
         assert f"SGLang {releases.installed()} is untested" in warning
         assert re.findall(r"sglang\.srt\S+\w", warning) == [FP8_LINEAR]
 
-    def test_is_an_error_where_streaming_is_required(self, changed_sglang, checkpoint):
-        result = load("", checkpoint, changed_sglang, SGLANG_STREAMFP8="require")
+    def test_is_an_error_where_streaming_is_required(self, changed_sglang, load):
+        result = load("", changed_sglang, SGLANG_STREAMFP8="require")
         assert result.returncode == 1
         assert "FP8" not in result.stdout
         assert "StreamingUnavailableError: SGLANG_STREAMFP8=require" in result.stderr
@@ -374,11 +388,11 @@ print("TELLING", *(found.state.value for found in inspect_hooks(TELLING)))
 
 
 class TestMetricsOfSGLang:
-    def test_are_added_to(self):
+    def test_are_added_to(self, run):
         result = run(then=EPILOGUE + TOLD)
         assert "TELLING active active" in result.stdout, result.stderr
 
-    def test_that_are_not_as_expected_keep_nothing_from_streaming(self):
+    def test_that_are_not_as_expected_keep_nothing_from_streaming(self, run):
         result = run(CHANGED_METRICS, then=EPILOGUE + TOLD, SGLANG_STREAMFP8="require")
         assert "TELLING signature signature" in result.stdout, result.stderr
         assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
@@ -397,7 +411,8 @@ print(*sorted(set(sys.modules) - before))
 
 def test_discovery_imports_nothing_of_sglangs_or_torchs_and_little_of_this_package():
     """Every process of SGLang's pays for it, and most of them load no fp8 model."""
-    imported = run(then=DISCOVERY, change="").stdout.split()
+    command = [sys.executable, "-c", DISCOVERY]
+    imported = subprocess.run(command, env=environ_with(), capture_output=True, text=True, check=True).stdout.split()
     assert not [name for name in imported if name.partition(".")[0] in ("sglang", "torch", "numpy", "wrapt", "click")]
     assert {name for name in imported if name.startswith("sglang_overlay")} == {
         "sglang_overlay",
