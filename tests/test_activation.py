@@ -21,6 +21,13 @@ def test_installed_and_listed_plugin_is_no_problem():
     assert activation._installation_problems({"SGLANG_PLUGINS": "other, streamfp8"}) == []
 
 
+@pytest.mark.parametrize("process", ["--use-ray", "one_batch", "sglang.srt.weight_cache.daemon", "--encoder-only"])
+def test_processes_that_load_no_plugins_are_named(process):
+    found = activation.to_json(_activation(()))
+    assert process in " ".join(found["notes"])
+    assert "python -m sglang_overlay run" in " ".join(found["notes"])
+
+
 def test_platform_that_keeps_the_plugin_away_is_seen():
     assert activation._installation_problems({"SGLANG_PLATFORM": "streamfp8_cpu"}) == []
     (problem,) = activation._installation_problems({"SGLANG_PLATFORM": "other"})

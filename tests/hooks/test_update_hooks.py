@@ -136,6 +136,18 @@ class TestSession:
         assert scheduler.ask("tensor", new).success
         assert scheduler.ask("end").success
 
+    def test_keeps_what_waited_before_a_call_that_fails(self, scheduler, checkpoint):
+        """DeepSeek fuses two tensors itself: the first waits for the second, whose call fails once it has written."""
+        held = scheduler.start(checkpoint("deepseek_v3"), checkpoint("qwen3"), context_length=4096).held
+        new = checkpoint("deepseek_v3", seed=SEED)
+        scheduler.ask("begin")
+        assert scheduler.ask("tensor", new, names="q_a_proj").success
+        answer = scheduler.ask("tensor", new, names="kv_a_proj", faults=[Fault(KEEP, OUT_OF_MEMORY)])
+        assert not answer.success
+        assert [model.tensors for model in answer.held] == [model.tensors for model in held]
+        assert scheduler.ask("tensor", new, names="kv_a_proj").success
+        assert scheduler.ask("end").success
+
 
 DISTRIBUTED = pytest.param("distributed", marks=SESSIONS)
 IPC = pytest.param("ipc", marks=SESSIONS)

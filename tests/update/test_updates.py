@@ -178,8 +178,8 @@ def test_update_leaves_what_a_model_notes_down_on_the_weights_that_are_served(od
 def misshapen(checkpoint, tmp_path):
     """New weights of a family, of which one has half its rows."""
 
-    def make(family, name):
-        copytree(checkpoint(family, seed=SEED), tmp_path / "misshapen")
+    def make(family, name, seed=SEED):
+        copytree(checkpoint(family, seed=seed), tmp_path / "misshapen")
         (file,) = (tmp_path / "misshapen").glob("*.safetensors")
         tensors = load_file(file)
         tensors[name] = tensors[name][: len(tensors[name]) // 2].clone()
@@ -281,7 +281,7 @@ def test_failed_update_from_disk_leaves_the_weights_that_an_update_had_brought(
     family, workers, checkpoint, misshapen, fresh
 ):
     good = Update("tensor", checkpoint(family, seed=SEED))
-    broken = Update("disk", misshapen(family, BAD[family]))
+    broken = Update("disk", misshapen(family, BAD[family], seed=2))
     job = LoadJob(checkpoint(family), streaming="require", updates=(good, broken), prompts=PROMPTS)
     result = workers.load(job)
     assert [done.success for done in result.ranks[0].updates] == [True, False]
