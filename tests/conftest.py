@@ -65,7 +65,6 @@ FULL = (
     "test_readme.py::test_light_command_runs",
     "update/test_lora.py",
     "update/test_update_serving.py::test_server",
-    "update/test_update_serving.py::test_target",
     "workbench/test_bench.py",
     "workbench/test_demo.py",
     "workbench/test_gpu_check.py",
