@@ -66,8 +66,6 @@ FULL = (
     "update/test_lora.py",
     "update/test_update_ranks.py",
     "update/test_update_serving.py::test_server",
-    "update/test_update_ranks.py",
-    "update/test_update_serving.py::test_target",
     "workbench/test_bench.py",
     "workbench/test_demo.py",
     "workbench/test_gpu_check.py",

@@ -7,7 +7,8 @@ what goes wrong.
         answer = scheduler.ask("disk", checkpoint, faults=[Fault("package.module:Class.method", OSError("no room"))])
 
 ``ask`` sends the scheduler SGLang's own request, ``call`` calls the target's weight updater. The process imports SGLang
-itself: as in ``test_update_serving.py``, a scheduler with a draft runs on the CPU with Triton's interpreter only.
+itself: SGLang builds trees of drafts on GPUs only, and a scheduler with a draft starts on the CPU, up to its first
+prompt, where the platform says that it can, and with Triton's kernels in the interpreter.
 ``SchedulerRanks`` are several of them that share a model.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import multiprocessing
 import os
 import pkgutil
@@ -150,6 +152,10 @@ class SchedulerProcess:
         """Call the target's weight updater, past the scheduler; as of ``ask``, with further arguments of the method."""
         return self._send(_Order("call", self._rank, what, checkpoint, faults=tuple(faults), fields=arguments))
 
+    def printed(self) -> str:
+        """What the process has printed and logged so far."""
+        return self._log.read_text(errors="replace")
+
     def _send(self, order: _Order) -> Answer:
         self._pipe.send(order)
         if not self._pipe.poll(_SECONDS):
@@ -157,8 +163,7 @@ class SchedulerProcess:
         try:
             answer: Answer = self._pipe.recv()
         except EOFError:
-            told = self._log.read_text(errors="replace")[-4000:]
-            raise RuntimeError(f"the scheduler's process has ended:\n{told}") from None
+            raise RuntimeError(f"the scheduler's process has ended:\n{self.printed()[-4000:]}") from None
         return answer
 
 
@@ -213,6 +218,7 @@ def _serve(orders: Connection, log: str) -> None:
     opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(opened, 1)
     os.dup2(opened, 2)
+    logging.basicConfig(level=logging.INFO)
     sys.modules["checkpoint_engine"] = ModuleType("checkpoint_engine")
     sys.modules["checkpoint_engine.worker"] = engine = ModuleType("checkpoint_engine.worker")
     engine.update_weights_from_ipc = _weights_of_a_folder  # type: ignore[attr-defined]

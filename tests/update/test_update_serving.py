@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -20,7 +19,6 @@ from workbench.loads.serving import post
 from sglang_overlay.hooks.update_hooks import BEFORE_UPDATE
 
 SEED = 1
-LAYERS = 3
 
 
 @pytest.fixture
@@ -90,67 +88,6 @@ def test_server_is_updated_from_disk_and_back_by_broadcast(server, checkpoint, t
     if weights is not None:
         assert restored == weights
         assert [name for name in weights if weights[name] == changed[name]] == []
-
-
-SPECULATING = """
-import runpy
-import sglang
-from sglang_overlay.cpu_reference.platform import CpuReferencePlatform
-CpuReferencePlatform.supports_speculative_algorithm = lambda *_: True
-if __name__ == "__main__":
-    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
-"""
-
-
-@pytest.fixture
-def speculating(checkpoint, tmp_path):
-    """A server with a draft model, up to the first request: SGLang builds trees of drafts on GPUs only.
-
-    It starts on the CPU where the platform says that it can, and with Triton's kernels in the interpreter.
-    """
-
-    def start(draft):
-        launcher = tmp_path / "speculating.py"
-        launcher.write_text(SPECULATING)
-        port = serving.free_port()
-        arguments = (
-            *("--quantization", "fp8", "--device", "cpu", "--log-level", "info", "--attention-backend", "triton"),
-            *("--disable-radix-cache", "--max-total-tokens", "512", "--skip-server-warmup"),
-            *("--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft)),
-            *("--speculative-draft-model-quantization", "fp8", "--speculative-num-steps", "1"),
-            *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "2"),
-        )
-        python, _, _, *rest = serving.sglang_command(sys.executable, str(checkpoint("qwen3")), port, arguments)
-        environ = {"SGLANG_STREAMFP8": "require", "TRITON_INTERPRET": "1"}
-        launch = serving.Launch((python, str(launcher), *rest), port, tmp_path / "server.log", environ)
-        return serving.running(launch, timeout=300)
-
-    return start
-
-
-def test_target_and_draft_are_updated_together_and_one_answer_tells_of_both(speculating, checkpoint, tmp_path):
-    """The draft has a layer less. SGLang answers what the draft's update said, the last of the two."""
-    shallow = (("num_hidden_layers", LAYERS - 1),)
-    with speculating(checkpoint("qwen3", seed=2, overrides=shallow)) as url:
-        folder = checkpoint("qwen3", seed=SEED)
-        whole = post(url, "update_weights_from_disk", {"model_path": str(folder)}).json()
-        folder = checkpoint("qwen3", seed=SEED, overrides=shallow)
-        lacking = post(url, "update_weights_from_disk", {"model_path": str(folder)}).json()
-    assert "Nothing took" not in whole["message"]
-    assert f"model.layers.{LAYERS - 1}.mlp.down_proj" in lacking["message"]
-    counts = re.findall(r"weight update: (\d+) units of \d+ layers replaced", (tmp_path / "server.log").read_text())
-    assert counts == ["12", "8", "8", "8"]
-
-
-def test_target_goes_back_where_the_draft_cannot_be_updated(speculating, checkpoint, tmp_path):
-    """Both are read from the folder that is sent, and the draft is narrower."""
-    narrow = checkpoint("qwen3", overrides=(("hidden_size", 64),))
-    with speculating(narrow) as url:
-        before = checksum(url)
-        with pytest.raises(serving.ServerError, match=rf"(?s)400.*{BEFORE_UPDATE}"):
-            post(url, "update_weights_from_disk", {"model_path": str(checkpoint("qwen3", seed=SEED))})
-        assert checksum(url) == before
-    assert "weight update: 12 units of 12 layers replaced" in (tmp_path / "server.log").read_text()
 
 
 def test_server_keeps_what_it_serves_when_an_update_fails(server, checkpoint, tmp_path):
