@@ -197,7 +197,7 @@ class TestFromDisk:
     def test_folder_without_weights_leaves_the_path_before(self, scheduler, old, before):
         answer = scheduler.call("disk", old.parent / "mistyped", load_format="auto")
         assert not answer.success
-        assert answer.message.startswith("Failed to get weights iterator: ")
+        assert answer.message.startswith("Failed to update weights: Failed to get weights iterator: ")
         assert answer.message.endswith(f". {BEFORE_UPDATE}")
         assert answer.held == before
 
