@@ -39,7 +39,7 @@ class UnitQuantizer(Protocol):
         Args:
             pieces: the unit's values.
             weight: fp8 output, with the unit's shape.
-            scale: float32 output, the unit's slice of the scale.
+            scale: float32 output, ``[S]``: the unit's scales in row-major order, or ``[]`` for a single one.
 
         Returns:
             The unit's largest magnitude; NaN or Inf if any of its values is. May be on the device, not awaited.
@@ -51,7 +51,7 @@ class UnitQuantizer(Protocol):
         Args:
             values: high precision, ``[n, *unit]``.
             weight: fp8 output, ``[n, *unit]``.
-            scale: float32 output, ``[n, *scales of a unit]``.
+            scale: float32 output, ``[n, S]``, or ``[n]`` where a unit has a single scale.
 
         Returns:
             Largest magnitudes, ``[n]``, as ``quantize`` returns them.
@@ -178,19 +178,41 @@ class AssembledUnits(ABC):
 
     @abstractmethod
     def quantize_units(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Like ``quantize_run``, in as few operations as possible: on a device each operation is a launch."""
+        """Like ``quantize_run``, in as few operations as possible: on a device each operation is a launch.
+
+        The planner runs it on tensors without data for ``--device cuda``: nothing may be read from the device.
+        """
 
 
 class OneScaleAUnit:
     """Mixin for quantizers whose units have a single scale."""
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-        return is_rounding_of(weight[slices(piece.box)], scale, piece.values)
+        part = weight[slices(piece.box)]
+        return is_rounding_of(part, scale, piece.values) and self._has_largest(piece, part, weight, scale)
+
+    @staticmethod
+    def _has_largest(piece: Piece, part: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        """Whether ``piece`` reaches the magnitude of which the scale was made, or may have it elsewhere in its unit."""
+        top = torch.finfo(weight.dtype).max
+        inside, everywhere = ((values.float().abs() == top).sum() for values in (part, weight))
+        if not inside or inside < everywhere:
+            return True
+        return bool((piece.values.float().abs().amax() >= scale * top * (1 - _ROUNDED)).all())
+
+
+_ROUNDED = 2.0**-20
+"""More than a scale differs by from the magnitude of which it was made, divided by the largest fp8 value."""
 
 
 def is_rounding_of(weight: torch.Tensor, scale: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether fp8 ``weight`` times ``scale`` (broadcast against it) is ``values`` rounded: within half a step."""
+    """Whether fp8 ``weight`` times ``scale`` (broadcast against it) is ``values`` rounded.
+
+    Then they differ by half a step at most, and no value is larger than what the scale was made for.
+    """
     wanted = values.float()
+    if bool((wanted.abs() > scale * torch.finfo(weight.dtype).max * (1 + _ROUNDED)).any()):
+        return False
     # Half a step: 2**-4 of the value for e4m3, or of the smallest normal number below that.
     smallest = torch.finfo(weight.dtype).smallest_normal * scale
     allowed = torch.maximum(wanted.abs(), smallest) * (torch.finfo(weight.dtype).eps / 2)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization units, the smallest slices of a parameter whose scale can be computed alone, and what writes touch."""
+"""Quantization units, the slices of a parameter that are quantized in one step, and which of them a write touches.
+
+A unit is whole rows, or an expert's matrix, and holds all values of each of its scales.
+"""
 
 from __future__ import annotations
 

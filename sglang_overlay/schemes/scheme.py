@@ -41,7 +41,8 @@ class Scheme(Protocol):
 
         Returns:
             A new object for this layer, since the load modifies it. Its ``create_weights`` has a parameter
-            ``params_dtype``.
+            ``params_dtype``. SGLang's linear layers choose their weight loader by the name of the method's class
+            (``WEIGHT_LOADER_V2_SUPPORTED``), so a subclass of ``Fp8LinearMethod`` needs that name.
         """
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:
@@ -53,4 +54,7 @@ class Scheme(Protocol):
         """
 
     def stored(self) -> StoredFormat | None:
-        """How its weights are stored in a checkpoint that stock SGLang loads; None if stock has no such format."""
+        """How its weights are stored in a checkpoint that stock SGLang serves.
+
+        None if stock creates no such parameters for a checkpoint, or has no kernel for them.
+        """

@@ -38,11 +38,23 @@ class SerializedPlan(LayerPlan):
 
     @abc.abstractmethod
     def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
-        """How the parameter ``name``, which is ``weight``, divides into units; on a device they should be large."""
+        """How a parameter divides into units. On a device they should be large, since each operation is a launch.
+
+        A unit holds all values of each of its scales, and no rows of two parts of a fused layer; the scale parameter
+        has as many elements for each unit.
+
+        Args:
+            layer: after upstream's ``create_weights``: ``logical_widths`` and the like can be read.
+            name: the parameter's.
+            weight: the real one, ``[N, K]`` or ``[E, N, K]``, of the served dtype.
+
+        Raises:
+            ValueError: the scheme does not support this size.
+        """
 
     @abc.abstractmethod
     def quantizer(self) -> UnitQuantizer:
-        """Turns units into values and scales; a unit's scales are one dimension."""
+        """Turns units into values and scales; the scales of ``n`` units are ``[n, S]``, in row-major order."""
 
     def create(self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype) -> Placeholders:
         create()

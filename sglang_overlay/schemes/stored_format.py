@@ -22,8 +22,8 @@ class StoredFormat:
         scale: suffix that turns the matrix's name into that of its scales, for example ``_scale_inv``.
         scale_shape: maps a matrix's shape to that of its scales.
         quantizer: turns rows into values and scales, on the CPU.
-        same_as: which online loads have the same weights as the checkpoint.
         rows: number of rows that share scales. A matrix is quantized in runs of a multiple of it, from its first row.
+        same_as: which online loads have the same weights as the checkpoint.
         dtype: dtype of the values, as of the parameters that stock creates for ``config``. Scales are float32.
     """
 

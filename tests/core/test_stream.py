@@ -149,6 +149,20 @@ def test_part_that_comes_again_with_other_values_is_an_error():
         streamed.stream.settle()
 
 
+@pytest.mark.parametrize("largest", [1.53, 1.47])
+def test_part_that_comes_again_with_another_largest_value_is_an_error(largest):
+    """Its values have the same fp8 values under the scale that is there; stock would make another scale."""
+    weight = torch.linspace(0.1, 1, 32).view(4, 8).to(torch.bfloat16)
+    weight[3, 7] = 1.5
+    streamed = per_tensor((4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.copy_(weight)
+        weight[3, 7] = largest
+        streamed.placeholder.data[2:].copy_(weight[2:])
+    with pytest.raises(ConflictingWriteError, match="twice"):
+        streamed.stream.settle()
+
+
 def test_source_may_be_overwritten_after_the_loader_returns():
     weight = weight_of((4, 8))
     streamed = per_tensor((4, 8))

@@ -7,6 +7,7 @@ deliberately share no code with them: a check must not repeat a mistake of the c
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class TensorPrint:
         sha256: of the values in row-major order, so it does not depend on strides; those are compared beside it.
         class_name: of the Python object, e.g. ``Parameter`` or ``ModelWeightParameter``.
         requires_grad: whether autograd would follow it.
+        slices: of three dimensions, a checksum for each index of the first: an expert's.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class TensorPrint:
     sha256: str
     class_name: str
     requires_grad: bool
+    slices: tuple[int, ...] = ()
 
 
 def fingerprint(kind: str, tensor: torch.Tensor) -> TensorPrint:
@@ -73,6 +76,7 @@ def fingerprint(kind: str, tensor: torch.Tensor) -> TensorPrint:
         sha256=hash_of(tensor),
         class_name=type(tensor).__name__,
         requires_grad=tensor.requires_grad,
+        slices=tuple(zlib.crc32(_bytes_of(part)) for part in tensor) if _has_slices(tensor) else (),
     )
 
 
@@ -112,8 +116,16 @@ def hash_of(tensor: torch.Tensor) -> str:
     """SHA-256 of the values in row-major order; of no bytes for a meta tensor."""
     if tensor.device.type == "meta":
         return "meta"
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
     plain = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(plain.numpy())).hexdigest()  # type: ignore[arg-type]
+    return memoryview(plain.numpy())  # type: ignore[arg-type]
+
+
+def _has_slices(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 3 and tensor.device.type != "meta"
 
 
 def model_bytes(model: torch.nn.Module) -> int:

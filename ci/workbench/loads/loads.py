@@ -105,7 +105,10 @@ def _compare_tensors(name: str, first: TensorPrint, second: TensorPrint) -> list
         if one != other:
             lines.append(f"{name}: {aspect} {one} != {other}")
     if not lines and first.sha256 != second.sha256:
-        lines.append(f"{name}: bytes differ ({first.dtype} {list(first.shape)})")
+        pairs = enumerate(zip(first.slices, second.slices, strict=True))
+        where = [str(number) for number, (one, other) in pairs if one != other]
+        at = f", at {', '.join(where[:8])}{' ...' if len(where) > 8 else ''}" if where else ""
+        lines.append(f"{name}: bytes differ ({first.dtype} {list(first.shape)}{at})")
     return lines
 
 
