@@ -156,10 +156,18 @@ class _WatchedParameter(torch.nn.Parameter):
 
 
 def _capture_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ViewCapture:
-    """The capture of the first watched tensor among the arguments. One is enough: a loader works on one layer."""
-    for value in tree_leaves((args, kwargs)):
+    """The capture of the first watched tensor among arguments; it is a layer's, and loaders work on one layer."""
+    # Nearly always an argument of its own; looking into lists takes as long as all else done here.
+    found = _first_capture(args) or _first_capture(tree_leaves((args, kwargs)))
+    if found is None:
+        raise TypeError("an operation on a watched tensor that is not among its arguments")
+    return found
+
+
+def _first_capture(values: Iterable[Any]) -> ViewCapture | None:
+    for value in values:
         if isinstance(value, _View):
             return value._capture
         if isinstance(value, _WatchedParameter):
             return value._streamfp8_view._capture
-    raise TypeError("an operation on a watched tensor that is not among its arguments")
+    return None
