@@ -47,7 +47,15 @@ class BlockScheme:
     def stored(self) -> StoredFormat | None:
         """As in DeepSeek-V3's fp8 checkpoint: vLLM's ``Fp8Config``, transformers' ``FineGrainedFP8Config``."""
         quantizer = self.plan(LayerKind.LINEAR, None).quantizer()
-        return StoredFormat(STORED, "modules_to_not_convert", "_scale_inv", _blocks, quantizer, BLOCK_SIZE, SAME_AS)
+        return StoredFormat(
+            config=STORED,
+            ignored="modules_to_not_convert",
+            scale="_scale_inv",
+            scale_shape=_blocks,
+            quantizer=quantizer,
+            rows=BLOCK_SIZE,
+            same_as=SAME_AS,
+        )
 
 
 SAME_AS = "at any tensor parallel size: no block is split over ranks"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by schemes that quantize each row of an expert's matrix on its own."""
+"""Shared by schemes with one scale for each row of an expert's matrix."""
 
 from __future__ import annotations
 

@@ -86,13 +86,13 @@ class ChannelScheme:
     def stored(self) -> StoredFormat | None:
         """In compressed-tensors' format, as in llm-compressor's FP8_DYNAMIC checkpoints."""
         return StoredFormat(
-            STORED,
-            "ignore",
-            "_scale",
-            lambda shape: (shape[0], 1),
-            row_quantizer(),
-            1,
-            SAME_AS,
+            config=STORED,
+            ignored="ignore",
+            scale="_scale",
+            scale_shape=lambda shape: (shape[0], 1),
+            quantizer=row_quantizer(),
+            rows=1,
+            same_as=SAME_AS,
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from sglang_overlay.core.quantizers import UnitQuantizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredFormat:
     """A quantized matrix ``[N, K]`` becomes values of the same shape under its own name, and scales beside it.
 
