@@ -30,6 +30,8 @@ class UpdateStream(ParameterStream):
         under_way: returns this thread's current loader call, or None.
     """
 
+    rows: WholeRows | None
+
     def __init__(
         self,
         *arguments: Any,
@@ -39,7 +41,6 @@ class UpdateStream(ParameterStream):
         executor: Executor,
     ) -> None:
         super().__init__(*arguments, executor=executor, rows=rows)
-        self._whole_rows = rows
         self._ready = ready
         self._under_way = under_way
 
@@ -129,7 +130,7 @@ class UpdateStream(ParameterStream):
             "direct": bytes(self._direct),
             "rewritten": set(self._rewritten),
             "ready": None if self._ready is None else self._ready.saved(),
-            "rows": self._whole_rows.found.clone() if self._whole_rows is not None and self._staged else None,
+            "rows": self.rows.found.clone() if self.rows is not None and self._staged else None,
         }
 
     def restore_call(self, saved: Mapping[str, Any]) -> None:
@@ -151,8 +152,8 @@ class UpdateStream(ParameterStream):
         self._rewritten = saved["rewritten"]
         if self._ready is not None:
             self._ready.restore(saved["ready"])
-        if saved["rows"] is not None and self._whole_rows is not None:
-            self._whole_rows.found.copy_(saved["rows"])
+        if saved["rows"] is not None and self.rows is not None:
+            self.rows.found.copy_(saved["rows"])
 
     def drop_staged(self) -> None:
         super().drop_staged()

@@ -43,15 +43,6 @@ class CheckpointWatch:
         self._diagnostics = Diagnostics()
         self._seen: dict[str, str | None] = {}
 
-    @property
-    def warnings(self) -> list[str]:
-        """What was found wrong with the checkpoint, and is served all the same."""
-        return self._diagnostics.warnings
-
-    def warn(self, text: str) -> None:
-        """Log ``text``, and keep it in ``warnings``."""
-        self._diagnostics.warn(text)
-
     def reading(self) -> AbstractContextManager[None]:
         """Around all of upstream's load."""
         return self.files.noted()

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,14 +24,13 @@ from sglang.srt.layers.quantization.streaming_fp8.errors import (
     sentence,
     shortened,
 )
-from sglang.srt.layers.quantization.streaming_fp8.executor import Executor
 from sglang.srt.layers.quantization.streaming_fp8.layer import LayerStream
 from sglang.srt.layers.quantization.streaming_fp8.layer_plan import LayerPlan, ParameterPlan
 from sglang.srt.layers.quantization.streaming_fp8.placeholders import materialize, set_loader
 from sglang.srt.layers.quantization.streaming_fp8.shortage import is_shortage, memory_note, shortage_explained
 from sglang.srt.layers.quantization.streaming_fp8.sources import CheckpointSources
 from sglang.srt.layers.quantization.streaming_fp8.staging import StagingAccount
-from sglang.srt.layers.quantization.streaming_fp8.stream import ParameterStream, Storage
+from sglang.srt.layers.quantization.streaming_fp8.stream import ParameterStream
 
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.streaming_fp8.checkpoint_watch import CheckpointWatch
@@ -58,7 +57,6 @@ class ModelLoad:
     Args:
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must take stock's path.
-        executor: does the work; none but the plain one unless given.
         checkpoint: sees what is read; without one, missing weights are warnings, and nothing else is said.
 
     Attributes:
@@ -72,11 +70,9 @@ class ModelLoad:
         self,
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
-        executor: Executor | None = None,
         checkpoint: CheckpointWatch | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.executor = Executor() if executor is None else executor
         self.sources = CheckpointSources()
         self.account = StagingAccount()
         self.deferred: dict[str, str] = {}
@@ -226,9 +222,6 @@ class ModelLoad:
 
     def close(self) -> None:
         """Release all staging memory. To be called once, also when loading failed."""
-        # Where jobs or copies have failed, so has the load, with an error of its own.
-        with suppress(RuntimeError):
-            self.executor.close()
         self._release()
 
     # -- helpers -----------------------------------------------------------------------
@@ -244,10 +237,10 @@ class ModelLoad:
             return
         reason = eligibility.why_deferred(name)
         if reason is not None:
-            self._keep(layer, name, pending)
+            _allocate_as_stock(pending)
             self.deferred[name] = reason
         elif name in self._excluded:
-            self._keep(layer, name, pending)
+            _allocate_as_stock(pending)
             self._fall_back(name, self._excluded[name])
         else:
             self._open(layer, name, pending)
@@ -258,7 +251,7 @@ class ModelLoad:
         for key, placeholder in pending.placeholders.items():
             size = placeholder.numel() * torch.float8_e4m3fn.itemsize
             with shortage_explained(f"for the fp8 storage of {name}.{key}", size, self.account):
-                storage = self._allocate(pending, key)
+                storage = pending.plan.allocate(key, placeholder, pending.device)
             plan = pending.plan.parameter(key, placeholder, storage)
             streams[key] = (placeholder, self._stream(f"{name}.{key}", placeholder, plan))
         layer_stream = LayerStream(name, streams, functools.partial(self._return, layer), self._lose, _shared_by())
@@ -272,30 +265,16 @@ class ModelLoad:
         for part in kinds.values():
             part.warm_up()
 
-    def _allocate(self, pending: PendingLayer, key: str) -> Storage:
-        return pending.plan.allocate(key, pending.placeholders[key], pending.device)
-
     def _stream(self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan) -> ParameterStream:
-        quantizer = self.executor.quantizer(plan.quantizer)
         return ParameterStream(
             name,
             placeholder,
             plan.grid,
-            quantizer,
+            plan.quantizer,
             plan.storage,
             self.account,
             self.sources,
-            executor=self.executor,
-            **self._options(name, plan),
         )
-
-    def _options(self, name: str, plan: ParameterPlan) -> dict[str, Any]:
-        """Further ones of a stream."""
-        return {}
-
-    def _keep(self, layer: torch.nn.Module, name: str, pending: PendingLayer) -> None:
-        """Leave a layer to stock."""
-        _allocate_as_stock(pending)
 
     def _return(self, layer: torch.nn.Module, stream: LayerStream, reason: str) -> None:
         """A layer has gone back to stock."""
@@ -307,11 +286,7 @@ class ModelLoad:
 
     def _fall_back(self, name: str, reason: str) -> None:
         self.fallback[name] = reason
-        logger.warning("StreamFP8: %s is %s: %s", name, self._manner(name), sentence(reason))
-
-    def _manner(self, name: str) -> str:
-        """How a layer that is not streamed is loaded."""
-        return "loaded as in stock SGLang"
+        logger.warning("StreamFP8: %s is loaded as in stock SGLang: %s", name, sentence(reason))
 
     def _settle(self, stream: LayerStream) -> None:
         if self.checkpoint is not None:

@@ -7,22 +7,20 @@ import contextlib
 import gc
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.streaming_fp8.errors import LayerNotStreamableError, PlaceholderLeakError, annotate
 from sglang.srt.layers.quantization.streaming_fp8.model_load import ModelLoad, current, under_way
 from sglang.srt.layers.quantization.streaming_fp8.shortage import is_shortage
 
-Load = TypeVar("Load", bound=ModelLoad)
-
 
 def load_streamed(
     read: Callable[[], torch.nn.Module],
-    begin: Callable[[str | None, Mapping[str, str]], Load],
+    begin: Callable[[str | None, Mapping[str, str]], ModelLoad],
     obstacle: str | None,
     model_config: Any,
-) -> tuple[Load, torch.nn.Module]:
+) -> tuple[ModelLoad, torch.nn.Module]:
     """Load a model; where it turns out too late that something cannot be streamed, load it anew.
 
     Layers that are at fault then take stock's path, any number of them. Where it is none in particular, all do.
