@@ -26,9 +26,15 @@ def largest_unit(family: str) -> int:
 def test_staging_stays_below_two_units_a_loader_thread(workers, checkpoint, tmp_path, family, file_names):
     path = checkpoint(family, files=3, file_names=file_names, overrides=(("num_hidden_layers", 5),))
     # A mapped file's pages cost nothing while they wait; without the mapping every piece that waits is a copy.
-    # Read one after another: SGLang's threads deliver files in the order in which they get done.
-    one_by_one = {"enable_multithread_load": False}
-    job = LoadJob(path, streaming="require", loader_config=one_by_one, server_args={"weight_loader_disable_mmap": True})
+    # Read one after another: SGLang's threads deliver files in the order in which they get done. Quantized by the
+    # loader: complete units wait for worker threads as long as the machine keeps those from running.
+    job = LoadJob(
+        path,
+        streaming="require",
+        without="threads",
+        loader_config={"enable_multithread_load": False},
+        server_args={"weight_loader_disable_mmap": True},
+    )
     _, (report,) = load_reported(workers.load, job, tmp_path)
     assert_streamed([report])
     assert 0 < report.staging.peak_bytes <= 2 * largest_unit(family) * LOADER_THREADS[family]
