@@ -74,7 +74,7 @@ class LayerStream:
             if getattr(self._thread, "inside", False) or not self._enter():
                 return loader(*args, **kwargs)
             try:
-                with self._calls.of([*args, *kwargs.values()]), self._capture():
+                with self._calls.of([*args[1:], *kwargs.values()]), self._capture():
                     return loader(*args, **kwargs)
             except UnsupportedWriteError as error:
                 reason = str(error)

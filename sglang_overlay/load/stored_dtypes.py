@@ -66,7 +66,8 @@ class StoredDtypes:
 
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
-            for value in (*args, *kwargs.values()):
+            # Not the parameter, whose attributes are slow to read while it is watched (``core/captured_views.py``).
+            for value in (*args[1:], *kwargs.values()):
                 if isinstance(value, torch.Tensor) and value.dtype in refused:
                     raise UnsupportedDtypeError(
                         f"{name}, {dtype}, was to be filled from {self._sources.name_of(value) or 'a tensor'} of dtype "
