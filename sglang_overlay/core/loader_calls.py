@@ -72,8 +72,8 @@ class LoaderCall:
         elif not is_given and not is_fill and source.numel() * self._ranks > self.given.numel():
             self._outcome = self._outcome or _padded(source)
 
-    def misfit(self, name: str) -> Misfit | None:
-        """How the tensor, called ``name`` in the checkpoint, does not fit; None if it does."""
+    def misfit(self, name_of: Callable[[torch.Tensor], str]) -> Misfit | None:
+        """How the tensor does not fit, with its name in the checkpoint from ``name_of``; None if it does."""
         if self._sink is None:
             return None
         has_fills = any(is_fill for _, is_fill in self._writes)
@@ -87,7 +87,9 @@ class LoaderCall:
         # With several ranks, a tensor of that size leaves nothing for the others.
         is_whole = self._ranks == 1 and wanted == tuple(self.given.shape)
         outcome = PADDED if has_fills and not is_whole and _left(boxes) else outcome
-        return Misfit(self._sink.name, name, tuple(self.given.shape), wanted, outcome) if outcome else None
+        if not outcome:
+            return None
+        return Misfit(self._sink.name, name_of(self.given), tuple(self.given.shape), wanted, outcome)
 
 
 def _repeated(source: torch.Tensor) -> str:
@@ -162,6 +164,6 @@ class LoaderCalls:
             yield
         finally:
             self._thread.call = None
-        misfit = None if call is None else call.misfit(self._name_of(call.given))
+        misfit = None if call is None else call.misfit(self._name_of)
         if misfit is not None:
             self.misfits.append(misfit)
