@@ -168,6 +168,7 @@ class ParameterStream:
         """
         if not destination.numel():
             return
+        self._executor.check()
         origin = self._sources.name_of(source)
         self._refuse_integers(source, origin)
         # Quantizers read raw memory, which lacks the lazy sign of a negative view.
@@ -323,8 +324,6 @@ class ParameterStream:
                 job()
                 self._refuse_changed(watches)
 
-        with ReleaseOnError(self, units):
-            self._executor.check()
         size = len(units) * self._grid.unit_volume * self._dtype.itemsize
         if self._executor.takes(size) and self._sources.holds(source):
             watches.append(Watch(source))
