@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,30 +21,26 @@ from sglang_overlay.core.mapped_files import MappedFiles
 _SWEEP_AT_LEAST = 256
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a checkpoint tensor lies in its storage.
 
     Attributes:
         start: byte offset.
-        steps: (stride in bytes, size) of each dimension, largest stride first.
+        size: bytes of an element.
+        strides, shape: of the tensor.
     """
 
     name: str
     start: int
-    steps: Sequence[tuple[int, int]]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, name: str) -> _Place:
-        size = tensor.element_size()
-        strides = ((stride * size, length) for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
-        steps = sorted((step for step in strides if step[0]), reverse=True)
-        return cls(name, _start(tensor), steps)
+    size: int
+    strides: Sequence[int]
+    shape: Sequence[int]
 
     def holds(self, start: int) -> bool:
         """Whether an element of the tensor begins at this byte of the storage."""
+        steps = sorted(zip(self.strides, self.shape, strict=True), reverse=True)
         rest = start - self.start
-        for stride, length in self.steps:
+        for stride, length in ((stride * self.size, length) for stride, length in steps if stride):
             rest -= min(rest // stride, length - 1) * stride if rest > 0 else 0
         return rest == 0
 
@@ -77,7 +74,8 @@ class CheckpointSources:
                 # The weak reference also keeps the key from being reused for other memory.
                 source = self._sources[storage._cdata] = _Source(StorageWeakRef(storage))
             if name:
-                source.places.append(_Place.of(tensor, name))
+                place = _Place(name, _start(tensor), tensor.element_size(), tensor.stride(), tensor.shape)
+                source.places.append(place)
             if len(self._sources) >= self._sweep_at:
                 self._sweep()
 
