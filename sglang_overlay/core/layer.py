@@ -23,7 +23,7 @@ WeightLoader = Callable[..., Any]
 class LayerStream:
     """The parameters of one layer that are being streamed.
 
-    Any thread may call a wrapped loader. ``_condition`` guards ``_loading`` (threads inside upstream's loader) and
+    Any thread may call a wrapped loader. ``_lock`` guards ``_loading`` (threads inside upstream's loader) and
     ``_returning`` (a fallback is in progress): a layer falls back to stock only while no thread is inside a loader.
     ``streaming`` changes only then; threads read it after waiting for a fallback to end, or when no loader runs.
 
@@ -56,7 +56,9 @@ class LayerStream:
         self._capture = capture_of(self.placeholders.values(), self._sinks)
         self._on_return = on_return
         self._on_loss = on_loss
-        self._condition = threading.Condition()
+        # Entered directly: entering the condition runs Python code.
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._loading = 0
         self._returning = False
         self._thread = threading.local()
@@ -153,7 +155,7 @@ class LayerStream:
         return f"StreamFP8: raised while loading {', '.join(loaded) or 'nothing'} into {into}"
 
     def _enter(self) -> bool:
-        with self._condition:
+        with self._lock:
             while self._returning:
                 self._condition.wait()
             self._loading += self.streaming
@@ -161,7 +163,7 @@ class LayerStream:
             return self.streaming
 
     def _leave(self) -> None:
-        with self._condition:
+        with self._lock:
             self._thread.inside = False
             self._loading -= 1
             if self._returning:

@@ -80,8 +80,8 @@ class RowWatcher(Protocol):
 class ParameterStream:
     """Quantizes one parameter unit by unit while it is written.
 
-    Any thread may write. ``_condition`` guards ``_busy``, the claimed units, and ``_waiting``, the number of waiters. A
-    busy unit, with its state, staging and ``_watches``, belongs to the thread that claimed it or to the job submitted
+    Any thread may write. ``_lock`` guards ``_busy``, the claimed units, and ``_waiting``, the number of waiters. A busy
+    unit, with its state, staging and ``_watches``, belongs to the thread that claimed it or to the job submitted
     for it. Copying and quantizing happen without the lock, so different units are quantized concurrently. Any thread
     may add to ``origins`` and ``_rewritten``; they are read when no loader runs, or for a message.
 
@@ -134,7 +134,8 @@ class ParameterStream:
         self.rows = rows
         self._mark = mark
         self._unit_bytes = grid.unit_volume * storage.weight.element_size()
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._done = bytearray(grid.count)
         self._direct = bytearray(grid.count)
         self._staged: dict[int, StagedUnit] = {}
@@ -453,7 +454,7 @@ class ParameterStream:
         return values if is_there else self._executor.to_device(values, device, self._dtype)
 
     def _claim(self, units: range) -> ReleaseOnError:
-        with self._condition:
+        with self._lock:
             if not self._busy.isdisjoint(units):
                 self._wait_until(lambda: self._busy.isdisjoint(units))
             self._busy.update(units)
@@ -464,7 +465,7 @@ class ParameterStream:
         return claim
 
     def _release(self, units: range) -> None:
-        with self._condition:
+        with self._lock:
             self._busy.difference_update(units)
             if self._waiting:
                 self._condition.notify_all()
