@@ -164,3 +164,9 @@ def test_workers_go_on_after_a_job_that_failed(workers: LoadWorkers, cache: Path
     with pytest.raises(LoadFailed, match="Cannot find any model weights"):
         workers.load(stock_job(broken))
     assert workers.load(stock_job(build(CheckpointSpec("qwen3"), cache), prompts=())).ranks[0].tensors
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_load_runs_with_as_many_threads_as_its_job_says(workers: LoadWorkers, cache: Path, threads: int) -> None:
+    job = LoadJob(build(CheckpointSpec("qwen3"), cache), threads=threads, recorder="harness.load_threads:noted")
+    assert workers.load(job).ranks[0].recorded == [threads]

@@ -42,6 +42,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from sglang_overlay.cpu_reference.platform import CpuReferencePlatform  # noqa: E402
 from sglang_overlay.hooks import built_in  # noqa: E402
 from sglang_overlay.hooks.catalogue import MEASURING, STREAMING  # noqa: E402
 from sglang_overlay.hooks.hook import lifted  # noqa: E402
@@ -263,6 +264,8 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
                 stack.enter_context(ABLATIONS[job.without]())
             if job.threads is not None:
                 stack.enter_context(torch_threads(job.threads))
+                # It would set them again.
+                stack.enter_context(replaced(CpuReferencePlatform, "init_backend", lambda _platform: None))
             if job.linear == "tensor":
                 stack.enter_context(one_scale_a_matrix())
             recorded = stack.enter_context(pkgutil.resolve_name(job.recorder)()) if job.recorder else None
