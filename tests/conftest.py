@@ -68,6 +68,7 @@ FULL = (
     "update/test_update_serving.py::test_server",
     "workbench/test_bench.py",
     "workbench/test_demo.py",
+    "workbench/test_fork.py::test_series_is_rebased",
     "workbench/test_gpu_check.py",
     "workbench/test_make_patches.py",
     "workbench/test_quality.py",

@@ -7,7 +7,7 @@ those that fit are applied, since loads are correct without them.
 
 from __future__ import annotations
 
-from sglang_overlay.hooks.hook import BuiltIn, Hook, HookKind, Place
+from sglang_overlay.hooks.hook import Hook, HookKind, Place
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
 _LOADER = "sglang.srt.model_loader.loader"
@@ -33,10 +33,6 @@ STREAMING: tuple[Hook, ...] = (
         why="Opens and closes the load that owns all streaming state, measures memory and reports.",
         related=_MEMORY_ISSUES,
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(
-            BuiltIn(2, "entry:load_model"),
-            BuiltIn(4, "checked_entry:load_model"),
-        ),
     ),
     *(
         Hook(
@@ -110,7 +106,6 @@ STREAMING: tuple[Hook, ...] = (
         "streaming.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(2, "model_loading:initialize_model"),),
     ),
     Hook(
         target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
@@ -121,7 +116,6 @@ STREAMING: tuple[Hook, ...] = (
         "loader, which must not be done with memory that model code may use again.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(4, "checkpoint_watch:get_all_weights"),),
     ),
     Hook(
         target=f"{_LOADER}.DefaultModelLoader._prepare_weights",
@@ -143,7 +137,6 @@ STREAMING: tuple[Hook, ...] = (
         "Leaves a layer alone that an update fills: SGLang 0.5.18 to 0.5.20 refuse meta tensors here.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(2, "model_loading:device_loading_context"),),
     ),
     Hook(
         target=f"{_FP8}.Fp8Config.get_quant_method",
@@ -163,7 +156,6 @@ STREAMING: tuple[Hook, ...] = (
         why="Runs upstream's code with the bf16 weight on the meta device: shape, attributes and loader, no memory.",
         related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(2, "linear_method:create_weights"),),
     ),
     Hook(
         target=f"{_FP8}.Fp8LinearMethod.process_weights_after_loading",
@@ -173,7 +165,6 @@ STREAMING: tuple[Hook, ...] = (
         why="The weight is fp8 already: registers it as stock would leave it instead of quantizing.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(2, "linear_method:process_weights_after_loading"),),
     ),
     Hook(
         target=f"{_FP8}.Fp8MoEMethod.create_weights",
@@ -183,7 +174,6 @@ STREAMING: tuple[Hook, ...] = (
         why="As for linear layers: w13 and w2 on the meta device, scales and biases real.",
         related=(*_MEMORY_ISSUES, "sgl-project/sglang#17945"),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(3, "experts_method:create_weights"),),
     ),
     Hook(
         target=f"{_FP8}.Fp8MoEMethod.process_weights_after_loading",
@@ -193,7 +183,6 @@ STREAMING: tuple[Hook, ...] = (
         why="The experts are fp8 already: registers them as stock would leave them instead of quantizing.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        built_in=(BuiltIn(3, "experts_method:process_weights_after_loading"),),
     ),
     Hook(
         target=f"{_LOADER}.DefaultModelLoader.load_weights_and_postprocess",

@@ -64,19 +64,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class BuiltIn:
-    """What the patch series calls at a hook's target, in an SGLang that streams by itself.
-
-    Attributes:
-        patch: number, from 1, of the patch that adds the call.
-        wrapper: ``module:function`` of the package that the series adds.
-    """
-
-    patch: int
-    wrapper: str
-
-
-@dataclass(frozen=True)
 class Hook:
     """One place where SGLang is patched.
 
@@ -90,7 +77,6 @@ class Hook:
         remove_when: what must happen upstream for the entry to be deleted.
         elsewhere: other places, in releases that do not have it at ``target``.
         without: what is lost with a release that has no such function; empty if streaming is impossible without it.
-        built_in: what the patch series has there instead, in the order of patches; may be empty.
     """
 
     target: str
@@ -102,7 +88,6 @@ class Hook:
     remove_when: str
     elsewhere: tuple[Place, ...] = ()
     without: str = ""
-    built_in: tuple[BuiltIn, ...] = ()
 
     @property
     def candidates(self) -> tuple[Hook, ...]:

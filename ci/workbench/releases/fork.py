@@ -1,6 +1,8 @@
 """Makes or updates the branch `streamfp8/v<release>` in a clone of SGLang: the release's tag, then the patch series.
 
-The clone's own working tree, index and other branches are left as they are.
+The series is made from the tag itself, so this is also how to try one on a release that is not supported yet. Where a
+patch does not fit, its function is named, and what has changed there since a release that it fits. The clone's own
+working tree, index and other branches are left as they are.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sglang_overlay import patches
-from workbench.releases import environment, patched, repository
+from workbench.releases import environment, misfits, repository, series
+from workbench.releases.edits import EditError
 
 
 class ForkError(Exception):
@@ -28,7 +30,7 @@ def fork(clone: Path, release: str) -> str:
     """Set the branch to the release's tag plus the series; returns the commit.
 
     Raises:
-        ForkError: there is no such tag, the series does not fit, or somebody else has committed to the branch.
+        ForkError: there is no such tag, a patch does not fit, or somebody else has committed to the branch.
     """
     tag, branch = f"v{release}", branch_of(release)
     if not _has(clone, f"refs/tags/{tag}"):
@@ -38,10 +40,11 @@ def fork(clone: Path, release: str) -> str:
         tree = Path(folder, "tree")
         repository.git(clone, "worktree", "add", "--quiet", "--detach", str(tree), tag)
         try:
-            patched.apply_with_git(tree, patches.files_of(release))
+            for message, files in series.commits(tree / "python"):
+                repository.commit(tree, files, message)
             commit = repository.git(tree, "rev-parse", "HEAD").strip()
-        except RuntimeError as error:
-            raise ForkError(f"the series does not fit {tag} of {clone}: {error}") from error
+        except EditError as error:
+            raise ForkError(misfits.explained(error, tree / "python", release)) from error
         finally:
             repository.git(clone, "worktree", "remove", "--force", str(tree))
     repository.git(clone, "update-ref", f"refs/heads/{branch}", commit)
@@ -71,12 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("clone", type=Path, help="a clone of SGLang that has the release's tag")
     supported = environment.supported()
-    parser.add_argument("--release", default=supported[-1], help=f"all, or one of {', '.join(supported)}; the newest")
+    parser.add_argument("--release", default=supported[-1], help="all supported ones in turn, or any; the newest")
     options = parser.parse_args(arguments)
     for release in supported if options.release == "all" else [options.release]:
         try:
             print(f"{branch_of(release)} {fork(options.clone, release)}")
-        except (ForkError, patches.PatchError) as error:
+        except ForkError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 0

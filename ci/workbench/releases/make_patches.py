@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from workbench.releases import environment, new_release, series
+from workbench.releases import environment, misfits, new_release, series
 from workbench.releases.edits import EditError
 from workbench.releases.repository import commit, git
 
@@ -28,7 +28,7 @@ def made(package: Path) -> dict[str, str]:
         package: folder that contains the release's `sglang` package.
 
     Raises:
-        EditError: the release lacks a place for an edit.
+        EditError: an edit does not fit the release.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             files = made(package)
         except EditError as error:
-            problems.append(f"SGLang {release}: {error}")
+            problems.append(misfits.explained(error, package, release))
             continue
         store(release, files)
         for name, code, other in line_counts(files):

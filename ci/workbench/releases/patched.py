@@ -70,7 +70,8 @@ def patched_tree(release: str) -> Path:
     files = patches.files_of(release)
     state = environment.digest("".join(file.read_text(encoding="utf-8") for file in files))
     plan = environment.planned(release)
-    home = plan.cache / "patched" / f"{release}-{state}"
+    # By clone, since an old tree is removed, and another clone may be running with it.
+    home = plan.cache / "patched" / environment.digest(str(plan.clone)) / f"{release}-{state}"
     with environment.exclusive(home):
         if not (home / environment.MARKER).exists():
             for old in home.parent.glob(f"{release}-*/"):

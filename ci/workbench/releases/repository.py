@@ -19,7 +19,7 @@ def commit(repository: Path, files: Mapping[str, str], message: str) -> None:
         file = repository / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    git(repository, "add", "--all")
+    git(repository, "add", "--force", "--", *files)
     git(repository, "commit", "--quiet", f"--message={message}")
 
 

@@ -2,7 +2,7 @@
 
 The core and a few modules more are the overlay's own, with renamed imports. What an SGLang with streaming built in does
 in its own way (a load, stock's layers, the switch, GPU tests, documentation) is in `patches/upstream`, with the layout
-of SGLang's repository. SGLang's own files get a decorator at each hook (`edits.py`).
+of SGLang's repository. What changes in SGLang's own files is in `patches/edits` (`edits.py`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_overlay.hooks.built_in import PACKAGE
-from sglang_overlay.hooks.catalogue import STREAMING
-from workbench.releases.edits import EditError, EnvironmentField, HookEdit, edited
+from workbench.releases.edits import Edit, Read, edited, parsed
 from workbench.releases.environment import CLONE
 
 PACKAGE_FOLDER = f"python/{PACKAGE.replace('.', '/')}"
 UNIT_TESTS = "test/registered/unit/model_loader"
 SOURCES = CLONE / "patches" / "upstream"
 MESSAGES = CLONE / "patches" / "messages"
-ENVIRONMENT = "python/sglang/srt/environ.py"
+EDITS = CLONE / "patches" / "edits"
 LINE_LENGTH = 88
 
 
@@ -33,18 +32,16 @@ class Patch:
     """One step of the series.
 
     Attributes:
-        number: from 1; `patches/messages` has the commit message with this number.
+        number: from 1; by it, `patches/messages` has the commit message, and `patches/edits` may have edits.
         modules: modules of the overlay, by folder and name; in the series they are in one folder.
         files: files that it takes from `patches/upstream`.
         tests: names of files in `tests/core`, and what they become.
-        switches: environment variables that it adds.
     """
 
     number: int
     modules: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     tests: Mapping[str, str] | None = None
-    switches: tuple[EnvironmentField, ...] = ()
 
 
 PATCHES = (
@@ -90,13 +87,6 @@ PATCHES = (
             f"{PACKAGE_FOLDER}/stock_linear.py",
             "test/registered/quant/test_streaming_fp8.py",
         ),
-        switches=(
-            EnvironmentField(
-                "SGLANG_STREAMFP8",
-                "EnvBool(True)",
-                ("--quantization fp8 over a high-precision checkpoint: quantize while it is read.",),
-            ),
-        ),
     ),
     Patch(
         3,
@@ -111,13 +101,6 @@ PATCHES = (
         modules=("core/tensor_names", "load/checkpoint_files", "load/diagnostics"),
         files=(f"{PACKAGE_FOLDER}/checked_entry.py", f"{PACKAGE_FOLDER}/checkpoint_watch.py"),
         tests={"test_tensor_names.py": f"{UNIT_TESTS}/test_streaming_fp8_tensor_names.py"},
-        switches=(
-            EnvironmentField(
-                "SGLANG_STREAMFP8_ALLOW_MISSING",
-                "EnvBool(False)",
-                ("Serve zeros where the checkpoint lacks a weight that is streamed.",),
-            ),
-        ),
     ),
     Patch(5, files=("docs_new/docs/advanced_features/streaming_fp8.mdx",)),
 )
@@ -130,24 +113,58 @@ def commits(release: Path) -> Iterator[tuple[str, dict[str, str]]]:
         release: folder that contains the release's `sglang` package.
 
     Raises:
-        EditError: the release lacks a place for an edit.
+        EditError: an edit does not fit the release.
     """
     formatted = _formatted({path: text for patch in PATCHES for path, text in _added(patch).items()})
+    changed: dict[str, str] = {}
     for patch in PATCHES:
-        files = {path: formatted[path] for path in _added(patch)}
-        files.update(_changed(release, patch.number))
+        edits = edited(reader(release, changed), edits_of(patch.number), patch.number)
+        changed.update(edits)
         message = (MESSAGES / f"{patch.number}.txt").read_text(encoding="utf-8")
-        yield message, files
+        yield message, {**{path: formatted[path] for path in _added(patch)}, **edits}
+
+
+def edits_of(number: int) -> list[Edit]:
+    """A patch's edits of SGLang's own files."""
+    file = EDITS / f"{number}.diff"
+    return parsed(file.read_text(encoding="utf-8"), file.name) if file.exists() else []
+
+
+def before(release: Path, number: int) -> Read:
+    """The release's own files as they are before the patch of this number.
+
+    Raises:
+        EditError: an edit of an earlier patch does not fit.
+    """
+    changed: dict[str, str] = {}
+    for patch in PATCHES[: number - 1]:
+        changed.update(edited(reader(release, changed), edits_of(patch.number), patch.number))
+    return reader(release, changed)
+
+
+def reader(release: Path, changed: Mapping[str, str] | None = None) -> Read:
+    """Reads the release's own files, by their paths in SGLang's repository; those in `changed` from there."""
+
+    def read(path: str) -> str | None:
+        if changed and path in changed:
+            return changed[path]
+        file = release / Path(path).relative_to("python")
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    return read
 
 
 def touched(release: Path) -> dict[str, str]:
-    """The release's own files that the series changes, in their original form."""
-    return {path: _original(release, path) for path in _changed(release, len(PATCHES))}
+    """The release's own files that the series may change, in their original form."""
+    edits = (edit for patch in PATCHES for edit in edits_of(patch.number))
+    paths = dict.fromkeys(hunk.path for edit in edits for hunk in edit.hunks)
+    read = reader(release)
+    return {path: text for path in paths if (text := read(path)) is not None}
 
 
 def _added(patch: Patch) -> dict[str, str]:
     """New files of a patch, before they are formatted in upstream's style."""
-    files = {path: (SOURCES / path).read_text(encoding="utf-8") for path in patch.files}
+    files = {path: _without_licence((SOURCES / path).read_text(encoding="utf-8")) for path in patch.files}
     for module in patch.modules:
         source = Path("sglang_overlay", f"{module}.py")
         files[f"{PACKAGE_FOLDER}/{source.name}"] = _renamed(source)
@@ -156,17 +173,21 @@ def _added(patch: Patch) -> dict[str, str]:
     return files
 
 
+def _without_licence(text: str) -> str:
+    """Without the line that this project's files begin with, and SGLang's do not."""
+    return re.sub(r"\A# SPDX-License-Identifier: .*\n", "", text)
+
+
 def _renamed(source: Path) -> str:
     """A module of the overlay with imports renamed for the series' package."""
-    text = (CLONE / source).read_text(encoding="utf-8")
+    text = _without_licence((CLONE / source).read_text(encoding="utf-8"))
     text = re.sub(r"\bsglang_overlay\.(core|load|schemes)\b", PACKAGE, text)
     text = re.sub(r"  # (type: ignore|noqa)\b.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^ *# -- .* -+$", lambda rule: rule[0][:LINE_LENGTH], text, flags=re.MULTILINE)
     left = re.search(r"\bsglang_overlay\b.*|^from core\b(?!\.streams import).*", text, flags=re.MULTILINE)
     if left is not None:
-        raise EditError(f"{source} needs what the series does not have: {left[0]}")
-    licence, _, rest = text.partition("\n")
-    return f"{licence}\n# Generated by sglang-streamfp8 (ci/make_patches) from {source.as_posix()}.\n{rest}"
+        raise ValueError(f"{source} needs what the series does not have: {left[0]}")
+    return text
 
 
 def _as_registered_test(name: str, text: str) -> str:
@@ -201,26 +222,3 @@ def _formatted(files: Mapping[str, str]) -> dict[str, str]:
 
 def _ruff(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "ruff", *arguments], check=True)
-
-
-def _changed(release: Path, upto: int) -> dict[str, str]:
-    """The release's files that patches up to this one have changed, in their form after it."""
-    hooks: dict[str, dict[str, HookEdit]] = {}
-    for hook in STREAMING:
-        for built_in in hook.built_in:
-            if built_in.patch <= upto:
-                path = f"python/{hook.module.replace('.', '/')}.py"
-                name = hook.target.removeprefix(f"{hook.module}.")
-                hooks.setdefault(path, {})[name] = HookEdit(name, built_in.wrapper)
-    changed = {
-        path: edited(_original(release, path), list(named.values()), f"{PACKAGE}.hooks", path)
-        for path, named in hooks.items()
-    }
-    switches = [switch for patch in PATCHES if patch.number <= upto for switch in patch.switches]
-    if switches:
-        changed[ENVIRONMENT] = edited(_original(release, ENVIRONMENT), switches, "", ENVIRONMENT)
-    return changed
-
-
-def _original(release: Path, path: str) -> str:
-    return (release / Path(path).relative_to("python")).read_text(encoding="utf-8")
