@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "patches" / "README.md"]
 SOURCES = ("", "sglang_overlay", "tests", "tests/load", "tests/update", "tests/hooks", "tests/schemes", "ci")
 """Where a path in a page may begin. What docs/patches.md says of SGLang's tree is under python/ or test/."""
 

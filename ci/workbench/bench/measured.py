@@ -20,7 +20,7 @@ from workbench.loads.checkpoints import CheckpointSpec, build
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadWorkers
 
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 """glibc raises both when large blocks are freed, and then keeps up to 64 MB. Fixed values make it release all memory,
 as plans assume."""
 
@@ -77,7 +77,7 @@ def measure(model: MeasuredModel, folder: Path) -> Mapping[Mode, list[LoadReport
 
 def _workers(logs: Path) -> LoadWorkers:
     # Spawned, since glibc reads its settings when a program starts.
-    return LoadWorkers(logs, _MALLOC, "spawn")
+    return LoadWorkers(logs, MALLOC, "spawn")
 
 
 def _lower(workers: LoadWorkers, job: LoadJob, folder: Path) -> list[LoadReport]:

@@ -88,7 +88,7 @@ def measured(release: str, form: Form, folder: Path) -> list[Peak]:
     python = environment.ensure(environment.planned(release))
     environ = {**os.environ, "PYTHONPATH": str(environment.CLONE / "ci")}
     if form == "patches":
-        environ = _with_patches(python, release, environ)
+        environ = with_patches(python, release, environ)
     command = [str(python), "-P", "-m", "workbench.bench.peaks", "measure", str(folder)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -96,7 +96,8 @@ def measured(release: str, form: Form, folder: Path) -> list[Peak]:
     return [Peak(**peak) for peak in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _with_patches(python: Path, release: str, environ: Mapping[str, str]) -> dict[str, str]:
+def with_patches(python: Path, release: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables with which a release's interpreter runs the patched release, without the overlay."""
     command = [str(python), "-P", "-m", "workbench.releases.patched", release]
     done = subprocess.run(command, env=dict(environ), stdout=subprocess.PIPE, text=True, check=True)
     return {**environ, **dict(line.split("=", 1) for line in done.stdout.splitlines())}

@@ -57,7 +57,8 @@ _FORMAT = (
 def stored(release: str) -> dict[str, str]:
     """The series of a release as stored in the clone."""
     folder = FOLDER / release
-    return {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir()} if folder.is_dir() else {}
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {file.name: file.read_text(encoding="utf-8") for file in files}
 
 
 def store(release: str, files: Mapping[str, str]) -> None:
@@ -78,16 +79,26 @@ def stale(release: str, package: Path) -> list[str]:
 def line_counts(files: Mapping[str, str]) -> Iterator[tuple[str, int, int]]:
     """Each patch with the lines it adds, to code and to tests or documentation."""
     for name, text in files.items():
-        if name == SERIES:
-            continue
-        code = other = 0
-        path = ""
-        for line in text.splitlines():
-            path = line.removeprefix("+++ b/") if line.startswith("+++ b/") else path
-            added = line.startswith("+") and not line.startswith("+++ ")
-            code += added and path.startswith("python/")
-            other += added and not path.startswith("python/")
-        yield name, code, other
+        if name != SERIES:
+            is_code = [path.startswith("python/") for path, _ in _added(text)]
+            yield name, sum(is_code), len(is_code) - sum(is_code)
+
+
+def fingerprint(files: Mapping[str, str]) -> str:
+    """Hash of the code that a series adds; tests, documentation and messages do not change it."""
+    patches = (text for name, text in files.items() if name != SERIES)
+    code = ((path, line) for text in patches for path, line in _added(text) if path.startswith("python/"))
+    return environment.digest("".join(f"{path}{line}\n" for path, line in code))
+
+
+def _added(patch: str) -> Iterator[tuple[str, str]]:
+    """Each line that a patch adds, and the path of its file."""
+    path = ""
+    for line in patch.splitlines():
+        if line.startswith("+++ b/"):
+            path = line.removeprefix("+++ b/")
+        elif line.startswith("+"):
+            yield path, line
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -228,8 +228,8 @@ def to_do(release: str) -> str:
     """The steps that a person always has to do."""
     return (
         f"Left to you: look at the differences above; set the date of {release} in {environment.RELEASES}; run "
-        f"ci/test --release {release}, ci/peaks --release {release} and ci/plans; add a row to docs/releases.md and "
-        "what differs, and the release to the table of README.md."
+        f"ci/test --release {release}, ci/peaks --release {release}, ci/series_table --release {release} and ci/plans; "
+        "add a row to docs/releases.md and what differs, and the release to the table of README.md."
     )
 
 
