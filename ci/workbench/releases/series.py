@@ -66,7 +66,7 @@ PATCHES = (
         ),
         files=(f"{PACKAGE_FOLDER}/__init__.py",),
         tests={
-            "streams.py": f"{UNIT_TESTS}/streaming_fp8_builders.py",
+            "streams.py": "python/sglang/test/streaming_fp8_builders.py",
             "test_layer.py": f"{UNIT_TESTS}/test_streaming_fp8_layer.py",
             "test_stream.py": f"{UNIT_TESTS}/test_streaming_fp8_stream.py",
         },
@@ -85,6 +85,7 @@ PATCHES = (
             f"{PACKAGE_FOLDER}/model_load.py",
             f"{PACKAGE_FOLDER}/model_loading.py",
             f"{PACKAGE_FOLDER}/stock_linear.py",
+            "python/sglang/test/kits/streaming_fp8_kit.py",
             "test/registered/quant/test_streaming_fp8.py",
         ),
     ),
@@ -192,13 +193,13 @@ def _renamed(source: Path) -> str:
 
 def _as_registered_test(name: str, text: str) -> str:
     """A test of the core in the form that upstream's CI runs: registered, and executable by itself."""
-    text = text.replace("from core.streams import", "from streaming_fp8_builders import")
+    text = text.replace("from core.streams import", "from sglang.test.streaming_fp8_builders import")
     if not name.startswith("test_"):
         return text
     head = "from __future__ import annotations\n"
     registered = (
         "\nfrom sglang.test.ci.ci_register import register_cpu_ci\n\n"
-        'register_cpu_ci(est_time=10, suite="base-b-test-cpu")\n\nimport sys\n'
+        'register_cpu_ci(est_time=10, suite="base-a-test-cpu")\n\nimport sys\n'
     )
     run = '\n\nif __name__ == "__main__":\n    sys.exit(pytest.main([__file__]))\n'
     start, _, rest = text.partition(head)
