@@ -1,7 +1,7 @@
 """Runs SGLang's own linters over what a release's patch series leaves, as `pre-commit` does in SGLang's repository.
 
-Only what the series brings is reported, not what the release's own files had before. Besides the linters: SGLang's check
-that each file under `test/registered` is registered and can be run, and its rule that code and comments are ASCII.
+Only what the series brings is reported, not what the release's own files had before. Besides the linters: its check
+that each file under `test/registered` is registered and can be run, and its rule that code is ASCII.
 """
 
 from __future__ import annotations
