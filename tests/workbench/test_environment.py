@@ -98,6 +98,40 @@ def test_gpu_selection_is_the_whole_lock(tmp_path: Path) -> None:
     assert "Beta" not in dataclasses.replace(whole, packages="cpu").requirements
 
 
+@pytest.fixture
+def put_on(plan: Plan) -> Plan:
+    """A release with another alpha and without gamma, put on the one of ``plan``."""
+    plan.lock.write_text(LOCK)
+    other = dataclasses.replace(plan, release="1.2.4")
+    other.lock.write_text("# on 1.2.3.txt without gamma\nalpha==1.1 \\\n    --hash=sha256:ad\n")
+    return other
+
+
+def test_lock_that_is_put_on_another_is_put_together(put_on: Plan) -> None:
+    assert [entry.split()[0] for entry in environment.entries(put_on.locked).values()] == [
+        "Beta.Kernels[extra]==2.0",
+        "alpha==1.1",
+    ]
+
+
+def test_release_put_on_another_installs_what_differs_and_sees_the_rest(
+    put_on: Plan, plan: Plan, offline: list[list[str]]
+) -> None:
+    python = environment.ensure(put_on)
+    listings = [Path(arguments[-1]).read_text() for arguments in offline if "-r" in arguments]
+    assert ["alpha==1.0" in listings[0], listings[1]] == [True, put_on.lock.read_text()]
+    for name, parts in {"both": (plan, put_on), "theirs": (plan,)}.items():
+        for part in parts:
+            (environment.site_packages(part.base) / f"{name}.py").write_text(f"print({part.release!r})")
+    assert (said_by(python, "both"), said_by(python, "theirs")) == ("1.2.4", "1.2.3")
+    assert (environment.ensure(plan), len(offline)) == (environment.interpreter(plan.layer), 4)
+
+
+def test_with_gpu_packages_nothing_is_shared(put_on: Plan) -> None:
+    whole = dataclasses.replace(put_on, packages="gpu")
+    assert (whole.parent, whole.own_requirements) == (None, put_on.locked)
+
+
 def test_environment_is_used_again_without_installing(plan: Plan, offline: list[list[str]]) -> None:
     first = environment.ensure(plan)
     assert len(offline) == 2
@@ -269,10 +303,17 @@ def test_command_lists_releases_one_a_line(
 @pytest.mark.parametrize("release", environment.locked())
 def test_lock_pins_what_the_release_is_said_to_pin(release: str) -> None:
     (entry,) = (entry for entry in releases.facts() if entry.release == release)
-    text = (environment.CLONE / "ci" / "locks" / f"{release}.txt").read_text()
-    assert f"\ntorch=={entry.torch} " in text
-    assert f"\ntransformers=={entry.transformers} " in text
-    assert f"\nsglang=={release} " in text
+    plan = environment.planned(release, "cpu")
+    assert f"\ntorch=={entry.torch} " in plan.locked
+    assert f"\ntransformers=={entry.transformers} " in plan.locked
+    assert f"\nsglang=={release} " in plan.locked
+    own = environment.entries(plan.lock.read_text())
+    assert plan.parent is None or not {"torch", "transformers"} & own.keys()
+
+
+def test_one_environment_serves_releases_of_the_same_torch_and_transformers() -> None:
+    whole = [entry for entry in releases.facts() if environment.planned(entry.release, "cpu").parent is None]
+    assert len({(entry.torch, entry.transformers) for entry in whole}) == len(whole)
 
 
 LOCKS = sorted(path.stem for path in (environment.CLONE / "ci" / "locks").glob("*.in") if path.stem != "project")

@@ -66,7 +66,7 @@ class Wanted:
     @property
     def requirements(self) -> str:
         """The collected packages' lines of the lock, with hashes."""
-        return environment.without(self.plan.lock.read_text(encoding="utf-8"), self.left_out)
+        return environment.without(self.plan.locked, self.left_out)
 
     @property
     def left_out(self) -> frozenset[str]:
@@ -77,7 +77,7 @@ class Wanted:
     @property
     def versions(self) -> dict[str, str]:
         """Version of every package in the lock."""
-        rows = _ROW.finditer(self.plan.lock.read_text(encoding="utf-8"))
+        rows = _ROW.finditer(self.plan.locked)
         return {normalized(row["name"]): row["version"] for row in rows}
 
 
@@ -143,7 +143,7 @@ def _row_sources(plan: Plan, target: Path) -> None:
     """Extract the newest release's row quantizer and its headers from that release's wheel."""
     newest = Wanted(environment.planned(environment.supported()[-1], "gpu", plan.clone), "3.12")
     others = frozenset(newest.versions) - {"sglang"}
-    only = environment.without(newest.plan.lock.read_text(encoding="utf-8"), others)
+    only = environment.without(newest.plan.locked, others)
     with tempfile.TemporaryDirectory() as scratch:
         _pip(newest, "download", "--dest", scratch, listed=only)
         (wheel,) = Path(scratch).glob("*.whl")

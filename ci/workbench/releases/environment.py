@@ -5,7 +5,8 @@ none in the clone:
 
 1. `uv-<version>-py<X.Y>`: uv, installed by pip from `ci/locks/uv.txt`.
 2. `environments/<release>-<packages>-py<X.Y>-<lock digest>`: everything of `ci/locks/<release>.txt`, hashes checked. It
-   does not depend on a clone, so all clones share it.
+   does not depend on a clone, so all clones share it. Where two releases pin the same torch and transformers, the lock
+   of one begins `# on <the other>.txt` and has only what differs, and its environment sees the rest in the other's.
 3. `clones/<clone digest>-<environment>`: a virtual environment that holds this clone's editable install and nothing
    else, and sees the packages of 2. Two clones never see each other's code.
 
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CLONE = Path(__file__).resolve().parents[3]
@@ -37,6 +38,8 @@ RELEASES = Path("sglang_overlay", "hooks", "releases.json")
 PYTHON_NEEDED = (3, 11)
 """Required by SGLang 0.5.22 and later; earlier releases run on it as well."""
 MARKER = "complete.json"
+PUT_ON = re.compile(r"# on (?P<release>\S+)\.txt(?: without (?P<without>.+))?\n")
+"""First line of a lock that has only what differs from another release's."""
 BYTES_NEEDED = {"cpu": 9 * 2**30, "gpu": 16 * 2**30}
 """Disk space that an environment needs while it is built, by package selection, rounded up."""
 
@@ -67,12 +70,36 @@ class Plan:
         return self.clone / "ci" / "locks" / f"{self.release}.txt"
 
     @property
+    def locked(self) -> str:
+        """The complete lock, put together where it builds on another's."""
+        own = self.lock.read_text(encoding="utf-8")
+        on = PUT_ON.match(own)
+        if on is None:
+            return own
+        dropped = frozenset((on["without"] or "").split())
+        return without(replace(self, release=on["release"]).locked, dropped | frozenset(entries(own))) + own
+
+    @property
     def requirements(self) -> str:
-        """The requirements to install: the lock, for "cpu" without GPU-only packages."""
-        text = self.lock.read_text(encoding="utf-8")
-        if self.packages == "gpu":
-            return text
-        return without(text, names_in(self.clone / "ci" / "locks" / "gpu_only.txt"))
+        """All requirements: the complete lock, for "cpu" without GPU-only packages."""
+        return self._selected(self.locked)
+
+    @property
+    def parent(self) -> Plan | None:
+        """The release whose environment this one is put on; None if it has everything itself, as with GPU packages.
+
+        Packages cannot be hidden that only the parent has, and FlashInfer refuses to start beside another release's.
+        """
+        on = PUT_ON.match(self.lock.read_text(encoding="utf-8"))
+        return None if on is None or self.packages == "gpu" else replace(self, release=on["release"])
+
+    @property
+    def own_requirements(self) -> str:
+        """The requirements to install: those that the parent's environment does not have."""
+        return self._selected(self.lock.read_text(encoding="utf-8")) if self.parent else self.requirements
+
+    def _selected(self, lock: str) -> str:
+        return lock if self.packages == "gpu" else without(lock, names_in(self.clone / "ci" / "locks" / "gpu_only.txt"))
 
     @property
     def name(self) -> str:
@@ -138,9 +165,20 @@ def normalized(name: str) -> str:
 
 def without(lock: str, names: frozenset[str]) -> str:
     """The lock text without the entries of `names` and their hashes."""
-    entries = re.split(r"^(?=\S)", lock, flags=re.MULTILINE)
-    kept = (entry for entry in entries if normalized(re.split(r"[=<>! \[;]", entry, maxsplit=1)[0]) not in names)
-    return "".join(kept)
+    return "".join(entry for entry in _parts(lock) if _name_of(entry) not in names)
+
+
+def entries(lock: str) -> dict[str, str]:
+    """The lock's entries, with their hashes and comments, by normalized name."""
+    return {_name_of(entry): entry for entry in _parts(lock) if entry[:1].isalnum()}
+
+
+def _parts(lock: str) -> list[str]:
+    return re.split(r"^(?=\S)", lock, flags=re.MULTILINE)
+
+
+def _name_of(entry: str) -> str:
+    return normalized(re.split(r"[=<>! \[;]", entry, maxsplit=1)[0])
 
 
 def digest(text: str) -> str:
@@ -171,9 +209,7 @@ def ensure(plan: Plan) -> Path:
     """
     check_machine(plan)
     plan.cache.mkdir(parents=True, exist_ok=True)
-    with exclusive(plan.base):
-        if not is_complete(plan.base):
-            build_base(plan)
+    ensure_base(plan)
     with exclusive(plan.layer):
         if not is_complete(plan.layer) or marker_of(plan.layer).get("fingerprint") != fingerprint(plan):
             build_layer(plan)
@@ -229,15 +265,27 @@ def complete(environment: Path, **facts: object) -> None:
     draft.replace(environment / MARKER)
 
 
+def ensure_base(plan: Plan) -> None:
+    """Create the environment that all clones share, after the one that it is put on."""
+    if plan.parent is not None:
+        ensure_base(plan.parent)
+    with exclusive(plan.base):
+        if not is_complete(plan.base):
+            build_base(plan)
+
+
 def build_base(plan: Plan) -> None:
     """Install the lock into a new environment, replacing remains of an interrupted build."""
     started = time.monotonic()
     check_disk(plan)
     uv = ensure_uv(plan)
-    requirements = plan.requirements
-    count = len(re.findall(r"^\w", requirements, flags=re.MULTILINE))
-    say(f"installing SGLang {plan.release} and what it needs, {count} packages, into {plan.base}")
+    requirements = plan.own_requirements
+    count = len(entries(requirements))
+    on = "" if plan.parent is None else f" on that of {plan.parent.release}"
+    say(f"installing SGLang {plan.release} and what it needs{on}, {count} packages, into {plan.base}")
     make_venv(plan, plan.base, "--without-pip")
+    if plan.parent is not None:
+        see(plan.base, plan.parent.base)
     listing = plan.base / "requirements.txt"
     listing.write_text(requirements, encoding="utf-8")
     # Every process of a server imports 6,000 files; compiling them each time would take half of its start.
@@ -253,11 +301,16 @@ def build_layer(plan: Plan) -> None:
     uv = ensure_uv(plan)
     if not is_complete(plan.layer):
         make_venv(plan, plan.layer, "--without-pip")
-        # addsitedir instead of a bare path, so the .pth files of the shared environment are honoured too.
-        link = f"import site; site.addsitedir({str(site_packages(plan.base))!r})\n"
-        (site_packages(plan.layer) / "_shared_environment.pth").write_text(link, encoding="utf-8")
+        see(plan.layer, plan.base)
     install(plan, uv, plan.layer, ["--no-deps", "--no-build-isolation", "--editable", str(plan.clone)])
     complete(plan.layer, fingerprint=fingerprint(plan), clone=str(plan.clone))
+
+
+def see(environment: Path, other: Path) -> None:
+    """Have `environment` see the packages of the other, after its own."""
+    # addsitedir instead of a bare path, so the .pth files of the other environment are honoured too.
+    link = f"import site; site.addsitedir({str(site_packages(other))!r})\n"
+    (site_packages(environment) / "_shared_environment.pth").write_text(link, encoding="utf-8")
 
 
 def fingerprint(plan: Plan) -> str:
