@@ -276,16 +276,18 @@ def test_supported_releases_are_those_with_a_lock() -> None:
     assert environment.supported() == environment.locked()
 
 
-def test_sample_is_the_oldest_one_in_the_middle_and_the_newest(tmp_path: Path) -> None:
-    def sample(*releases: str) -> list[str]:
+def test_sample_is_the_oldest_one_of_the_torch_in_the_middle_and_the_newest(tmp_path: Path) -> None:
+    def sample(**torches: str) -> list[str]:
         file = tmp_path / environment.RELEASES
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"supported": [{"release": release} for release in releases]}))
+        entries = [{"release": release, "torch": torch} for release, torch in torches.items()]
+        file.write_text(json.dumps({"supported": entries}))
         return environment.sample(tmp_path)
 
-    assert sample("1", "2", "3", "4", "5") == ["1", "3", "5"]
-    assert sample("1", "2") == ["1", "2"]
-    assert sample("1") == ["1"]
+    assert sample(a="1", b="1", c="1", d="1", e="2", f="2", g="3") == ["a", "e", "g"]
+    assert sample(a="1", b="1", c="2") == ["a", "c"]
+    assert sample(a="1", b="1") == ["a", "b"]
+    assert sample(a="1") == ["a"]
 
 
 def test_newest_supported_release_is_what_everything_uses() -> None:

@@ -127,14 +127,20 @@ def cache_root() -> Path:
 
 def supported(clone: Path = CLONE) -> list[str]:
     """Supported SGLang releases, oldest first; the last one is the default everywhere."""
-    entries = json.loads((clone / RELEASES).read_text(encoding="utf-8"))["supported"]
-    return [str(entry["release"]) for entry in entries]
+    return [entry["release"] for entry in _known(clone)]
 
 
 def sample(clone: Path = CLONE) -> list[str]:
-    """The oldest supported release, one in the middle and the newest."""
-    found = supported(clone)
-    return list(dict.fromkeys([found[0], found[len(found) // 2], found[-1]]))
+    """The oldest supported release, the first with the torch in the middle, and the newest."""
+    found = _known(clone)
+    torches = list(dict.fromkeys(entry["torch"] for entry in found))
+    middle = next(entry for entry in found if entry["torch"] == torches[len(torches) // 2])
+    return list(dict.fromkeys(entry["release"] for entry in (found[0], middle, found[-1])))
+
+
+def _known(clone: Path) -> list[dict[str, str]]:
+    entries: list[dict[str, str]] = json.loads((clone / RELEASES).read_text(encoding="utf-8"))["supported"]
+    return entries
 
 
 def locked(clone: Path = CLONE) -> list[str]:
