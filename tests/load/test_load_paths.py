@@ -85,6 +85,15 @@ def test_tied_embeddings_stream(both, checkpoint):
     assert_streamed(reports)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_weight_loader_v2_streams(architecture, both, checkpoint_folder):
+    """Releases before 0.5.22 have none, and load as ever."""
+    path = families.build(architecture, checkpoint_folder)
+    stock, result, reports = both(path, environ={"SGLANG_ENABLE_WEIGHT_LOADER_V2": "1"})
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+
+
 @pytest.mark.parametrize(
     "architecture",
     [
