@@ -14,6 +14,15 @@ _COMPRESSED_CONFIG = "sglang.srt.layers.quantization.compressed_tensors.compress
 
 HOOKS = (
     Hook(
+        target="sglang.srt.utils.common.get_device",
+        wrapper="sglang_overlay.cpu_reference.unasked:device_name",
+        kind=HookKind.REPLACE,
+        parameters=("device_id",),
+        why="finds no accelerator and raises, without asking the platform, in releases before 0.5.13",
+        related=(),
+        remove_when="0.5.12.post1 is no longer supported",
+    ),
+    Hook(
         target="sglang.kernels.ops.quantization.fp8_kernel.scaled_fp8_quant",
         wrapper="sglang_overlay.cpu_reference.quantizer:scaled_fp8_quant",
         kind=HookKind.REPLACE,
@@ -113,7 +122,10 @@ HOOKS = (
         why="Qwen2-MoE adds its shared expert with a Triton kernel on every platform but AMX and NPU",
         related=(),
         remove_when="upstream takes its torch path (F.sigmoid) where Triton has no driver",
-        elsewhere=(Place("sglang.srt.layers.elementwise.fused_gate_sigmoid_mul_add"),),
+        elsewhere=(
+            Place("sglang.kernels.ops.layernorm.elementwise.fused_gate_sigmoid_mul_add"),
+            Place("sglang.srt.layers.elementwise.fused_gate_sigmoid_mul_add"),
+        ),
         without="Nothing: this release takes its torch path everywhere.",
     ),
     Hook(

@@ -22,7 +22,12 @@ PLATFORM = "sglang_overlay.cpu_reference.platform:CpuReferencePlatform"
 
 def platform() -> str | None:
     """Entry point of ``sglang.srt.platforms``: the platform's class name, or None where it does not step in."""
-    return PLATFORM if is_wanted() else None
+    if not is_wanted():
+        return None
+    from sglang_overlay.cpu_reference import unasked
+
+    unasked.answer_for_kv_transfers()
+    return PLATFORM
 
 
 def activate() -> None:

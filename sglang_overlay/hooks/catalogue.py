@@ -14,6 +14,7 @@ _LOADER = "sglang.srt.model_loader.loader"
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 _RUNNER = "sglang.srt.model_executor.model_runner"
 _SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_SESSIONS_BEFORE = "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin"
 _UPDATE_ISSUES = ("sgl-project/sglang#5424", "sgl-project/sglang#11289", "sgl-project/sglang#30761")
 _WHEN_UPSTREAM_UPDATES = "SGLang updates online fp8 weights itself"
 _WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
@@ -50,7 +51,7 @@ STREAMING: tuple[Hook, ...] = (
             (
                 "DummyModelLoader",
                 "load_quantized",
-                "As for DefaultModelLoader, with random weights; before 0.5.15, fp8 ones.",
+                "As for DefaultModelLoader, with random weights; before 0.5.14, fp8 ones.",
             ),
             ("PreshardedModelLoader", "load_model", "As for DefaultModelLoader, when it writes its dump."),
             ("LayeredModelLoader", "load_model", "Says that it is not streamed, under its own name."),
@@ -292,6 +293,7 @@ STREAMING: tuple[Hook, ...] = (
             why="Where a draft model cannot be updated, has the target go back to its weights too.",
             related=_UPDATE_ISSUES,
             remove_when=_WHEN_UPSTREAM_UPDATES,
+            elsewhere=(Place(f"{_SESSIONS_BEFORE}.{name}"),),
         )
         for name in ("update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_ipc")
     ),

@@ -157,7 +157,7 @@ def get_all_weights(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 def load_quantized(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
     """Around ``load_model`` of loaders that fill parameters after ``process_weights_after_loading``.
 
-    ``ShardedStateLoader`` reads them from its files. Before 0.5.15, ``DummyModelLoader`` makes them up; later releases
+    ``ShardedStateLoader`` reads them from its files. Before 0.5.14, ``DummyModelLoader`` makes them up; later releases
     fill every weight before, see ``initialize_dummy_weights``.
     """
 

@@ -21,6 +21,7 @@ PATCHED_MODULES = frozenset(
         "sglang.srt.layers.quantization.fp8",
         "sglang.srt.managers.scheduler",
         "sglang.srt.managers.scheduler_components.weight_updater",
+        "sglang.srt.managers.scheduler_update_weights_mixin",
         "sglang.srt.model_executor.model_runner",
         "sglang.srt.model_executor.model_runner_components.weight_updater",
         "sglang.srt.model_loader.loader",

@@ -52,7 +52,7 @@ def test_mistral_format_streams(both, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dummy_weights_are_stocks(family, both, checkpoint):
-    # Before 0.5.15, MLA absorbs dummy weights that are fp8 already, and its kernels for those are Triton's.
+    # Before 0.5.14, MLA absorbs dummy weights that are fp8 already, and its kernels for those are Triton's.
     prompts = () if family == "deepseek_v3" else PROMPTS
     stock, result, reports = both(checkpoint(family), server_args={"load_format": "dummy"}, prompts=prompts)
     assert compare(stock, result) == []
