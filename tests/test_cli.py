@@ -190,7 +190,7 @@ def test_import_that_fails_in_the_program_is_its_own(monkeypatch, tmp_path):
         ("sglang-streamfp8 re", {"report"}),
         ("sglang-streamfp8 report --h", {"--html", "--help"}),
         ("sglang-streamfp8 export --scheme b", {"block"}),
-        ("sglang-streamfp8 patch --release 0.5.2", {"0.5.21", "0.5.22", "0.5.23"}),
+        ("sglang-streamfp8 patch --release 0.5.2", {"0.5.20", "0.5.21", "0.5.22", "0.5.23"}),
         ("sglang-streamfp8 plan --gpu H2", {"H200"}),
     ],
 )

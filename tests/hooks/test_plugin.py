@@ -185,7 +185,7 @@ def test_unknown_value_ends_the_process_with_the_valid_ones(run):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        pytest.param(OTHER_RELEASE, "SGLang 0.4.1 is not a supported release (supported: 0.5.13", id="release"),
+        pytest.param(OTHER_RELEASE, "SGLang 0.4.1 is not a supported release (supported: 0.5.11", id="release"),
         pytest.param(NEWER_WITHOUT, "sglang.srt.gone: absent (A thing.)", id="newer, without something"),
         pytest.param(NEWER_SIGNATURE, "load_model: signature (expected self, renamed; found self", id="newer, changed"),
         pytest.param(OTHER_SIGNATURE, "Fp8LinearMethod.create_weights: signature", id="signature"),
