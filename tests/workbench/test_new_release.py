@@ -91,6 +91,20 @@ def test_file_is_written_as_it_is_kept() -> None:
     assert new_release.with_entry(text, json.loads(text)["supported"][0]) == text
 
 
+def test_table_of_releases_is_what_is_known_of_them() -> None:
+    page = new_release.PAGE.read_text()
+    assert new_release.with_facts(page, json.loads((CLONE / RELEASES).read_text())["supported"]) == page
+
+
+def test_lock_is_put_on_that_of_a_release_with_the_same_torch_and_transformers() -> None:
+    known = json.loads((CLONE / RELEASES).read_text())["supported"]
+    same = new_release.lock_input({**known[-1], "release": "9.9"}, known)
+    assert same.startswith(f"# on {known[-1]['release']}.txt\n")
+    other = new_release.lock_input({**known[-1], "release": "9.9", "torch": "9.9"}, known)
+    assert "# on" not in other
+    assert other.endswith("\nsglang==9.9\n\n-r project.in\n")
+
+
 def test_previous_release_is_the_newest_before() -> None:
     known = ["0.5.13.post1", "0.5.15.post1", "0.5.17"]
     assert new_release.previous("0.5.16", known) == "0.5.15.post1"

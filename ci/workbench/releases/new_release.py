@@ -2,13 +2,14 @@
 
 1. Fetches its package, and that of the newest supported release before it.
 2. Compares every function that is hooked: where it is, what it takes, what it does.
-3. Enters it into releases.json, with what its package says of Python, torch and transformers, and what it lacks, and
-   what its hooked functions do into bodies.json (`ci/bodies`).
-4. Resolves its lock (`ci/lock`).
+3. Enters it into releases.json and the table in docs/releases.md, with its date, what its package says of Python, torch
+   and transformers, and what it lacks, and what its hooked functions do into bodies.json (`ci/bodies`).
+4. Resolves its lock (`ci/lock`), put on that of a release with the same torch and transformers if there is one.
 5. Makes its patch series (`ci/make_patches`).
 6. Makes its environment, and has `python -m sglang_overlay check` look at the release itself.
 7. Runs the tests that have to pass with each release, as overlay and on the patched release.
-8. Makes its baselines (`ci/baseline`), half an hour for the largest models.
+8. Measures its peaks (`ci/peaks`), and if it is the newest makes its baselines (`ci/baseline`), half an hour for the
+   largest models.
 
 Then it prints what to look at. With --compare-only it stops after the second step and changes nothing. The exit code
 is 0 where all that was done went well, whatever there is to look at.
@@ -17,12 +18,12 @@ is 0 where all that was done went well, whatever there is to look at.
 from __future__ import annotations
 
 import argparse
-import datetime
 import difflib
 import json
 import re
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass
 from email.parser import Parser
 from pathlib import Path
@@ -35,15 +36,18 @@ from sglang_overlay.cpu_reference.catalogue import HOOKS
 from sglang_overlay.hooks import source_tree
 from sglang_overlay.hooks.catalogue import STREAMING, TELLING
 from sglang_overlay.hooks.hook import Hook, HookState, State
+from workbench.bench import page_tables
 from workbench.releases import environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 TESTS = ("-m", "every_release")
+PAGE = environment.CLONE / "docs" / "releases.md"
 
+_INDEX = "https://pypi.org/pypi/sglang/json"
 _LOCK_INPUT = """\
-# What ci/lock resolves into {release}.txt: the release, then what the project, its tests and its demo need beside it.
+{put_on}# What ci/lock resolves into {release}.txt: the release, then what the project, its tests and its demo need.
 sglang=={release}
 
 -r project.in
@@ -142,13 +146,41 @@ def fetch(release: str) -> Path:
     return folder
 
 
-def enter(release: str, package: Path, date: str) -> None:
-    """Write the release into releases.json and bodies.json, and its lock."""
+def published(release: str) -> str:
+    """Day on which the first of the release's files was uploaded to the package index, in UTC."""
+    with urllib.request.urlopen(_INDEX, timeout=60) as answer:
+        files = json.load(answer)["releases"][release]
+    return str(min(file["upload_time"] for file in files)).partition("T")[0]
+
+
+def with_facts(page: str, entries: Iterable[Mapping[str, Any]]) -> str:
+    """The page on releases with its table of them replaced."""
+    header = ["SGLang", "published", "Python", "torch", "transformers"]
+    facts = ("release", "date", "python", "torch", "transformers")
+    rows = [[entry[fact].replace(">=", "from ") for fact in facts] for entry in entries]
+    return page_tables.with_table(page, "ci/new_release", header, rows)
+
+
+def lock_input(entry: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> str:
+    """What `ci/lock` resolves: put on the lock of the first other release with the same torch and transformers."""
+    same = (each for each in others if (each["torch"], each["transformers"]) == (entry["torch"], entry["transformers"]))
+    plans = (environment.planned(each["release"], "cpu") for each in same if each["release"] != entry["release"])
+    base = next((plan for plan in plans if plan.lock.exists() and plan.parent is None), None)
+    put_on = "" if base is None else f"# on {base.release}.txt\n"
+    return _LOCK_INPUT.format(put_on=put_on, release=entry["release"])
+
+
+def enter(release: str, package: Path) -> None:
+    """Write the release into releases.json, bodies.json and its page, and its lock."""
     file = environment.CLONE / environment.RELEASES
-    file.write_text(with_entry(file.read_text(encoding="utf-8"), entry_of(package, release, date)), encoding="utf-8")
+    entry = entry_of(package, release, published(release))
+    text = with_entry(file.read_text(encoding="utf-8"), entry)
+    file.write_text(text, encoding="utf-8")
+    entries = json.loads(text)["supported"]
+    PAGE.write_text(with_facts(PAGE.read_text(encoding="utf-8"), entries), encoding="utf-8")
     wanted = environment.CLONE / "ci" / "locks" / f"{release}.in"
     if not wanted.exists():
-        wanted.write_text(_LOCK_INPUT.format(release=release), encoding="utf-8")
+        wanted.write_text(lock_input(entry, entries), encoding="utf-8")
     _run("ci/bodies")
     _run("ci/lock", release)
 
@@ -165,26 +197,9 @@ def check(release: str) -> list[str]:
     return problems
 
 
-def _run(script: str, *arguments: str) -> None:
-    subprocess.run([str(environment.CLONE / script), *arguments], cwd=environment.CLONE, check=True)
-
-
-def tests_pass(release: str, *options: str) -> bool:
-    """Run ``ci/test`` on a release."""
-    command = [str(environment.CLONE / "ci" / "test"), "--release", release, *options]
-    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
-
-
-def patches_made(release: str) -> bool:
-    """Make the release's patch series."""
-    command = [str(environment.CLONE / "ci" / "make_patches"), "--release", release]
-    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
-
-
-def baselines_made(release: str) -> bool:
-    """Plan the published models, load small ones for real, and record the figures."""
-    command = [str(environment.CLONE / "ci" / "baseline"), "--release", release, "--refresh", "--measured"]
-    return subprocess.run(command, cwd=environment.CLONE, check=False).returncode == 0
+def _run(script: str, *arguments: str, check: bool = True) -> bool:
+    command = [str(environment.CLONE / script), *arguments]
+    return subprocess.run(command, cwd=environment.CLONE, check=check).returncode == 0
 
 
 def report(changes: Sequence[Change], before: str, after: str) -> str:
@@ -210,26 +225,27 @@ def previous(release: str, known: Sequence[str]) -> str:
     return max(earlier, key=Version)
 
 
-def take_on(release: str, package: Path, date: str) -> list[str]:
+def take_on(release: str, package: Path) -> list[str]:
     """Do steps 3 to 8; returns the errors, one per line."""
-    enter(release, package, date)
-    has_patches = patches_made(release)
-    problems = [] if has_patches else [f"no patch series: ci/make_patches --release {release}"]
-    problems += [f"check: {problem}" for problem in check(release)]
-    for options in (("--tests-only", "--", *TESTS), *([("--patched",)] if has_patches else [])):
-        if not tests_pass(release, *options):
-            problems.append(f"tests fail: ci/test --release {release} {' '.join(options)}")
-    if not baselines_made(release):
-        problems.append(f"no baselines: ci/baseline --release {release} --refresh --measured")
-    return problems
+    enter(release, package)
+    steps = [
+        ("no patch series", "ci/make_patches", "--release", release),
+        ("tests fail", "ci/test", "--release", release, "--tests-only", "--", *TESTS),
+        ("tests fail", "ci/test", "--release", release, "--patched"),
+        ("no peaks", "ci/peaks", "--release", release),
+    ]
+    if release == environment.supported()[-1]:
+        steps.append(("no baselines", "ci/baseline", "--refresh", "--measured"))
+    failed = [f"{problem}: {' '.join(command)}" for problem, *command in steps if not _run(*command, check=False)]
+    return [*(f"check: {problem}" for problem in check(release)), *failed]
 
 
 def to_do(release: str) -> str:
     """The steps that a person always has to do."""
     return (
-        f"Left to you: look at the differences above; set the date of {release} in {environment.RELEASES}; run "
-        f"ci/test --release {release}, ci/peaks --release {release}, ci/series_table --release {release} and ci/plans; "
-        "add a row to docs/releases.md and what differs, and the release to the table of README.md."
+        f"Left to you: look at the differences above, and enter what works differently into docs/releases.md; run "
+        f"ci/test --release {release}; name it in CHANGELOG.md. For the newest release also ci/plans, ci/sweep, "
+        "ci/quality and ci/bench."
     )
 
 
@@ -240,14 +256,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("release", type=_release, help="such as 0.5.24")
     parser.add_argument("--compare-only", action="store_true", help="change nothing")
-    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="of the release; today unless said")
     options = parser.parse_args(arguments)
     before = previous(options.release, environment.supported())
     package = fetch(options.release)
     changes = compare(fetch(before), package, (*STREAMING, *TELLING, *HOOKS))
     problems = [f"{change.target}: {change.problem}" for change in changes if change.problem]
     if not options.compare_only:
-        problems += take_on(options.release, package, options.date)
+        problems += take_on(options.release, package)
     print(report(changes, before, options.release))
     if not options.compare_only:
         print(f"\n{to_do(options.release)}")
