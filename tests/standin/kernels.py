@@ -194,8 +194,15 @@ def sgl_per_token_group_quant_8bit(
     masked_m: torch.Tensor | None = None,
     enable_v2: bool | None = None,
 ) -> None:
-    """As ``per_token_group_quant_8bit``, for weights as narrow as a group: multiplies by reciprocals."""
-    assert enable_v2 and not scale_ue8m0 and not fuse_silu_and_mul and masked_m is None, "not what weights ask for"
+    """As ``per_token_group_quant_8bit``, for weights as narrow as a group: multiplies by reciprocals.
+
+    0.5.16 has it quantize whole rows too, without ``enable_v2``: by ``per_token_group_quant_8bit.cu``, which
+    ``per_token_group_quant_8bit`` was made of.
+    """
+    assert not scale_ue8m0 and not fuse_silu_and_mul and masked_m is None, "not what weights ask for"
+    if not enable_v2:
+        per_token_group_quant_8bit(input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0)
+        return
     assert eps == 1e-10
     _quantize_narrow_groups(input, output_q, output_s, group_size)
 
