@@ -34,7 +34,7 @@ def apply(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
     Raises:
         NotImplementedError: for fp4 experts, biases, or an activation without a reference here.
     """
-    if self.is_fp4_expert or self.with_bias:
+    if getattr(self, "is_fp4_expert", False) or self.with_bias:  # Since 0.5.12.
         raise NotImplementedError("the CPU reference platform has neither fp4 experts nor experts with biases")
     if not self.block_quant:
         return _apply(self.moe_runner_config, layer, dispatch_output, "weight_scale", dequantize)
@@ -144,10 +144,11 @@ def _gated(tokens: torch.Tensor, w13: torch.Tensor, activation: str) -> torch.Te
 
 
 def _check(config: Any) -> None:
-    plain = config.is_gated and config.gemm1_alpha is None and config.swiglu_limit is None
+    limit = getattr(config, "swiglu_limit", None)  # Since 0.5.12.
+    plain = config.is_gated and config.gemm1_alpha is None and limit is None
     if not plain or config.activation not in _ACTIVATIONS:
         raise NotImplementedError(
             f"the CPU reference platform has gated {'/'.join(_ACTIVATIONS)} experts without clamping; layer "
             f"{config.layer_id} has activation {config.activation!r}, is_gated={config.is_gated}, "
-            f"swiglu_limit={config.swiglu_limit}"
+            f"swiglu_limit={limit}"
         )

@@ -26,7 +26,7 @@ def platform() -> str | None:
         return None
     from sglang_overlay.cpu_reference import unasked
 
-    unasked.answer_for_kv_transfers()
+    unasked.answer_for_kernels()
     return PLATFORM
 
 
@@ -39,6 +39,7 @@ def activate() -> None:
     if not is_wanted() or not _is_current():
         return
     from sglang_overlay.core.executor import register
+    from sglang_overlay.cpu_reference import unasked
     from sglang_overlay.cpu_reference.attention import MLA_HANDLERS, select_absorbed_mla
     from sglang_overlay.cpu_reference.catalogue import HOOKS, OWN_METHODS
     from sglang_overlay.cpu_reference.executor import CpuExecutor
@@ -49,6 +50,7 @@ def activate() -> None:
     for module, points in by_module((*HOOKS, *OWN_METHODS)).items():
         when_imported(module, partial(_patch, points), _warn)
     when_imported(MLA_HANDLERS, select_absorbed_mla, _warn)
+    when_imported(unasked.ROTARY_EMBEDDING, unasked.avoid_kernels_of_vllm, _warn)
 
 
 def _patch(points: tuple[Hook, ...], _module: ModuleType) -> None:

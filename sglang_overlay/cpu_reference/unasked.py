@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What releases before 0.5.13 do on any platform, without asking the one in use."""
+"""What early releases do on any platform, without asking the one in use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from importlib import util
 from types import ModuleType
 from typing import Any
 
-MODULE = "sgl_kernel.kvcacheio"
-"""Kernels that copy KV caches to host memory; they are imported everywhere, and called on GPUs."""
+PACKAGES = {"sgl_kernel.kvcacheio": "sgl_kernel", "sglang.jit_kernel.dsa.cutedsl_paged_mqa_logits": "cutlass"}
+"""Modules of kernels that are imported everywhere and called on GPUs, and the packages that they need.
+
+They copy KV caches to host memory (until 0.5.12.post1), and run DeepSeek's sparse attention (0.5.15).
+"""
+ROTARY_EMBEDDING = "sglang.srt.layers.rotary_embedding.base"
+
+
+def avoid_kernels_of_vllm(module: ModuleType) -> None:
+    """Have ``RotaryEmbedding`` run in torch, as on SGLang's own CPUs, where it does not ask the platform.
+
+    It takes any platform that it does not know for one with vLLM's kernels.
+    """
+    if not hasattr(module, "current_platform"):
+        vars(module)["_is_cpu"] = True
 
 
 def device_name(device_id: int | None = None) -> str:  # noqa: ARG001 (SGLang's signature)
@@ -17,10 +30,11 @@ def device_name(device_id: int | None = None) -> str:  # noqa: ARG001 (SGLang's 
     return "cpu"
 
 
-def answer_for_kv_transfers() -> None:
-    """Have the import of ``MODULE`` succeed where its package is not installed; that of the package still fails."""
-    if util.find_spec("sgl_kernel") is None:
-        sys.modules.setdefault(MODULE, _Absent(MODULE))
+def answer_for_kernels() -> None:
+    """Have imports of ``PACKAGES`` succeed where the package is not installed; that of the package still fails."""
+    for module, package in PACKAGES.items():
+        if util.find_spec(package) is None:
+            sys.modules.setdefault(module, _Absent(module))
 
 
 class _Absent(ModuleType):
@@ -29,6 +43,6 @@ class _Absent(ModuleType):
             raise AttributeError(name)
 
         def transfer(*_args: Any, **_kwargs: Any) -> None:
-            raise NotImplementedError(f"the CPU reference platform has no {MODULE}.{name}")
+            raise NotImplementedError(f"the CPU reference platform has no {self.__name__}.{name}")
 
         return transfer

@@ -32,7 +32,7 @@ def is_online_fp8(config: Any) -> bool:
         type(config) is Fp8Config
         and not config.is_checkpoint_fp8_serialized
         and not config.use_mxfp8
-        and not config.is_fp4_experts
+        and not capabilities.has_fp4_experts(config)
         and config.weight_block_size is None
     )
 

@@ -19,6 +19,11 @@ def has_row_kernel() -> bool:
     return "sglang_per_token_quant_fp8" in by_groups.__code__.co_names
 
 
+def has_fp4_experts(config: Any) -> bool:
+    """Whether the checkpoint's experts are FP4, which SGLang knows since 0.5.12."""
+    return bool(getattr(config, "is_fp4_experts", False))
+
+
 def takes_hpc_ops_weights(backend: Any) -> bool:
     """Whether HPC-Ops runs the experts, which needs its own weight layout."""
     return hasattr(backend, "is_hpc_ops") and bool(backend.is_hpc_ops())

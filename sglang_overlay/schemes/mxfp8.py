@@ -29,6 +29,7 @@ from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
+from sglang_overlay.schemes import capabilities
 from sglang_overlay.schemes.layer_plan import OnlinePlan, ParameterPlan, Placeholders
 
 GROUP = 32
@@ -45,7 +46,7 @@ def is_online(config: Any) -> bool:
         type(config) is Fp8Config
         and config.use_mxfp8
         and not config.is_checkpoint_fp8_serialized
-        and not config.is_fp4_experts
+        and not capabilities.has_fp4_experts(config)
     )
 
 

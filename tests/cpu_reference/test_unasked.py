@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from importlib import util
 
@@ -14,13 +15,14 @@ from sglang_overlay.cpu_reference import unasked
 pytestmark = pytest.mark.every_release
 
 
-@pytest.mark.skipif(util.find_spec("sgl_kernel") is not None, reason="the package is installed")
-def test_kernels_of_host_kv_caches_are_imported_and_their_package_still_is_not(monkeypatch):
-    monkeypatch.delitem(sys.modules, unasked.MODULE, raising=False)
-    unasked.answer_for_kv_transfers()
-    kernels = importlib.import_module(unasked.MODULE)
-    monkeypatch.setitem(sys.modules, unasked.MODULE, kernels)
-    with pytest.raises(NotImplementedError, match=r"sgl_kernel\.kvcacheio\.transfer_kv_direct"):
-        kernels.transfer_kv_direct()
+@pytest.mark.parametrize(("module", "package"), unasked.PACKAGES.items())
+def test_kernels_are_imported_and_their_package_still_is_not(module, package, monkeypatch):
+    if util.find_spec(package) is not None:
+        pytest.skip("the package is installed")
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    unasked.answer_for_kernels()
+    kernels = sys.modules[module]
+    with pytest.raises(NotImplementedError, match=re.escape(f"{module}.run")):
+        kernels.run()
     with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("sgl_kernel")
+        importlib.import_module(package)

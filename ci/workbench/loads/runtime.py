@@ -156,7 +156,9 @@ def get_ready_to_generate(runner: Any) -> None:
 def mark_extended(request: Any) -> None:
     """Mark all of a request's prompt to be run next."""
     length = len(request.origin_input_ids)
-    request.full_untruncated_fill_ids = request.origin_input_ids
+    # Until 0.5.12.post1 it is stored; later it is a property.
+    name = "fill_ids" if "fill_ids" in vars(request) else "full_untruncated_fill_ids"
+    setattr(request, name, request.origin_input_ids)
     request.logprob_start_len = -1
     if hasattr(request, "set_extend_range"):
         request.set_extend_range(0, length)
@@ -176,5 +178,6 @@ def take_down() -> None:
     # Until 0.5.15 a global that can be set only once.
     if hasattr(expert_location, "_global_expert_location_metadata"):
         expert_location._global_expert_location_metadata = None
-    if _context is not None:
+    # 0.5.14 has a context that holds nothing.
+    if hasattr(_context, "reset_context"):
         _context.reset_context()
