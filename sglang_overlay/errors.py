@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from sglang_overlay.core.errors import (
     ConflictingWriteError,
-    IncompleteLoadError,
     LayerNotStreamableError,
+    StreamFP8Error,
+    UnsupportedDtypeError,
+    UnsupportedWriteError,
+)
+from sglang_overlay.core.load_errors import (
+    IncompleteLoadError,
     MisfitError,
     NonFiniteWeightError,
     PlaceholderLeakError,
     StagingMemoryError,
-    StreamFP8Error,
     UnexpectedParametersError,
-    UnsupportedDtypeError,
-    UnsupportedWriteError,
 )
 
 __all__ = [

@@ -15,6 +15,9 @@ from sglang_overlay.hooks import releases
 from sglang_overlay.patches import PatchError
 
 RELEASE = releases.installed()
+TEXTS = {name: [file.read_text() for file in patches.files_of(name)] for name in releases.supported()}
+ALIKE = {name for name, texts in TEXTS.items() if texts == TEXTS[RELEASE]}
+"""Releases whose changed files are those of the installed one, such as 0.5.13 and 0.5.13.post1."""
 LOADER = Path("python", "sglang", "srt", "model_loader", "loader.py")
 
 
@@ -40,7 +43,7 @@ def patch(*arguments):
 def test_series_is_applied_to_the_tree_whose_release_it_is_for(tree):
     done = patch("--apply", tree)
     assert done.exit_code == 0, done.output
-    assert f"SGLang {RELEASE} with streaming" in done.output
+    assert any(f"SGLang {release} with streaming" in done.output for release in ALIKE)
     assert done.output.count("applied 000") == len(series.PATCHES)
     assert (tree / patches.PACKAGE / "stream.py").is_file()
     changed = {path: text for _, files in series.commits(patched.installed()) for path, text in files.items()}
@@ -50,7 +53,8 @@ def test_series_is_applied_to_the_tree_whose_release_it_is_for(tree):
 def test_json_names_the_release_and_what_was_applied(tree):
     done = patch("--apply", tree, "--json")
     told = json.loads(done.stdout)
-    assert (told["schema"], told["version"], told["release"]) == ("sglang-streamfp8/patch", 1, RELEASE)
+    assert (told["schema"], told["version"]) == ("sglang-streamfp8/patch", 1)
+    assert told["release"] in ALIKE
     assert told["tree"] == str(tree)
     assert [name[:4] for name in told["applied"]] == [f"{number + 1:04}" for number in range(len(series.PATCHES))]
 

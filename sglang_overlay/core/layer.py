@@ -6,16 +6,19 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import ViewCapture, capture_of
-from sglang_overlay.core.errors import LayerNotStreamableError, UnsupportedWriteError, annotate
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
+from sglang_overlay.core.errors import LayerNotStreamableError, UnsupportedWriteError
 from sglang_overlay.core.loader_calls import LoaderCalls, Misfit, WatchedSink
+from sglang_overlay.core.messages import annotate
 from sglang_overlay.core.placeholders import materialize
-from sglang_overlay.core.stream import ParameterStream
 
 WeightLoader = Callable[..., Any]
 
@@ -39,7 +42,7 @@ class LayerStream:
     def __init__(
         self,
         name: str,
-        streams: Mapping[str, tuple[torch.nn.Parameter, ParameterStream]],
+        streams: Mapping[str, tuple[torch.nn.Parameter, CheckpointStream]],
         on_return: Callable[[LayerStream, str], None],
         on_loss: Callable[[LayerStream, str], None],
         ranks: int = 1,
@@ -48,7 +51,7 @@ class LayerStream:
         self.streaming = True
         self.placeholders = {key: placeholder for key, (placeholder, _) in streams.items()}
         self.streams = {key: stream for key, (_, stream) in streams.items()}
-        self._calls = LoaderCalls(ranks, self._origin_of)
+        self._calls = LoaderCalls(ranks, self._name_of)
         self._sinks = {
             storage_key(placeholder): WatchedSink(stream, placeholder.shape, self._calls.under_way)
             for placeholder, stream in streams.values()
@@ -76,13 +79,10 @@ class LayerStream:
             if getattr(self._thread, "inside", False) or not self._enter():
                 return loader(*args, **kwargs)
             try:
-                with self._calls.of([*args[1:], *kwargs.values()]), self._capture():
+                with self._captured(args, kwargs):
                     return loader(*args, **kwargs)
             except UnsupportedWriteError as error:
                 reason = str(error)
-            except Exception as error:
-                annotate(error, self._describe_call([*args, *kwargs.values()]))
-                raise
             finally:
                 self._leave()
             self.return_to_stock(reason)
@@ -100,8 +100,8 @@ class LayerStream:
             self._condition.wait_for(lambda: self._loading == 0)
         try:
             lost = ""
+            self._uncapture()
             for key, stream in self.streams.items():
-                ViewCapture.unwatch(self.placeholders[key])
                 try:
                     values = stream.restore()
                 except LayerNotStreamableError as error:
@@ -114,8 +114,8 @@ class LayerStream:
             else:
                 self._on_return(self, reason)
             # Parameters refer to this, through their loaders, for as long as they live.
-            for kept in (self.placeholders, self.streams, self._sinks):
-                kept.clear()
+            self.placeholders.clear()
+            self.streams.clear()
         finally:
             with self._condition:
                 self._returning = False
@@ -123,8 +123,7 @@ class LayerStream:
 
     def finish(self) -> None:
         """Drop the placeholders and their streams: the layer has its quantized parameters."""
-        for placeholder in self.placeholders.values():
-            ViewCapture.unwatch(placeholder)
+        self._uncapture()
         self.placeholders.clear()
         self.streams.clear()
 
@@ -133,26 +132,36 @@ class LayerStream:
         """Checkpoint tensors that do not fill their part of a parameter."""
         return self._calls.misfits
 
-    def _origin_of(self, tensor: torch.Tensor) -> str:
-        return next((stream.origin_of(tensor) for stream in self.streams.values()), "")
+    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Context for a loader that is called with these arguments."""
+        given = [*args[1:], *kwargs.values()]
+        return _Call(self, [*args[:1], *given], self._calls.of(given), self._capture())
+
+    def _uncapture(self) -> None:
+        """Nothing is a placeholder any more. Parameters refer to this layer as long as they live."""
+        for placeholder in self.placeholders.values():
+            ViewCapture.unwatch(placeholder)
+        self._sinks.clear()
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        return next((stream.sources.name_of(tensor) for stream in self.streams.values()), "")
+
+    def describe_call(self, arguments: Sequence[Any]) -> str:
+        """Say what was being loaded, and into what: upstream's loaders assert shapes without a message."""
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        keys = [key for key, placeholder in self.placeholders.items() if any(placeholder is value for value in tensors)]
+        into = f"{self.name}.{keys[0]} {_shape(self.placeholders[keys[0]])}" if keys else self.name
+        loaded = [
+            f"{self._name_of(value) or 'a tensor'} {_shape(value)}"
+            for value in tensors
+            if not any(value is placeholder for placeholder in self.placeholders.values())
+        ]
+        return f"StreamFP8: raised while loading {', '.join(loaded) or 'nothing'} into {into}"
 
     def drop_staged(self) -> None:
         """Release all staging memory. To be called when no loader runs any more."""
         for stream in self.streams.values():
             stream.drop_staged()
-
-    def _describe_call(self, arguments: Sequence[Any]) -> str:
-        """Say what was being loaded, and into what: upstream's loaders assert shapes without a message."""
-        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
-        keys = [key for key, placeholder in self.placeholders.items() if any(placeholder is value for value in tensors)]
-        stream = self.streams.get(keys[0]) if keys else None
-        into = f"{self.name}.{keys[0]} {_shape(self.placeholders[keys[0]])}" if keys else self.name
-        loaded = [
-            f"{(stream and stream.origin_of(value)) or 'a tensor'} {_shape(value)}"
-            for value in tensors
-            if not any(value is placeholder for placeholder in self.placeholders.values())
-        ]
-        return f"StreamFP8: raised while loading {', '.join(loaded) or 'nothing'} into {into}"
 
     def _enter(self) -> bool:
         with self._lock:
@@ -168,6 +177,36 @@ class LayerStream:
             self._loading -= 1
             if self._returning:
                 self._condition.notify_all()
+
+
+class _Call(AbstractContextManager[None]):
+    """A call of a loader. A class, since a generator would take longer than placing a small tensor."""
+
+    __slots__ = ("_arguments", "_call", "_layer", "_writes")
+
+    def __init__(
+        self,
+        layer: LayerStream,
+        arguments: Sequence[Any],
+        call: AbstractContextManager[Any],
+        writes: AbstractContextManager[Any],
+    ) -> None:
+        self._layer = layer
+        self._arguments = arguments
+        self._call = call
+        self._writes = writes
+
+    def __enter__(self) -> None:
+        self._call.__enter__()
+        self._writes.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._writes.__exit__(kind, error, traceback)
+        self._call.__exit__(kind, error, traceback)
+        if isinstance(error, Exception) and not isinstance(error, UnsupportedWriteError):
+            annotate(error, self._layer.describe_call(self._arguments))
 
 
 def _shape(tensor: torch.Tensor) -> str:

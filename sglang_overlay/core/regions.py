@@ -38,14 +38,6 @@ def slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
-def cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The box of ``tensor``: like indexing with ``slices``, but much faster if few axes are cut."""
-    for axis, (start, stop) in enumerate(box):
-        if stop - start != tensor.shape[axis]:
-            tensor = tensor.narrow(axis, start, stop - start)
-    return tensor
-
-
 def intersection(one: Box, other: Box) -> Box | None:
     """The common box, or None where the two are disjoint."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))

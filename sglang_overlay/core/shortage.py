@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from sglang_overlay.core.errors import StagingMemoryError
+from sglang_overlay.core.load_errors import StagingMemoryError
 from sglang_overlay.core.staging import StagingAccount
 
 _SHORTAGES = ("can't allocate memory", "can't start new thread", "Cannot allocate memory")

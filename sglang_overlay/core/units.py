@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import prod
 
 import torch
 
-from sglang_overlay.core.errors import UnsupportedWriteError
 from sglang_overlay.core.regions import Box, Interval, Placement, extent, volume, whole
 
 
@@ -111,31 +109,3 @@ class TargetRegions:
         if region is None:
             region = self._known[form] = TargetRegion(Placement(view, self._shape), self._grid)
         return unit, region
-
-    def split(
-        self, view: torch.Tensor, source: torch.Tensor, refused: UnsupportedWriteError
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Split a view that is not a box, and the ``source`` written to it, into parts that are boxes.
-
-        Raises:
-            UnsupportedWriteError: ``refused``, the error of ``of``, if that is impossible.
-        """
-        runs = self._runs(view)
-        if len(runs) < 2:
-            raise refused
-        return [(view[run], source[run]) for run in runs]
-
-    def _runs(self, view: torch.Tensor) -> list[slice]:
-        """Split a run of rows that begins or ends within a unit into parts that are boxes; empty for other views.
-
-        Such views occur where upstream has padded a projection and its loader writes less than all of it.
-        """
-        grid = self._grid
-        if not grid.sliced or len(grid.shape) != 2 or view.ndim != 2 or view.stride() != (grid.shape[1], 1):
-            return []
-        height, rows = grid.shape[0], len(view)
-        before = int(view.storage_offset()) // grid.shape[1] % height
-        head = min((height - before) % height, rows)
-        whole_units = head + (rows - head) // height * height
-        cuts = sorted({0, head, whole_units, rows})
-        return [slice(start, stop) for start, stop in pairwise(cuts)]

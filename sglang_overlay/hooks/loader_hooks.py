@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core.errors import sentence
+from sglang_overlay.core.messages import sentence
 from sglang_overlay.core.shortage import is_shortage
 from sglang_overlay.errors import SchemeError
 from sglang_overlay.hooks import releases, streamed_loaders

@@ -47,9 +47,9 @@ def supported() -> tuple[str, ...]:
 
 
 def installed() -> str | None:
-    """Version of the SGLang installed, or None."""
+    """Version of the SGLang installed, without a local part such as that of a fork (``+streamfp8``), or None."""
     try:
-        return metadata.version("sglang")
+        return metadata.version("sglang").partition("+")[0]
     except metadata.PackageNotFoundError:
         return None
 

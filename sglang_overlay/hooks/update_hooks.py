@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.executor import Executor, executor_for
+from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.load import model_load

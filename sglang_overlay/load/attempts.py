@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core.errors import LayerNotStreamableError, PlaceholderLeakError, annotate
+from sglang_overlay.core.errors import LayerNotStreamableError
+from sglang_overlay.core.load_errors import PlaceholderLeakError
+from sglang_overlay.core.messages import annotate
 from sglang_overlay.load.model_load import ModelLoad, under_way
 
 

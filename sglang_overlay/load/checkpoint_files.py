@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sglang_overlay.core.errors import annotate
+from sglang_overlay.core.messages import annotate
 from sglang_overlay.core.shortage import is_shortage
 
 _INDEX = "*.index.json"

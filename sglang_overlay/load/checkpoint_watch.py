@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core.errors import UnsupportedDtypeError, shortened
+from sglang_overlay.core.errors import UnsupportedDtypeError
 from sglang_overlay.core.layer import LayerStream
+from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.load.checkpoint_files import CheckpointFiles

@@ -12,15 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from sglang_overlay.core.errors import (
-    MAX_LISTED,
-    IncompleteLoadError,
-    MisfitError,
-    NonFiniteWeightError,
-    sentence,
-    shortened,
-)
+from sglang_overlay.core.load_errors import IncompleteLoadError, MisfitError, NonFiniteWeightError
 from sglang_overlay.core.loader_calls import PADDED, Misfit
+from sglang_overlay.core.messages import MAX_LISTED, sentence, shortened
 from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.tensor_names import Misplaced, missing_names, pattern_of
 from sglang_overlay.load import eligibility
@@ -119,7 +113,7 @@ class Weight(Protocol):
         """Number of units."""
 
     @property
-    def rewritten(self) -> Sequence[str]:
+    def rewritten(self) -> Collection[str]:
         """Checkpoint tensors that replaced other values of already quantized units."""
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang_overlay.core.errors import sentence
+from sglang_overlay.core.messages import sentence
 from sglang_overlay.observe.load_metrics import LoadGauges, state_of
 from sglang_overlay.observe.report import LoadReport
 

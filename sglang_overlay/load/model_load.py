@@ -16,21 +16,16 @@ import torch
 
 from sglang_overlay.core import sentinel
 from sglang_overlay.core.capture import storage_key
-from sglang_overlay.core.errors import (
-    LayerNotStreamableError,
-    PlaceholderLeakError,
-    StagingMemoryError,
-    UnexpectedParametersError,
-    sentence,
-    shortened,
-)
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
+from sglang_overlay.core.errors import LayerNotStreamableError
 from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.layer import LayerStream
+from sglang_overlay.core.load_errors import PlaceholderLeakError, StagingMemoryError, UnexpectedParametersError
+from sglang_overlay.core.messages import sentence, shortened
 from sglang_overlay.core.placeholders import set_loader
 from sglang_overlay.core.shortage import is_shortage, memory_note, shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.errors import SettingsError, StreamingUnavailableError
 from sglang_overlay.load import eligibility, snapshots
 from sglang_overlay.load.checkpoint_watch import CheckpointWatch
@@ -225,7 +220,7 @@ class ModelLoad:
         self.checkpoint.see(name, tensor)
         self.sources.offer(tensor, name)
 
-    def placeholders(self) -> Iterator[tuple[str, torch.nn.Parameter, ParameterStream]]:
+    def placeholders(self) -> Iterator[tuple[str, torch.nn.Parameter, CheckpointStream]]:
         """Every placeholder that waits to be written: its name, itself, and what takes the writes."""
         for layer in self._layers:
             for key, stream in layer.streams.items():
@@ -347,13 +342,13 @@ class ModelLoad:
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = layer_stream, pending
 
-    def _stream(self, layer: str, key: str, pending: PendingLayer) -> ParameterStream:
+    def _stream(self, layer: str, key: str, pending: PendingLayer) -> CheckpointStream:
         placeholder, name = pending.placeholders[key], f"{layer}.{key}"
         size = placeholder.numel() * torch.float8_e4m3fn.itemsize
         with shortage_explained(f"for the fp8 storage of {name}", size, self.account):
             storage = pending.plan.allocate(key, placeholder, pending.device)
         plan = pending.plan.parameter(key, placeholder, storage)
-        return ParameterStream(
+        return CheckpointStream(
             name,
             placeholder,
             plan.grid,
@@ -362,7 +357,7 @@ class ModelLoad:
             self.account,
             self.sources,
             executor=self.executor,
-            quantized=functools.partial(self.record.quantized, layer),
+            progress=functools.partial(self.record.quantized, layer),
             rows=rows_over_ranks.of(plan),
             mark=sentinel.fill,
         )
@@ -419,7 +414,7 @@ class ModelLoad:
             self.checkpoint.note_misfits(stream)
         for part in stream.streams.values():
             # What fills the parameters comes later where it is fp8 already.
-            missing: Sequence[int] = [] if self._is_prequantized else part.settle_with_zeros()
+            missing: Sequence[int] = [] if self._is_prequantized else part.settle(zeros=True)
             self.checkpoint.note(stream.name, part, missing)
             self._narrowed += [part.name] if part.rows is not None and part.rows.is_narrowed else []
             units += part.units - len(missing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 
-from sglang_overlay.core.errors import sentence
+from sglang_overlay.core.messages import sentence
 from sglang_overlay.errors import StreamingUnavailableError
 
 logger = logging.getLogger(__name__)

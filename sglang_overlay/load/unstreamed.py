@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_overlay.core import sentinel
-from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.quantizers import magnitude, units_not_finite
 from sglang_overlay.core.sentinel import Sentinels, is_watchable
 from sglang_overlay.core.tensor_names import pattern_of
@@ -48,7 +48,7 @@ class KeptWeight:
     """
 
     units = 1
-    rewritten: Sequence[str] = ()
+    rewritten: Collection[str] = ()
     largest: torch.Tensor | None = None
 
     def __init__(

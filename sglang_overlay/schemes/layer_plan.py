@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from sglang_overlay.core.errors import UnexpectedParametersError
-from sglang_overlay.core.placeholders import PlaceholderAllocation
+from sglang_overlay.core.allocation import PlaceholderAllocation
+from sglang_overlay.core.load_errors import UnexpectedParametersError
 from sglang_overlay.core.quantizers import UnitQuantizer
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid

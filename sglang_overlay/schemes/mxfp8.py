@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
-from sglang_overlay.core.errors import UnexpectedParametersError
+from sglang_overlay.core.load_errors import UnexpectedParametersError
 from sglang_overlay.core.placeholders import twin
-from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, aligned, is_rounding_of
+from sglang_overlay.core.quantizer import aligned
+from sglang_overlay.core.quantizers import RowQuantizer, UnitQuantizer, is_rounding_of
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage

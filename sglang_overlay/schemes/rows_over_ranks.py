@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.placeholders import set_loader
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.whole_rows import LoadedTensor, WholeRows, WholeRowsQuantizer

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.executor import Executor, executor_for
+from sglang_overlay.core.messages import shortened
 from sglang_overlay.load.diagnostics import WantedShapes
 from sglang_overlay.load.updatable_layer import UpdatableLayer
 from sglang_overlay.update.session import NOTHING_KNOWN, WeightUpdate

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_overlay.core import row_runs
 from sglang_overlay.core.regions import Box, difference, slices
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import Storage
@@ -95,7 +96,7 @@ class ReadyValues:
         try:
             first, region = self._regions.of(destination)
         except UnsupportedWriteError as refused:
-            for part in self._regions.split(destination, source, refused):
+            for part in row_runs.split(self._grid, destination, source, refused):
                 self.write_values(*part)
             return
         with self._lock, torch.inference_mode(mode=False), torch.no_grad():

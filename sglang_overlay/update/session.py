@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_overlay.core.capture import WriteSink, storage_key
-from sglang_overlay.core.errors import shortened
 from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.full_precision import FullPrecisionParameter
 from sglang_overlay.core.loader_calls import LoaderCalls, WatchedSink
+from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.tensor_names import PACKED
@@ -290,7 +290,7 @@ class WeightUpdate:
                 len(self._damaged),
                 shortened(self._damaged),
             )
-        narrowed = [name for name, stream in self._streams.items() if stream.rows and stream.rows.is_narrowed]
+        narrowed = [name for name, stream in self._streams.items() if stream.has_narrowed_rows]
         if narrowed:
             logger.warning("StreamFP8: %s.", rows_over_ranks.narrowed_note(narrowed))
         logger.info(

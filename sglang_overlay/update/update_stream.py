@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.loader_calls import LoaderCall
 from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.staging import StagedUnit
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import LayerNotStreamableError, WeightUpdateError
 from sglang_overlay.load.stored_dtypes import QUANTIZED
@@ -21,16 +21,14 @@ from sglang_overlay.update.ready_values import ReadyValues
 from sglang_overlay.update.update_capture import dtype_name
 
 
-class UpdateStream(ParameterStream):
-    """A ``ParameterStream`` for a parameter that is being served.
+class UpdateStream(CheckpointStream):
+    """A ``CheckpointStream`` for a parameter that is being served.
 
     Args:
-        arguments: those of ``ParameterStream``; so are ``rows`` and ``executor``.
+        arguments: those of ``CheckpointStream``; so are ``rows`` and ``executor``.
         ready: takes already quantized values; None if the parameter cannot take any.
         under_way: returns this thread's current loader call, or None.
     """
-
-    rows: WholeRows | None
 
     def __init__(
         self,
@@ -41,11 +39,12 @@ class UpdateStream(ParameterStream):
         executor: Executor,
     ) -> None:
         super().__init__(*arguments, executor=executor, rows=rows)
+        self._rows = rows
         self._ready = ready
         self._under_way = under_way
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Like ``ParameterStream.write``, but also takes quantized values.
+        """Like ``CheckpointStream.write``, but also takes quantized values.
 
         Raises:
             WeightUpdateError: the values are quantized, but not in the way this parameter is.
@@ -95,6 +94,11 @@ class UpdateStream(ParameterStream):
         return self.done_units if self._ready is None else int((self._done_mask() | self._ready.taken).sum())
 
     @property
+    def has_narrowed_rows(self) -> bool:
+        """Whether some values came without the rest of their rows."""
+        return self._rows is not None and self._rows.is_narrowed
+
+    @property
     def problem(self) -> str | None:
         """A message about units sent only in part, or both in high precision and quantized; None if there are none."""
         partial = self.partial_units
@@ -128,9 +132,9 @@ class UpdateStream(ParameterStream):
             "watches": {unit: list(watches) for unit, watches in self._watches.items()},
             "done": bytes(self._done),
             "direct": bytes(self._direct),
-            "rewritten": set(self._rewritten),
+            "rewritten": set(self.rewritten),
             "ready": None if self._ready is None else self._ready.saved(),
-            "rows": self.rows.found.clone() if self.rows is not None and self._staged else None,
+            "rows": self._rows.found.clone() if self._rows is not None and self._staged else None,
         }
 
     def restore_call(self, saved: Mapping[str, Any]) -> None:
@@ -149,11 +153,11 @@ class UpdateStream(ParameterStream):
         self._watches.update(saved["watches"])
         self._done[:] = saved["done"]
         self._direct[:] = saved["direct"]
-        self._rewritten = saved["rewritten"]
+        self.rewritten = saved["rewritten"]
         if self._ready is not None:
             self._ready.restore(saved["ready"])
-        if saved["rows"] is not None and self.rows is not None:
-            self.rows.found.copy_(saved["rows"])
+        if saved["rows"] is not None and self._rows is not None:
+            self._rows.found.copy_(saved["rows"])
 
     def drop_staged(self) -> None:
         super().drop_staged()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from core import streams
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.executor import Executor
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.cpu_reference.per_tensor import PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.cpu_reference.workers import Workers
 
@@ -27,12 +27,12 @@ class InThreads(Executor):
 EXECUTOR: Executor = InThreads(Workers(2, smallest=0))
 
 
-class NotedStream(ParameterStream):
+class NotedStream(CheckpointStream):
     """Attributes: ``progress``, what has been reported of it."""
 
     def __init__(self, *arguments: Any) -> None:
         self.progress: list[int] = []
-        super().__init__(*arguments, quantized=self.progress.append, executor=EXECUTOR)
+        super().__init__(*arguments, progress=self.progress.append, executor=EXECUTOR)
 
 
 def use(patch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import capture_of
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.quantizers import RowKernelQuantizer, RowQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
@@ -115,7 +116,7 @@ def make_parameter(values: torch.Tensor) -> torch.nn.Parameter:
 
 def make_stream(*arguments: Any) -> ParameterStream:
     """What all builders make their stream with."""
-    return ParameterStream(*arguments)
+    return CheckpointStream(*arguments)
 
 
 def make_sources() -> CheckpointSources:

@@ -17,9 +17,10 @@ from sglang_overlay.core.layer import LayerStream
 
 def layer_of(streamed):
     notes = []
+    name, streams = "model.layers.0.mlp", {"weight": (streamed.placeholder, streamed.stream)}
     layer = LayerStream(
-        "model.layers.0.mlp",
-        {"weight": (streamed.placeholder, streamed.stream)},
+        name,
+        streams,
         lambda stream, reason: notes.append((stream.name, reason)),
         lambda stream, reason: notes.append((stream.name, f"lost: {reason}")),
     )

@@ -15,7 +15,8 @@ FULL = torch.arange(1.0, 129.0).view(SHAPE).bfloat16()
 
 
 def misfits(streamed, loader, given, ranks=1):
-    layer = LayerStream("layer", {"weight": (streamed.placeholder, streamed.stream)}, print, print, ranks)
+    streams = {"weight": (streamed.placeholder, streamed.stream)}
+    layer = LayerStream("layer", streams, print, print, ranks)
     streamed.sources.offer(given, "checkpoint.weight")
     layer.wrap(loader)(streamed.placeholder, given)
     return layer.misfits

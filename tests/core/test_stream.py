@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core.streams import per_channel, per_expert, per_expert_by_kernel, per_tensor
+from sglang_overlay.core import stream
 from sglang_overlay.core.errors import (
     ConflictingWriteError,
     LayerNotStreamableError,
@@ -305,7 +306,7 @@ def test_unit_that_comes_again_with_other_values_is_noted(parts, factor, named):
                 streamed.placeholder.data[:, part].copy_(source[:, part])
     assert streamed.stream.settle() == []
     assert streamed.equals(again)
-    assert streamed.stream.rewritten == named
+    assert sorted(streamed.stream.rewritten) == named
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -361,3 +362,19 @@ def test_units_that_were_not_written_stay_as_they_are():
         assert (stored.weight[untouched].float() == 2.0).all()
         assert stored.scale[untouched] == 0.5
     assert streamed.account.held == 0
+
+
+def test_experts_of_one_tensor_are_put_on_the_device_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(stream, "MOST_AT_ONCE", 2 * 4 * 8)
+    streamed, weight = per_expert((5, 4, 8)), torch.randn(5, 4, 8).to(torch.bfloat16)
+    sizes = []
+    on_device = streamed.stream._on_device
+    monkeypatch.setattr(streamed.stream, "_on_device", lambda values: sizes.append(len(values)) or on_device(values))
+    streamed.stream.write(streamed.placeholder, weight)
+    assert sizes == [2, 2, 1]
+    assert streamed.stream.settle() == []
+    assert streamed.equals(weight)
+
+
+def test_unit_without_elements_is_not_missing():
+    assert per_expert((3, 0, 8)).stream.settle() == []

@@ -14,6 +14,7 @@ from core import pipelined, streams
 from core.streams import FP8, quantize_rows, same_bytes
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.captured_views import capture_of
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.quantizers import RowQuantizer
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
@@ -35,7 +36,7 @@ class Split:
     rank: int
 
     @classmethod
-    def of(cls, shape, rows_a_unit, rank=1, kind=ParameterStream, **options):
+    def of(cls, shape, rows_a_unit, rank=1, kind=CheckpointStream, **options):
         *others, columns_here = (*shape[:-1], shape[-1] // RANKS)
         shape = (*others, columns_here)
         unit = (rows_a_unit, columns_here) if rows_a_unit else (columns_here,)

@@ -161,7 +161,7 @@ def test_only_units_worth_it_are_quantized_beside_the_loader(monkeypatch, column
     pipelined.use(monkeypatch)
     monkeypatch.setattr(pipelined, "EXECUTOR", pipelined.InThreads(pipeline))
     streamed, weight = streams.per_expert((1, 32, columns)), torch.randn(1, 32, columns).to(torch.bfloat16)
-    streamed.stream._report = lambda _: seen.append(threading.current_thread())
+    streamed.stream._progress = lambda _: seen.append(threading.current_thread())
     streamed.sources.offer(weight)
     streamed.stream.write(streamed.placeholder, weight)
     pipeline.close()

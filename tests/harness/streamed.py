@@ -51,9 +51,9 @@ def warnings_of(result: LoadResult | RankResult) -> list[str]:
 def assert_streamed_by_sglang(result: LoadResult) -> None:
     """Every rank says that it streamed, nothing else is said of streaming, and the overlay is not there."""
     for rank in result.ranks:
-        told = [line for line in rank.log if "StreamFP8" in line]
+        told = [line for line in rank.log if f" {built_in.PACKAGE}." in line]
         assert len(told) == 1, told
-        assert told[0].startswith(f"INFO {built_in.PACKAGE}.entry: StreamFP8: quantized ")
+        assert told[0].startswith(f"INFO {built_in.PACKAGE}.loading: Quantized ")
         assert not [line for line in rank.log if re.search(r" sglang_overlay\.(hooks|load|update)\b", line)]
 
 

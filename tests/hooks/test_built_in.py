@@ -22,7 +22,7 @@ from sglang.srt.layers.quantization import fp8
 from sglang.srt.model_loader import loader
 from sglang_overlay.hooks.catalogue import STREAMING
 from sglang_overlay.hooks.hook import State, inspect_hooks
-print("built in:", loader.DefaultModelLoader.load_model.__wrapped__.__name__)
+print("built in:", loader.load_streaming.__name__)
 print("hooks:", [found.hook.target for found in inspect_hooks(STREAMING) if found.state is State.ACTIVE])
 """
 
@@ -49,7 +49,7 @@ def test_overlay_hooks_nothing_and_says_so_once(run_patched):
     done = run_patched("-c", PROGRAM)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"INFO sglang_overlay.hooks.applying: StreamFP8: {built_in.NOTE}.") == 1
-    assert "built in: load_model" in done.stdout
+    assert "built in: load_streaming" in done.stdout
     assert "hooks: []" in done.stdout
 
 

@@ -252,8 +252,8 @@ def test_a_parameter_comes_out_the_same_through_a_ring(device, make, dtype, monk
         seen.append((values.dtype, values.numel()))
         return arrived
 
+    monkeypatch.setattr(pipelined, "EXECUTOR", Uploading(upload))
     streamed = make((4, 24, 16) if make is per_expert else (24, 16))
-    streamed.stream._executor = Uploading(upload)
     weight = torch.randn(streamed.placeholder.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     # In two writes each, so that one half is staged and the other completes it.
     for place, values in zip(streamed.placeholder.chunk(2, -2), weight.chunk(2, -2), strict=True):

@@ -8,8 +8,8 @@ import torch
 from core.kernels import RowKernel
 from core.streams import make_parameter, make_sources, same_bytes
 
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.schemes.stock_linear import LinearPlan
 
 
@@ -36,7 +36,7 @@ def streamed(weight):
     placeholder = make_parameter(torch.empty_like(weight, device="meta"))
     storage = plan.allocate("weight", placeholder, weight.device)
     found = plan.parameter("weight", placeholder, storage)
-    stream = ParameterStream(
+    stream = CheckpointStream(
         "weight", placeholder, found.grid, found.quantizer, storage, StagingAccount(), make_sources()
     )
     stream.write(placeholder, weight)

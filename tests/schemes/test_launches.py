@@ -12,9 +12,9 @@ from core.operations import operations
 from core.streams import make_parameter, make_sources
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.schemes import registry, rows_over_ranks
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.schemes.stock_experts import ExpertsPlan
@@ -90,7 +90,7 @@ def streams_of(plan, placeholders):
     for name, placeholder in placeholders.items():
         parameter = plan.parameter(name, placeholder, plan.allocate(name, placeholder, CUDA))
         arguments = (parameter.grid, parameter.quantizer, parameter.storage, StagingAccount(), make_sources())
-        found[name] = ParameterStream(name, placeholder, *arguments), placeholder
+        found[name] = CheckpointStream(name, placeholder, *arguments), placeholder
     return found
 
 
@@ -170,7 +170,7 @@ def test_down_projection_split_over_ranks_uploads_a_scale_a_row_more_and_no_othe
     layer.w2_weight.weight_loader = lambda param, given, expert: stream.write(param[expert], given.chunk(8, 1)[3])
     placeholder = plan.create(lambda: None, layer, torch.bfloat16).parameters["w2_weight"]
     parameter = plan.parameter("w2_weight", placeholder, plan.allocate("w2_weight", placeholder, CUDA))
-    stream = ParameterStream(
+    stream = CheckpointStream(
         "w2_weight", placeholder, parameter.grid, parameter.quantizer, parameter.storage, StagingAccount(),
         CheckpointSources(), rows=rows_over_ranks.of(parameter),
     )  # fmt: skip

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.streamed import assert_streamed_by_sglang
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadResult, LoadWorkers
 
+from sglang_overlay.hooks import built_in
 from standin.checkpoints import with_zeros
 from standin.gpus import environ
 
@@ -48,7 +50,12 @@ def loaded(on_gpu: OnGpu) -> Callable[..., LoadResult]:
 
     def load(gpu: str, path: Path, streaming: str = "require", **fields: Any) -> LoadResult:
         arguments = {**SERVER_ARGS, **fields.pop("server_args", {})}
-        return once(gpu, _Job(LoadJob(path, streaming, device="cuda", server_args=arguments, **fields)))
+        job = LoadJob(path, streaming, device="cuda", server_args=arguments, **fields)
+        if streaming != "require" or not built_in.streams_itself():
+            return once(gpu, _Job(job))
+        result = once(gpu, _Job(replace(job, streaming="1")))
+        assert_streamed_by_sglang(result)
+        return result
 
     return load
 

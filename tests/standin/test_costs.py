@@ -51,6 +51,7 @@ def test_the_main_thread_is_the_first_to_use_a_kernel(family, checkpoint, loaded
     assert set(uses.values()) == {"MainThread"}
 
 
+@pytest.mark.patched
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_the_peak_of_the_allocator_is_near_the_model(family, checkpoint, loaded):
     path = checkpoint(family, size="demo", overrides=(("num_hidden_layers", 4),), **FILES)

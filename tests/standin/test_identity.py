@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from workbench.loads.loads import compare
 
-pytestmark = pytest.mark.every_release
+pytestmark = [pytest.mark.every_release, pytest.mark.patched]
 
 GPUS = ("l4", "h200", "h200-1g", "rtx5090")
 """Those with nothing of their own; ``test_backends.py`` and ``test_rocm.py`` have the others."""

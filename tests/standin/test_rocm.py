@@ -64,6 +64,7 @@ def dtypes(result):
     return {tensor.dtype for tensor in result.ranks[0].tensors.values() if "float8" in tensor.dtype}
 
 
+@pytest.mark.patched
 @pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("gpu", QUANTIZED_BY_TRITON)
 def test_streaming_leaves_what_stock_leaves(gpu, family, small, loaded):
@@ -72,6 +73,7 @@ def test_streaming_leaves_what_stock_leaves(gpu, family, small, loaded):
     assert dtypes(streamed) == {str(FP8[gpu])}
 
 
+@pytest.mark.patched
 @pytest.mark.parametrize("gpu", FP8)
 def test_experts_in_one_tensor_with_biases(gpu, loaded, checkpoint_folder):
     path = families.build("GptOssForCausalLM", checkpoint_folder)

@@ -51,7 +51,7 @@ def test_a_layers_bf16_bytes_are_held_where_units_hold_few(workers, checkpoint, 
 
 
 def test_loads_after_it_stream_units_again():
-    stream = model_load.ParameterStream
+    stream = model_load.CheckpointStream
     with whole_layers():
-        assert model_load.ParameterStream is not stream
-    assert model_load.ParameterStream is stream
+        assert model_load.CheckpointStream is not stream
+    assert model_load.CheckpointStream is stream

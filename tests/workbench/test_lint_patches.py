@@ -55,6 +55,9 @@ def test_test_that_the_runner_would_stop_at_is_reported(text: str, said: str) ->
 
 
 @pytest.mark.every_release
+@pytest.mark.skipif(
+    releases.supported()[0] == RELEASE, reason="0.5.11's runner does not know stages, which later ones want"
+)
 def test_tests_of_the_series_are_found_by_the_runner() -> None:
     files: dict[str, str] = {}
     for _, changed in series.commits(patched.installed()):

@@ -77,8 +77,7 @@ def test_sglang_with_the_first_patches_imports_and_passes_their_tests(count: int
     program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     stock = ["sglang.srt.layers.quantization.fp8", "sglang.srt.model_loader.loader"]
     run_in(whole_tree, "-c", program, *stock, *modules)
-    registered = [path for patch in series.PATCHES[:count] for path in (patch.tests or {}).values()]
-    tests = [whole_tree / path for path in registered if Path(path).name.startswith("test_")]
+    tests = [whole_tree / path for patch in series.PATCHES[:count] for path in patch.files if series.UNIT_TESTS in path]
     assert tests
     passed = run_in(whole_tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests))
     assert " passed" in passed

@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from packaging.version import Version
+
 from workbench.releases import environment, new_release, series
 
 SUITES = frozenset(
@@ -27,7 +29,7 @@ SUITES = frozenset(
     }
 )
 """Suites that run on every pull request of all supported releases; SGLang's `test/run_suite.py` stops at another."""
-_FORMATTED_BY_BLACK = "0.5.13.post1", "0.5.15.post1", "0.5.17", "0.5.19"
+_FORMATTED_BY_RUFF_SINCE = Version("0.5.20")
 _IGNORED_WORDS = (
     "ans,als,hel,boostrap,childs,te,vas,hsa,ment,cann,thi,makro,wil,rouge,PRIS,ather,MIS,medias,allready,inout,nd,fo,"
     "visibles,nothink,renderD"
@@ -37,7 +39,7 @@ _IGNORED_WORDS = (
 
 def linters(release: str) -> Iterator[list[str]]:
     """The commands of SGLang's hooks, without files."""
-    black = release in _FORMATTED_BY_BLACK
+    black = Version(release) < _FORMATTED_BY_RUFF_SINCE
     yield ["black", "--diff", "--quiet", "--check"] if black else ["ruff", "format", "--isolated", "--diff"]
     yield ["isort", "--check-only", "--profile=black", "--known-first-party=sglang"]
     yield ["ruff", "check", "--isolated", "--quiet", "--output-format=concise", "--select=F401,F821,UP037"]
@@ -82,7 +84,7 @@ def unregistered(files: Mapping[str, str], package: Path) -> list[str]:
             except ValueError as error:
                 problems.append(str(error).replace(f"{name}/", ""))
                 continue
-            unknown = {test.effective_suite for test in tests} - SUITES
+            unknown = {getattr(test, "effective_suite", test.suite) for test in tests} - SUITES
             problems += [f"{path}: no suite of every supported release: {suite}" for suite in sorted(unknown)]
     return problems
 

@@ -1,12 +1,13 @@
 """The patch series that adds streaming to SGLang itself: the contents of each patch, and their text.
 
-The core and a few modules more are the overlay's own, with renamed imports. What an SGLang with streaming built in does
+The core is the overlay's own, with renamed imports and short docstrings. What an SGLang with streaming built in does
 in its own way (a load, stock's layers, the switch, GPU tests, documentation) is in `patches/upstream`, with the layout
 of SGLang's repository. What changes in SGLang's own files is in `patches/edits` (`edits.py`).
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from workbench.releases.edits import Edit, Read, edited, parsed
 from workbench.releases.environment import CLONE
 
 PACKAGE_FOLDER = f"python/{PACKAGE.replace('.', '/')}"
-UNIT_TESTS = "test/registered/unit/model_loader"
+UNIT_TESTS = "test/registered/unit/layers/quantization"
 SOURCES = CLONE / "patches" / "upstream"
 MESSAGES = CLONE / "patches" / "messages"
 EDITS = CLONE / "patches" / "edits"
@@ -35,75 +36,36 @@ class Patch:
         number: from 1; by it, `patches/messages` has the commit message, and `patches/edits` may have edits.
         modules: modules of the overlay, by folder and name; in the series they are in one folder.
         files: files that it takes from `patches/upstream`.
-        tests: names of files in `tests/core`, and what they become.
     """
 
     number: int
     modules: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    tests: Mapping[str, str] | None = None
 
 
 PATCHES = (
     Patch(
         1,
-        modules=(
-            "core/capture",
-            "core/captured_views",
-            "core/errors",
-            "core/executor",
-            "core/layer",
-            "core/loader_calls",
-            "core/mapped_files",
-            "core/placeholders",
-            "core/quantizers",
-            "core/regions",
-            "core/shortage",
-            "core/sources",
-            "core/staging",
-            "core/stream",
-            "core/units",
-        ),
-        files=(f"{PACKAGE_FOLDER}/__init__.py",),
-        tests={
-            "streams.py": "python/sglang/test/streaming_fp8_builders.py",
-            "test_layer.py": f"{UNIT_TESTS}/test_streaming_fp8_layer.py",
-            "test_stream.py": f"{UNIT_TESTS}/test_streaming_fp8_stream.py",
-        },
+        modules=("core/capture", "core/errors", "core/placeholders", "core/regions", "core/staging", "core/units"),
+        files=(f"{PACKAGE_FOLDER}/__init__.py", f"{UNIT_TESTS}/test_streaming_fp8_capture.py"),
     ),
     Patch(
         2,
-        modules=(
-            "load/eligibility",
-            "schemes/capabilities",
-        ),
-        files=(
-            f"{PACKAGE_FOLDER}/entry.py",
-            f"{PACKAGE_FOLDER}/hooks.py",
-            f"{PACKAGE_FOLDER}/layer_plan.py",
-            f"{PACKAGE_FOLDER}/linear_method.py",
-            f"{PACKAGE_FOLDER}/model_load.py",
-            f"{PACKAGE_FOLDER}/model_loading.py",
-            f"{PACKAGE_FOLDER}/stock_linear.py",
-            "python/sglang/test/kits/streaming_fp8_kit.py",
-            "test/registered/quant/test_streaming_fp8.py",
-        ),
+        modules=("core/quantizer", "core/stream"),
+        files=(f"{UNIT_TESTS}/test_streaming_fp8_stream.py",),
     ),
     Patch(
         3,
         files=(
-            f"{PACKAGE_FOLDER}/experts_method.py",
-            f"{PACKAGE_FOLDER}/stock_experts.py",
+            f"{PACKAGE_FOLDER}/loading.py",
+            f"{PACKAGE_FOLDER}/whole_unit.py",
+            "python/sglang/test/kits/streaming_fp8_kit.py",
             "test/registered/quant/test_streaming_fp8_moe.py",
         ),
     ),
-    Patch(
-        4,
-        modules=("core/tensor_names", "load/checkpoint_files", "load/diagnostics"),
-        files=(f"{PACKAGE_FOLDER}/checked_entry.py", f"{PACKAGE_FOLDER}/checkpoint_watch.py"),
-        tests={"test_tensor_names.py": f"{UNIT_TESTS}/test_streaming_fp8_tensor_names.py"},
-    ),
-    Patch(5, files=("docs_new/docs/advanced_features/streaming_fp8.mdx",)),
+    Patch(4, files=("test/registered/quant/test_streaming_fp8.py",)),
+    Patch(5, files=(f"{PACKAGE_FOLDER}/missing.py", f"{UNIT_TESTS}/test_streaming_fp8_missing.py")),
+    Patch(6, files=("docs_new/docs/advanced_features/streaming_fp8.mdx",)),
 )
 
 
@@ -119,10 +81,12 @@ def commits(release: Path) -> Iterator[tuple[str, dict[str, str]]]:
     formatted = _formatted({path: text for patch in PATCHES for path, text in _added(patch).items()})
     changed: dict[str, str] = {}
     for patch in PATCHES:
+        added = {path: formatted[path] for path in _added(patch)}
+        changed.update(added)
         edits = edited(reader(release, changed), edits_of(patch.number), patch.number)
         changed.update(edits)
         message = (MESSAGES / f"{patch.number}.txt").read_text(encoding="utf-8")
-        yield message, {**{path: formatted[path] for path in _added(patch)}, **edits}
+        yield message, {**added, **edits}
 
 
 def edits_of(number: int) -> list[Edit]:
@@ -169,8 +133,6 @@ def _added(patch: Patch) -> dict[str, str]:
     for module in patch.modules:
         source = Path("sglang_overlay", f"{module}.py")
         files[f"{PACKAGE_FOLDER}/{source.name}"] = _renamed(source)
-    for name, path in (patch.tests or {}).items():
-        files[path] = _as_registered_test(name, _renamed(Path("tests", "core", name)))
     return files
 
 
@@ -185,26 +147,34 @@ def _renamed(source: Path) -> str:
     text = re.sub(r"\bsglang_overlay\.(core|load|schemes)\b", PACKAGE, text)
     text = re.sub(r"  # (type: ignore|noqa)\b.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^ *# -- .* -+$", lambda rule: rule[0][:LINE_LENGTH], text, flags=re.MULTILINE)
-    left = re.search(r"\bsglang_overlay\b.*|^from core\b(?!\.streams import).*", text, flags=re.MULTILINE)
+    left = re.search(r"\bsglang_overlay\b.*", text)
     if left is not None:
         raise ValueError(f"{source} needs what the series does not have: {left[0]}")
-    return text
+    return _with_short_docstrings(text)
 
 
-def _as_registered_test(name: str, text: str) -> str:
-    """A test of the core in the form that upstream's CI runs: registered, and executable by itself."""
-    text = text.replace("from core.streams import", "from sglang.test.streaming_fp8_builders import")
-    if not name.startswith("test_"):
-        return text
-    head = "from __future__ import annotations\n"
-    registered = (
-        "\nfrom sglang.test.ci.ci_register import register_cpu_ci\n\n"
-        'register_cpu_ci(est_time=10, suite="base-a-test-cpu")\n\nimport sys\n'
-    )
-    run = '\n\nif __name__ == "__main__":\n    sys.exit(pytest.main([__file__]))\n'
-    start, _, rest = text.partition(head)
-    imports = "" if re.search(r"^import pytest$", rest, flags=re.MULTILINE) else "import pytest\n"
-    return f"{start}{head}{registered}{imports}{rest.rstrip()}\n{run}"
+def _with_short_docstrings(text: str) -> str:
+    """Docstrings without the sections on arguments and the like, which SGLang's style does not have."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        found = body[0] if isinstance(body, list) and body and isinstance(body[0], ast.Expr) else None
+        if not isinstance(found, ast.Expr) or not isinstance(found.value, ast.Constant):
+            continue
+        start, stop = found.lineno - 1, (found.end_lineno or 0) - 1
+        section = next((n for n in range(start, stop) if _SECTION.match(lines[n])), None)
+        if section is None:
+            continue
+        kept = section
+        while not lines[kept - 1].strip():
+            kept -= 1
+        lines[kept:stop] = [""] * (stop - kept)
+        if kept == start + 1:
+            lines[start], lines[stop] = lines[start] + '"""', ""
+    return re.sub(r"(?<!\n)\n{2,}( *\"\"\"\n)", r"\n\1", "\n".join(lines) + "\n")
+
+
+_SECTION = re.compile(r" *(Args|Attributes|Raises|Returns):")
 
 
 def _formatted(files: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from sglang_overlay.core.errors import sentence
+from sglang_overlay.core.messages import sentence
 from sglang_overlay.errors import ExportError
 from sglang_overlay.hooks import own_process
 from sglang_overlay.observe.formats import bytes_text, count_text

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from sglang_overlay.core.errors import shortened
+from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.errors import ExportError
 

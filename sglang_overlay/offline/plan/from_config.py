@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_overlay.core.errors import sentence
+from sglang_overlay.core.messages import sentence
 from sglang_overlay.offline.plan.checkpoint import Checkpoint, CheckpointError, TensorHeader, split_into_files
 
 FILE_BYTES = 5 * 10**9

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.regions import Box, Placement, difference, slices, whole
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.stream import ParameterStream
 from sglang_overlay.load import model_load
 from sglang_overlay.offline.plan.replacing import replaced
 
@@ -42,11 +42,16 @@ class _Layer:
         self.members: list[GatheredStream] = []
 
 
-class GatheredStream(ParameterStream):
-    """A parameter that waits for the rest of its layer. Further arguments are those of ``ParameterStream``."""
+class GatheredStream(CheckpointStream):
+    """A parameter that waits for the rest of its layer.
 
-    def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        super().__init__(name, placeholder, *args, **kwargs)
+    Args:
+        layer: to which it belongs.
+        placeholder, arguments, options: as of ``CheckpointStream``.
+    """
+
+    def __init__(self, layer: _Layer, name: str, placeholder: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        super().__init__(name, placeholder, *arguments, **options)
         self._placeholder = placeholder
         self._layer = layer
         self._gathered: torch.Tensor | None = None
@@ -89,7 +94,7 @@ class GatheredStream(ParameterStream):
         gathered = self._gathered
         assert gathered is not None
         self._is_passed_on = True
-        self._sources.offer(gathered)
+        self.sources.offer(gathered)
         parts = min(self.units, max(1, gathered.nbytes // _PART_BYTES)) if self._grid.sliced else 1
         placeholder = self._placeholder.detach().view(self._shape)
         for place, values in zip(placeholder.chunk(parts), gathered.chunk(parts), strict=True):
@@ -109,11 +114,11 @@ def whole_layers(peak_seconds: float = 0.0) -> Iterator[None]:
     """Make loads in this process collect layers: all parameters whose names differ only in the last part."""
     layers: dict[tuple[StagingAccount, str], _Layer] = {}
 
-    def stream(name: str, *args: Any, **kwargs: Any) -> Any:
+    def stream(name: str, *arguments: Any, **options: Any) -> GatheredStream:
         # One load has one account.
-        account = next(value for value in args if isinstance(value, StagingAccount))
+        account = next(value for value in arguments if isinstance(value, StagingAccount))
         layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds))
-        return GatheredStream(layer, name, *args, **kwargs)
+        return GatheredStream(layer, name, *arguments, **options)
 
-    with replaced(model_load, "ParameterStream", stream):
+    with replaced(model_load, "CheckpointStream", stream):
         yield

@@ -1,11 +1,9 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Quantize a high-precision checkpoint to fp8 while it is read, so that loading peaks near the fp8 model's own size.
+"""Quantize the weights of a high-precision checkpoint to fp8 while they are loaded.
 
-A write of a weight loader goes this way::
-
-    checkpoint tensor -> capture.py -> regions.py -> units.py -> staging.py -> quantizers.py -> fp8 parameter
-                         (a write)     (where)       (which units) (not yet whole)  (whole)
-
-``stream.py`` ties the steps together for one parameter, ``layer.py`` for one layer, ``load.py`` for one model.
-``hooks.py`` says where SGLang's own code calls in.
+With ``--quantization fp8`` a model would otherwise be loaded in bf16 and quantized after that. Here a weight has no
+memory while the model is built (``placeholders.py``). What a weight loader writes to it is caught (``capture.py``), and
+sorted into the units of which each scale is computed (``regions.py``, ``units.py``). A unit, such as one expert's w13,
+is quantized as soon as the checkpoint has filled it (``stream.py``), so hardly anything waits in high precision. A
+layer
+whose loader does more than write is loaded as without all this (``layer.py``).
 """

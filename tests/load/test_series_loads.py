@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An SGLang with the patch series loads models that do more than write to their weights as stock does."""
+
+from __future__ import annotations
+
+import pytest
+from harness.mutations import altered
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, LoadFailed, compare
+
+from sglang_overlay.hooks import built_in
+
+pytestmark = [
+    pytest.mark.patched,
+    pytest.mark.skipif(not built_in.streams_itself(), reason="is about an SGLang with the patch series"),
+]
+
+STREAMED = ["CustomLoaderForCausalLM", "LoaderlessForCausalLM", "ReusedBufferForCausalLM", "BypassingForCausalLM"]
+LOADED_AGAIN = [
+    "RepackingForCausalLM",
+    "ReadingInInitForCausalLM",
+    "AddingLoaderForCausalLM",
+    "FusedAddingLoaderForCausalLM",
+    "LateAddingLoaderForCausalLM",
+    "LeavingTensorsWithoutMemoryForCausalLM",
+]
+
+
+@pytest.fixture
+def loaded(odd_workers, checkpoint):
+    """What a streaming load logs; the model is that of stock."""
+
+    def load(architecture):
+        path = checkpoint("qwen3", overrides=(("architectures", (architecture,)),))
+        stock = odd_workers.load(LoadJob(path, streaming="0", prompts=PROMPTS))
+        result = odd_workers.load(LoadJob(path, streaming="1", prompts=PROMPTS))
+        assert compare(stock, result) == []
+        return [line for line in result.log if f" {built_in.PACKAGE}." in line]
+
+    return load
+
+
+@pytest.mark.parametrize("architecture", STREAMED)
+def test_model_that_writes_in_its_own_way_streams(architecture, loaded):
+    (line,) = loaded(architecture)
+    assert line.startswith(f"INFO {built_in.PACKAGE}.loading: Quantized ")
+
+
+@pytest.mark.parametrize("architecture", LOADED_AGAIN)
+def test_model_that_cannot_stream_is_loaded_again_with_one_warning(architecture, loaded):
+    (line,) = loaded(architecture)
+    assert line.startswith(f"WARNING {built_in.PACKAGE}.loading: Loading again")
+
+
+def test_missing_expert_is_named(workers, checkpoint, tmp_path):
+    lost = "model.layers.1.mlp.experts.3.up_proj.weight"
+    path = altered(checkpoint("qwen3_moe"), tmp_path / "damaged", lambda tensors: tensors.pop(lost))
+    with pytest.raises(LoadFailed, match=r"layers\.1\.mlp\.experts\.w13_weight \(1 of \d+ experts: 3\)"):
+        workers.load(LoadJob(path, streaming="1"))
