@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.capture import WriteCapture, storage_key
 from sglang_overlay.core.captured_views import ViewCapture, capture_of
 from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.errors import LayerNotStreamableError, UnsupportedWriteError
@@ -76,7 +76,7 @@ class LayerStream:
         @functools.wraps(loader)
         def load(*args: Any, **kwargs: Any) -> Any:
             # A model may have put its own loader around an already wrapped one.
-            if getattr(self._thread, "inside", False) or not self._enter():
+            if self.is_inside or not self._enter():
                 return loader(*args, **kwargs)
             try:
                 with self._captured(args, kwargs):
@@ -131,6 +131,38 @@ class LayerStream:
     def misfits(self) -> list[Misfit]:
         """Checkpoint tensors that do not fill their part of a parameter."""
         return self._calls.misfits
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is inside a wrapped loader, or ``take``."""
+        return getattr(self._thread, "inside", False)
+
+    def take(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Take an operation that changes a placeholder, and comes from no wrapped loader.
+
+        Returns:
+            Whether it is done; otherwise the parameter has real memory now, and the operation has to be executed there.
+
+        Raises:
+            UnsupportedWriteError: it cannot be taken, and this thread is inside a wrapped loader, which sees to it.
+        """
+        if self.is_inside:
+            # Through a view that was taken before the loader was called.
+            with WriteCapture(self._sinks):
+                func(*args, **kwargs)
+            return True
+        if not self._enter():
+            return False
+        try:
+            with WriteCapture(self._sinks):
+                func(*args, **kwargs)
+            return True
+        except UnsupportedWriteError as error:
+            reason = f"{error}, outside of its weight loader"
+        finally:
+            self._leave()
+        self.return_to_stock(reason)
+        return False
 
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
         """Context for a loader that is called with these arguments."""

@@ -123,7 +123,7 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
         return original(*args, **kwargs)
     try:
         model = original(*args, **kwargs)
-        reason = load.adopt(model)
+        reason = load.adopt(model, lambda: original(*args, **kwargs))
     except Exception as error:
         if not load.building or is_shortage(error) or isinstance(error, load.final):
             raise  # Without placeholders it would need more memory still, or not be what was asked for.

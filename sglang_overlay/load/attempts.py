@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from sglang_overlay.core.errors import LayerNotStreamableError
+from sglang_overlay.core.errors import LayerNotStreamableError, StreamFP8Error
 from sglang_overlay.core.load_errors import PlaceholderLeakError
 from sglang_overlay.core.messages import annotate
+from sglang_overlay.core.shortage import is_shortage
 from sglang_overlay.load.model_load import ModelLoad, under_way
 
 
@@ -51,9 +53,33 @@ def load_streamed(
             if obstacle is not None:
                 raise
             obstacle = f"{error}; the model was loaded anew"
+        except Exception as error:
+            if obstacle is not None or not load.has_placeholders or not needs_memory(error):
+                raise
+            obstacle = (
+                f"it computes with weights while they are loaded ({_first_line(error)}); the model was loaded anew"
+            )
         # Out of the except block, whose traceback keeps the first model's memory.
         del load
         gc.collect()
+
+
+_META = re.compile(
+    r"(?<![\w./-])(register_)?meta(?![\w/-]|\.\w)|`variable` and `tensor` have incompatible tensor type", re.IGNORECASE
+)
+"""The device by name, as torch's errors have it, but not as a part of a path; and what assigning ``data`` says."""
+
+
+def needs_memory(error: BaseException) -> bool:
+    """Whether an error may be due to a tensor without memory, and would then not be raised in stock."""
+    if isinstance(error, (StreamFP8Error, OSError)) or is_shortage(error):
+        return False
+    cause = error.__cause__ or error.__context__
+    return _META.search(str(error)) is not None or (cause is not None and needs_memory(cause))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _anew(lost: Mapping[str, str]) -> dict[str, str]:

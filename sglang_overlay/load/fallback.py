@@ -110,7 +110,7 @@ class Fallback:
         """
         weights = self._weights.pop(layer, {})
         # Before it is quantized: marks are no weights.
-        missing = {key: weight.missing() for key, weight in weights.items()}
+        missing = _missing(layer, weights)
         pending = self._quantized_here.pop(layer, None)
         plan = None
         if pending is not None and _is_loaded(layer, pending):
@@ -126,7 +126,7 @@ class Fallback:
         for layer in self._weights.keys() - set(model.modules()):
             weights = self._weights.pop(layer)
             self._quantized_here.pop(layer, None)
-            self._tell(weights, {key: weight.missing() for key, weight in weights.items()})
+            self._tell(weights, _missing(layer, weights))
 
     def clear(self) -> None:
         """Forget all layers: the model is built anew."""
@@ -149,6 +149,15 @@ class Fallback:
                 weights[key].largest = found
         pending.plan.register(layer, storages)
         return pending.plan
+
+
+def _missing(layer: torch.nn.Module, weights: Mapping[str, KeptWeight]) -> dict[str, Sequence[int]]:
+    """Units that were never written, by parameter."""
+    for key, weight in weights.items():
+        # A model may put another parameter in its place instead of loading it.
+        found = layer._parameters.get(key)
+        weight.weight = weight.weight if found is None else found
+    return {key: weight.missing() for key, weight in weights.items()}
 
 
 def _is_loaded(layer: torch.nn.Module, pending: PendingLayer) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from sglang_overlay.core import sentinel
+from sglang_overlay.core.bypass_capture import BypassCapture
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.errors import LayerNotStreamableError
@@ -26,6 +27,7 @@ from sglang_overlay.core.placeholders import set_loader
 from sglang_overlay.core.shortage import is_shortage, memory_note, shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
+from sglang_overlay.core.trial_allocation import OneElementAllocation
 from sglang_overlay.errors import SettingsError, StreamingUnavailableError
 from sglang_overlay.load import eligibility, snapshots
 from sglang_overlay.load.checkpoint_watch import CheckpointWatch
@@ -105,8 +107,9 @@ class ModelLoad:
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
         self._streams: dict[torch.nn.Module, tuple[LayerStream, PendingLayer]] = {}
         self._finished: dict[torch.nn.Module, LayerPlan] = {}
-        # Tensors that the model itself has made without memory.
+        # Tensors that the model itself makes without memory, in stock too.
         self._without_memory: set[str] = set()
+        self._is_trial = False
         self._unstreamed: UnstreamedParameters | None = None
         self._dtypes: StoredDtypes | None = None
         self._narrowed: list[str] = []
@@ -138,6 +141,10 @@ class ModelLoad:
         self, create: Callable[[], None], layer: torch.nn.Module, dtype: torch.dtype, plan: LayerPlan
     ) -> None:
         """Run upstream's ``create_weights`` with the weights of ``plan`` as placeholders."""
+        if self._is_trial:
+            with OneElementAllocation(dtype):
+                create()
+            return
         self.executor.prepare()
         try:
             made = plan.create(create, layer, dtype)
@@ -150,10 +157,15 @@ class ModelLoad:
 
     def leave(self, layer: torch.nn.Module, reason: str) -> None:
         """Note that a layer takes stock's path."""
-        self._unnamed.append((layer, reason))
+        if not self._is_trial:
+            self._unnamed.append((layer, reason))
 
-    def adopt(self, model: torch.nn.Module) -> str | None:
+    def adopt(self, model: torch.nn.Module, build: Callable[[], torch.nn.Module]) -> str | None:
         """Start streaming the layers of a model that has just been built.
+
+        Args:
+            model: as ``build`` has returned it.
+            build: upstream's own way to build it.
 
         Returns:
             Why the model cannot be streamed at all, or None.
@@ -168,10 +180,9 @@ class ModelLoad:
             changed = _changed(layer, pending)
             if changed is not None:
                 return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
-        placeholders = {key for pending in self._pending.values() for key in pending.storage_keys.values()}
-        self._without_memory.update(
-            name for name, tensor in tensors_of(model) if tensor.is_meta and storage_key(tensor) not in placeholders
-        )
+        displaced = self._displaced(model, build)
+        if displaced:
+            return f"{shortened(displaced)} would be where its weights are, which have no memory yet"
         for layer, reason in self._unnamed:
             self._fall_back(names.get(layer, type(layer).__name__), reason)
         for layer, pending in self._pending.items():
@@ -208,6 +219,11 @@ class ModelLoad:
     def building(self) -> bool:
         """Whether any placeholder has been made."""
         return bool(self._pending)
+
+    @property
+    def has_placeholders(self) -> bool:
+        """Whether the model has been built with placeholders that stay while weights are read."""
+        return bool(self.updatable.keys() - self.fallback.deferred.keys())
 
     # -- while the weights are read ----------------------------------------------------------------------------------
 
@@ -275,7 +291,7 @@ class ModelLoad:
         snapshots.refresh(model)
         self.checkpoint.conclude(model, model_config)
         leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta and name not in self._without_memory]
-        if leaks and self.updatable.keys() - self.fallback.deferred.keys():
+        if leaks and self.has_placeholders:
             raise PlaceholderLeakError(
                 f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
             )
@@ -298,6 +314,27 @@ class ModelLoad:
         # A copy: a loader thread may take a layer away.
         return [stream for stream, _ in list(self._streams.values())]
 
+    def _displaced(self, model: torch.nn.Module, build: Callable[[], torch.nn.Module]) -> list[str]:
+        """Names of tensors of a model that have no memory only because placeholders have none.
+
+        Most models have no tensors without memory. Where one has, a trial tells which of them are so in stock.
+
+        Args:
+            model: just built with placeholders.
+            build: builds it again.
+        """
+        placeholders = {key for pending in self._pending.values() for key in pending.storage_keys.values()}
+        found = {
+            name for name, tensor in tensors_of(model) if tensor.is_meta and storage_key(tensor) not in placeholders
+        }
+        if found:
+            self._is_trial = True
+            try:
+                self._without_memory = {name for name, tensor in tensors_of(build()) if tensor.is_meta}
+            finally:
+                self._is_trial = False
+        return sorted(found - self._without_memory)
+
     def _drop_staged(self) -> None:
         for layer in self._layers:
             layer.drop_staged()
@@ -309,6 +346,7 @@ class ModelLoad:
             self._dtypes = StoredDtypes(model, self.sources)
         if self._streams:
             self._reading.enter_context(self.executor.reading())
+            self._reading.enter_context(BypassCapture(self._layers))
         if self._streams and not self._is_prequantized:
             filled = {f"{stream.name}.{name}" for stream, layer in self._streams.values() for name in layer.plan.fills}
             self._unstreamed = UnstreamedParameters(model, {*self.fallback.names(), *filled})
@@ -399,6 +437,11 @@ class ModelLoad:
     def _finish_stream(self, layer: torch.nn.Module) -> LayerPlan:
         stream, pending = self._streams[layer]
         try:
+            replaced = _changed(layer, pending)
+            if replaced is not None:
+                raise LayerNotStreamableError(
+                    f"{stream.name}.{replaced}", f"its {replaced} is replaced while the model is loaded"
+                )
             self._settle(stream)
         except LayerNotStreamableError as error:
             stream.drop_staged()

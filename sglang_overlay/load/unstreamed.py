@@ -85,7 +85,8 @@ class KeptWeight:
 
         To be called once; marks that are left become zeros.
         """
-        if self._is_marked and sentinel.clear(self.weight):
+        # Memory of another kind is the model's own.
+        if self._is_marked and is_watchable(self.weight) and sentinel.clear(self.weight):
             return [0]
         return [] if self._was_loaded or self.weight.any() else [0]
 

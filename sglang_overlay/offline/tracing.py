@@ -158,7 +158,7 @@ class _TracedLoad(ModelLoad):
             # In the dtype that is loaded, although the layer may have been created for fp8 values.
             layer._parameters[name] = twin(weight, torch.empty(weight.shape, dtype=dtype, device="meta"))
 
-    def adopt(self, model: torch.nn.Module) -> str | None:
+    def adopt(self, model: torch.nn.Module, build: Callable[[], torch.nn.Module]) -> str | None:
         names = {module: name for name, module in model.named_modules()}
         self.schemes.check_used(names.values())
         for layer, weights in self._traced.items():

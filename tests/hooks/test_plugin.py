@@ -310,7 +310,8 @@ def functions(run):
 
 @pytest.fixture(scope="module")
 def stock(functions):
-    return functions(SGLANG_PLUGINS="of_nobody")
+    # Without the reference platform 0.5.11's scheduler cannot be imported where there is no GPU.
+    return functions(SGLANG_PLUGINS="streamfp8_cpu_reference,streamfp8_cpu")
 
 
 class TestSwitchedOff:

@@ -129,6 +129,22 @@ def test_tensors_that_a_model_leaves_without_memory_are_no_matter(quantization, 
     assert warnings_of(result) == []
 
 
+def test_tensors_on_the_device_of_a_weight_have_memory(both_of):
+    stock, result, report = both_of("FollowingAWeightForCausalLM")
+    assert compare(stock, result) == []
+    assert stock.ranks[0].tensors["cache"].sha256 != "meta"
+    assert report.mode == "stock"
+    (warning,) = warnings_of(result)
+    assert "cache" in warning
+
+
+@pytest.mark.parametrize("architecture", ["LateAndWatchedForCausalLM", "ConvertingAndWatchedForCausalLM"])
+def test_first_model_is_gone_when_it_is_loaded_anew(architecture, both_of):
+    stock, result, _ = both_of(architecture)
+    assert compare(stock, result) == []
+    assert "loaded anew" in warnings_of(result)[0]
+
+
 def test_layer_that_a_model_deletes_after_reading_it_is_gone(both, odd_workers, checkpoint_folder, tmp_path):
     if "MiniCPM3ForCausalLM" not in families.architectures():
         pytest.skip("this release of transformers does not have the model")
@@ -190,11 +206,76 @@ def test_update_of_a_model_with_loaders_of_its_own_ends_as_a_fresh_load(architec
     assert compare(fresh, result) == []
 
 
-def test_weight_written_without_its_loader_is_an_error(odd_workers, checkpoint):
-    path = checkpoint("qwen3", overrides=(("architectures", ("BypassingForCausalLM",)),))
-    name = r"model\.layers\.1\.mlp\.down_proj\.weight"
-    with pytest.raises(LoadFailed, match=rf"{name} \(1 of 1 units\): in the checkpoint but not loaded by .* {name}"):
+@pytest.mark.parametrize("architecture", ["BypassingForCausalLM", "BypassingInSlicesForCausalLM"])
+def test_weights_written_without_their_loaders_stream(architecture, both_of):
+    stock, result, report = both_of(architecture)
+    assert compare(stock, result) == []
+    assert report.layers.fallback == ()
+    assert report.layers.streamed == 12
+    assert report.warnings == ()
+    assert warnings_of(result) == []
+
+
+def test_weight_that_is_changed_without_its_loader_is_loaded_anew(both_of):
+    stock, result, report = both_of("ScalingForCausalLM")
+    assert compare(stock, result) == []
+    assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
+    (warning,) = warnings_of(result)
+    assert "mul_" in warning
+    assert "loaded anew" in warning
+
+
+def test_weight_that_is_replaced_while_it_is_loaded_is_loaded_anew(both_of):
+    stock, result, report = both_of("ReplacingParameterForCausalLM")
+    assert compare(stock, result) == []
+    assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
+    (warning,) = warnings_of(result)
+    assert "weight is replaced while the model is loaded" in warning
+
+
+def test_weight_that_is_copied_while_the_model_is_loaded_is_loaded_anew(both_of):
+    stock, result, report = both_of("CopyingAfterLoadingForCausalLM")
+    assert compare(stock, result) == []
+    assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
+    (warning,) = warnings_of(result)
+    assert "copy_" in warning
+
+
+NEEDING_MEMORY = {
+    "CountingAfterLoadingForCausalLM": "meta tensor",
+    "CopyingWhatIsDerivedForCausalLM": "meta tensor",
+    "ReplacingDataForCausalLM": "incompatible tensor type",
+}
+"""Architectures that only load without placeholders, and what torch says."""
+
+
+@pytest.mark.parametrize("architecture", NEEDING_MEMORY)
+def test_model_that_cannot_be_loaded_with_placeholders_is_loaded_anew_as_stock(architecture, both_of):
+    stock, result, report = both_of(architecture)
+    assert compare(stock, result) == []
+    assert report.mode == "stock"
+    (warning,) = warnings_of(result)
+    assert NEEDING_MEMORY[architecture] in warning
+    assert "loaded anew" in warning
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [("CopyingAfterLoadingForCausalLM", "copy_"), ("CountingAfterLoadingForCausalLM", "meta tensor")],
+)
+def test_model_that_reads_weights_is_an_error_where_streaming_is_required(
+    architecture, reason, odd_workers, checkpoint
+):
+    path = checkpoint("qwen3", overrides=(("architectures", (architecture,)),))
+    with pytest.raises(LoadFailed, match=rf"SGLANG_STREAMFP8=require, but this fp8 load cannot be .*{reason}"):
+        odd_workers.load(LoadJob(path, streaming="require"))
+
+
+def test_error_of_a_models_own_ends_the_load_anew_too(odd_workers, checkpoint):
+    path = checkpoint("qwen3", overrides=(("architectures", ("FailingAfterLoadingForCausalLM",)),))
+    with pytest.raises(LoadFailed, match=r"RuntimeError: the sum is 0") as failed:
         odd_workers.load(LoadJob(path, streaming="1"))
+    assert "without data" not in str(failed.value)
 
 
 @pytest.mark.parametrize("stored", ["fp8", "fp8_block"])

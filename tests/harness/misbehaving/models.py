@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from sglang.srt.distributed import parallel_state
@@ -130,6 +132,14 @@ class LeavingTensorsWithoutMemoryForCausalLM(Qwen3ForCausalLM):
         self.register_buffer("described", torch.empty(3, 4, device="meta"), persistent=False)
 
 
+class FollowingAWeightForCausalLM(LeavingTensorsWithoutMemoryForCausalLM):
+    """Has a tensor on the device of a weight, and one without memory."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("cache", torch.zeros(4, device=_down_proj(self).weight.device), persistent=False)
+
+
 class InMemory(list):
     """Weak references; whoever looks for tensors in here finds how many of them are alive."""
 
@@ -206,6 +216,121 @@ class BypassingForCausalLM(Qwen3ForCausalLM):
         return is_mine
 
 
+class BypassingInSlicesForCausalLM(Qwen3ForCausalLM):
+    """Writes slices of all layers' weights without calling their loaders, as kimi_k3.py does, some from a thread."""
+
+    def load_weights(self, weights):
+        parts = {"q_proj": ("qkv_proj", 0), "k_proj": ("qkv_proj", 1), "v_proj": ("qkv_proj", 2)}
+        rows = [self.model.layers[0].self_attn.q_size, *[self.model.layers[0].self_attn.kv_size] * 2]
+        params = dict(self.named_parameters())
+        left = []
+        for name, tensor in weights:
+            part = next((part for part in parts if part in name), None)
+            if part is None or not name.endswith("weight"):
+                left.append((name, tensor))
+                continue
+            fused, number = parts[part]
+            start = sum(rows[:number])
+            view = params[name.replace(part, fused)].data[start : start + rows[number]]
+            thread = threading.Thread(target=view.copy_, args=(tensor,))
+            thread.start()
+            thread.join()
+        super().load_weights(left)
+
+
+class ScalingForCausalLM(Qwen3ForCausalLM):
+    """Scales a weight after it has been loaded."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        _down_proj(self).weight.data.mul_(0.5)
+
+
+class ReplacingDataForCausalLM(Qwen3ForCausalLM):
+    """Gives a parameter other memory in place of loading it."""
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name == "model.layers.1.mlp.down_proj.weight":
+                _down_proj(self).weight.data = tensor.clone()
+            else:
+                super().load_weights([(name, tensor)])
+
+
+class ReplacingParameterForCausalLM(Qwen3ForCausalLM):
+    """Replaces a parameter in place of loading it."""
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name == "model.layers.1.mlp.down_proj.weight":
+                _down_proj(self).weight = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+            else:
+                super().load_weights([(name, tensor)])
+
+
+class CopyingAfterLoadingForCausalLM(Qwen3ForCausalLM):
+    """Copies a weight into memory of its own after it has been loaded."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        weight = _down_proj(self).weight
+        self.copied = torch.empty(weight.shape, dtype=weight.dtype)
+        self.copied.copy_(weight.data)
+
+
+class CountingAfterLoadingForCausalLM(Qwen3ForCausalLM):
+    """Computes a number from a weight after it has been loaded."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        self.largest = torch.tensor(_down_proj(self).weight.abs().max().item())
+
+
+class CopyingWhatIsDerivedForCausalLM(Qwen3ForCausalLM):
+    """Copies what it has computed from a weight."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        self.squares = torch.empty(_down_proj(self).weight.shape)
+        self.squares.copy_(_down_proj(self).weight.float() ** 2)
+
+
+class FailingAfterLoadingForCausalLM(Qwen3ForCausalLM):
+    """Needs a weight's contents, and does not like them."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        if _down_proj(self).weight.float().sum().isfinite().item():
+            raise RuntimeError("the sum is 0")
+
+
+class _Watched:
+    """Counts the layers with parameters of earlier models that are in memory when it is built."""
+
+    _layers: ClassVar[list] = []
+
+    def __init__(self, *args, **kwargs):
+        earlier = sum(layer() is not None for layer in self._layers)
+        super().__init__(*args, **kwargs)
+        self.earlier = torch.tensor(float(earlier))
+
+    def load_weights(self, weights):
+        self._layers[:] = [weakref.ref(layer) for layer in self.modules() if layer._parameters]
+        super().load_weights(weights)
+
+
+class LateAndWatchedForCausalLM(_Watched, LateAddingLoaderForCausalLM):
+    """Is loaded anew since one layer cannot be streamed."""
+
+
+class ConvertingAndWatchedForCausalLM(_Watched, Qwen3ForCausalLM):
+    """Is loaded anew since an error ends its load: it converts what it computes from a weight to numpy."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        self.largest = torch.tensor(_down_proj(self).weight.float().abs().numpy().max())
+
+
 class NotingExpertsForCausalLM(Qwen3MoeForCausalLM):
     """Notes the experts' weights down before they are quantized, as bailing_moe.py and sarvam_moe.py do."""
 
@@ -244,12 +369,23 @@ EntryClass = [
     ManyLateAddingLoadersForCausalLM,
     LateAddingExpertsForCausalLM,
     LeavingTensorsWithoutMemoryForCausalLM,
+    FollowingAWeightForCausalLM,
+    LateAndWatchedForCausalLM,
+    ConvertingAndWatchedForCausalLM,
     WatchedMiniCPM3ForCausalLM,
     CustomLoaderForCausalLM,
     NarrowingForCausalLM,
     ReadingAfterLoadingForCausalLM,
     ReusedBufferForCausalLM,
     BypassingForCausalLM,
+    BypassingInSlicesForCausalLM,
+    ScalingForCausalLM,
+    ReplacingDataForCausalLM,
+    ReplacingParameterForCausalLM,
+    CopyingAfterLoadingForCausalLM,
+    CountingAfterLoadingForCausalLM,
+    CopyingWhatIsDerivedForCausalLM,
+    FailingAfterLoadingForCausalLM,
     NotingExpertsForCausalLM,
     StallingForCausalLM,
 ]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capture what a model does to placeholders outside of their weight loaders.
+
+Some models write weights themselves: ``default_weight_loader(param, w)`` where the parameter has a loader of its own
+(mimo_v2.py, inkling.py), ``param.data[a:b].copy_(w)`` (kimi_k3.py). On the meta device such a write is silently lost,
+and a dispatch mode around all of ``load_weights`` would cost microseconds for each of its operations. Here ``copy_``,
+through which tensors are read too, and other operations in place get another kernel for the meta device, as
+``torch.library`` allows: torch calls it, in any thread, if one of their tensors has no memory; other tensors are not
+affected. Writes inside wrapped loaders do not come this far.
+
+Limitations: operations with ``out=`` and rare ones that are not in ``_CHANGES`` have no such kernel. What they write is
+missed, and reported as missing unless it had been written before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch.library import Library
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sglang_overlay.core.capture import storage_key
+from sglang_overlay.core.layer import LayerStream
+
+NO_DATA = "Cannot copy out of meta tensor; no data!"
+"""What torch says where a tensor without memory is read."""
+
+_CHANGES = (
+    *("copy_", "fill_.Scalar", "fill_.Tensor", "zero_"),
+    *("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "div_.Tensor", "pow_.Scalar", "lerp_.Tensor", "lerp_.Scalar"),
+    *("addcmul_", "addcdiv_", "addmm_", "neg_", "abs_", "clamp_", "clamp_min_", "clamp_max_", "round_", "nan_to_num_"),
+    *("index_put_", "index_copy_", "index_add_", "index_fill_.int_Scalar", "index_fill_.int_Tensor"),
+    *("masked_fill_.Scalar", "masked_fill_.Tensor", "masked_scatter_"),
+    *("scatter_.src", "scatter_.value", "scatter_add_", "normal_", "uniform_"),
+)
+"""Change their first tensor in place, and keep its shape. Others, such as ``add_.Scalar``, call these."""
+
+
+@dataclass(frozen=True)
+class _Placeholder:
+    """``parameter`` gets memory in place; ``without_memory`` then still is what the model may have views of."""
+
+    layer: LayerStream
+    parameter: torch.nn.Parameter
+    without_memory: torch.Tensor
+
+    def memory_of(self, view: torch.Tensor, func: Any) -> torch.Tensor:
+        """The same view of the parameter as in stock: ``func`` needs it."""
+        if self.layer.is_inside:
+            raise NotImplementedError(NO_DATA)
+        self.layer.return_to_stock(f"{func} is applied to it outside of its weight loader")
+        flat = self.parameter.data.view(-1).view(view.dtype)
+        return flat.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+class BypassCapture(AbstractContextManager[None]):
+    """Captures operations on placeholders that bypass their wrapped loaders, in all threads, while it is entered.
+
+    Plain writes go to the layer's streams. For any other operation the layer falls back to stock, and the operation is
+    executed on the real parameter.
+
+    Args:
+        layers: those that are being streamed.
+    """
+
+    _active: ClassVar[list[BypassCapture]] = []
+
+    def __init__(self, layers: Iterable[LayerStream]) -> None:
+        self._placeholders = {
+            storage_key(placeholder): _Placeholder(layer, placeholder, placeholder.data)
+            for layer in layers
+            for placeholder in layer.placeholders.values()
+        }
+        self._library: Library | None = None
+
+    def __enter__(self) -> None:
+        self._library = Library("aten", "IMPL")
+        for name in _CHANGES:
+            packet, _, overload = name.partition(".")
+            func = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            self._library.impl(name, functools.partial(_run, func), "Meta", allow_override=True)
+        self._library.impl("scalar_tensor", _scalar, "Meta", allow_override=True)
+        self._active.append(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._active.remove(self)
+        self._placeholders.clear()
+        if self._library is not None:
+            self._library._destroy()
+        self._library = None
+
+    @classmethod
+    def find(cls, tensor: torch.Tensor) -> _Placeholder | None:
+        """The placeholder that a tensor is a view of."""
+        if not tensor.is_meta:
+            return None
+        key = storage_key(tensor)
+        found = (capture._placeholders.get(key) for capture in cls._active)
+        return next((placeholder for placeholder in found if placeholder is not None), None)
+
+
+def _scalar(value: Any, **options: Any) -> torch.Tensor:
+    """``parameter[...] = 1.0`` makes its scalar on the destination's device, where the value would be lost."""
+    return torch.scalar_tensor(value, dtype=options.get("dtype"), device="cpu")
+
+
+def _run(func: Any, changed: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``func``, which changes ``changed`` in place; one of its tensors has no memory."""
+    found = BypassCapture.find(changed)
+    if found is not None and found.layer.take(func, (changed, *args), kwargs):
+        return changed
+    if found is None and changed.is_meta:
+        # A tensor of somebody else without memory, perhaps computed from a placeholder: it has no values to change.
+        return changed
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        placeholder = BypassCapture.find(tensor)
+        return tensor if placeholder is None else placeholder.memory_of(tensor, func)
+
+    given = tree_map_only(torch.Tensor, real, (changed, args, kwargs))
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in tree_leaves(given)):
+        raise NotImplementedError(NO_DATA)
+    func(given[0], *given[1], **given[2])
+    return changed
