@@ -91,7 +91,11 @@ class LayerStream:
         return load
 
     def return_to_stock(self, reason: str) -> None:
-        """Fall back to stock: give every placeholder, in place, real memory with everything written so far."""
+        """Fall back to stock: give every placeholder, in place, real memory with everything written so far.
+
+        Raises:
+            LayerNotStreamableError: that is impossible; the model has to be loaded anew.
+        """
         with self._condition:
             self._condition.wait_for(lambda: not self._returning)
             if not self.streaming:
@@ -107,7 +111,10 @@ class LayerStream:
                 except LayerNotStreamableError as error:
                     lost = error.reason
                     values = stream.abandon()
-                materialize(self.placeholders[key], values)
+                try:
+                    materialize(self.placeholders[key], values)
+                except RuntimeError as error:  # A model has weak references to it, which swap_tensors refuses.
+                    raise LayerNotStreamableError(stream.name, f"{reason}, and {error}") from error
             self.streaming = False
             if lost:
                 self._on_loss(self, f"{reason}, and {lost}")

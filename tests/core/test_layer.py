@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from core.streams import per_expert, per_tensor
+from sglang_overlay.core.errors import LayerNotStreamableError
 from sglang_overlay.core.layer import LayerStream
 
 
@@ -94,6 +95,16 @@ def test_layer_that_went_back_holds_no_memory_of_its_own():
         assert weight() is None
     finally:
         gc.enable()
+
+
+def test_layer_that_cannot_go_back_because_of_a_weak_reference_has_to_be_loaded_anew():
+    streamed = per_tensor((4, 8))
+    layer, notes = layer_of(streamed)
+    held = weakref.ref(streamed.placeholder)
+    with pytest.raises(LayerNotStreamableError, match=r"add_.*weakref"):
+        layer.wrap(adding_loader)(streamed.placeholder, torch.randn(4, 8, dtype=torch.bfloat16))
+    assert held() is streamed.placeholder
+    assert notes == []
 
 
 def test_parameter_class_and_attributes_survive():
