@@ -61,7 +61,7 @@ class LoadingServer:
 
     def survivors(self):
         """Processes it started that outlive it."""
-        psutil.wait_procs(self.members, timeout=20)
+        psutil.wait_procs(self.members, timeout=60)
         return [member for member in self.members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
     def leaked(self):

@@ -20,7 +20,8 @@ def commit(repository: Path, files: Mapping[str, str], message: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     git(repository, "add", "--force", "--", *files)
-    git(repository, "commit", "--quiet", f"--message={message}")
+    # A post release may leave all of these files as they were.
+    git(repository, "commit", "--quiet", "--allow-empty", f"--message={message}")
 
 
 def git(repository: Path, *arguments: str) -> str:

@@ -96,13 +96,15 @@ def edits_of(number: int) -> list[Edit]:
 
 
 def before(release: Path, number: int) -> Read:
-    """The release's own files as they are before the patch of this number.
+    """The release's files, with those of earlier patches, as they are before the patch of this number.
 
     Raises:
         EditError: an edit of an earlier patch does not fit.
     """
     changed: dict[str, str] = {}
-    for patch in PATCHES[: number - 1]:
+    earlier = PATCHES[: number - 1]
+    changed.update(_formatted({path: text for patch in earlier for path, text in _added(patch).items()}))
+    for patch in earlier:
         changed.update(edited(reader(release, changed), edits_of(patch.number), patch.number))
     return reader(release, changed)
 
