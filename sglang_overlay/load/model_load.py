@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from sglang_overlay.core import sentinel
+from sglang_overlay.core.allocation import OneElementAllocation
 from sglang_overlay.core.bypass_capture import BypassCapture
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.checkpoint_stream import CheckpointStream
@@ -27,7 +28,6 @@ from sglang_overlay.core.placeholders import set_loader
 from sglang_overlay.core.shortage import is_shortage, memory_note, shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.core.staging import StagingAccount
-from sglang_overlay.core.trial_allocation import OneElementAllocation
 from sglang_overlay.errors import SettingsError, StreamingUnavailableError
 from sglang_overlay.load import eligibility, snapshots
 from sglang_overlay.load.checkpoint_watch import CheckpointWatch
