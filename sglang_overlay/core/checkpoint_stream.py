@@ -17,7 +17,6 @@ from sglang_overlay.core.errors import (
     UnsupportedWriteError,
 )
 from sglang_overlay.core.executor import Executor
-from sglang_overlay.core.quantizer import made_current
 from sglang_overlay.core.quantizers import Magnitudes, UnitQuantizer
 from sglang_overlay.core.regions import slices
 from sglang_overlay.core.shortage import shortage_explained
@@ -247,10 +246,10 @@ class CheckpointStream(ParameterStream):
         self._direct[run] = bytes([1]) * len(units)
         self._note_quantized(units, before, values)
 
-    def _quantize_units(self, run: slice, values: torch.Tensor) -> None:
-        with made_current(self.storage.weight.device):
-            found = self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
+    def _quantize_units(self, run: slice, values: torch.Tensor) -> torch.Tensor:
+        found = super()._quantize_units(run, values)
         self._magnitudes.note_run(run, found)
+        return found
 
     def _quantize(self, unit: int, pieces: Sequence[Piece]) -> None:
         units = range(unit, unit + 1)
@@ -259,11 +258,10 @@ class CheckpointStream(ParameterStream):
         self._direct[unit] |= len(pieces) == 1
         self._note_quantized(units, before, pieces[-1].values)
 
-    def _quantize_unit(self, unit: int, pieces: Sequence[Piece]) -> None:
-        weight, scale = self.storage.weight[unit], self.storage.scale[unit]
-        pieces = [self._for_quantizer(piece) for piece in pieces]
-        with made_current(weight.device):
-            self._magnitudes.note(unit, self._quantizer.quantize(pieces, weight, scale))
+    def _quantize_unit(self, unit: int, pieces: Sequence[Piece]) -> torch.Tensor | float:
+        found = super()._quantize_unit(unit, pieces)
+        self._magnitudes.note(unit, found)
+        return found
 
     def _note_quantized(self, units: range, before: list[bytes] | None, values: torch.Tensor) -> None:
         """Notes if already quantized units got other values; the last write wins, as in stock."""

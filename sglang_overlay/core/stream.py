@@ -199,9 +199,9 @@ class ParameterStream:
             self._quantize_units(slice(part.start, part.stop), self._on_device(values[start : start + at_once]))
         self._done[units.start : units.stop] = bytes([1]) * len(units)
 
-    def _quantize_units(self, run: slice, values: torch.Tensor) -> None:
+    def _quantize_units(self, run: slice, values: torch.Tensor) -> torch.Tensor:
         with made_current(self.storage.weight.device):
-            self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
+            return self._quantizer.quantize_run(values, self.storage.weight[run], self.storage.scale[run])
 
     def _quantize(self, unit: int, pieces: Sequence[Piece]) -> None:
         self._quantize_unit(unit, pieces)
@@ -215,10 +215,10 @@ class ParameterStream:
             values[slices(piece.box)].copy_(piece.values)
         self._quantize_unit(unit, [Piece(self._grid.full, values)])
 
-    def _quantize_unit(self, unit: int, pieces: Sequence[Piece]) -> None:
+    def _quantize_unit(self, unit: int, pieces: Sequence[Piece]) -> torch.Tensor | float:
         weight, scale = self.storage.weight[unit], self.storage.scale[unit]
         with made_current(weight.device):
-            self._quantizer.quantize([self._for_quantizer(piece) for piece in pieces], weight, scale)
+            return self._quantizer.quantize([self._for_quantizer(piece) for piece in pieces], weight, scale)
 
     def _drop(self, unit: int) -> None:
         staged = self._staged.pop(unit, None)
