@@ -17,13 +17,9 @@ from workbench.loads.loads import LoadResult, LoadWorkers
 
 from sglang_overlay.hooks import built_in
 from standin.checkpoints import with_zeros
-from standin.gpus import environ
+from standin.gpus import SERVER_ARGS, environ
 
 DEVICES = 2
-SERVER_ARGS = {"disable_custom_all_reduce": True, "disable_flashinfer_autotune": True, "model_impl": "sglang"}
-"""SGLang's own all-reduce asks the driver for handles. FlashInfer would be tuned after the load, by running its kernels
-(until 0.5.13). A model that cannot be imported must not become another one."""
-
 OnGpu = Callable[..., LoadWorkers]
 
 

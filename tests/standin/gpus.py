@@ -39,6 +39,10 @@ class Gpu:
     packages: tuple[str, ...] = ()
 
 
+SERVER_ARGS = {"disable_custom_all_reduce": True, "disable_flashinfer_autotune": True, "model_impl": "sglang"}
+"""SGLang's own all-reduce asks the driver for handles. FlashInfer would be tuned after the load, by running its kernels
+(until 0.5.13). A model that cannot be imported must not become another one."""
+
 PER_TOKEN = {"SGLANG_USE_AITER": "1", "SGLANG_USE_AITER_FP8_PER_TOKEN": "1"}
 """aiter with one scale a token and one an output channel, for linear layers."""
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from sglang_overlay.observe.memory import MemoryUsage
     from workbench.loads.fingerprints import TensorPrint
+    from workbench.loads.layouts import WeightLayout
     from workbench.loads.updates import Update, UpdateResult
 
 StartMethod = Literal["forkserver", "spawn"]
@@ -53,7 +54,8 @@ class LoadJob:
             one scale per matrix.
         tokens_of: which weights generate: the ``last`` ones, or ``each``: also the loaded ones before weight updates.
         recorder: ``module:function``, a context manager around the load in each rank; its value is ``recorded``.
-        described: ``tensors``, or only their ``sizes`` if fingerprints of a large model would take too long.
+        described: ``tensors``, or only their ``sizes`` if fingerprints of a large model would take too long, or the
+            ``layouts`` of parameters, from which :mod:`workbench.quality.published` makes checkpoints.
         timeout_seconds: of the job, without the start of processes.
     """
 
@@ -83,7 +85,7 @@ class LoadJob:
     linear: Literal["stock", "tensor"] = "stock"
     tokens_of: Literal["last", "each"] = "last"
     recorder: str = ""
-    described: Literal["tensors", "sizes"] = "tensors"
+    described: Literal["tensors", "sizes", "layouts"] = "tensors"
     timeout_seconds: float = 300.0
 
     @property
@@ -99,6 +101,7 @@ class RankResult:
     Args:
         tensors: name -> print; parameters in ``named_parameters`` order, then buffers, then attributes.
         flags: name -> value of each plain attribute of modules and parameters.
+        layouts: of all parameters, if the job asks for them.
         parameter_order: names as ``named_parameters`` gives them.
         model_bytes: of all distinct storages the model holds.
         load_seconds: wall time of ``ModelRunner.load_model``.
@@ -131,6 +134,7 @@ class RankResult:
     logits_finite: bool
     log: tuple[str, ...]
     updates: tuple[UpdateResult, ...] = ()
+    layouts: tuple[WeightLayout, ...] = ()
     reserved: int = 0
     tokens_before: tuple[tuple[int, ...], ...] = ()
     graph_steps: int = 0

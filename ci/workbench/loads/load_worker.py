@@ -37,7 +37,7 @@ from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
 from sglang.srt.layers.quantization import fp8  # noqa: E402
 from sglang.srt.managers.schedule_batch import Req  # noqa: E402
 from sglang.srt.model_executor.model_runner import ModelRunner  # noqa: E402
-from sglang.srt.model_loader.loader import ShardedStateLoader  # noqa: E402
+from sglang.srt.model_loader import loader  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -58,6 +58,7 @@ from workbench.loads.devices import Accelerator  # noqa: E402
 from workbench.loads.fingerprints import hash_of, model_bytes, model_flags, model_prints  # noqa: E402
 from workbench.loads.job import LoadJob, Order, RankError, RankResult, changed_environ  # noqa: E402
 from workbench.loads.layer_inputs import recorded_inputs  # noqa: E402
+from workbench.loads.layouts import weight_layouts  # noqa: E402
 from workbench.loads.update_rule import RandomUpdates, RuleResult  # noqa: E402
 from workbench.loads.updates import Update, UpdateResult  # noqa: E402
 
@@ -227,6 +228,7 @@ def describe(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
     return {
         "tensors": model_prints(model) if job.described == "tensors" else {},
         "flags": model_flags(model),
+        "layouts": tuple(weight_layouts(model)) if job.described == "layouts" else (),
         "parameter_order": tuple(name for name, _ in model.named_parameters()),
         "model_bytes": model_bytes(model),
         "load_seconds": runner.load_seconds,
@@ -266,6 +268,9 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
                 stack.enter_context(torch_threads(job.threads))
                 # It would set them again.
                 stack.enter_context(replaced(CpuReferencePlatform, "init_backend", lambda _platform: None))
+            if job.described == "layouts":
+                # Dummy weights need not have values, and the stand-in GPUs have no generator of random ones.
+                stack.enter_context(replaced(loader, "initialize_dummy_weights", lambda *_, **__: None))
             if job.linear == "tensor":
                 stack.enter_context(one_scale_a_matrix())
             recorded = stack.enter_context(pkgutil.resolve_name(job.recorder)()) if job.recorder else None
@@ -290,7 +295,7 @@ def finish(runner: MeasuredModelRunner, job: LoadJob) -> dict[str, Any]:
     updated = tuple(_update(runner, update) for update in job.updates)
     described = describe(runner, job)
     if job.save_sharded_state is not None:
-        ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
+        loader.ShardedStateLoader.save_model(runner.model, str(job.save_sharded_state))
     if job.prompts:
         if not is_ready:
             runtime.get_ready_to_generate(runner)

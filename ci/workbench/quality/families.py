@@ -161,6 +161,9 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
     "ExaoneMoeForCausalLM": {"attention_backend": "triton"},
 }
 
+#: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
+GPUS: dict[str, str] = {"Qwen3NextForCausalLM": "h200"}
+
 #: Lists with an entry per layer: left out, so that the config class creates them for the tiny number of layers.
 _PER_LAYER = (
     "layer_types",
@@ -172,15 +175,6 @@ _PER_LAYER = (
 )
 
 
-def architectures() -> list[str]:
-    """Names that both SGLang's registry and ``transformers`` have, sorted."""
-    import transformers
-    from sglang.srt.models.registry import ModelRegistry
-
-    names = sorted(ModelRegistry.get_supported_archs())
-    return [name for name in names if getattr(getattr(transformers, name, None), "config_class", None) is not None]
-
-
 def tiny_config(architecture: str) -> Any:
     """The architecture's config class at tiny sizes."""
     import transformers
@@ -188,7 +182,7 @@ def tiny_config(architecture: str) -> Any:
     config_class = getattr(transformers, architecture).config_class
     plain = _shrunk(config_class().to_dict())
     for key, value in SPECIAL.get(architecture, {}).items():
-        _put(plain, key.split("."), value)
+        put(plain, key.split("."), value)
     plain["architectures"] = [architecture]
     plain["dtype"] = "bfloat16"
     return config_class.from_dict(plain)
@@ -206,7 +200,8 @@ def _shrunk(config: Config) -> Config:
     return small
 
 
-def _put(config: Config, path: list[str], value: Any) -> None:
+def put(config: Config, path: list[str], value: Any) -> None:
+    """Set the value at a path of keys in nested dicts."""
     for key in path[:-1]:
         config = config.setdefault(key, {})
     config[path[-1]] = value
@@ -221,10 +216,13 @@ def build(architecture: str, folder: Path) -> Path:
     """Write a checkpoint of `architecture` into a folder of its name under `folder`, unless it exists.
 
     Raises:
+        LookupError: ``transformers`` does not have it.
         Exception: any error of ``transformers`` if it cannot build the model.
     """
     import transformers
 
+    if not hasattr(transformers, architecture):
+        raise LookupError("transformers does not have it, and nothing says what its published checkpoint looks like")
     path = folder / architecture
     if (path / "config.json").exists():
         return path
@@ -236,7 +234,7 @@ def build(architecture: str, folder: Path) -> Path:
     model.save_pretrained(draft, max_shard_size="1GB")
     written = json.loads((draft / "config.json").read_text())
     for key, value in {**SPECIAL.get(architecture, {}), **PUBLISHED.get(architecture, {})}.items():
-        _put(written, key.split("."), value)
+        put(written, key.split("."), value)
     (draft / "config.json").write_text(json.dumps({**written, "architectures": [architecture]}, indent=2))
     draft.rename(path)
     return path

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from sglang_overlay.observe.report import LoadReport, read_folder
 from sglang_overlay.settings import REPORT_VARIABLE
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadFailed, LoadResult, LoadWorkers, compare
-from workbench.quality.families import server_args
 
 OUTCOMES = {
     "identical": "every layer that stock quantizes was streamed, and the models are bit-identical; where the remark "
@@ -29,7 +28,7 @@ OUTCOMES = {
     "error": "streaming does not load what stock loads; must not happen",
     "differs": "the models differ; must not happen",
     "stock cannot load": "stock SGLang fails with `--quantization fp8` on a machine without a GPU",
-    "no checkpoint": "`transformers` cannot build the model from this tiny config",
+    "cannot be built": "neither `transformers` nor SGLang builds the model from a tiny config",
 }
 """Possible outcomes for an architecture, and what they mean."""
 
@@ -54,21 +53,21 @@ class Outcome:
     detail: str = ""
 
 
-def sweep(
-    architectures: Iterable[str], build: Callable[[str], Path], workers: LoadWorkers, folder: Path
-) -> Iterable[Outcome]:
-    """Try one architecture after the other; reports go into `folder`."""
-    for architecture in architectures:
-        yield try_one(architecture, build, workers, folder / architecture)
+def try_one(architecture: str, made: Callable[[str], LoadJob], workers: LoadWorkers, reports: Path) -> Outcome:
+    """Load one architecture both ways.
 
-
-def try_one(architecture: str, build: Callable[[str], Path], workers: LoadWorkers, reports: Path) -> Outcome:
-    """Load one architecture both ways."""
+    Args:
+        architecture: its name.
+        made: makes its checkpoint, and returns a load of it.
+        workers: that load it.
+        reports: folder for the reports of streaming.
+    """
     try:
-        path = build(architecture)
+        job = replace(made(architecture), streaming="0", uninitialized=math.nan)
+    except LoadFailed as error:
+        return Outcome(architecture, "cannot be built", detail=_last_error(str(error)))
     except Exception as error:
-        return Outcome(architecture, "no checkpoint", detail=_first_line(f"{type(error).__name__}: {error}"))
-    job = LoadJob(path, streaming="0", server_args=server_args(architecture), uninitialized=math.nan)
+        return Outcome(architecture, "cannot be built", detail=_first_line(f"{type(error).__name__}: {error}"))
     try:
         stock = workers.load(job)
     except LoadFailed as error:

@@ -5,22 +5,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import click
 
-from workbench.loads.loads import LoadWorkers
-from workbench.quality import families, remote_families
-from workbench.quality.sweep import BAD, sweep, to_json, to_markdown
-
-
-def build(architecture: str, folder: Path) -> Path:
-    """Write a tiny checkpoint of an architecture, and return its path."""
-    if architecture in remote_families.FAMILIES:
-        return remote_families.build(architecture, folder)
-    return families.build(architecture, folder)
+from workbench.quality.making import Making
+from workbench.quality.registered import registered
+from workbench.quality.sweep import BAD, to_json, to_markdown, try_one
 
 
 @click.command()
@@ -30,11 +22,11 @@ def build(architecture: str, folder: Path) -> Path:
 @click.option("--page", type=click.Path(path_type=Path), help="Write them as a page, such as docs/families.md.")
 def main(architectures: tuple[str, ...], checkpoints: Path | None, json_file: Path | None, page: Path | None) -> None:
     """Load model families both ways: the given ARCHITECTURES, or all that a tiny checkpoint can be made of."""
-    with tempfile.TemporaryDirectory() as scratch, LoadWorkers(Path(scratch) / "logs") as workers:
-        kept = checkpoints or Path(scratch) / "checkpoints"
-        names = architectures or (*families.architectures(), *remote_families.architectures())
+    with tempfile.TemporaryDirectory() as name, Making(checkpoints or Path(name) / "checkpoints", Path(name)) as making:
         outcomes = []
-        for outcome in sweep(names, partial(build, folder=kept), workers, Path(scratch) / "reports"):
+        for architecture in architectures or registered():
+            workers, reports = making.workers(architecture), Path(name) / "reports" / architecture
+            outcome = try_one(architecture, making.job, workers, reports)
             outcomes.append(outcome)
             click.echo(f"{outcome.architecture:45} {outcome.outcome:18} {outcome.detail}")
     release = version("sglang")

@@ -1,0 +1,64 @@
+"""Where an architecture's tiny checkpoint comes from, and the machine and job that load it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import LoadWorkers
+from workbench.quality import families, published
+from workbench.quality.architectures import PUBLISHED
+
+
+class Making:
+    """Makes checkpoints and keeps processes that load them, on the CPU and on stand-in GPUs.
+
+    Args:
+        folder: of checkpoints; those that exist are not made again.
+        logs: folder of the processes' logs.
+    """
+
+    def __init__(self, folder: Path, logs: Path) -> None:
+        self._folder, self._logs = folder, logs
+        self._stack = ExitStack()
+        self._on = cache(self._start)
+
+    def __enter__(self) -> Making:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def workers(self, architecture: str) -> LoadWorkers:
+        """The processes that load the architecture."""
+        return self._on(self.gpu(architecture))
+
+    def gpu(self, architecture: str) -> str:
+        """The stand-in GPU on which the architecture is loaded; empty: the CPU."""
+        return PUBLISHED[architecture].gpu if architecture in PUBLISHED else families.GPUS.get(architecture, "")
+
+    def job(self, architecture: str) -> LoadJob:
+        """A load of the architecture's checkpoint, which is made first.
+
+        Raises:
+            Exception: the checkpoint cannot be made, with the reason.
+        """
+        known = PUBLISHED.get(architecture)
+        if known is None:
+            job = LoadJob(families.build(architecture, self._folder), server_args=families.server_args(architecture))
+            return published.on(self.gpu(architecture), job)
+        beside = self.job(known.beside).checkpoint if known.beside else None
+        path = published.build(architecture, known, self._folder, self.workers(architecture), beside)
+        return known.job(path)
+
+    def _start(self, gpu: str) -> LoadWorkers:
+        if not gpu:
+            return self._stack.enter_context(LoadWorkers(self._logs))
+        from standin.gpus import environ
+
+        return self._stack.enter_context(LoadWorkers(self._logs / gpu, environ(gpu), "spawn"))
