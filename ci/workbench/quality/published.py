@@ -64,8 +64,9 @@ class Published:
 
     Attributes:
         source: where names and config come from: a URL, or a model on the hub and SGLang's file that reads it.
-        config: the config at tiny sizes, or what makes it (:func:`of_transformers`). Without a ``model_type`` that SGLang or ``transformers`` knows, it comes with
-            a file of code, as such checkpoints are published, and is loaded with ``--trust-remote-code``.
+        config: the config at tiny sizes, or what makes it (:func:`of_transformers`). Without a ``model_type`` that
+            SGLang or ``transformers`` knows, it comes with a file of code, as such checkpoints are published, and is
+            loaded with ``--trust-remote-code``.
         names: regular expression -> replacement, applied in order to each name; an empty result drops the tensor.
         splits: as :data:`SPLITS`, laid over it; an empty tuple keeps the layer fused.
         experts: names of an expert's gate, up and down projection, after ``<layer's experts>.<number>.``; of experts
@@ -84,7 +85,7 @@ class Published:
     names: tuple[tuple[str, str], ...] = ()
     splits: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
     experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    adjust: Callable[[Tensors], Tensors] = staticmethod(lambda tensors: tensors)
+    adjust: Callable[[Tensors], Tensors] | None = None
     lacks: str = ""
     beside: str = ""
     named_in_config: str = ""
@@ -120,7 +121,7 @@ def on(gpu: str, job: LoadJob) -> LoadJob:
 
 
 def of_transformers(architecture: str, **changes: Any) -> Callable[[], Config]:
-    """The tiny config of an architecture that ``transformers`` has, with further keys; dotted ones go into nested dicts."""
+    """The tiny config of an architecture of ``transformers``, with further keys; dotted ones go into nested dicts."""
 
     def config() -> Config:
         made: Config = json.loads(tiny_config(architecture).to_json_string(use_diff=False))
@@ -180,7 +181,7 @@ def published_tensors(layouts: tuple[WeightLayout, ...], published: Published) -
                 name = re.sub(pattern, replacement, name)
             if name:
                 tensors[name] = (shape, layout.dtype)
-    return published.adjust(tensors)
+    return tensors if published.adjust is None else published.adjust(tensors)
 
 
 def _taken_apart(layout: WeightLayout, published: Published) -> list[tuple[str, tuple[int, ...]]]:
@@ -188,15 +189,22 @@ def _taken_apart(layout: WeightLayout, published: Published) -> list[tuple[str, 
     if leaf in _EXPERTS and published.experts:
         return _experts(owner, leaf, layout, published.experts)
     above, _, module = owner.rpartition(".")
-    parts = [(one, None) if isinstance(one, str) else one for one in {**SPLITS, **published.splits}.get(module, ())]
-    if all(rows is None for _, rows in parts):
-        parts = [(name, rows) for (name, _), rows in zip(parts, layout.parts, strict=bool(parts and layout.parts))]
+    parts = _parts({**SPLITS, **published.splits}.get(module, ()), layout)
     if not parts:
         return [(layout.name, layout.shape)]
-    if sum(rows for _, rows in parts) != layout.shape[0]:
-        raise ValueError(f"{layout.name} has {layout.shape[0]} rows, which are not those of {parts}")
     prefix = f"{above}." if above else ""
     return [(f"{prefix}{name}.{leaf}", (rows, *layout.shape[1:])) for name, rows in parts]
+
+
+def _parts(named: tuple[Part, ...], layout: WeightLayout) -> list[tuple[str, int]]:
+    """Names of the parts of a fused layer, with their rows; none if the layer is one matrix."""
+    names = [part for part in named if isinstance(part, str)]
+    if names:
+        return list(zip(names, layout.parts, strict=True)) if layout.parts else []
+    parts = [part for part in named if not isinstance(part, str)]
+    if parts and sum(rows for _, rows in parts) != layout.shape[0]:
+        raise ValueError(f"{layout.name} has {layout.shape[0]} rows, which are not those of {parts}")
+    return parts
 
 
 def _experts(owner: str, leaf: str, layout: WeightLayout, names: tuple[str, ...]) -> list[tuple[str, tuple[int, ...]]]:

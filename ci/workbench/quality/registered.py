@@ -13,7 +13,8 @@ from pathlib import Path
 def registered() -> tuple[str, ...]:
     """Names in every ``EntryClass`` under SGLang's ``srt/models``, sorted."""
     spec = importlib.util.find_spec("sglang")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     models = Path(spec.submodule_search_locations[0]) / "srt" / "models"
     return tuple(sorted({name for file in models.rglob("*.py") for name in _entries(file)}))
 
