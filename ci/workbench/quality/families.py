@@ -164,6 +164,13 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
 #: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
 GPUS: dict[str, str] = {"Qwen3NextForCausalLM": "h200"}
 
+_TABLES: dict[str, dict[str, Any]] = {
+    "special": SPECIAL,
+    "published": PUBLISHED,
+    "server_args": SERVER_ARGS,
+    "gpu": GPUS,
+}
+
 #: Lists with an entry per layer: left out, so that the config class creates them for the tiny number of layers.
 _PER_LAYER = (
     "layer_types",
@@ -205,6 +212,15 @@ def put(config: Config, path: list[str], value: Any) -> None:
     for key in path[:-1]:
         config = config.setdefault(key, {})
     config[path[-1]] = value
+
+
+def data(architecture: str) -> Config:
+    """What this module knows of the architecture, and what the tables make of its config class."""
+    own = {key: table.get(architecture) for key, table in _TABLES.items()}
+    try:
+        return {**own, "config": tiny_config(architecture).to_dict()}
+    except Exception as error:
+        return {**own, "error": type(error).__name__}
 
 
 def server_args(architecture: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from sglang_overlay.observe.report import LoadReport, read_folder
 from sglang_overlay.settings import REPORT_VARIABLE
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadFailed, LoadResult, LoadWorkers, compare
+from workbench.quality.making import Making, gpu_of, made_of
 
 OUTCOMES = {
     "identical": "every layer that stock quantizes was streamed, and the models are bit-identical; where the remark "
@@ -43,50 +44,56 @@ class Outcome:
         outcome: a key of ``OUTCOMES``.
         streamed, deferred, fallback: numbers of layers by how they were loaded.
         detail: the reason, or the first differences.
+        gpu: the stand-in GPU it was loaded on; empty: the CPU.
+        made_of: identifies the data that its checkpoint was made of.
     """
 
-    architecture: str
     outcome: str
     streamed: int = 0
     deferred: int = 0
     fallback: int = 0
     detail: str = ""
+    gpu: str = ""
+    made_of: str = ""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether stock and streaming have both loaded it."""
+        return self.outcome not in ("stock cannot load", "cannot be built", *BAD)
 
 
-def try_one(architecture: str, made: Callable[[str], LoadJob], workers: LoadWorkers, reports: Path) -> Outcome:
-    """Load one architecture both ways.
+def try_one(architecture: str, making: Making, reports: Path) -> Outcome:
+    """Make an architecture's checkpoint, and load it both ways; reports of streaming go into that folder."""
+    outcome = tried(partial(making.job, architecture), making.workers(architecture), reports)
+    return replace(outcome, gpu=gpu_of(architecture), made_of=made_of(architecture))
 
-    Args:
-        architecture: its name.
-        made: makes its checkpoint, and returns a load of it.
-        workers: that load it.
-        reports: folder for the reports of streaming.
-    """
+
+def tried(made: Callable[[], LoadJob], workers: LoadWorkers, reports: Path) -> Outcome:
+    """Load both ways what `made` makes."""
     try:
-        job = replace(made(architecture), streaming="0", uninitialized=math.nan)
+        job = replace(made(), streaming="0", uninitialized=math.nan)
     except LoadFailed as error:
-        return Outcome(architecture, "cannot be built", detail=_last_error(str(error)))
+        return Outcome("cannot be built", detail=_last_error(str(error)))
     except Exception as error:
-        return Outcome(architecture, "cannot be built", detail=_first_line(f"{type(error).__name__}: {error}"))
+        return Outcome("cannot be built", detail=_first_line(f"{type(error).__name__}: {error}"))
     try:
         stock = workers.load(job)
     except LoadFailed as error:
-        return Outcome(architecture, "stock cannot load", detail=_last_error(str(error)))
+        return Outcome("stock cannot load", detail=_last_error(str(error)))
     for old in reports.glob("*.json"):
         old.unlink()
     try:
         result = workers.load(replace(job, streaming="1", environ={REPORT_VARIABLE: str(reports)}))
     except LoadFailed as error:
         again = workers.load(replace(job, uninitialized=1.0))
-        return Outcome(architecture, _kind_of(error, stock, again), detail=_last_error(str(error)))
-    return _judged(architecture, compare(stock, result), read_folder(reports)[0])
+        return Outcome(_kind_of(error, stock, again), detail=_last_error(str(error)))
+    return _judged(compare(stock, result), read_folder(reports)[0])
 
 
-def _judged(architecture: str, differences: list[str], report: LoadReport) -> Outcome:
+def _judged(differences: list[str], report: LoadReport) -> Outcome:
     layers = report.layers
     counted = partial(
         Outcome,
-        architecture,
         streamed=layers.streamed,
         deferred=len(layers.deferred),
         fallback=len(layers.fallback),
@@ -128,33 +135,44 @@ def _last_error(traceback: str) -> str:
     return _first_line(traceback[traceback.rindex(errors[-1]) :].removeprefix(f"{module}."))
 
 
-def to_json(release: str, outcomes: list[Outcome]) -> str:
-    """The outcomes as a JSON document."""
-    counts = Counter(outcome.outcome for outcome in outcomes)
-    document = {"release": release, "counts": dict(sorted(counts.items())), "families": [asdict(o) for o in outcomes]}
-    return json.dumps(document, indent=1) + "\n"
+def to_json(release: str, outcomes: Mapping[str, Outcome]) -> str:
+    """The outcomes as a JSON document, a line for each architecture."""
+    lines = (f" {json.dumps(name)}: {json.dumps(asdict(outcome))}" for name, outcome in sorted(outcomes.items()))
+    return f'{{"release": {json.dumps(release)}, "architectures": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
-def to_markdown(release: str, outcomes: list[Outcome]) -> str:
+def from_json(text: str, release: str) -> dict[str, Outcome]:
+    """The outcomes of a document; none if they are another release's."""
+    document = json.loads(text)
+    if document["release"] != release:
+        return {}
+    return {name: Outcome(**fields) for name, fields in document["architectures"].items()}
+
+
+def to_markdown(release: str, outcomes: Mapping[str, Outcome]) -> str:
     """The outcomes as a page."""
-    counts = Counter(outcome.outcome for outcome in outcomes)
+    counts = Counter(outcome.outcome for outcome in outcomes.values())
+    loaded = sum(outcome.is_loaded for outcome in outcomes.values())
     listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
     lines = [
         "# Model families",
         "",
-        f"Every architecture that SGLang {release} and `transformers` share, and some that `transformers` lacks, at",
-        "tiny sizes with random weights, loaded with `--quantization fp8` by stock and by streaming in real SGLang on",
-        "a CPU, and compared tensor by tensor: name, dtype, shape, stride, bytes. Made by `ci/sweep`. What it says:",
+        f"Every architecture that SGLang {release} registers (each `EntryClass` of its models). Where a tiny",
+        "checkpoint can be made, with random weights in the names and layout of the published one, stock and streaming",
+        "load it in real SGLang with `--quantization fp8`, and are compared tensor by tensor: name, dtype, shape,",
+        "stride, bytes. Made by `ci/sweep`. What it says:",
         "",
         *(f"- **{outcome}**: {meaning}" for outcome, meaning in OUTCOMES.items()),
         "",
-        f"{len(outcomes)} architectures: {listed}. What stock cannot load here says nothing of streaming:",
-        "DeepSeek-V2 in its published proportions loads, and is compared in `tests/load/test_identity.py`.",
+        "*Where* says on what: the CPU, or a [stand-in GPU](gpu.md#stand-in-gpus) where SGLang's model needs CUDA.",
         "",
-        "| architecture | outcome | streamed | deferred | stock's path | remark |",
-        "|---|---|---|---|---|---|",
+        f"{len(outcomes)} architectures, {loaded} of them loaded both ways: {listed}.",
+        "",
+        "| architecture | outcome | where | streamed | deferred | stock's path | remark |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for o in sorted(outcomes, key=lambda o: (list(OUTCOMES).index(o.outcome), o.architecture)):
+    for name, o in sorted(outcomes.items(), key=lambda one: (list(OUTCOMES).index(one[1].outcome), one[0])):
         detail = o.detail.replace("|", "\\|")
-        lines.append(f"| {o.architecture} | {o.outcome} | {o.streamed} | {o.deferred} | {o.fallback} | {detail} |")
+        where = f"{o.gpu} stand-in" if o.gpu else "CPU"
+        lines.append(f"| {name} | {o.outcome} | {where} | {o.streamed} | {o.deferred} | {o.fallback} | {detail} |")
     return "\n".join(lines) + "\n"
