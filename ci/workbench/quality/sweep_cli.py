@@ -26,7 +26,11 @@ _DOCS = Path(__file__).resolve().parents[3] / "docs"
 @click.argument("architectures", nargs=-1)
 @click.option("--part", help="Of all architectures, only every n-th from the k-th: k/n, e.g. 3/10.")
 @click.option("--resume", is_flag=True, help="Leave out those whose outcome is known and whose data has not changed.")
-@click.option("--check", is_flag=True, help="Write nothing; fail where an outcome is not the known one.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Write nothing; load what has changed, too; fail where an outcome is another one.",
+)
 @click.option("--checkpoints", type=click.Path(path_type=Path), help="Where checkpoints are kept; else they are not.")
 @click.option("--docs", type=click.Path(path_type=Path), default=_DOCS, help="The folder of families.json and .md.")
 def main(
@@ -38,8 +42,9 @@ def main(
     known = from_json(data.read_text(), release) if data.exists() else {}
     wrong = []
     names = architectures or parted(registered(), part or "1/1")
-    if resume:
-        names = tuple(one for one in names if one not in known or known[one].made_of != made_of(one))
+    if resume or check:
+        changed = [one for one in registered() if one not in known or known[one].made_of != made_of(one)]
+        names = tuple(one for one in names if one in changed) if resume else tuple({*names, *changed})
     with tempfile.TemporaryDirectory() as name:
         for architecture, outcome in outcomes(names, checkpoints or Path(name) / "checkpoints", Path(name)):
             click.echo(f"{architecture:45} {outcome.outcome:18} {outcome.detail}")
