@@ -98,7 +98,8 @@ SPECIAL: dict[str, Config] = {
         "text_config.num_experts": 4,
         "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": 96,
-        "text_config.per_layer_config": {},
+        "text_config.per_layer_config": None,
+        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 128, "num_hidden_layers": 2},
     },
     "Exaone4ForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "ExaoneMoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -154,6 +155,7 @@ PUBLISHED: dict[str, Config] = {
     "Exaone4ForCausalLM": {"sliding_window_pattern": "LG"},
     "ExaoneMoeForCausalLM": {"sliding_window_pattern": "LG", "is_moe_layer": [False, True]},
     "GptOssForCausalLM": {"swiglu_limit": 7.0},
+    "Mamba2ForCausalLM": {"intermediate_size": 256, "rms_norm": True},
     "LongcatFlashForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "NemotronHForCausalLM": {
         "hybrid_override_pattern": "ME*-",
@@ -174,7 +176,14 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
 
 #: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
 GPUS: dict[str, str] = dict.fromkeys(
-    ("FalconMambaForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "Qwen3NextForCausalLM"), "h200"
+    (
+        "FalconMambaForCausalLM",
+        "Gemma3nForCausalLM",
+        "Mamba2ForCausalLM",
+        "MambaForCausalLM",
+        "Qwen3NextForCausalLM",
+    ),
+    "h200",
 )
 
 #: Lists with an entry per layer: left out, so that the config class creates them for the tiny number of layers.

@@ -10,7 +10,7 @@ _LLAMA: Config = {**DENSE, "model_type": "llama"}
 """For a published config that SGLang and ``transformers`` do not know: Llama's keeps unknown keys."""
 
 _PHI3_SMALL: Config = {
-    **DENSE,
+    **_LLAMA,
     "hidden_act": "gegelu",
     "gegelu_limit": 20.0,
     "layer_norm_epsilon": 1e-5,
@@ -126,6 +126,8 @@ ARCHITECTURES: dict[str, Published] = {
             (r"\.mlp\.gate\.", ".mlp.router."),
         ),
         experts=(),
+        server_args={"attention_backend": "fa3"},
+        gpu="h200",
     ),
     "MiMoForCausalLM": Published(
         "https://huggingface.co/XiaomiMiMo/MiMo-7B-RL, modeling_mimo.py", {**_LLAMA, "num_nextn_predict_layers": 0}
@@ -172,11 +174,13 @@ ARCHITECTURES: dict[str, Published] = {
             "qkv_proj": (("q_proj", 128), ("k_proj", 64), ("v_proj", 64)),
             "gate_up_proj": (("gate_proj", 256), ("up_proj", 256)),
         },
+        server_args={"load_format": "layered"},
     ),
     "TorchNativePhi3ForCausalLM": Published(
         "https://huggingface.co/microsoft/Phi-3-mini-4k-instruct, sglang/srt/models/torch_native_llama.py",
         _LLAMA,
         splits={"qkv_proj": (), "gate_up_proj": ()},
+        server_args={"load_format": "layered"},
     ),
     "XverseForCausalLM": Published("https://huggingface.co/xverse/XVERSE-7B-Chat, modeling_xverse.py", _LLAMA),
 }

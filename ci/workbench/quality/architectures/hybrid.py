@@ -91,6 +91,8 @@ ARCHITECTURES: dict[str, Published] = {
             "routed_expert_hidden_size": 64,
             "latent_moe_use_norm": True,
         },
+        # After loading, the weight has a second name, which comes first.
+        names=((r"\._bfa_f_b_w$", ".f_b_proj.weight"),),
         splits={
             "fused_qkvg_proj": ("q_proj", "k_proj", "v_proj", "g_proj"),
             "qkv_conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
