@@ -30,6 +30,9 @@ _PHI3_SMALL: Config = {
     "tie_word_embeddings": True,
 }
 
+_TORCH_NATIVE_SKIPS = "."
+"""``load_weights`` of SGLang 0.5.23 looks for parameters of the model itself, not of its modules, and finds none."""
+
 ARCHITECTURES: dict[str, Published] = {
     "BaichuanForCausalLM": Published(
         "https://huggingface.co/baichuan-inc/Baichuan2-7B-Chat, modeling_baichuan.py",
@@ -70,6 +73,7 @@ ARCHITECTURES: dict[str, Published] = {
         "https://huggingface.co/nvidia/Llama-3_3-Nemotron-Super-49B-v1, modeling_decilm.py",
         {
             **DENSE,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "block_configs": [
                 {"attention": {"n_heads_in_group": 2, "no_op": False}, "ffn": {"ffn_mult": 3.0, "no_op": False}},
                 {"attention": {"n_heads_in_group": None, "no_op": True}, "ffn": {"ffn_mult": 1.5, "no_op": False}},
@@ -149,7 +153,7 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "QWenLMHeadModel": Published(
         "https://huggingface.co/Qwen/Qwen-7B-Chat, modeling_qwen.py",
-        {**DENSE, "layer_norm_epsilon": 1e-6, "kv_channels": 32, "seq_length": 512},
+        {**DENSE, "intermediate_size": 512, "layer_norm_epsilon": 1e-6, "kv_channels": 32, "seq_length": 512},
         splits={"gate_up_proj": ("w2", "w1")},
     ),
     "SDARForCausalLM": Published("https://huggingface.co/JetLM/SDAR-1.7B-Chat, modeling_sdar.py", _LLAMA),
@@ -164,8 +168,14 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "TeleFLMForCausalLM": Published(
         "https://huggingface.co/CofeAI/Tele-FLM, sglang/srt/models/teleflm.py",
-        {**_LLAMA, "num_key_value_heads": 4, "use_mup": True, "input_mult": 1.0, "output_mult": 1.0}
-        | {"mup_scale_factor": 16.0},
+        {
+            **_LLAMA,
+            "num_key_value_heads": 4,
+            "use_mup": True,
+            "input_mult": 1.0,
+            "output_mult": 1.0,
+            "mup_scale_factor": 16.0,
+        },
     ),
     "TorchNativeLlamaForCausalLM": Published(
         "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct, sglang/srt/models/torch_native_llama.py",
@@ -174,13 +184,13 @@ ARCHITECTURES: dict[str, Published] = {
             "qkv_proj": (("q_proj", 128), ("k_proj", 64), ("v_proj", 64)),
             "gate_up_proj": (("gate_proj", 256), ("up_proj", 256)),
         },
-        server_args={"load_format": "layered"},
+        lacks=_TORCH_NATIVE_SKIPS,
     ),
     "TorchNativePhi3ForCausalLM": Published(
         "https://huggingface.co/microsoft/Phi-3-mini-4k-instruct, sglang/srt/models/torch_native_llama.py",
         _LLAMA,
         splits={"qkv_proj": (), "gate_up_proj": ()},
-        server_args={"load_format": "layered"},
+        lacks=_TORCH_NATIVE_SKIPS,
     ),
     "XverseForCausalLM": Published("https://huggingface.co/xverse/XVERSE-7B-Chat, modeling_xverse.py", _LLAMA),
 }

@@ -47,9 +47,7 @@ def _gates_one_by_one(tensors: Tensors) -> Tensors:
 
 def _decay_of_each_head(tensors: Tensors) -> Tensors:
     """``A_log`` as one value for each head."""
-    return {
-        name: (shape[2:3] if name.endswith(".A_log") else shape, dtype) for name, (shape, dtype) in tensors.items()
-    }
+    return {name: (shape[2:3] if name.endswith(".A_log") else shape, dtype) for name, (shape, dtype) in tensors.items()}
 
 
 ARCHITECTURES: dict[str, Published] = {
