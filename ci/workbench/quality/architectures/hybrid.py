@@ -104,8 +104,12 @@ ARCHITECTURES: dict[str, Published] = {
         _KIMI,
         splits={
             "fused_qkvbfg_a_proj": (
-                *(("q_proj", 128), ("k_proj", 128), ("v_proj", 128)),
-                *(("b_proj", 4), ("f_a_proj", 32), ("g_a_proj", 32)),
+                ("q_proj", 128),
+                ("k_proj", 128),
+                ("v_proj", 128),
+                ("b_proj", 4),
+                ("f_a_proj", 32),
+                ("g_a_proj", 32),
             ),
             "fused_fg_b_proj": (("f_b_proj", 1), ("g_b_proj", 1)),
             "qkv_conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
