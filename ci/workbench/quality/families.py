@@ -94,11 +94,23 @@ SPECIAL: dict[str, Config] = {
     "Cosmos3EdgeForConditionalGeneration": {"text_config.rope_parameters.mrope_section": [8, 4, 4]},
     "DeepseekV2ForCausalLM": {**_DEEPSEEK, "rope_parameters": _YARN, "num_experts_per_tok": 2},
     "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN},
+    "DiffusionGemmaForBlockDiffusion": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 96,
+        "text_config.per_layer_config": None,
+        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 128, "num_hidden_layers": 2},
+    },
     "Exaone4ForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "ExaoneMoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 256},
     "Gemma2ForCausalLM": {"hidden_act": "gelu_pytorch_tanh"},
     "Gemma2ForSequenceClassification": {"hidden_act": "gelu_pytorch_tanh"},
+    "Gemma3nForCausalLM": {
+        "intermediate_size": [256, 256],
+        "activation_sparsity_pattern": [0.95, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "Gemma4ForCausalLM": {"per_layer_config": None},
     "Gemma4ForConditionalGeneration": {"text_config.per_layer_config": None},
     "Gemma4UnifiedForConditionalGeneration": {"text_config.per_layer_config": None},
@@ -113,9 +125,9 @@ SPECIAL: dict[str, Config] = {
         "num_shared_expert": 1,
     },
     "HYV3ForCausalLM": {"route_norm": True, "first_k_dense_replace": 1, "expert_hidden_dim": 96},
-    "KimiLinearForCausalLM": {"first_k_dense_replace": 1, "moe_layer_freq": 1},
     "LagunaForCausalLM": {"num_attention_heads_per_layer": [4, 4]},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 32, "state_size": 16},
     "MiMoV2FlashForCausalLM": {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1]},
     "MiniCPMV4_6ForConditionalGeneration": {f"text_config.{key}": value for key, value in _HYBRID.items()},
     "MiniCPMV4_7ForConditionalGeneration": {f"text_config.{key}": value for key, value in _HYBRID.items()},
@@ -143,6 +155,7 @@ PUBLISHED: dict[str, Config] = {
     "Exaone4ForCausalLM": {"sliding_window_pattern": "LG"},
     "ExaoneMoeForCausalLM": {"sliding_window_pattern": "LG", "is_moe_layer": [False, True]},
     "GptOssForCausalLM": {"swiglu_limit": 7.0},
+    "Mamba2ForCausalLM": {"intermediate_size": 256, "rms_norm": True},
     "LongcatFlashForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "NemotronHForCausalLM": {
         "hybrid_override_pattern": "ME*-",
@@ -162,7 +175,16 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
 }
 
 #: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
-GPUS: dict[str, str] = {"Qwen3NextForCausalLM": "h200"}
+GPUS: dict[str, str] = dict.fromkeys(
+    (
+        "FalconMambaForCausalLM",
+        "Gemma3nForCausalLM",
+        "Mamba2ForCausalLM",
+        "MambaForCausalLM",
+        "Qwen3NextForCausalLM",
+    ),
+    "h200",
+)
 
 _TABLES: dict[str, dict[str, Any]] = {
     "special": SPECIAL,

@@ -42,11 +42,22 @@ SPLITS: Mapping[str, tuple[Part, ...]] = {
 
 _EXPERTS = {"w13_weight": "weight", "w2_weight": "weight", "w13_weight_bias": "bias", "w2_weight_bias": "bias"}
 
-_CONFIGURATION = '''from transformers import PretrainedConfig
+_CONFIGURATION = '''import json
+
+from transformers import PretrainedConfig
+
+
+class Block(dict):
+    """A dict whose keys are attributes too."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 class Nested(PretrainedConfig):
-    """A config whose dicts named ``*_config`` are configs too."""
+    """A config whose dicts named ``*_config`` are configs too, and those in lists named ``*_configs`` blocks."""
 
     model_type = "MODEL_TYPE"
 
@@ -54,6 +65,8 @@ class Nested(PretrainedConfig):
         for name, value in list(fields.items()):
             if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
                 fields[name] = Nested(**value)
+            if isinstance(value, list) and name.endswith("_configs"):
+                fields[name] = json.loads(json.dumps(value), object_hook=Block)
         super().__init__(**fields)
 '''
 
@@ -73,6 +86,7 @@ class Published:
             without a gate the second and third are used. Empty: ``adjust`` makes them from ``w13_weight`` and the like.
         adjust: the last step: changes the tensors as no name can say.
         lacks: matches parameters that published checkpoints lack: the model makes them itself, or shares its target's.
+            Also those that SGLang does not read, though checkpoints have them.
         beside: the architecture whose checkpoint this draft lies in: its tensors come too.
         named_in_config: the architecture that its ``config.json`` names, if SGLang makes another one of that.
         is_draft: loaded as the draft model of a speculative worker.
