@@ -92,7 +92,13 @@ SPECIAL: dict[str, Config] = {
     "BertForSequenceClassification": {"position_embedding_type": "absolute"},
     "BertModel": {"position_embedding_type": "absolute"},
     "Cosmos3EdgeForConditionalGeneration": {"text_config.rope_parameters.mrope_section": [8, 4, 4]},
-    "DeepseekV2ForCausalLM": {**_DEEPSEEK, "rope_parameters": _YARN, "num_experts_per_tok": 2},
+    "DeepseekV2ForCausalLM": {
+        **_DEEPSEEK,
+        "rope_parameters": _YARN,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN},
     "Exaone4ForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "ExaoneMoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -162,7 +168,9 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
 }
 
 #: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
-GPUS: dict[str, str] = {"Qwen3NextForCausalLM": "h200"}
+GPUS: dict[str, str] = dict.fromkeys(
+    ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "Qwen3NextForCausalLM"), "h200"
+)
 
 #: Lists with an entry per layer: left out, so that the config class creates them for the tiny number of layers.
 _PER_LAYER = (
