@@ -327,6 +327,7 @@ ARCHITECTURES: dict[str, Published] = {
             "zero_expert_num": 2,
             "routed_scaling_factor": 6.0,
             "num_nextn_predict_layers": 0,
+            "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
     "MiMoV2ForCausalLM": Published(
@@ -388,7 +389,7 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "MistralLarge3ForCausalLM": Published(
         "https://huggingface.co/mistralai/Mistral-Large-3-675B-Base-2512, sglang/srt/models/mistral_large_3.py",
-        {**_MOE, **_MLA, **_SIGMOID, "model_type": "deepseek_v3"},
+        of_transformers("DeepseekV3ForCausalLM"),
         names=(
             (r"^model\.layers\.", "layers."),
             (r"^model\.embed_tokens\.", "tok_embeddings."),
@@ -432,6 +433,8 @@ ARCHITECTURES: dict[str, Published] = {
         {
             **DENSE,
             "model_type": "step3p5",
+            # The class that transformers has for it knows no layers of different shapes.
+            "auto_map": {"AutoConfig": "configuration_tiny.Nested"},
             "num_attention_groups": 2,
             "moe_num_experts": 4,
             "moe_top_k": 2,
