@@ -77,6 +77,7 @@ class Published:
         named_in_config: the architecture that its ``config.json`` names, if SGLang makes another one of that.
         is_draft: loaded as the draft model of a speculative worker.
         server_args: options that it needs to load.
+        environ: environment variables that it needs to load.
         gpu: the stand-in GPU on which it is loaded, if SGLang's model needs CUDA; empty: the CPU.
     """
 
@@ -91,6 +92,7 @@ class Published:
     named_in_config: str = ""
     is_draft: bool = False
     server_args: Mapping[str, Any] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict)
     gpu: str = ""
 
     def job(self, path: Path) -> LoadJob:
@@ -99,7 +101,8 @@ class Published:
             **({"trust_remote_code": True} if "auto_map" in self.written_config("") else {}),
             **self.server_args,
         }
-        return on(self.gpu, LoadJob(path, server_args=arguments, draft=path if self.is_draft else None))
+        draft = path if self.is_draft else None
+        return on(self.gpu, LoadJob(path, server_args=arguments, environ=self.environ, draft=draft))
 
     def written_config(self, architecture: str) -> Config:
         """What ``config.json`` holds."""
