@@ -203,7 +203,7 @@ def _parts(named: tuple[Part, ...], layout: WeightLayout) -> list[tuple[str, int
     """Names of the parts of a fused layer, with their rows; none if the layer is one matrix."""
     names = [part for part in named if isinstance(part, str)]
     if names:
-        return list(zip(names, layout.parts, strict=True)) if layout.parts else []
+        return [part for part in zip(names, layout.parts, strict=True) if part[1]] if layout.parts else []
     parts = [part for part in named if not isinstance(part, str)]
     if parts and sum(rows for _, rows in parts) != layout.shape[0]:
         raise ValueError(f"{layout.name} has {layout.shape[0]} rows, which are not those of {parts}")
