@@ -100,6 +100,7 @@ SPECIAL: dict[str, Config] = {
         "topk_group": 1,
     },
     "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN},
+    "DeepseekV32ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN, "index_n_heads": 4},
     "Exaone4ForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "ExaoneMoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 256},
@@ -110,6 +111,13 @@ SPECIAL: dict[str, Config] = {
     "Gemma4UnifiedForConditionalGeneration": {"text_config.per_layer_config": None},
     "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1, "moe_layer_freq": 1},
     "Glm5NextForConditionalGeneration": {"text_config.num_key_value_heads": 4},
+    "GlmMoeDsaForCausalLM": {
+        "index_n_heads": 4,
+        "indexer_types": ["full", "full"],
+        "moe_layer_freq": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+    },
     "HunYuanDenseV1ForCausalLM": {"head_dim": 32, "use_qk_norm": True},
     "HunYuanMoEV1ForCausalLM": {
         "head_dim": 32,
@@ -168,9 +176,7 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
 }
 
 #: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
-GPUS: dict[str, str] = dict.fromkeys(
-    ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "Qwen3NextForCausalLM"), "h200"
-)
+GPUS: dict[str, str] = dict.fromkeys(("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM", "Qwen3NextForCausalLM"), "h200")
 
 #: Lists with an entry per layer: left out, so that the config class creates them for the tiny number of layers.
 _PER_LAYER = (

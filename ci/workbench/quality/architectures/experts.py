@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from workbench.quality.families import Config
 from workbench.quality.published import Published, Tensors, of_transformers
@@ -44,8 +46,21 @@ _BAILING_2: Config = {
     "routed_scaling_factor": 2.5,
     "router_dtype": "fp32",
 }
+_SPARSE: Config = {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 64}
+_GROK: Config = {**_ALL_SPARSE, "embedding_multiplier_scale": 78.38, "output_multiplier_scale": 0.577}
+
 _W123 = ("w1", "w3", "w2")
+_AS_W123 = ((r"\.gate_proj\.", ".w1."), (r"\.down_proj\.", ".w2."), (r"\.up_proj\.", ".w3."))
 _INDEXER = {"wk_weights_proj": (("wk", 64), ("weights_proj", 4))}
+
+
+def _named_shared(*experts: str) -> tuple[tuple[str, str], ...]:
+    """The shared expert, where SGLang appends it to the four others, whose projections are called `experts`."""
+    published = ("gate_proj", "up_proj", "down_proj")
+    return tuple(
+        (rf"\.experts\.4\.{expert}\.", f".shared_experts.{name}.")
+        for expert, name in zip(experts, published, strict=True)
+    )
 
 
 def _dbrx(tensors: Tensors) -> Tensors:
@@ -70,17 +85,25 @@ def _flat_decays(tensors: Tensors) -> Tensors:
     }
 
 
-def _zaya(tensors: Tensors) -> Tensors:
-    """Experts as ZAYA1 stores them: one by one, gate and up in one matrix."""
+def _one_by_one(names: Mapping[str, str], tensors: Tensors) -> Tensors:
+    """Stacks that end in one of these names as tensors of their own; ``{}`` is the number in the stack."""
     layout: Tensors = {}
     for name, (shape, dtype) in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf not in ("w13_weight", "w2_weight"):
+        end = next((end for end in names if name.endswith(end)), "")
+        if not end:
             layout[name] = (shape, dtype)
             continue
-        part = "linear_fc1" if leaf == "w13_weight" else "linear_fc2"
-        for expert in range(shape[0]):
-            layout[f"{owner}.local_experts.{expert}.{part}.weight"] = (shape[1:], dtype)
+        for number in range(shape[0]):
+            layout[name.removesuffix(end) + names[end].format(number)] = (shape[1:], dtype)
+    return layout
+
+
+def _halved(tensors: Tensors) -> Tensors:
+    """The two projections of DeepSeek-V4's compressors, whose sizes differ from layer to layer."""
+    layout: Tensors = {}
+    for name, (shape, dtype) in tensors.items():
+        for part in ("wkv", "wgate") if ".wkv_gate." in name else ("",):
+            layout[name.replace("wkv_gate", part)] = ((shape[0] // 2, *shape[1:]) if part else shape, dtype)
     return layout
 
 
@@ -130,7 +153,7 @@ ARCHITECTURES: dict[str, Published] = {
             "short_conv_kernel_size": 4,
             "no_kda_lora": True,
         },
-        names=((r"\.attention\.o_proj\.", ".attention.dense."),),
+        names=(*_named_shared("gate_proj", "up_proj", "down_proj"), (r"\.attention\.o_proj\.", ".attention.dense.")),
         splits={
             "fused_qkvbfg_proj": ("q_proj", "k_proj", "v_proj", "b_proj", "f_proj", "g_proj"),
             "qkv_conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
@@ -176,9 +199,7 @@ ARCHITECTURES: dict[str, Published] = {
             "sliding_window": 128,
             "o_groups": 2,
             "o_lora_rank": 64,
-            "index_n_heads": 4,
-            "index_head_dim": 64,
-            "index_topk": 64,
+            **_SPARSE,
             "hc_mult": 2,
             "hc_sinkhorn_iters": 20,
             "hc_eps": 1e-6,
@@ -200,11 +221,12 @@ ARCHITECTURES: dict[str, Published] = {
             (r"\.post_attention_layernorm\.", ".ffn_norm."),
             (r"\.topk\.tid2eid$", ".gate.tid2eid"),
             (r"\.gate\.e_score_correction_bias$", ".gate.bias"),
-            (r"\.gate_proj\.", ".w1."),
-            (r"\.down_proj\.", ".w2."),
-            (r"\.up_proj\.", ".w3."),
+            *_AS_W123,
         ),
         splits={"wqkv_a": (("wq_a", 64), ("wkv", 64))},
+        adjust=_halved,
+        # As published, its experts are FP4, and loading ends with compiling kernels, which there are for real sizes.
+        environ={"SGLANG_DSV4_FP4_EXPERTS": "0", "SGLANG_OPT_USE_TILELANG_MHC_PRE": "0"},
         gpu="h200",
     ),
     "Dots3NoteForCausalLM": Published(
@@ -216,11 +238,10 @@ ARCHITECTURES: dict[str, Published] = {
             "model_type": "dots3_note",
             "layer_types": ["full_attention", "sliding_attention"],
             "sliding_window_size": 128,
-            "index_n_heads": 4,
-            "index_head_dim": 64,
-            "index_topk": 64,
+            **_SPARSE,
             **{f"swa_{key}": value for key, value in _MLA.items()},
-            "swa_num_attention_heads": 4,
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 8),
+            **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 8),
         },
         names=((r"^thinker\.language_model\.", ""),),
         splits={
@@ -258,12 +279,7 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "Grok1ForCausalLM": Published(
         "https://huggingface.co/xai-org/grok-2, sglang/srt/models/grok.py",
-        {
-            **_ALL_SPARSE,
-            "residual_moe": True,
-            "embedding_multiplier_scale": 78.38,
-            "output_multiplier_scale": 0.577,
-        },
+        {**_GROK, "residual_moe": True},
         experts=_W123,
     ),
     "HYV4ForCausalLM": Published(
@@ -273,9 +289,7 @@ ARCHITECTURES: dict[str, Published] = {
             **_MLA,
             "model_type": "hy_v4",
             "num_nextn_predict_layers": 0,
-            "index_n_heads": 4,
-            "index_head_dim": 64,
-            "index_topk": 64,
+            **_SPARSE,
             "hc_mult": 2,
         },
         names=((r"\.(hc_fn|hc_head_fn)\.weight$", r".\1"),),
@@ -295,7 +309,7 @@ ARCHITECTURES: dict[str, Published] = {
             "moe_gate_bias": True,
             "router_scaling_factor": 1.0,
         },
-        gpu="h200",
+        adjust=partial(_one_by_one, {"v_experts.weight": "v_experts.{}.weight"}),
     ),
     "LLaDA2MoeModelLM": Published(
         "https://huggingface.co/inclusionAI/LLaDA2.0-mini-preview, sglang/srt/models/llada2.py", _BAILING_2
@@ -327,10 +341,11 @@ ARCHITECTURES: dict[str, Published] = {
             "zero_expert_num": 2,
             "routed_scaling_factor": 6.0,
             "num_nextn_predict_layers": 0,
+            # Without it SGLang 0.5.23 looks for ``rope_theta`` in None.
             "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
-    "MiMoV2ForCausalLM": Published(
+    "MiMoV2FlashForCausalLM": Published(
         "https://huggingface.co/XiaomiMiMo/MiMo-V2-Flash, sglang/srt/models/mimo_v2.py",
         {
             **DENSE,
@@ -382,7 +397,10 @@ ARCHITECTURES: dict[str, Published] = {
                 "sparse_disable_index_value": [0, 0, 1],
             },
         },
-        names=((r"\.mlp\.(experts|gate|e_score|shared)", r".block_sparse_moe.\1"),),
+        names=(
+            *_named_shared("w1", "w3", "w2"),
+            (r"\.mlp\.((experts|shared_experts|gate)\.|e_score)", r".block_sparse_moe.\1"),
+        ),
         splits={"index_qkv_proj": ("index_q_proj", "index_k_proj", "index_v_proj")},
         experts=_W123,
         gpu="h200",
@@ -403,9 +421,7 @@ ARCHITECTURES: dict[str, Published] = {
             (r"\.mlp\.gate\.e_score_correction_bias$", ".router_biases"),
             (r"\.mlp\.(gate|experts|shared_experts)\.", r".\1."),
             (r"\.mlp\.", ".feed_forward."),
-            (r"\.gate_proj\.", ".w1."),
-            (r"\.down_proj\.", ".w2."),
-            (r"\.up_proj\.", ".w3."),
+            *_AS_W123,
         ),
     ),
     "PhiMoEForCausalLM": Published(
@@ -425,9 +441,7 @@ ARCHITECTURES: dict[str, Published] = {
         {**_MOE, **_MLA, "head_dim": 48, "q_lora_rank": None, "routed_scaling_factor": 2.5},
         names=((r"\.mlp\.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
     ),
-    "SarvamMoEForCausalLM": Published(
-        "sglang/srt/models/sarvam_moe.py", _BAILING_2
-    ),
+    "SarvamMoEForCausalLM": Published("sglang/srt/models/sarvam_moe.py", _BAILING_2),
     "Step3p5ForCausalLM": Published(
         "https://huggingface.co/stepfun-ai/Step-3.5-Flash, sglang/srt/models/step3p5.py",
         {
@@ -448,6 +462,7 @@ ARCHITECTURES: dict[str, Published] = {
             "use_moe_router_bias": True,
             "need_fp32_gate": True,
             "moe_router_scaling_factor": 3.0,
+            "rope_theta": [5000000.0, 10000.0],
             "swiglu_limits": [0.0, 7.0],
             "swiglu_limits_shared": [0.0, 16.0],
             "partial_rotary_factors": [0.5, 1.0],
@@ -455,9 +470,7 @@ ARCHITECTURES: dict[str, Published] = {
         experts=(),
         adjust=_stacked,
     ),
-    "XllmForCausalLM": Published(
-        "sglang/srt/models/xllm.py", {**_MOE, "model_type": "xllm", "num_shared_experts": 0}
-    ),
+    "XllmForCausalLM": Published("sglang/srt/models/xllm.py", {**_MOE, "model_type": "xllm", "num_shared_experts": 0}),
     "XverseMoeForCausalLM": Published(
         "https://huggingface.co/xverse/XVERSE-MoE-A4.2B, sglang/srt/models/xverse_moe.py",
         {**_ALL_SPARSE, "moe_top_k": 2, "intermediate_size": 96},
@@ -477,14 +490,22 @@ ARCHITECTURES: dict[str, Published] = {
             "zaya_mlp_expansion": 64,
         },
         experts=(),
-        adjust=_zaya,
+        adjust=partial(
+            _one_by_one,
+            {
+                "w13_weight": "local_experts.{}.linear_fc1.weight",
+                "w2_weight": "local_experts.{}.linear_fc2.weight",
+            },
+        ),
     ),
 }
 ARCHITECTURES |= {
     "BailingMoEForCausalLM": ARCHITECTURES["BailingMoeForCausalLM"],
-    "Grok1ModelForCausalLM": replace(
-        ARCHITECTURES["Grok1ForCausalLM"],
-        source="https://huggingface.co/lmzheng/grok-1, sglang/srt/models/grok.py",
+    "Grok1ModelForCausalLM": Published(
+        "https://huggingface.co/lmzheng/grok-1, sglang/srt/models/grok.py", _GROK, experts=_W123
     ),
-    "MiMoV2FlashForCausalLM": ARCHITECTURES["MiMoV2ForCausalLM"],
+    # In later ones the projections of queries, keys and values are one.
+    "MiMoV2ForCausalLM": replace(
+        ARCHITECTURES["MiMoV2FlashForCausalLM"], source="sglang/srt/models/mimo_v2.py", splits={"qkv_proj": ()}
+    ),
 }
