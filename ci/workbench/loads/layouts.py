@@ -47,7 +47,7 @@ def weight_layouts(model: torch.nn.Module) -> Iterator[WeightLayout]:
 def _fused_parts(module: Any) -> tuple[int, ...]:
     """Rows of what upstream's ``QKVParallelLinear`` and ``MergedColumnParallelLinear`` (linear.py) hold, at TP 1."""
     if hasattr(module, "total_num_kv_heads") and hasattr(module, "head_size"):
-        value_size = getattr(module, "v_head_size", None) or module.head_size
+        value_size = getattr(module, "v_head_size", module.head_size)
         key_rows, value_rows = module.total_num_kv_heads * module.head_size, module.total_num_kv_heads * value_size
         return (module.total_num_heads * module.head_size, key_rows, value_rows)
     sizes = getattr(module, "output_sizes", None)

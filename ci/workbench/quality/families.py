@@ -92,8 +92,15 @@ SPECIAL: dict[str, Config] = {
     "BertForSequenceClassification": {"position_embedding_type": "absolute"},
     "BertModel": {"position_embedding_type": "absolute"},
     "Cosmos3EdgeForConditionalGeneration": {"text_config.rope_parameters.mrope_section": [8, 4, 4]},
-    "DeepseekV2ForCausalLM": {**_DEEPSEEK, "rope_parameters": _YARN, "num_experts_per_tok": 2},
+    "DeepseekV2ForCausalLM": {
+        **_DEEPSEEK,
+        "rope_parameters": _YARN,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN},
+    "DeepseekV32ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN, "index_n_heads": 4},
     "DiffusionGemmaForBlockDiffusion": {
         "text_config.num_experts": 4,
         "text_config.top_k_experts": 2,
@@ -116,6 +123,13 @@ SPECIAL: dict[str, Config] = {
     "Gemma4UnifiedForConditionalGeneration": {"text_config.per_layer_config": None},
     "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1, "moe_layer_freq": 1},
     "Glm5NextForConditionalGeneration": {"text_config.num_key_value_heads": 4},
+    "GlmMoeDsaForCausalLM": {
+        "index_n_heads": 4,
+        "indexer_types": ["full", "full"],
+        "moe_layer_freq": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+    },
     "HunYuanDenseV1ForCausalLM": {"head_dim": 32, "use_qk_norm": True},
     "HunYuanMoEV1ForCausalLM": {
         "head_dim": 32,
@@ -177,8 +191,10 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
 #: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
 GPUS: dict[str, str] = dict.fromkeys(
     (
+        "DeepseekV32ForCausalLM",
         "FalconMambaForCausalLM",
         "Gemma3nForCausalLM",
+        "GlmMoeDsaForCausalLM",
         "Mamba2ForCausalLM",
         "MambaForCausalLM",
         "Qwen3NextForCausalLM",

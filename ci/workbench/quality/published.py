@@ -91,6 +91,7 @@ class Published:
         named_in_config: the architecture that its ``config.json`` names, if SGLang makes another one of that.
         is_draft: loaded as the draft model of a speculative worker.
         server_args: options that it needs to load.
+        environ: environment variables that it needs to load.
         gpu: the stand-in GPU on which it is loaded, if SGLang's model needs CUDA; empty: the CPU.
     """
 
@@ -105,6 +106,7 @@ class Published:
     named_in_config: str = ""
     is_draft: bool = False
     server_args: Mapping[str, Any] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict)
     gpu: str = ""
 
     def job(self, path: Path) -> LoadJob:
@@ -113,7 +115,8 @@ class Published:
             **({"trust_remote_code": True} if "auto_map" in self.written_config("") else {}),
             **self.server_args,
         }
-        return on(self.gpu, LoadJob(path, server_args=arguments, draft=path if self.is_draft else None))
+        draft = path if self.is_draft else None
+        return on(self.gpu, LoadJob(path, server_args=arguments, environ=self.environ, draft=draft))
 
     def written_config(self, architecture: str) -> Config:
         """What ``config.json`` holds."""
@@ -214,7 +217,7 @@ def _parts(named: tuple[Part, ...], layout: WeightLayout) -> list[tuple[str, int
     """Names of the parts of a fused layer, with their rows; none if the layer is one matrix."""
     names = [part for part in named if isinstance(part, str)]
     if names:
-        return list(zip(names, layout.parts, strict=True)) if layout.parts else []
+        return [part for part in zip(names, layout.parts, strict=True) if part[1]] if layout.parts else []
     parts = [part for part in named if not isinstance(part, str)]
     if parts and sum(rows for _, rows in parts) != layout.shape[0]:
         raise ValueError(f"{layout.name} has {layout.shape[0]} rows, which are not those of {parts}")
