@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from workbench.loads.job import LoadJob
+from workbench.quality import families
 from workbench.quality.families import PUBLISHED, SPECIAL, Config, fill, put, tiny_config
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class Published:
             without a gate the second and third are used. Empty: ``adjust`` makes them from ``w13_weight`` and the like.
         adjust: the last step: changes the tensors as no name can say.
         files: regular expression -> file; a tensor lies in the first whose expression its name matches.
+        towers: folder in the checkpoint -> what SGLang's model loads from there by itself: an architecture of
+            ``transformers``, or a config, whose tensors ``files`` puts there. In the config's values, ``{checkpoint}``
+            is the path of the checkpoint.
         lacks: matches parameters that published checkpoints lack: the model makes them itself, or shares its target's.
         beside: the architecture whose checkpoint this draft lies in: its tensors come too.
         named_in_config: the architecture that its ``config.json`` names, if SGLang makes another one of that.
@@ -89,6 +93,7 @@ class Published:
     experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     adjust: Callable[[Tensors], Tensors] | None = None
     files: Mapping[str, str] = field(default_factory=lambda: {"": "model.safetensors"})
+    towers: Mapping[str, str | Config] = field(default_factory=dict)
     lacks: str = ""
     beside: str = ""
     named_in_config: str = ""
@@ -159,6 +164,7 @@ def build(
     draft.mkdir(parents=True)
     (draft / "config.json").write_text(json.dumps(published.written_config(architecture), indent=2))
     (draft / "configuration_tiny.py").write_text(_CONFIGURATION.replace("MODEL_TYPE", "tiny"))
+    _build_towers(published, draft)
     job = replace(published.job(draft), streaming="0", quantization=None, described="layouts")
     model = workers.load(replace(job, server_args={**job.server_args, "load_format": "dummy"}))
     tensors = made(published_tensors(model.ranks[0].layouts, published))
@@ -171,15 +177,31 @@ def build(
     lacking = [name for name in lacking if not published.lacks or not re.search(published.lacks, name)]
     if lacking:
         raise ValueError(f"the checkpoint lacks {', '.join(lacking)}")
+    _refer(draft, str(draft.resolve()), str(path.resolve()))
     draft.rename(path)
     return path
 
 
+def _build_towers(published: Published, folder: Path) -> None:
+    _save({}, published, folder)
+    for name, tower in published.towers.items():
+        if isinstance(tower, str):
+            families.build(tower, folder / name)
+        else:
+            (folder / name / "config.json").write_text(json.dumps(tower, indent=2))
+    _refer(folder, "{checkpoint}", str(folder.resolve()))
+
+
+def _refer(folder: Path, old: str, new: str) -> None:
+    for config in folder.glob("*.json"):
+        config.write_text(config.read_text().replace(old, new))
+
+
 def _save(tensors: dict[str, torch.Tensor], published: Published, folder: Path) -> None:
-    files: dict[str, dict[str, torch.Tensor]] = {}
+    files: dict[str, dict[str, torch.Tensor]] = {file: {} for file in published.files.values()}
     for name, tensor in tensors.items():
         file = next(file for pattern, file in published.files.items() if re.search(pattern, name))
-        files.setdefault(file, {})[name] = tensor
+        files[file][name] = tensor
     for file, there in files.items():
         (folder / file).parent.mkdir(exist_ok=True)
         save_file(there, folder / file, metadata={"format": "pt"})
