@@ -125,6 +125,11 @@ class SfLayout:
 BY_NAME["SfLayout"] = SfLayout
 
 
+# CUTLASS's types, with whose sizes SGLang's kernels in its Python dialect compute when they are imported.
+for _type, _bits in (("BFloat16", 16), ("Float32", 32), ("Uint32", 32)):
+    BY_NAME[_type] = type(_type, (), {"width": _bits})
+
+
 @emulates(
     "mxfp8_quantize",
     "flashinfer-ai/flashinfer flashinfer/quantization/fp8_quantization.py; cvt_warp_fp16_to_mxfp8",

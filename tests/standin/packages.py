@@ -22,7 +22,10 @@ import torch
 from standin import kernels, libraries  # noqa: F401 - libraries enters its own into kernels
 from standin.gpus import PACKAGES_VARIABLE as VARIABLE
 
-ABSENT = ("sgl_kernel", "cutlass", "cuda", "triton_kernels", *filter(None, os.environ.get(VARIABLE, "").split(",")))
+ABSENT = (
+    *("sgl_kernel", "cutlass", "quack", "cuda", "triton_kernels"),
+    *filter(None, os.environ.get(VARIABLE, "").split(",")),
+)
 """Top-level packages to answer for, where they are not installed: those of every GPU machine, and what is asked for."""
 
 JIT = ("sglang.jit_kernel.utils", "sglang.kernels.jit.utils.compile.loader", "sglang.kernels.jit.utils")
@@ -55,7 +58,9 @@ def answer_for(*names: str) -> None:
 
 
 class Missing:
-    """Something of a package that is not there: may be imported, subclassed or used to decorate, but not called."""
+    """Something of a package that is not there: may be imported, a base, a type or a decorator, but not called."""
+
+    __iter__ = None
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -69,6 +74,14 @@ class Missing:
         if name.startswith("__"):
             raise AttributeError(name)
         return Missing(f"{self._name}.{name}")
+
+    def __getitem__(self, parameters: Any) -> Missing:
+        return self
+
+    def __or__(self, other: Any) -> Missing:
+        return self
+
+    __ror__ = __or__
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         return (object,)

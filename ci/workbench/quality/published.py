@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from workbench.loads.job import LoadJob
+from workbench.quality import families
 from workbench.quality.families import PUBLISHED, SPECIAL, Config, fill, put, tiny_config
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ SPLITS: Mapping[str, tuple[Part, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj_with_mqa": (("q_a_proj", 64), ("kv_a_proj_with_mqa", 80)),
 }
-"""SGLang's fused layer -> the layers that checkpoints commonly have in its place."""
+"""SGLang's fused layer, a regular expression for the last parts of its name -> the layers that checkpoints commonly
+have in its place."""
 
 _EXPERTS = {"w13_weight": "weight", "w2_weight": "weight", "w13_weight_bias": "bias", "w2_weight_bias": "bias"}
 
@@ -81,10 +83,14 @@ class Published:
             SGLang or ``transformers`` knows, it comes with a file of code, as such checkpoints are published, and is
             loaded with ``--trust-remote-code``.
         names: regular expression -> replacement, applied in order to each name; an empty result drops the tensor.
-        splits: as :data:`SPLITS`, laid over it; an empty tuple keeps the layer fused.
+        splits: as :data:`SPLITS`, asked first; an empty tuple keeps the layer fused.
         experts: names of an expert's gate, up and down projection, after ``<layer's experts>.<number>.``; of experts
             without a gate the second and third are used. Empty: ``adjust`` makes them from ``w13_weight`` and the like.
         adjust: the last step: changes the tensors as no name can say.
+        files: regular expression -> file; a tensor lies in the first whose expression its name matches.
+        towers: folder in the checkpoint -> what SGLang's model loads from there by itself: an architecture of
+            ``transformers``, or a config, whose tensors ``files`` puts there. In the config's values, ``{checkpoint}``
+            is the path of the checkpoint.
         lacks: matches parameters that published checkpoints lack: the model makes them itself, or shares its target's.
             Also those that SGLang does not read, though checkpoints have them.
         beside: the architecture whose checkpoint this draft lies in: its tensors come too.
@@ -101,6 +107,8 @@ class Published:
     splits: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
     experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     adjust: Callable[[Tensors], Tensors] | None = None
+    files: Mapping[str, str] = field(default_factory=lambda: {"": "model.safetensors"})
+    towers: Mapping[str, str | Config] = field(default_factory=dict)
     lacks: str = ""
     beside: str = ""
     named_in_config: str = ""
@@ -173,20 +181,47 @@ def build(
     draft.mkdir(parents=True)
     (draft / "config.json").write_text(json.dumps(published.written_config(architecture), indent=2))
     (draft / "configuration_tiny.py").write_text(_CONFIGURATION.replace("MODEL_TYPE", "tiny"))
+    _build_towers(published, draft)
     job = replace(published.job(draft), streaming="0", quantization=None, described="layouts")
     model = workers.load(replace(job, server_args={**job.server_args, "load_format": "dummy"}))
     tensors = made(published_tensors(model.ranks[0].layouts, published))
     if beside is not None:
         for file in beside.glob("*.safetensors"):
             tensors = {**load_file(file), **tensors}
-    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+    _save(tensors, published, draft)
     stock = workers.load(replace(job, uninitialized=math.nan))
     lacking = [one.name for one in stock.ranks[0].layouts if one.is_unwritten]
     lacking = [name for name in lacking if not published.lacks or not re.search(published.lacks, name)]
     if lacking:
         raise ValueError(f"the checkpoint lacks {', '.join(lacking)}")
+    _refer(draft, str(draft.resolve()), str(path.resolve()))
     draft.rename(path)
     return path
+
+
+def _build_towers(published: Published, folder: Path) -> None:
+    _save({}, published, folder)
+    for name, tower in published.towers.items():
+        if isinstance(tower, str):
+            families.build(tower, folder / name)
+        else:
+            (folder / name / "config.json").write_text(json.dumps(tower, indent=2))
+    _refer(folder, "{checkpoint}", str(folder.resolve()))
+
+
+def _refer(folder: Path, old: str, new: str) -> None:
+    for config in folder.glob("*.json"):
+        config.write_text(config.read_text().replace(old, new))
+
+
+def _save(tensors: dict[str, torch.Tensor], published: Published, folder: Path) -> None:
+    files: dict[str, dict[str, torch.Tensor]] = {file: {} for file in published.files.values()}
+    for name, tensor in tensors.items():
+        file = next(file for pattern, file in published.files.items() if re.search(pattern, name))
+        files[file][name] = tensor
+    for file, there in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        save_file(there, folder / file, metadata={"format": "pt"})
 
 
 def published_tensors(layouts: tuple[WeightLayout, ...], published: Published) -> Tensors:
@@ -205,8 +240,10 @@ def _taken_apart(layout: WeightLayout, published: Published) -> list[tuple[str, 
     owner, _, leaf = layout.name.rpartition(".")
     if leaf in _EXPERTS and published.experts:
         return _experts(owner, leaf, layout, published.experts)
-    above, _, module = owner.rpartition(".")
-    parts = _parts({**SPLITS, **published.splits}.get(module, ()), layout)
+    above = owner.rpartition(".")[0]
+    splits = (*published.splits.items(), *SPLITS.items())
+    named = next((parts for pattern, parts in splits if re.search(rf"(?:^|\.)(?:{pattern})$", owner)), ())
+    parts = _parts(named, layout)
     if not parts:
         return [(layout.name, layout.shape)]
     prefix = f"{above}." if above else ""
