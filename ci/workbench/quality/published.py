@@ -75,8 +75,10 @@ class Published:
         lacks: matches parameters that published checkpoints lack: the model makes them itself, or shares its target's.
         beside: the architecture whose checkpoint this draft lies in: its tensors come too.
         named_in_config: the architecture that its ``config.json`` names, if SGLang makes another one of that.
+        config_file: its name, if it is not ``config.json``.
         is_draft: loaded as the draft model of a speculative worker.
         server_args: options that it needs to load.
+        environ: environment variables that it needs to load.
         gpu: the stand-in GPU on which it is loaded, if SGLang's model needs CUDA; empty: the CPU.
     """
 
@@ -89,8 +91,10 @@ class Published:
     lacks: str = ""
     beside: str = ""
     named_in_config: str = ""
+    config_file: str = "config.json"
     is_draft: bool = False
     server_args: Mapping[str, Any] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict)
     gpu: str = ""
 
     def job(self, path: Path) -> LoadJob:
@@ -99,7 +103,8 @@ class Published:
             **({"trust_remote_code": True} if "auto_map" in self.written_config("") else {}),
             **self.server_args,
         }
-        return on(self.gpu, LoadJob(path, server_args=arguments, draft=path if self.is_draft else None))
+        draft = path if self.is_draft else None
+        return on(self.gpu, LoadJob(path, server_args=arguments, environ=self.environ, draft=draft))
 
     def written_config(self, architecture: str) -> Config:
         """What ``config.json`` holds."""
@@ -154,7 +159,7 @@ def build(
     draft = folder / f".{architecture}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    (draft / "config.json").write_text(json.dumps(published.written_config(architecture), indent=2))
+    (draft / published.config_file).write_text(json.dumps(published.written_config(architecture), indent=2))
     (draft / "configuration_tiny.py").write_text(_CONFIGURATION.replace("MODEL_TYPE", "tiny"))
     job = replace(published.job(draft), streaming="0", quantization=None, described="layouts")
     model = workers.load(replace(job, server_args={**job.server_args, "load_format": "dummy"}))

@@ -75,7 +75,8 @@ def try_one(architecture: str, made: Callable[[str], LoadJob], workers: LoadWork
     for old in reports.glob("*.json"):
         old.unlink()
     try:
-        result = workers.load(replace(job, streaming="1", environ={REPORT_VARIABLE: str(reports)}))
+        environ = {**job.environ, REPORT_VARIABLE: str(reports)}
+        result = workers.load(replace(job, streaming="1", environ=environ))
     except LoadFailed as error:
         again = workers.load(replace(job, uninitialized=1.0))
         return Outcome(architecture, _kind_of(error, stock, again), detail=_last_error(str(error)))
