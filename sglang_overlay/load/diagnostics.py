@@ -277,7 +277,9 @@ class Diagnostics:
         unused = [name for name in names if name in seen]
         told = [f"missing {shortened(absent)}"] if absent else []
         told += [f"in the checkpoint but not loaded by the model {shortened(unused)}"] if unused else []
-        return f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told) or 'nothing came for it'}"
+        came = self._written.get(found.layer)
+        told = told or [f"only {shortened(came)} came for it" if came else "nothing came for it"]
+        return f"{found.parameter} ({_counted(found.units, found.total)}): {'; '.join(told)}"
 
     def _not_finite(self) -> list[_NotFinite]:
         """Parameters with NaN or Inf. Waits for each device once."""

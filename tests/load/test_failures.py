@@ -70,6 +70,14 @@ class TestMissingTensors:
         assert f"{LAYER}.w13_weight (1 of 8 units: 5): missing {UP}\n" in text
         assert "SGLANG_STREAMFP8_ALLOW_MISSING=1" in text
 
+    def test_where_every_layer_lacks_it_what_came_is_named(self, workers, damaged):
+        """As in the layers of Gemma's assistants, which attend to their target's keys and values."""
+        lost = [f"model.layers.{number}.self_attn.{part}_proj.weight" for number in range(3) for part in "kv"]
+        with pytest.raises(LoadFailed) as failure:
+            workers.load(LoadJob(damaged(without(*lost))))
+        came = "model.layers.1.self_attn.q_proj.weight"
+        assert f"qkv_proj.weight (1 of 1 units): only {came} came for it\n" in str(failure.value)
+
     def test_many_are_listed_in_part_with_how_many_more(self, workers, damaged):
         first = "model.layers.0.mlp.experts"
         layers = [f"model.layers.{number}" for number in range(3)]

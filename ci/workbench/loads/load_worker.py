@@ -271,6 +271,9 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
             if job.described == "layouts":
                 # Dummy weights need not have values, and the stand-in GPUs have no generator of random ones.
                 stack.enter_context(replaced(loader, "initialize_dummy_weights", lambda *_, **__: None))
+                if job.server_args.get("load_format") == "dummy" and hasattr(loader, "post_load_weights"):
+                    # What models make of the values; some drafts know only from their load that they are one.
+                    stack.enter_context(replaced(loader, "post_load_weights", lambda _model: None))
             if job.linear == "tensor":
                 stack.enter_context(one_scale_a_matrix())
             recorded = stack.enter_context(pkgutil.resolve_name(job.recorder)()) if job.recorder else None

@@ -129,6 +129,8 @@ def build(
         nccl_port=port,
         server_args=server_args,
         is_draft_worker=role == "draft",
+        # As SGLang's ``TpModelWorker`` has it: the first of several drafts, each of which is one MTP layer.
+        draft_model_idx=0 if role == "draft" and getattr(server_args, "enable_multi_layer_eagle", False) else None,
         **place,
     )
 

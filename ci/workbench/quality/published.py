@@ -95,6 +95,7 @@ class Published:
             Also those that SGLang does not read, though checkpoints have them.
         beside: the architecture whose checkpoint this draft lies in: its tensors come too.
         named_in_config: the architecture that its ``config.json`` names, if SGLang makes another one of that.
+        config_file: its name, if it is not ``config.json``.
         is_draft: loaded as the draft model of a speculative worker.
         server_args: options that it needs to load.
         environ: environment variables that it needs to load.
@@ -112,6 +113,7 @@ class Published:
     lacks: str = ""
     beside: str = ""
     named_in_config: str = ""
+    config_file: str = "config.json"
     is_draft: bool = False
     server_args: Mapping[str, Any] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -179,7 +181,7 @@ def build(
     draft = folder / f".{architecture}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    (draft / "config.json").write_text(json.dumps(published.written_config(architecture), indent=2))
+    (draft / published.config_file).write_text(json.dumps(published.written_config(architecture), indent=2))
     (draft / "configuration_tiny.py").write_text(_CONFIGURATION.replace("MODEL_TYPE", "tiny"))
     _build_towers(published, draft)
     job = replace(published.job(draft), streaming="0", quantization=None, described="layouts")
