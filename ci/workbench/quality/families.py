@@ -256,7 +256,7 @@ def data(architecture: str) -> Config:
     """What this module knows of the architecture, and what the tables make of its config class."""
     own = {key: table.get(architecture) for key, table in _TABLES.items()}
     try:
-        return {**own, "config": tiny_config(architecture).to_dict()}
+        return {**own, "config": tiny_config(architecture).to_json_string(use_diff=False)}
     except Exception as error:
         return {**own, "error": type(error).__name__}
 

@@ -9,7 +9,7 @@ import threading
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
@@ -40,8 +40,10 @@ def made_of(architecture: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _source(value: object) -> str:
-    return inspect.getsource(value) if callable(value) else repr(value)
+def _source(value: object) -> object:
+    if isinstance(value, partial):
+        return [_source(value.func), value.args, value.keywords]
+    return inspect.getsource(value) if inspect.isfunction(value) else str(value)
 
 
 class Making:
