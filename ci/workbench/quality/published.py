@@ -38,7 +38,8 @@ SPLITS: Mapping[str, tuple[Part, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj_with_mqa": (("q_a_proj", 64), ("kv_a_proj_with_mqa", 80)),
 }
-"""SGLang's fused layer -> the layers that checkpoints commonly have in its place."""
+"""SGLang's fused layer, a regular expression for the last parts of its name -> the layers that checkpoints commonly
+have in its place."""
 
 _EXPERTS = {"w13_weight": "weight", "w2_weight": "weight", "w13_weight_bias": "bias", "w2_weight_bias": "bias"}
 
@@ -68,10 +69,11 @@ class Published:
             SGLang or ``transformers`` knows, it comes with a file of code, as such checkpoints are published, and is
             loaded with ``--trust-remote-code``.
         names: regular expression -> replacement, applied in order to each name; an empty result drops the tensor.
-        splits: as :data:`SPLITS`, laid over it; an empty tuple keeps the layer fused.
+        splits: as :data:`SPLITS`, asked first; an empty tuple keeps the layer fused.
         experts: names of an expert's gate, up and down projection, after ``<layer's experts>.<number>.``; of experts
             without a gate the second and third are used. Empty: ``adjust`` makes them from ``w13_weight`` and the like.
         adjust: the last step: changes the tensors as no name can say.
+        files: regular expression -> file; a tensor lies in the first whose expression its name matches.
         lacks: matches parameters that published checkpoints lack: the model makes them itself, or shares its target's.
         beside: the architecture whose checkpoint this draft lies in: its tensors come too.
         named_in_config: the architecture that its ``config.json`` names, if SGLang makes another one of that.
@@ -86,6 +88,7 @@ class Published:
     splits: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
     experts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     adjust: Callable[[Tensors], Tensors] | None = None
+    files: Mapping[str, str] = field(default_factory=lambda: {"": "model.safetensors"})
     lacks: str = ""
     beside: str = ""
     named_in_config: str = ""
@@ -162,7 +165,7 @@ def build(
     if beside is not None:
         for file in beside.glob("*.safetensors"):
             tensors = {**load_file(file), **tensors}
-    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+    _save(tensors, published, draft)
     stock = workers.load(replace(job, uninitialized=math.nan))
     lacking = [one.name for one in stock.ranks[0].layouts if one.is_unwritten]
     lacking = [name for name in lacking if not published.lacks or not re.search(published.lacks, name)]
@@ -170,6 +173,16 @@ def build(
         raise ValueError(f"the checkpoint lacks {', '.join(lacking)}")
     draft.rename(path)
     return path
+
+
+def _save(tensors: dict[str, torch.Tensor], published: Published, folder: Path) -> None:
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        file = next(file for pattern, file in published.files.items() if re.search(pattern, name))
+        files.setdefault(file, {})[name] = tensor
+    for file, there in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        save_file(there, folder / file, metadata={"format": "pt"})
 
 
 def published_tensors(layouts: tuple[WeightLayout, ...], published: Published) -> Tensors:
@@ -188,8 +201,10 @@ def _taken_apart(layout: WeightLayout, published: Published) -> list[tuple[str, 
     owner, _, leaf = layout.name.rpartition(".")
     if leaf in _EXPERTS and published.experts:
         return _experts(owner, leaf, layout, published.experts)
-    above, _, module = owner.rpartition(".")
-    parts = _parts({**SPLITS, **published.splits}.get(module, ()), layout)
+    above = owner.rpartition(".")[0]
+    splits = (*published.splits.items(), *SPLITS.items())
+    named = next((parts for pattern, parts in splits if re.search(rf"(?:^|\.)(?:{pattern})$", owner)), ())
+    parts = _parts(named, layout)
     if not parts:
         return [(layout.name, layout.shape)]
     prefix = f"{above}." if above else ""
