@@ -250,12 +250,17 @@ def set_pdl(enabled: bool) -> None:
     """DeepGEMM's switch for launches that overlap: there are none here."""
 
 
+def get_num_sms() -> int:
+    """DeepGEMM's own, which may be told to leave some to others, and here is not."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
 def is_arch_support_pdl() -> bool:
     """Whether launches may overlap: ``sgl_kernel.utils``, from Hopper on."""
     return torch.cuda.get_device_capability()[0] >= 9
 
 
-for _helper in (get_tma_aligned_size, align, ceil_div, set_pdl, is_arch_support_pdl):
+for _helper in (get_tma_aligned_size, align, ceil_div, set_pdl, get_num_sms, is_arch_support_pdl):
     BY_NAME[_helper.__name__] = _helper
 
 
