@@ -66,7 +66,7 @@ TINY: Config = {
     "dropout": 0.0,
 }
 
-_YARN: Config = {
+YARN: Config = {
     "type": "yarn",
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -77,8 +77,18 @@ _YARN: Config = {
     "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 64,
 }
-_DEEPSEEK: Config = {"moe_layer_freq": 1, "topk_method": "greedy", "scoring_func": "softmax", "rope_scaling": _YARN}
+_DEEPSEEK: Config = {"moe_layer_freq": 1, "topk_method": "greedy", "scoring_func": "softmax", "rope_scaling": YARN}
 _DEEPSEEK_V3: Config = {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+_VISION: Config = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "patch_size": 14,
+}
 
 _HYBRID: Config = {
     "num_hidden_layers": 4,
@@ -92,18 +102,48 @@ SPECIAL: dict[str, Config] = {
     "BertForSequenceClassification": {"position_embedding_type": "absolute"},
     "BertModel": {"position_embedding_type": "absolute"},
     "Cosmos3EdgeForConditionalGeneration": {"text_config.rope_parameters.mrope_section": [8, 4, 4]},
-    "DeepseekV2ForCausalLM": {**_DEEPSEEK, "rope_parameters": _YARN, "num_experts_per_tok": 2},
-    "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN},
+    "DeepseekV2ForCausalLM": {**_DEEPSEEK, "rope_parameters": YARN, "num_experts_per_tok": 2},
+    "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": YARN},
     "Exaone4ForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "ExaoneMoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 256},
     "Gemma2ForCausalLM": {"hidden_act": "gelu_pytorch_tanh"},
     "Gemma2ForSequenceClassification": {"hidden_act": "gelu_pytorch_tanh"},
     "Gemma4ForCausalLM": {"per_layer_config": None},
-    "Gemma4ForConditionalGeneration": {"text_config.per_layer_config": None},
-    "Gemma4UnifiedForConditionalGeneration": {"text_config.per_layer_config": None},
+    "Gemma3nForConditionalGeneration": {
+        "text_config.intermediate_size": 256,
+        "text_config.activation_sparsity_pattern": [0.95, 0.0],
+        "text_config.layer_types": ["sliding_attention", "full_attention"],
+        "vision_config.model_args": {"channel_multiplier": 0.125},
+        "audio_config.conf_num_hidden_layers": 2,
+        "audio_config.conf_num_attention_heads": 4,
+    },
+    "Gemma4ForConditionalGeneration": {
+        "text_config.per_layer_config": None,
+        "text_config.enable_moe_block": True,
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 96,
+        # Not audio: stock cannot build its layers with ``--quantization fp8``.
+        "vision_config": {**_VISION, "model_type": "gemma4_vision", "position_embedding_size": 64},
+    },
+    "Gemma4UnifiedForConditionalGeneration": {
+        "text_config.per_layer_config": None,
+        "vision_config": {
+            "model_type": "gemma4_unified_vision",
+            "patch_size": 4,
+            "mm_embed_dim": 96,
+            "mm_posemb_size": 64,
+            "output_proj_dims": 96,
+        },
+    },
     "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1, "moe_layer_freq": 1},
-    "Glm5NextForConditionalGeneration": {"text_config.num_key_value_heads": 4},
+    "Glm5NextForConditionalGeneration": {
+        "text_config.num_key_value_heads": 4,
+        "text_config.qk_rope_head_dim": 0,
+        "text_config.layer_types": ["linear_attention", "indexed_attention"],
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+    },
     "HunYuanDenseV1ForCausalLM": {"head_dim": 32, "use_qk_norm": True},
     "HunYuanMoEV1ForCausalLM": {
         "head_dim": 32,
@@ -142,6 +182,15 @@ SPECIAL: dict[str, Config] = {
 PUBLISHED: dict[str, Config] = {
     "Exaone4ForCausalLM": {"sliding_window_pattern": "LG"},
     "ExaoneMoeForCausalLM": {"sliding_window_pattern": "LG", "is_moe_layer": [False, True]},
+    "Gemma4UnifiedForConditionalGeneration": {
+        "text_config.hidden_size_per_layer_input": 0,
+        "vision_config.model_patch_size": 12,
+    },
+    "Glm5NextForConditionalGeneration": {
+        "text_config.first_k_dense_replace": 1,
+        "text_config.index_kpool_compress": True,
+        "text_config.mhc": True,
+    },
     "GptOssForCausalLM": {"swiglu_limit": 7.0},
     "LongcatFlashForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "NemotronHForCausalLM": {
@@ -162,7 +211,9 @@ SERVER_ARGS: dict[str, dict[str, Any]] = {
 }
 
 #: Architecture -> the stand-in GPU on which it is loaded, where SGLang's model needs CUDA.
-GPUS: dict[str, str] = {"Qwen3NextForCausalLM": "h200"}
+GPUS: dict[str, str] = dict.fromkeys(
+    ("Gemma3nForConditionalGeneration", "Glm5NextForConditionalGeneration", "Qwen3NextForCausalLM"), "h200"
+)
 
 #: Lists with an entry per layer: left out, so that the config class creates them for the tiny number of layers.
 _PER_LAYER = (
