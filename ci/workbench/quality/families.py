@@ -66,7 +66,7 @@ TINY: Config = {
     "dropout": 0.0,
 }
 
-YARN: Config = {
+_YARN: Config = {
     "type": "yarn",
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -77,7 +77,7 @@ YARN: Config = {
     "mscale_all_dim": 1.0,
     "original_max_position_embeddings": 64,
 }
-_DEEPSEEK: Config = {"moe_layer_freq": 1, "topk_method": "greedy", "scoring_func": "softmax", "rope_scaling": YARN}
+_DEEPSEEK: Config = {"moe_layer_freq": 1, "topk_method": "greedy", "scoring_func": "softmax", "rope_scaling": _YARN}
 _DEEPSEEK_V3: Config = {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 _VISION: Config = {
@@ -102,8 +102,8 @@ SPECIAL: dict[str, Config] = {
     "BertForSequenceClassification": {"position_embedding_type": "absolute"},
     "BertModel": {"position_embedding_type": "absolute"},
     "Cosmos3EdgeForConditionalGeneration": {"text_config.rope_parameters.mrope_section": [8, 4, 4]},
-    "DeepseekV2ForCausalLM": {**_DEEPSEEK, "rope_parameters": YARN, "num_experts_per_tok": 2},
-    "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": YARN},
+    "DeepseekV2ForCausalLM": {**_DEEPSEEK, "rope_parameters": _YARN, "num_experts_per_tok": 2},
+    "DeepseekV3ForCausalLM": {**_DEEPSEEK_V3, "rope_parameters": _YARN},
     "Exaone4ForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "ExaoneMoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 256},

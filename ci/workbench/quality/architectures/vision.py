@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
-from workbench.quality.families import YARN, Config
+from workbench.quality.families import Config
 from workbench.quality.published import Published, Tensors, of_transformers
 from workbench.quality.sizes import DENSE, EXPERTS
 
@@ -26,6 +27,16 @@ _MLA: Config = {
 }
 """Of a language model as DeepSeek-V3."""
 
+_YARN: Config = {
+    "type": "yarn",
+    "rope_type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+"""Without scaling, SGLang has no rotation for DeepSeek's attention on a CPU."""
+
 _VIT: Config = {
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -36,44 +47,50 @@ _VIT: Config = {
 }
 """Of a vision tower."""
 
+_QWEN3_VIT: Config = {
+    "depth": 2,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_heads": 4,
+    "num_position_embeddings": 64,
+    "out_hidden_size": 128,
+    "deepstack_visual_indexes": [],
+}
+"""Of Qwen3-VL's vision tower."""
+
 _MOONVIT: Config = {**_VIT, "init_pos_emb_height": 4, "init_pos_emb_width": 4, "merge_kernel_size": [2, 2]}
 
 _MOONVIT_NAMES = (
-    (r"^(vision_tower\..*)\.attn\.qkv_proj\.", r"\1.wqkv."),
+    (r"\.attn\.qkv_proj\.", ".wqkv."),
     (r"^(vision_tower\..*)\.attn\.proj\.", r"\1.wo."),
 )
 
-_VISION_FUSED = {r"(vision_tower|vision_model|visual|vision)\..*": ()}
-"""Vision towers whose checkpoints keep q, k and v in one matrix."""
+_FUSED = {r"(vision_tower|vision_model|visual|vision)\..*": ()}
+"""Of vision towers whose checkpoints keep q, k and v in one matrix."""
+
+_QKV = (r"\.qkv_proj\.", ".qkv.")
+"""What :data:`_FUSED` leaves."""
 
 _QWEN3_VL_NAMES = (
     (r"^model\.", "model.language_model."),
     (r"^visual\.", "model.visual."),
-    (r"(visual\..*\.attn)\.qkv_proj\.", r"\1.qkv."),
+    _QKV,
 )
 
 _STACKED = ((r"\.experts\.w13_weight$", ".experts.gate_up_proj"), (r"\.experts\.w2_weight$", ".experts.down_proj"))
 """Experts in one tensor."""
 
-_QWEN3_5 = Published(
-    "https://huggingface.co/Qwen/Qwen3.5-35B-A3B, qwen3_5.py",
-    {},
-    names=(
-        *_QWEN3_VL_NAMES,
-        (r"(layers\.\d+)\.(?=[qkvo]_proj|[qk]_norm)", r"\1.self_attn."),
-        *_STACKED,
-    ),
-    splits={
-        **_VISION_FUSED,
-        "in_proj_qkvz": (("in_proj_qkv", 256), ("in_proj_z", 128)),
-        "in_proj_ba": (("in_proj_b", 4), ("in_proj_a", 4)),
-    },
-    experts=(),
-)
+
+def _with_transposed_experts(tensors: Tensors) -> Tensors:
+    return _transposed(tensors, r"\.experts\.(gate_up|down)_proj$")
 
 
-def _transposed(tensors: Tensors, pattern: str = r"\.experts\.(gate_up|down)_proj$") -> Tensors:
-    """Tensors whose names match with their last two dimensions exchanged, as ``[..., inputs, outputs]``."""
+def _with_transposed_gates(tensors: Tensors) -> Tensors:
+    return _transposed(tensors, r"\.mlp\.gate\.weight")
+
+
+def _transposed(tensors: Tensors, pattern: str) -> Tensors:
+    """Those whose names match as ``[..., inputs, outputs]``."""
     return {
         name: ((*shape[:-2], shape[-1], shape[-2]) if re.search(pattern, name) else shape, dtype)
         for name, (shape, dtype) in tensors.items()
@@ -88,29 +105,62 @@ def _with_flat_a_log(tensors: Tensors) -> Tensors:
     }
 
 
+_QWEN3_5 = Published(
+    "https://huggingface.co/Qwen/Qwen3.5-35B-A3B, qwen3_5.py",
+    {},
+    names=(
+        *_QWEN3_VL_NAMES,
+        (r"(layers\.\d+)\.(?=[qkvo]_proj|[qk]_norm)", r"\1.self_attn."),
+        *_STACKED,
+    ),
+    splits={
+        **_FUSED,
+        "in_proj_qkvz": (("in_proj_qkv", 256), ("in_proj_z", 128)),
+        "in_proj_ba": (("in_proj_b", 4), ("in_proj_a", 4)),
+    },
+    experts=(),
+)
+
+_BAILING_MM = Published(
+    "https://huggingface.co/inclusionAI/Ming-flash-omni-Preview, bailing_mm.py",
+    {
+        "model_type": "bailingmm_moe_v2_lite",
+        "llm_config": {**DENSE, **EXPERTS, "use_qk_norm": True, "use_bias": False, "n_group": 1, "topk_group": 1},
+        "vision_config": {**_QWEN3_VIT, "architectures": ["Qwen3_VisionTransformer"]},
+        "mlp_depth": 2,
+        "mrope_section": [4, 2, 2],
+    },
+    names=(
+        _QKV,
+        (r"\.attention\.q_norm\.", ".attention.query_layernorm."),
+        (r"\.attention\.k_norm\.", ".attention.key_layernorm."),
+    ),
+    splits=_FUSED,
+)
+
 ARCHITECTURES: dict[str, Published] = {
     "Qwen3VLMoeForConditionalGeneration": Published(
         "https://huggingface.co/Qwen/Qwen3-VL-30B-A3B-Instruct, qwen3_vl_moe.py",
         of_transformers("Qwen3VLMoeForConditionalGeneration"),
         names=(*_QWEN3_VL_NAMES, *_STACKED),
-        splits=_VISION_FUSED,
+        splits=_FUSED,
         experts=(),
-        adjust=_transposed,
+        adjust=_with_transposed_experts,
     ),
     "Qwen3OmniMoeForConditionalGeneration": Published(
         "https://huggingface.co/Qwen/Qwen3-Omni-30B-A3B-Instruct, qwen3_omni_moe.py",
         of_transformers("Qwen3OmniMoeForConditionalGeneration"),
         names=(
-            (r"(visual\..*\.attn)\.qkv_proj\.", r"\1.qkv."),
+            _QKV,
             (r"(audio_tower\..*\.self_attn)\.proj\.", r"\1.out_proj."),
         ),
-        splits=_VISION_FUSED,
+        splits=_FUSED,
     ),
     "KimiK25ForConditionalGeneration": Published(
         "https://huggingface.co/moonshotai/Kimi-K2.5, kimi_k25.py",
         {
             "model_type": "kimi_k25",
-            "text_config": {**_MLA, "architectures": ["DeepseekV3ForCausalLM"], "rope_scaling": YARN},
+            "text_config": {**_MLA, "architectures": ["DeepseekV3ForCausalLM"], "rope_scaling": _YARN},
             "vision_config": {**_MOONVIT, "init_pos_emb_time": 2, "vt_hidden_size": 128, "text_hidden_size": 128},
         },
         names=(
@@ -118,10 +168,10 @@ ARCHITECTURES: dict[str, Published] = {
             (r"^mm_projector\.linear_1\.", "mm_projector.proj.0."),
             (r"^mm_projector\.linear_2\.", "mm_projector.proj.2."),
         ),
-        splits=_VISION_FUSED,
+        splits=_FUSED,
     ),
     "KimiK3ForConditionalGeneration": Published(
-        "https://huggingface.co/moonshotai/Kimi-K3, kimi_k3.py",
+        "sglang/srt/models/kimi_k3.py",
         {
             "model_type": "kimi_k3",
             "text_config": {
@@ -178,7 +228,7 @@ ARCHITECTURES: dict[str, Published] = {
             "vision_config": _MOONVIT,
         },
         names=_MOONVIT_NAMES,
-        splits=_VISION_FUSED,
+        splits=_FUSED,
         gpu="h200",
     ),
     "InternVLChatModel": Published(
@@ -188,8 +238,8 @@ ARCHITECTURES: dict[str, Published] = {
             "llm_config": {**DENSE, **EXPERTS, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
             "vision_config": {**_VIT, "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False},
         },
-        names=((r"^(vision_model\..*)\.attn\.attn\.", r"\1.attn."), (r"^(vision_model\..*)\.qkv_proj\.", r"\1.qkv.")),
-        splits=_VISION_FUSED,
+        names=((r"\.attn\.attn\.", ".attn."), _QKV),
+        splits=_FUSED,
     ),
     "InternS1ForConditionalGeneration": Published(
         "https://huggingface.co/internlm/Intern-S1, interns1.py",
@@ -229,7 +279,7 @@ ARCHITECTURES: dict[str, Published] = {
         ),
     ),
     "InternS1ProForConditionalGeneration": Published(
-        "https://huggingface.co/internlm/Intern-S1-Pro, interns1pro.py",
+        "sglang/srt/models/interns1pro.py",
         of_transformers(
             "Qwen3VLMoeForConditionalGeneration",
             **{
@@ -245,7 +295,7 @@ ARCHITECTURES: dict[str, Published] = {
             },
         ),
         names=((r"^model\.layers\.0\.self_attn\.rotary_emb\.", "model.rotary_emb."), *_QWEN3_VL_NAMES),
-        splits=_VISION_FUSED,
+        splits=_FUSED,
     ),
     "LightOnOCRForConditionalGeneration": Published(
         "https://huggingface.co/lightonai/LightOnOCR-2-1B, lightonocr.py",
@@ -279,9 +329,9 @@ ARCHITECTURES: dict[str, Published] = {
             (r"^lm_head\..*", ""),
             (r"^model\.(?=model\.|lm_head\.)", ""),
             (r"^visual\.", "vision_tower."),
-            (r"^(vision_tower\..*\.attn)\.qkv_proj\.", r"\1.qkv."),
+            _QKV,
         ),
-        splits=_VISION_FUSED,
+        splits=_FUSED,
         lacks=r"^lm_head\.",
     ),
     "DotsVLMForCausalLM": Published(
@@ -289,30 +339,30 @@ ARCHITECTURES: dict[str, Published] = {
         {
             **_MLA,
             "model_type": "dots_vlm",
-            "rope_scaling": YARN,
+            "rope_scaling": _YARN,
             "vision_config": {**_VIT, "embed_dim": 96},
         },
-        names=((r"^language_model\.", ""), (r"^(vision_tower\..*\.attn)\.qkv_proj\.", r"\1.qkv.")),
-        splits=_VISION_FUSED,
+        names=((r"^language_model\.", ""), _QKV),
+        splits=_FUSED,
     ),
     "Cosmos3ForConditionalGeneration": Published(
-        "cosmos3.py",
+        "https://huggingface.co/nvidia/Cosmos3-Nano, cosmos3.py",
         of_transformers("Qwen3VLForConditionalGeneration", model_type="cosmos3_omni", tie_word_embeddings=False),
         names=(
             (r"^(model|visual)\.", ""),
             (r"^(layers\..*)\.([qkv])_proj\.", r"\1.to_\2."),
             (r"^(layers\..*)\.o_proj\.", r"\1.to_out."),
             (r"^(layers\..*)\.([qk])_norm\.", r"\1.norm_\2."),
-            (r"^(blocks\..*\.attn)\.qkv_proj\.", r"\1.qkv."),
+            _QKV,
         ),
-        splits=_VISION_FUSED,
+        splits=_FUSED,
         files={
             r"^(blocks|merger|patch_embed|pos_embed|deepstack_merger_list)\.": "vision_encoder/model.safetensors",
             "": "transformer/diffusion_pytorch_model.safetensors",
         },
     ),
     "JetVLMForConditionalGeneration": Published(
-        "jet_vlm.py, jet_nemotron.py",
+        "sglang/srt/models/jet_vlm.py",
         {
             "model_type": "jet_vlm",
             "text_config": {
@@ -336,21 +386,17 @@ ARCHITECTURES: dict[str, Published] = {
         },
         splits={"qkvabz_proj": ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj")},
     ),
-    "InternS2PreviewForConditionalGeneration": Published(
-        "https://huggingface.co/internlm/Intern-S2-Preview, interns2preview.py",
-        of_transformers("Qwen3_5MoeForConditionalGeneration", model_type="intern_s2_preview"),
-        names=_QWEN3_5.names,
-        splits=_QWEN3_5.splits,
-        experts=(),
+    "InternS2PreviewForConditionalGeneration": replace(
+        _QWEN3_5,
+        source="sglang/srt/models/interns2preview.py",
+        config=of_transformers("Qwen3_5MoeForConditionalGeneration", model_type="intern_s2_preview"),
     ),
-    "InternS2MobiusForConditionalGeneration": Published(
-        "interns2_mobius.py",
-        of_transformers(
+    "InternS2MobiusForConditionalGeneration": replace(
+        _QWEN3_5,
+        source="sglang/srt/models/interns2_mobius.py",
+        config=of_transformers(
             "Qwen3_5MoeForConditionalGeneration", model_type="interns2_mobius", **{"text_config.num_blocks": 2}
         ),
-        names=_QWEN3_5.names,
-        splits=_QWEN3_5.splits,
-        experts=(),
         # The architecture's default, triton_kernel, expects experts in a layout that fp8 does not give them.
         server_args={"moe_runner_backend": "triton"},
     ),
@@ -395,7 +441,7 @@ ARCHITECTURES: dict[str, Published] = {
             },
         },
         names=(
-            (r"(vision_model\..*\.attn)\.qkv_proj\.", r"\1.qkv."),
+            _QKV,
             (r"^resampler_model\.", "model.resampler_model."),
             (r"(spatial|temporal)_linear1\.", r"\1_linear.0."),
             (r"(spatial|temporal)_linear2\.", r"\1_linear.2."),
@@ -406,21 +452,25 @@ ARCHITECTURES: dict[str, Published] = {
             (r"\.text_experts\.", ".experts."),
             *((rf"\.vision_experts\.{number}\.", f".experts.{4 + number}.") for number in range(4)),
         ),
-        splits=_VISION_FUSED,
+        splits=_FUSED,
+        adjust=_with_transposed_gates,
         gpu="h200",
-        adjust=lambda tensors: _transposed(tensors, r"\.mlp\.gate\.weight"),
     ),
     "DeepseekVL2ForCausalLM": Published(
         "https://huggingface.co/deepseek-ai/deepseek-vl2, deepseek_vl2.py",
         {
             "model_type": "deepseek_vl_v2",
-            "language_config": {**_MLA, "architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None},
+            "language_config": {
+                **_MLA,
+                "architectures": ["DeepseekV2ForCausalLM"],
+                "q_lora_rank": None,
+                "rope_scaling": _YARN,
+            },
             "projector_config": {"projector_type": "downsample_mlp_gelu", "input_dim": 1152, "n_embed": 128},
             "vision_config": {},
             "tile_tag": "2D",
         },
         names=((r"^language_model\.", "language."),),
-        gpu="h200",
     ),
     "DeepseekOCRForCausalLM": Published(
         "https://huggingface.co/deepseek-ai/DeepSeek-OCR, deepseek_ocr.py",
@@ -439,7 +489,7 @@ ARCHITECTURES: dict[str, Published] = {
         ),
     ),
     "Cosmos3EdgeForConditionalGeneration": Published(
-        "cosmos3_edge.py",
+        "https://huggingface.co/nvidia/Cosmos3-Edge, cosmos3_edge.py",
         of_transformers("Cosmos3EdgeForConditionalGeneration"),
         names=(
             (r"^model\.", ""),
@@ -455,40 +505,10 @@ ARCHITECTURES: dict[str, Published] = {
             "": "transformer/diffusion_pytorch_model.safetensors",
         },
     ),
-}
-
-_QWEN3_VIT: Config = {
-    "depth": 2,
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_heads": 4,
-    "num_position_embeddings": 64,
-    "out_hidden_size": 128,
-    "deepstack_visual_indexes": [],
-}
-
-_BAILING_MM = Published(
-    "https://huggingface.co/inclusionAI/Ming-flash-omni-Preview, bailing_mm.py",
-    {
-        "model_type": "bailingmm_moe_v2_lite",
-        "llm_config": {**DENSE, **EXPERTS, "use_qk_norm": True, "use_bias": False, "n_group": 1, "topk_group": 1},
-        "vision_config": {**_QWEN3_VIT, "architectures": ["Qwen3_VisionTransformer"]},
-        "mlp_depth": 2,
-        "mrope_section": [4, 2, 2],
-    },
-    names=(
-        (r"^(vision\..*\.attn)\.qkv_proj\.", r"\1.qkv."),
-        (r"\.attention\.q_norm\.", ".attention.query_layernorm."),
-        (r"\.attention\.k_norm\.", ".attention.key_layernorm."),
-    ),
-    splits=_VISION_FUSED,
-)
-
-ARCHITECTURES |= {
     "BailingMMNativeForConditionalGeneration": _BAILING_MM,
     "BailingMM2NativeForConditionalGeneration": _BAILING_MM,
     "BailingMoeV3VLForConditionalGeneration": Published(
-        "bailing_mm_v3.py, bailing_moe_v3.py",
+        "sglang/srt/models/bailing_mm_v3.py",
         {
             "model_type": "bailing_moe_v3_vl",
             "text_config": {
@@ -506,10 +526,10 @@ ARCHITECTURES |= {
             (r"^model\.model\.", "model."),
             (r"^model\.lm_head\.", "lm_head."),
             (r"^visual\.", "model.visual."),
-            (r"^(model\.visual\..*\.attn)\.qkv_proj\.", r"\1.qkv."),
+            _QKV,
         ),
         splits={
-            **_VISION_FUSED,
+            **_FUSED,
             "fused_qkvbfg_proj": ("q_proj", "k_proj", "v_proj", "b_proj", "f_proj", "g_proj"),
             "qkv_conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
         },
