@@ -57,6 +57,17 @@ def _from_experts(found: Collection[str]) -> Iterator[str]:
             yield _joined(pattern, combination)
 
 
+def prefix_changes(written: Mapping[str, Collection[str]]) -> set[tuple[str, str]]:
+    """Prefixes in a checkpoint, each with the one in the model that it became: SGLang knows these, and changes them.
+
+    Args:
+        written: names of the checkpoint tensors that went into each layer, by the layer's name.
+    """
+    places = _Places(written)
+    found = {places.prefixes_of(name) for names in written.values() for name in names}
+    return {change for change in found if change is not None}
+
+
 def _numbers(name: str) -> tuple[str, ...]:
     return tuple(_NUMBER.findall(name))
 
@@ -95,12 +106,15 @@ class Misplaced:
     change: str
 
     @classmethod
-    def among(cls, unused: Iterable[str], layers: Collection[str]) -> Misplaced:
+    def among(
+        cls, unused: Iterable[str], layers: Collection[str], known: Collection[tuple[str, str]] = ()
+    ) -> Misplaced:
         """Find them.
 
         Args:
             unused: names of tensors that were not loaded into any layer.
             layers: qualified names of the layers that lack something.
+            known: changes of prefixes (:func:`prefix_changes`) that are no help, since SGLang makes them itself.
         """
         places = _Places(layers)
         plain = {name: _unwrapped(name) for name in unused}
@@ -110,7 +124,8 @@ class Misplaced:
         ((theirs, ours), _), *_ = Counter(prefixes.values()).most_common()
         names = [name for name, found in prefixes.items() if found == (theirs, ours)]
         wrappers = dict.fromkeys(part for name in names for part in name.split(".") if part.startswith("_"))
-        return cls(names, " and ".join(filter(None, (_leave_out(wrappers), _change_of(theirs, ours)))))
+        change = "" if (theirs, ours) in known else _change_of(theirs, ours)
+        return cls(names, " and ".join(filter(None, (_leave_out(wrappers), change))))
 
     @property
     def advice(self) -> str:

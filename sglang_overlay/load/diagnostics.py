@@ -16,7 +16,7 @@ from sglang_overlay.core.load_errors import IncompleteLoadError, MisfitError, No
 from sglang_overlay.core.loader_calls import PADDED, Misfit
 from sglang_overlay.core.messages import MAX_LISTED, sentence, shortened
 from sglang_overlay.core.quantizers import units_not_finite
-from sglang_overlay.core.tensor_names import Misplaced, missing_names, pattern_of
+from sglang_overlay.core.tensor_names import Misplaced, missing_names, pattern_of, prefix_changes
 from sglang_overlay.load import eligibility
 from sglang_overlay.load.checkpoint_files import file_problems, values_not_finite
 
@@ -52,18 +52,23 @@ class Read:
     entries: Mapping[str, str | None]
     held: Collection[str]
 
-    def unused(self, written: Collection[str]) -> list[str]:
+    def unused(self, written: Collection[str], changes: Collection[tuple[str, str]]) -> list[str]:
         """Entries that, judging by their names, were not loaded; a bias counts as loaded if its weight was.
 
         Args:
             written: names of tensors that are known to have been loaded.
+            changes: prefixes in the checkpoint with those that SGLang gives them.
         """
         places = {name.rpartition(".")[0] for name in written}
         return [
             name
             for name in self.entries
-            if name not in written and name not in self.held and name.rpartition(".")[0] not in places
+            if name not in written and not self._is_held(name, changes) and name.rpartition(".")[0] not in places
         ]
+
+    def _is_held(self, name: str, changes: Collection[tuple[str, str]]) -> bool:
+        changed = (ours + name.removeprefix(theirs) for theirs, ours in changes if name.startswith(theirs))
+        return name in self.held or any(other in self.held for other in changed)
 
     def told(self, names: Iterable[str]) -> str:
         """A list of entries, for a message."""
@@ -261,12 +266,13 @@ class Diagnostics:
 
     def _misplaced(self, read: Read) -> Misplaced:
         """Tensors that were not loaded but belong to layers that lack something; all of them if nothing was loaded."""
-        unused = read.unused({name for names in self._written.values() for name in names})
+        changes = prefix_changes(self._written)
+        unused = read.unused({name for names in self._written.values() for name in names}, changes)
         lacking = {found.layer: found.layer.rpartition(".")[0] for found in self._incomplete}
         complete = [layer for layer in self._written if layer.rpartition(".")[0] not in lacking.values()]
         # Complete layers have unused tensors too, such as rotary frequencies; no layer needs those.
         needless = {pattern_of(name) for name in Misplaced.among(unused, complete).names}
-        found = Misplaced.among((name for name in unused if pattern_of(name) not in needless), lacking)
+        found = Misplaced.among((name for name in unused if pattern_of(name) not in needless), lacking, changes)
         if not found.names and not any(self._written.values()):
             return Misplaced(unused, "")
         return found

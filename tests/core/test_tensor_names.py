@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_overlay.core.tensor_names import Misplaced, missing_names
+from sglang_overlay.core.tensor_names import Misplaced, missing_names, prefix_changes
 
 
 def experts(layer, ids=range(4), prefix="model.layers"):
@@ -89,6 +89,19 @@ def test_change_that_makes_names_fit_is_told(names, change):
     found = Misplaced.among(names.split(), LAYERS)
     assert found.names == names.split()
     assert found.change == change
+
+
+def test_change_that_sglang_makes_itself_is_not_told():
+    """GLM-Image's vision tower: its checkpoint has ``fc1`` where SGLang looks for ``linear_fc1``."""
+    written = {
+        "visual.blocks.0.attn.qkv_proj": {"model.visual.blocks.0.attn.qkv.weight"},
+        "model.layers.0.mlp.gate_up_proj": {"model.language_model.layers.0.mlp.gate_proj.weight"},
+    }
+    changes = prefix_changes(written)
+    assert changes == {("model.", ""), ("model.language_model.", "model.")}
+    unused = ["model.visual.blocks.0.mlp.fc1.weight"]
+    found = Misplaced.among(unused, ["visual.blocks.0.mlp.linear_fc1"], changes)
+    assert (found.names, found.change) == (unused, "")
 
 
 def test_change_that_fits_the_most_names_is_told():

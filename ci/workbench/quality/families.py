@@ -80,6 +80,16 @@ _YARN: Config = {
 _DEEPSEEK: Config = {"moe_layer_freq": 1, "topk_method": "greedy", "scoring_func": "softmax", "rope_scaling": _YARN}
 _DEEPSEEK_V3: Config = {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
+_VISION: Config = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "patch_size": 14,
+}
+
 _HYBRID: Config = {
     "num_hidden_layers": 4,
     "full_attention_interval": 4,
@@ -119,10 +129,40 @@ SPECIAL: dict[str, Config] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "Gemma4ForCausalLM": {"per_layer_config": None},
-    "Gemma4ForConditionalGeneration": {"text_config.per_layer_config": None},
-    "Gemma4UnifiedForConditionalGeneration": {"text_config.per_layer_config": None},
+    "Gemma3nForConditionalGeneration": {
+        "text_config.intermediate_size": 256,
+        "text_config.activation_sparsity_pattern": [0.95, 0.0],
+        "text_config.layer_types": ["sliding_attention", "full_attention"],
+        "vision_config.model_args": {"channel_multiplier": 0.125},
+        "audio_config.conf_num_hidden_layers": 2,
+        "audio_config.conf_num_attention_heads": 4,
+    },
+    "Gemma4ForConditionalGeneration": {
+        "text_config.per_layer_config": None,
+        "text_config.enable_moe_block": True,
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 96,
+        # Not audio: stock cannot build its layers with ``--quantization fp8``.
+        "vision_config": {**_VISION, "model_type": "gemma4_vision", "position_embedding_size": 64},
+    },
+    "Gemma4UnifiedForConditionalGeneration": {
+        "text_config.per_layer_config": None,
+        "vision_config": {
+            "model_type": "gemma4_unified_vision",
+            "patch_size": 4,
+            "mm_embed_dim": 96,
+            "mm_posemb_size": 64,
+            "output_proj_dims": 96,
+        },
+    },
     "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1, "moe_layer_freq": 1},
-    "Glm5NextForConditionalGeneration": {"text_config.num_key_value_heads": 4},
+    "Glm5NextForConditionalGeneration": {
+        "text_config.num_key_value_heads": 4,
+        "text_config.qk_rope_head_dim": 0,
+        "text_config.layer_types": ["linear_attention", "indexed_attention"],
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+    },
     "GlmMoeDsaForCausalLM": {
         "index_n_heads": 4,
         "indexer_types": ["full", "full"],
@@ -168,6 +208,15 @@ SPECIAL: dict[str, Config] = {
 PUBLISHED: dict[str, Config] = {
     "Exaone4ForCausalLM": {"sliding_window_pattern": "LG"},
     "ExaoneMoeForCausalLM": {"sliding_window_pattern": "LG", "is_moe_layer": [False, True]},
+    "Gemma4UnifiedForConditionalGeneration": {
+        "text_config.hidden_size_per_layer_input": 0,
+        "vision_config.model_patch_size": 12,
+    },
+    "Glm5NextForConditionalGeneration": {
+        "text_config.first_k_dense_replace": 1,
+        "text_config.index_kpool_compress": True,
+        "text_config.mhc": True,
+    },
     "GptOssForCausalLM": {"swiglu_limit": 7.0},
     "Mamba2ForCausalLM": {"intermediate_size": 256, "rms_norm": True},
     "LongcatFlashForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -194,6 +243,8 @@ GPUS: dict[str, str] = dict.fromkeys(
         "DeepseekV32ForCausalLM",
         "FalconMambaForCausalLM",
         "Gemma3nForCausalLM",
+        "Gemma3nForConditionalGeneration",
+        "Glm5NextForConditionalGeneration",
         "GlmMoeDsaForCausalLM",
         "Mamba2ForCausalLM",
         "MambaForCausalLM",
