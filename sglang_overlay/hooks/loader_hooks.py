@@ -122,7 +122,8 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     if load is None or load.abandoned:
         return original(*args, **kwargs)
     try:
-        model = original(*args, **kwargs)
+        with load.building_model():
+            model = original(*args, **kwargs)
         reason = load.adopt(model, lambda: original(*args, **kwargs))
     except Exception as error:
         if not load.building or is_shortage(error) or isinstance(error, load.final):

@@ -24,6 +24,7 @@ from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.load_errors import PlaceholderLeakError, StagingMemoryError, UnexpectedParametersError
 from sglang_overlay.core.messages import sentence, shortened
+from sglang_overlay.core.moved_placeholders import MovedPlaceholders
 from sglang_overlay.core.placeholders import set_loader
 from sglang_overlay.core.shortage import is_shortage, memory_note, shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
@@ -110,6 +111,7 @@ class ModelLoad:
         # Tensors that the model itself makes without memory, in stock too.
         self._without_memory: set[str] = set()
         self._is_trial = False
+        self._moved = MovedPlaceholders()
         self._unstreamed: UnstreamedParameters | None = None
         self._dtypes: StoredDtypes | None = None
         self._narrowed: list[str] = []
@@ -122,6 +124,10 @@ class ModelLoad:
     def covers(config: Any) -> bool:
         """Whether layers of this quantization config can be streamed."""
         return eligibility.is_online_fp8(config) or mxfp8.is_online(config)
+
+    def building_model(self) -> AbstractContextManager[None]:
+        """Around upstream's way to build the model."""
+        return self._moved
 
     def admits(self, config: Any) -> bool:
         """Whether layers of this quantization config are to be streamed.
@@ -153,6 +159,8 @@ class ModelLoad:
             create()
             return
         keys = {name: storage_key(value) for name, value in made.parameters.items()}
+        for placeholder in made.parameters.values():
+            self._moved.add(placeholder, made.device)
         self._pending[layer] = PendingLayer(plan, made.device, made.parameters, keys)
 
     def leave(self, layer: torch.nn.Module, reason: str) -> None:
@@ -177,9 +185,11 @@ class ModelLoad:
         names = {module: name for name, module in model.named_modules()}
         self.schemes.check_used(names.values(), is_part=self._is_part)
         for layer, pending in self._pending.items():
+            pending.follow(self._moved)
             changed = _changed(layer, pending)
             if changed is not None:
-                return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
+                name = f"{names.get(layer, type(layer).__name__)}.{changed}"
+                return f"{name} is repacked while the model is built{_packed_into(model, layer, changed)}"
         displaced = self._displaced(model, build)
         if displaced:
             return f"{shortened(displaced)} would be where its weights are, which have no memory yet"
@@ -188,6 +198,7 @@ class ModelLoad:
         for layer, pending in self._pending.items():
             self._start(layer, names.get(layer), pending)
         self._pending.clear()
+        self._moved.clear()
         self._unnamed.clear()
         self._build_kernels()
         self._watch(model)
@@ -199,7 +210,7 @@ class ModelLoad:
         self.abandoned = reason
         self._reading.close()
         self._drop_staged()
-        for kept in (self._pending, self._unnamed, self._streams, self.updatable):
+        for kept in (self._pending, self._moved, self._unnamed, self._streams, self.updatable):
             kept.clear()
         self.fallback.clear()
 
@@ -482,6 +493,19 @@ def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:
         if layer._parameters.get(name) is not placeholder or storage_key(placeholder) != pending.storage_keys[name]:
             return name
     return None
+
+
+def _packed_into(model: torch.nn.Module, layer: torch.nn.Module, name: str) -> str:
+    """Says which tensors, beside parameters, share the memory of a parameter: upstream does not quantize these."""
+    weight = layer._parameters.get(name)
+    if weight is None:
+        return ""
+    others = [
+        found
+        for found, tensor in tensors_of(model)
+        if not isinstance(tensor, torch.nn.Parameter) and storage_key(tensor) == storage_key(weight)
+    ]
+    return f", into {shortened(others)}, which the model keeps in high precision" if others else ""
 
 
 def _tolerance(settings: Settings) -> Tolerance:
