@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     load.abandon(reason)
     load.refuse(f"{_architecture(call)} cannot be streamed: {reason}")
     return original(*args, **kwargs)
+
+
+def init_parameters(original: Callable[..., None], model: Any, module: torch.nn.Module) -> None:
+    """Around ``TransformersBase._init_parameters``: it gives memory to each parameter of a module that has none."""
+    load = current()
+    with nullcontext() if load is None else load.set_aside(module):
+        original(model, module)
 
 
 def _architecture(call: Mapping[str, Any]) -> str:

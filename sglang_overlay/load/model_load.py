@@ -163,6 +163,17 @@ class ModelLoad:
             self._moved.add(placeholder, made.device)
         self._pending[layer] = PendingLayer(plan, made.device, made.parameters, keys)
 
+    @contextmanager
+    def set_aside(self, layer: torch.nn.Module) -> Iterator[None]:
+        """Take the placeholders off a layer for a while."""
+        pending = self._pending.get(layer)
+        placeholders = {} if pending is None else pending.placeholders
+        layer._parameters.update(dict.fromkeys(placeholders))
+        try:
+            yield
+        finally:
+            layer._parameters.update(placeholders)
+
     def leave(self, layer: torch.nn.Module, reason: str) -> None:
         """Note that a layer takes stock's path."""
         if not self._is_trial:

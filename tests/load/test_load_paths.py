@@ -113,6 +113,14 @@ def test_model_streams(architecture, both, checkpoint_folder):
     assert_streamed(reports)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_models_of_transformers_stream(family, both, checkpoint):
+    stock, result, reports = both(checkpoint(family), server_args={"model_impl": "transformers"}, prompts=PROMPTS)
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+    assert any(name.endswith("self_attn.q_proj.weight") for name in result.ranks[0].tensors)
+
+
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_multi_token_prediction_layer_streams_as_a_draft(tp_size, both, checkpoint):
     path = checkpoint("deepseek_v3", overrides=(("num_nextn_predict_layers", 1),))
