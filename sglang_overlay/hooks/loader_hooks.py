@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     with MemorySampler(meter) if is_sampled else MemoryWatch(meter) as watch:
         load, model = load_streamed(
             lambda: original(loader, model_config=model_config, device_config=device_config),
-            lambda why, excluded: ModelLoad(settings, device, why, excluded, is_part=is_part),
+            partial(ModelLoad, settings, device, is_part=is_part),
             obstacle,
             model_config,
         )

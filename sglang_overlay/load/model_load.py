@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -16,7 +16,7 @@ import torch
 
 from sglang_overlay.core import sentinel
 from sglang_overlay.core.allocation import OneElementAllocation
-from sglang_overlay.core.bypass_capture import BypassCapture
+from sglang_overlay.core.bypass_capture import BypassCapture, PlaceholderReads
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.errors import LayerNotStreamableError
@@ -62,6 +62,8 @@ class ModelLoad:
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must not be streamed.
         executor: does the work; the device's unless given.
+        told: which of ``excluded`` have been warned of by earlier attempts to load the model.
+        watches_reads: whether layers whose weights the model reads while it is loaded are found, and go back to stock.
         is_part: whether settings that name layers may mean those of another model or pipeline stage.
 
     Attributes:
@@ -84,6 +86,8 @@ class ModelLoad:
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
         *,
+        told: Collection[str] = (),
+        watches_reads: bool = False,
         is_part: bool = False,
         executor: Executor | None = None,
     ) -> None:
@@ -99,6 +103,8 @@ class ModelLoad:
         self.updatable: dict[str, UpdatableLayer] = {}
         self.record = LoadRecord()
         self.abandoned = "switched off" if settings.mode is Mode.OFF else None
+        self._told = told
+        self._watches_reads = watches_reads
         self._is_part = is_part
         self._obstacle = obstacle
         self._is_online = False
@@ -369,6 +375,8 @@ class ModelLoad:
         if self._streams:
             self._reading.enter_context(self.executor.reading())
             self._reading.enter_context(BypassCapture(self._layers))
+            if self._watches_reads:
+                self._reading.enter_context(PlaceholderReads())  # type: ignore[no-untyped-call]
         if self._streams and not self._is_prequantized:
             filled = {f"{stream.name}.{name}" for stream, layer in self._streams.values() for name in layer.plan.fills}
             self._unstreamed = UnstreamedParameters(model, {*self.fallback.names(), *filled})
@@ -450,6 +458,8 @@ class ModelLoad:
         if self.settings.mode is Mode.REQUIRE:
             refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", f"{name}: {reason}")
         self.fallback.reasons[name] = reason
+        if name in self._told:
+            return
         known, manner = self.updatable.get(name), "loaded as in stock SGLang"
         if known is not None and known.plan.replaces_stock:
             scales = ", with scales of this rank's columns alone" if rows_over_ranks.are_split(known.plan) else ""

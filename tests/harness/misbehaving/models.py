@@ -306,6 +306,16 @@ class CopyingWhatIsDerivedForCausalLM(Qwen3ForCausalLM):
         self.squares.copy_(_down_proj(self).weight.float() ** 2)
 
 
+class MergingForCausalLM(Qwen3ForCausalLM):
+    """Joins weights when they have been loaded, and makes them views of that, as ``kimi_k3.py`` does."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        mlp = self.model.layers[1].mlp
+        self.merged = torch.cat([mlp.gate_up_proj.weight.data, mlp.down_proj.weight.data.t()])
+        mlp.gate_up_proj.weight.data = self.merged[: len(mlp.gate_up_proj.weight)]
+
+
 class FailingAfterLoadingForCausalLM(Qwen3ForCausalLM):
     """Needs a weight's contents, and does not like them."""
 
@@ -397,6 +407,7 @@ EntryClass = [
     CopyingAfterLoadingForCausalLM,
     CountingAfterLoadingForCausalLM,
     CopyingWhatIsDerivedForCausalLM,
+    MergingForCausalLM,
     FailingAfterLoadingForCausalLM,
     NotingExpertsForCausalLM,
     StallingForCausalLM,
