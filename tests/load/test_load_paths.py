@@ -12,6 +12,8 @@ from harness.streamed import assert_streamed, warnings_of
 from workbench.loads.loads import PROMPTS, compare
 from workbench.quality import families
 
+from sglang_overlay.hooks import releases, source_tree
+
 MANY = {"files": 7, "assignment": "round_robin"}
 
 
@@ -117,6 +119,9 @@ def test_model_streams(architecture, both, checkpoint_folder):
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_models_of_transformers_stream(family, both, checkpoint):
+    allocating = "sglang.srt.models.transformers.TransformersBase._init_parameters"
+    if family == "qwen3_moe" and "get_device" not in source_tree.find(releases.root(), allocating).text:
+        pytest.skip("this release has the weights of routers on a GPU")
     stock, result, reports = both(checkpoint(family), server_args={"model_impl": "transformers"}, prompts=PROMPTS)
     assert compare(stock, result) == []
     assert_streamed(reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,11 +43,9 @@ ARCHITECTURES: dict[str, Published] = {
         {"use_bidirectional_attention": True},
         named_in_config="Gemma3TextModel",
     ),
-    "InternLM2ForRewardModel": Published(
-        "https://huggingface.co/internlm/internlm2-7b-reward, modeling_internlm2.py",
-        dense.ARCHITECTURES["InternLM2ForCausalLM"].config,
-        dense.ARCHITECTURES["InternLM2ForCausalLM"].names,
-        dense.ARCHITECTURES["InternLM2ForCausalLM"].splits,
+    "InternLM2ForRewardModel": replace(
+        dense.ARCHITECTURES["InternLM2ForCausalLM"],
+        source="https://huggingface.co/internlm/internlm2-7b-reward, modeling_internlm2.py",
     ),
     "Lfm2BidirectionalModel": _made(f"{_CODE}lfm2.py", "Lfm2Model"),
     "LlamaEmbeddingModel": _made(f"{_CODE}llama_embedding.py", "LlamaModel"),
