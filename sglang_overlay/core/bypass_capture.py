@@ -15,7 +15,7 @@ missed, and reported as missing unless it had been written before.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.library import Library
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sglang_overlay.core.capture import storage_key
@@ -42,6 +43,13 @@ _CHANGES = (
 """Change their first tensor in place, and keep its shape. Others, such as ``add_.Scalar``, call these."""
 
 
+_MAKES_LIKE = (
+    *(f"{kind}_like" for kind in ("empty", "zeros", "ones", "full", "rand", "randn", "randint")),
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+)
+"""Ask a tensor for nothing but its form."""
+
+
 @dataclass(frozen=True)
 class _Placeholder:
     """``parameter`` gets memory in place; ``without_memory`` then still is what the model may have views of."""
@@ -49,6 +57,7 @@ class _Placeholder:
     layer: LayerStream
     parameter: torch.nn.Parameter
     without_memory: torch.Tensor
+    device: torch.device
 
     def memory_of(self, view: torch.Tensor, func: Any) -> torch.Tensor:
         """The same view of the parameter as in stock: ``func`` needs it."""
@@ -73,18 +82,18 @@ class BypassCapture(AbstractContextManager[None]):
 
     def __init__(self, layers: Iterable[LayerStream]) -> None:
         self._placeholders = {
-            storage_key(placeholder): _Placeholder(layer, placeholder, placeholder.data)
+            storage_key(layer.placeholders[key]): _Placeholder(
+                layer, layer.placeholders[key], layer.placeholders[key].data, stream.storage.weight.device
+            )
             for layer in layers
-            for placeholder in layer.placeholders.values()
+            for key, stream in layer.streams.items()
         }
         self._library: Library | None = None
 
     def __enter__(self) -> None:
         self._library = Library("aten", "IMPL")
         for name in _CHANGES:
-            packet, _, overload = name.partition(".")
-            func = getattr(getattr(torch.ops.aten, packet), overload or "default")
-            self._library.impl(name, functools.partial(_run, func), "Meta", allow_override=True)
+            self._library.impl(name, functools.partial(_run, _operation(name)), "Meta", allow_override=True)
         self._library.impl("scalar_tensor", _scalar, "Meta", allow_override=True)
         self._active.append(self)
 
@@ -107,6 +116,52 @@ class BypassCapture(AbstractContextManager[None]):
         return next((placeholder for placeholder in found if placeholder is not None), None)
 
 
+class PlaceholderReads(TorchDispatchMode):
+    """Finds what reads placeholders in this thread, beside an entered ``BypassCapture``: their layers go back to stock.
+
+    Nothing else tells which weights a model computes with, since the result has no memory either. It costs some
+    microseconds for each operation, so only a load that has failed is repeated with it.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = (args, kwargs or {})
+        found = next(filter(None, map(BypassCapture.find, _tensors(given))), None)
+        if found is None or _is_view(func) or func in _captured():
+            return func(*args, **given[1])
+        if func.overloadpacket.__name__ in _MAKES_LIKE:
+            return func(*args, **{"device": found.device, **given[1]})
+        real_args, real_kwargs = tree_map_only(torch.Tensor, functools.partial(_real, func), given)
+        return func(*real_args, **real_kwargs)
+
+
+def _tensors(given: Any) -> Iterator[torch.Tensor]:
+    return (value for value in tree_leaves(given) if isinstance(value, torch.Tensor))
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the result shares the memory of an argument, which is not written."""
+    results = func._schema.returns
+    return bool(results) and all(one.alias_info is not None and not one.alias_info.is_write for one in results)
+
+
+@functools.cache
+def _captured() -> frozenset[Any]:
+    return frozenset(map(_operation, _CHANGES))
+
+
+def _operation(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _real(func: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, with memory if it is a view of a placeholder."""
+    placeholder = BypassCapture.find(tensor)
+    return tensor if placeholder is None else placeholder.memory_of(tensor, func)
+
+
 def _scalar(value: Any, **options: Any) -> torch.Tensor:
     """``parameter[...] = 1.0`` makes its scalar on the destination's device, where the value would be lost."""
     return torch.scalar_tensor(value, dtype=options.get("dtype"), device="cpu")
@@ -121,11 +176,7 @@ def _run(func: Any, changed: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
         # A tensor of somebody else without memory, perhaps computed from a placeholder: it has no values to change.
         return changed
 
-    def real(tensor: torch.Tensor) -> torch.Tensor:
-        placeholder = BypassCapture.find(tensor)
-        return tensor if placeholder is None else placeholder.memory_of(tensor, func)
-
-    given = tree_map_only(torch.Tensor, real, (changed, args, kwargs))
+    given = tree_map_only(torch.Tensor, functools.partial(_real, func), (changed, args, kwargs))
     if any(isinstance(value, torch.Tensor) and value.is_meta for value in tree_leaves(given)):
         raise NotImplementedError(NO_DATA)
     func(given[0], *given[1], **given[2])

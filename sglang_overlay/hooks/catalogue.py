@@ -109,6 +109,17 @@ STREAMING: tuple[Hook, ...] = (
         remove_when=_WHEN_UPSTREAM_STREAMS,
     ),
     Hook(
+        target="sglang.srt.models.transformers.TransformersBase._init_parameters",
+        wrapper="sglang_overlay.hooks.loader_hooks:init_parameters",
+        kind=HookKind.AROUND,
+        parameters=("self", "module"),
+        why="Allocates whatever transformers' code has left without memory. In stock no fp8 layer is among that; here "
+        "it would replace each placeholder by a bf16 weight without a loader.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without="Models that run transformers' own code (--model-impl transformers) are loaded as in stock.",
+    ),
+    Hook(
         target=f"{_LOADER}.DefaultModelLoader._get_all_weights",
         wrapper="sglang_overlay.hooks.loader_hooks:get_all_weights",
         kind=HookKind.AROUND,

@@ -8,6 +8,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     with MemorySampler(meter) if is_sampled else MemoryWatch(meter) as watch:
         load, model = load_streamed(
             lambda: original(loader, model_config=model_config, device_config=device_config),
-            lambda why, excluded: ModelLoad(settings, device, why, excluded, is_part=is_part),
+            partial(ModelLoad, settings, device, is_part=is_part),
             obstacle,
             model_config,
         )
@@ -122,7 +124,8 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     if load is None or load.abandoned:
         return original(*args, **kwargs)
     try:
-        model = original(*args, **kwargs)
+        with load.building_model():
+            model = original(*args, **kwargs)
         reason = load.adopt(model, lambda: original(*args, **kwargs))
     except Exception as error:
         if not load.building or is_shortage(error) or isinstance(error, load.final):
@@ -134,6 +137,13 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     load.abandon(reason)
     load.refuse(f"{_architecture(call)} cannot be streamed: {reason}")
     return original(*args, **kwargs)
+
+
+def init_parameters(original: Callable[..., None], model: Any, module: torch.nn.Module) -> None:
+    """Around ``TransformersBase._init_parameters``: it gives memory to each parameter of a module that has none."""
+    load = current()
+    with nullcontext() if load is None else load.set_aside(module):
+        original(model, module)
 
 
 def _architecture(call: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ PATCHED_MODULES = frozenset(
         "sglang.srt.model_executor.model_runner",
         "sglang.srt.model_executor.model_runner_components.weight_updater",
         "sglang.srt.model_loader.loader",
+        "sglang.srt.models.transformers",
         "sglang.srt.observability.metrics_collector",
         "sglang.srt.ray.engine",
     }

@@ -20,23 +20,27 @@ from sglang_overlay.load.model_load import ModelLoad, under_way
 
 def load_streamed(
     read: Callable[[], torch.nn.Module],
-    begin: Callable[[str | None, Mapping[str, str]], ModelLoad],
+    begin: Callable[..., ModelLoad],
     obstacle: str | None,
     model_config: Any,
 ) -> tuple[ModelLoad, torch.nn.Module]:
     """Load a model; where it turns out too late that something cannot be streamed, load it anew.
 
-    Layers that are at fault then take stock's path, any number of them. Where it is none in particular, all do.
+    Layers that are at fault then take stock's path, any number of them. Where it is not known which, the model is
+    loaded once while what it reads is watched, to find them; where that does not help, all layers take stock's path.
 
     Args:
         read: upstream's own way to load the model.
-        begin: makes a load, given why it cannot stream at all, and why certain layers, by name, must not be streamed.
+        begin: makes a load, as ``ModelLoad`` does given ``obstacle``, ``excluded``, ``told`` and ``watches_reads``.
         obstacle: why the model cannot be streamed, if so known beforehand.
         model_config: upstream's.
     """
     excluded: dict[str, str] = {}
+    told: set[str] = set()
+    watches_reads = False
     while True:
-        load = begin(obstacle, excluded)
+        load = begin(obstacle, excluded, told=frozenset(told), watches_reads=watches_reads)
+        told.update(excluded)
         try:
             with under_way(load), contextlib.closing(load):
                 model = _read(read, load)
@@ -44,24 +48,31 @@ def load_streamed(
                     load.check(model, model_config)
                     return load, model
             excluded |= _anew(load.fallback.lost)
+            watches_reads = False
             del model
         except LayerNotStreamableError as error:
             if error.layer in excluded:
                 raise
             excluded |= _anew({**load.fallback.lost, error.layer: error.reason})
-        except PlaceholderLeakError as error:
-            if obstacle is not None:
-                raise
-            obstacle = f"{error}; the model was loaded anew"
         except Exception as error:
-            if obstacle is not None or not load.has_placeholders or not needs_memory(error):
+            reason = _due_to_placeholders(error, load)
+            if obstacle is not None or reason is None:
                 raise
-            obstacle = (
-                f"it computes with weights while they are loaded ({_first_line(error)}); the model was loaded anew"
-            )
+            if watches_reads:
+                obstacle = f"{reason}; the model was loaded anew"
+            watches_reads = not watches_reads
         # Out of the except block, whose traceback keeps the first model's memory.
         del load
         gc.collect()
+
+
+def _due_to_placeholders(error: Exception, load: ModelLoad) -> str | None:
+    """What the model does with weights that have no memory; None if the error has another reason."""
+    if isinstance(error, PlaceholderLeakError):
+        return str(error)
+    if not load.has_placeholders or not needs_memory(error):
+        return None
+    return f"it computes with weights while they are loaded ({_first_line(error)})"
 
 
 _META = re.compile(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.sources import oddity
 from sglang_overlay.core.tensor_names import Misplaced
+from sglang_overlay.load import eligibility
 from sglang_overlay.load.checkpoint_files import CheckpointFiles
 from sglang_overlay.load.diagnostics import Diagnostics, Read, Tolerance, WantedShapes, Weight, kept_misfits
 from sglang_overlay.load.stored_dtypes import NOT_SAID, QUANTIZED
@@ -121,4 +123,5 @@ class CheckpointWatch:
         held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
         read, folder = Read(self._seen, held), self.files.in_folder(model_config.model_path)
         self._diagnostics.conclude_misfits(self._tolerance, self.wanted)
+        self._diagnostics.conclude_unused(partial(eligibility.shares_keys_and_values, model))
         self._diagnostics.conclude(self._tolerance, read, folder)

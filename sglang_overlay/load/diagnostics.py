@@ -221,6 +221,26 @@ class Diagnostics:
             )
         self.warn(f"{text}. They are loaded as in stock SGLang, which says nothing; expect garbage")
 
+    def conclude_unused(self, shares_keys_and_values: Callable[[str], bool]) -> None:
+        """Tell of missing weights that nothing uses; ``conclude`` does not count them.
+
+        Args:
+            shares_keys_and_values: whether the attention that a layer, by name, belongs to has none of its own.
+        """
+        unused = [found for found in self._incomplete if self._has_queries_alone(found.layer)]
+        unused = [found for found in unused if shares_keys_and_values(found.layer)]
+        if unused:
+            self._incomplete = [found for found in self._incomplete if found not in unused]
+            logger.info(
+                "StreamFP8: %s have rows for keys and values that nothing uses, and that are not in the checkpoint.",
+                shortened([found.parameter for found in unused]),
+            )
+
+    def _has_queries_alone(self, layer: str) -> bool:
+        """Whether of queries, keys and values only the queries came for a layer."""
+        came = self._written.get(layer, ())
+        return bool(came) and all(".q_proj." in name for name in came)
+
     def conclude(self, tolerance: Tolerance, read: Read, files: Collection[Path]) -> None:
         """Report missing weights, NaN and Inf, and tensors that came twice.
 

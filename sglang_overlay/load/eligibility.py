@@ -68,6 +68,16 @@ def why_not_layer(method: Any, layer: torch.nn.Module) -> str | None:
     return None
 
 
+def shares_keys_and_values(model: Any, layer: str) -> bool:
+    """Whether a layer is of an attention that takes its keys and values from another layer.
+
+    Such a layer has rows for keys and values all the same, which nothing uses, and published checkpoints may lack them:
+    ``gemma3n_causal.py``, ``gemma4_causal.py`` with ``num_kv_shared_layers``, and Gemma 4's drafts (``gemma4_mtp.py``).
+    """
+    attention = model.get_submodule(layer.rpartition(".")[0])
+    return getattr(attention, "is_kv_shared_layer", False) or hasattr(model, "bind_frozen_kv_context")
+
+
 def why_deferred(name: str) -> str | None:
     """Why a layer must stay in high precision until upstream has read it; None if it need not."""
     return ABSORBED.get(name.rsplit(".", 1)[-1])

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from sglang_overlay.core import sentinel
+from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.layer import LayerStream
+from sglang_overlay.core.moved_placeholders import MovedPlaceholders
 from sglang_overlay.core.placeholders import materialize, set_loader
 from sglang_overlay.core.sources import CheckpointSources
 from sglang_overlay.load.checkpoint_watch import CheckpointWatch
@@ -26,6 +28,12 @@ class PendingLayer:
     device: torch.device
     placeholders: dict[str, torch.nn.Parameter]
     storage_keys: dict[str, int]
+
+    def follow(self, moved: MovedPlaceholders) -> None:
+        """Note where the model has moved the placeholders."""
+        for name, placeholder in self.placeholders.items():
+            if moved.first_key(placeholder) == self.storage_keys[name]:
+                self.storage_keys[name] = storage_key(placeholder)
 
     def allocate(self) -> None:
         """Give the placeholders memory in high precision, of zeros."""

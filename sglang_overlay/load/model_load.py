@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -16,7 +16,7 @@ import torch
 
 from sglang_overlay.core import sentinel
 from sglang_overlay.core.allocation import OneElementAllocation
-from sglang_overlay.core.bypass_capture import BypassCapture
+from sglang_overlay.core.bypass_capture import BypassCapture, PlaceholderReads
 from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.errors import LayerNotStreamableError
@@ -24,6 +24,7 @@ from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.layer import LayerStream
 from sglang_overlay.core.load_errors import PlaceholderLeakError, StagingMemoryError, UnexpectedParametersError
 from sglang_overlay.core.messages import sentence, shortened
+from sglang_overlay.core.moved_placeholders import MovedPlaceholders
 from sglang_overlay.core.placeholders import set_loader
 from sglang_overlay.core.shortage import is_shortage, memory_note, shortage_explained
 from sglang_overlay.core.sources import CheckpointSources
@@ -61,6 +62,8 @@ class ModelLoad:
         obstacle: why online fp8 layers cannot be streamed in this load, if so known beforehand.
         excluded: why certain layers, by name, must not be streamed.
         executor: does the work; the device's unless given.
+        told: which of ``excluded`` have been warned of by earlier attempts to load the model.
+        watches_reads: whether layers whose weights the model reads while it is loaded are found, and go back to stock.
         is_part: whether settings that name layers may mean those of another model or pipeline stage.
 
     Attributes:
@@ -83,6 +86,8 @@ class ModelLoad:
         obstacle: str | None = None,
         excluded: Mapping[str, str] = MappingProxyType({}),
         *,
+        told: Collection[str] = (),
+        watches_reads: bool = False,
         is_part: bool = False,
         executor: Executor | None = None,
     ) -> None:
@@ -98,6 +103,8 @@ class ModelLoad:
         self.updatable: dict[str, UpdatableLayer] = {}
         self.record = LoadRecord()
         self.abandoned = "switched off" if settings.mode is Mode.OFF else None
+        self._told = told
+        self._watches_reads = watches_reads
         self._is_part = is_part
         self._obstacle = obstacle
         self._is_online = False
@@ -110,6 +117,7 @@ class ModelLoad:
         # Tensors that the model itself makes without memory, in stock too.
         self._without_memory: set[str] = set()
         self._is_trial = False
+        self._moved = MovedPlaceholders()
         self._unstreamed: UnstreamedParameters | None = None
         self._dtypes: StoredDtypes | None = None
         self._narrowed: list[str] = []
@@ -122,6 +130,10 @@ class ModelLoad:
     def covers(config: Any) -> bool:
         """Whether layers of this quantization config can be streamed."""
         return eligibility.is_online_fp8(config) or mxfp8.is_online(config)
+
+    def building_model(self) -> AbstractContextManager[None]:
+        """Around upstream's way to build the model."""
+        return self._moved
 
     def admits(self, config: Any) -> bool:
         """Whether layers of this quantization config are to be streamed.
@@ -153,7 +165,20 @@ class ModelLoad:
             create()
             return
         keys = {name: storage_key(value) for name, value in made.parameters.items()}
+        for placeholder in made.parameters.values():
+            self._moved.add(placeholder, made.device)
         self._pending[layer] = PendingLayer(plan, made.device, made.parameters, keys)
+
+    @contextmanager
+    def set_aside(self, layer: torch.nn.Module) -> Iterator[None]:
+        """Take the placeholders off a layer for a while."""
+        pending = self._pending.get(layer)
+        placeholders = {} if pending is None else pending.placeholders
+        layer._parameters.update(dict.fromkeys(placeholders))
+        try:
+            yield
+        finally:
+            layer._parameters.update(placeholders)
 
     def leave(self, layer: torch.nn.Module, reason: str) -> None:
         """Note that a layer takes stock's path."""
@@ -177,9 +202,11 @@ class ModelLoad:
         names = {module: name for name, module in model.named_modules()}
         self.schemes.check_used(names.values(), is_part=self._is_part)
         for layer, pending in self._pending.items():
+            pending.follow(self._moved)
             changed = _changed(layer, pending)
             if changed is not None:
-                return f"{names.get(layer, type(layer).__name__)}.{changed} is repacked while the model is built"
+                name = f"{names.get(layer, type(layer).__name__)}.{changed}"
+                return f"{name} is repacked while the model is built{_packed_into(model, layer, changed)}"
         displaced = self._displaced(model, build)
         if displaced:
             return f"{shortened(displaced)} would be where its weights are, which have no memory yet"
@@ -188,6 +215,7 @@ class ModelLoad:
         for layer, pending in self._pending.items():
             self._start(layer, names.get(layer), pending)
         self._pending.clear()
+        self._moved.clear()
         self._unnamed.clear()
         self._build_kernels()
         self._watch(model)
@@ -199,7 +227,7 @@ class ModelLoad:
         self.abandoned = reason
         self._reading.close()
         self._drop_staged()
-        for kept in (self._pending, self._unnamed, self._streams, self.updatable):
+        for kept in (self._pending, self._moved, self._unnamed, self._streams, self.updatable):
             kept.clear()
         self.fallback.clear()
 
@@ -347,6 +375,8 @@ class ModelLoad:
         if self._streams:
             self._reading.enter_context(self.executor.reading())
             self._reading.enter_context(BypassCapture(self._layers))
+            if self._watches_reads:
+                self._reading.enter_context(PlaceholderReads())  # type: ignore[no-untyped-call]
         if self._streams and not self._is_prequantized:
             filled = {f"{stream.name}.{name}" for stream, layer in self._streams.values() for name in layer.plan.fills}
             self._unstreamed = UnstreamedParameters(model, {*self.fallback.names(), *filled})
@@ -428,6 +458,8 @@ class ModelLoad:
         if self.settings.mode is Mode.REQUIRE:
             refuse(f"{MODE_VARIABLE}={Mode.REQUIRE.value}", f"{name}: {reason}")
         self.fallback.reasons[name] = reason
+        if name in self._told:
+            return
         known, manner = self.updatable.get(name), "loaded as in stock SGLang"
         if known is not None and known.plan.replaces_stock:
             scales = ", with scales of this rank's columns alone" if rows_over_ranks.are_split(known.plan) else ""
@@ -482,6 +514,19 @@ def _changed(layer: torch.nn.Module, pending: PendingLayer) -> str | None:
         if layer._parameters.get(name) is not placeholder or storage_key(placeholder) != pending.storage_keys[name]:
             return name
     return None
+
+
+def _packed_into(model: torch.nn.Module, layer: torch.nn.Module, name: str) -> str:
+    """Says which tensors, beside parameters, share the memory of a parameter: upstream does not quantize these."""
+    weight = layer._parameters.get(name)
+    if weight is None:
+        return ""
+    others = [
+        found
+        for found, tensor in tensors_of(model)
+        if not isinstance(tensor, torch.nn.Parameter) and storage_key(tensor) == storage_key(weight)
+    ]
+    return f", into {shortened(others)}, which the model keeps in high precision" if others else ""
 
 
 def _tolerance(settings: Settings) -> Tolerance:

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
+from harness.mutations import altered
 from harness.streamed import assert_streamed, warnings_of
 from workbench.loads.loads import PROMPTS, compare
 from workbench.quality import families
+
+from sglang_overlay.hooks import releases, source_tree
 
 MANY = {"files": 7, "assignment": "round_robin"}
 
@@ -113,6 +117,17 @@ def test_model_streams(architecture, both, checkpoint_folder):
     assert_streamed(reports)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_models_of_transformers_stream(family, both, checkpoint):
+    allocating = "sglang.srt.models.transformers.TransformersBase._init_parameters"
+    if family == "qwen3_moe" and "get_device" not in source_tree.find(releases.root(), allocating).text:
+        pytest.skip("this release has the weights of routers on a GPU")
+    stock, result, reports = both(checkpoint(family), server_args={"model_impl": "transformers"}, prompts=PROMPTS)
+    assert compare(stock, result) == []
+    assert_streamed(reports)
+    assert any(name.endswith("self_attn.q_proj.weight") for name in result.ranks[0].tensors)
+
+
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_multi_token_prediction_layer_streams_as_a_draft(tp_size, both, checkpoint):
     path = checkpoint("deepseek_v3", overrides=(("num_nextn_predict_layers", 1),))
@@ -153,3 +168,21 @@ def test_embedding_model_streams(both, checkpoint):
     stock, result, reports = both(checkpoint("qwen3"), server_args={"is_embedding": True})
     assert compare(stock, result) == []
     assert_streamed(reports)
+
+
+def test_keys_and_values_that_no_layer_uses_may_lack(both, checkpoint_folder, tmp_path):
+    """Gemma 4 whose last layer takes keys and values from the first; published checkpoints have none for it."""
+
+    def drop(tensors):
+        for name in ("k_proj", "v_proj", "k_norm"):
+            del tensors[f"model.layers.1.self_attn.{name}.weight"]
+
+    path = altered(families.build("Gemma4ForCausalLM", checkpoint_folder), tmp_path / "gemma4", drop)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"num_kv_shared_layers": 1, "layer_types": ["full_attention", "full_attention"]}
+    (path / "config.json").write_text(json.dumps(config))
+    stock, result, _ = both(path, uninitialized=0.0)
+    assert compare(stock, result) == []
+    assert any("that nothing uses" in line for line in result.log)
+    (warning,) = warnings_of(result)
+    assert "k_norm" in warning

@@ -118,6 +118,19 @@ SPECIAL: dict[str, Config] = {
         "text_config.per_layer_config": None,
         "vision_config": {"model_type": "gemma4_vision", "hidden_size": 128, "num_hidden_layers": 2},
     },
+    "EmbeddingGemma2Model": {
+        "text_config.per_layer_config": {1: {"head_dim": 64, "num_key_value_heads": 1}},
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "position_embedding_size": 64,
+        },
+    },
     "Exaone4ForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "ExaoneMoeForCausalLM": {"layer_types": ["sliding_attention", "full_attention"]},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 256},
@@ -228,6 +241,8 @@ PUBLISHED: dict[str, Config] = {
         "mamba_num_heads": 8,
         "mamba_head_dim": 32,
     },
+    # SGLang asks every config for it.
+    "PixtralVisionModel": {"vocab_size": _VOCAB},
     "Qwen3_5MoeForConditionalGeneration": {"vision_config.deepstack_visual_indexes": []},
 }
 

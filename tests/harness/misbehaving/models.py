@@ -13,9 +13,11 @@ from typing import ClassVar
 
 import torch
 from sglang.srt.distributed import parallel_state
+from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.models.minicpm3 import MiniCPM3ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
+from sglang.srt.utils import get_device
 
 
 def _down_proj(model):
@@ -39,6 +41,15 @@ class ReadingInInitForCausalLM(Qwen3ForCausalLM):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         float(torch.nan_to_num(_down_proj(self).weight.data.float()).sum().item())
+
+
+class MovingForCausalLM(Qwen3ForCausalLM):
+    """Is built in another dtype, and moved then, as ``init_resampler`` of minicpmv.py does with a part."""
+
+    def __init__(self, *args, **kwargs):
+        with set_default_torch_dtype(torch.float16):
+            super().__init__(*args, **kwargs)
+        self.to(device=get_device(), dtype=torch.get_default_dtype())
 
 
 class LoaderlessForCausalLM(Qwen3ForCausalLM):
@@ -295,6 +306,16 @@ class CopyingWhatIsDerivedForCausalLM(Qwen3ForCausalLM):
         self.squares.copy_(_down_proj(self).weight.float() ** 2)
 
 
+class MergingForCausalLM(Qwen3ForCausalLM):
+    """Joins weights when they have been loaded, and makes them views of that, as ``kimi_k3.py`` does."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        mlp = self.model.layers[1].mlp
+        self.merged = torch.cat([mlp.gate_up_proj.weight.data, mlp.down_proj.weight.data.t()])
+        mlp.gate_up_proj.weight.data = self.merged[: len(mlp.gate_up_proj.weight)]
+
+
 class FailingAfterLoadingForCausalLM(Qwen3ForCausalLM):
     """Needs a weight's contents, and does not like them."""
 
@@ -362,6 +383,7 @@ class StallingForCausalLM(Qwen3ForCausalLM):
 EntryClass = [
     RepackingForCausalLM,
     ReadingInInitForCausalLM,
+    MovingForCausalLM,
     LoaderlessForCausalLM,
     AddingLoaderForCausalLM,
     FusedAddingLoaderForCausalLM,
@@ -385,6 +407,7 @@ EntryClass = [
     CopyingAfterLoadingForCausalLM,
     CountingAfterLoadingForCausalLM,
     CopyingWhatIsDerivedForCausalLM,
+    MergingForCausalLM,
     FailingAfterLoadingForCausalLM,
     NotingExpertsForCausalLM,
     StallingForCausalLM,
