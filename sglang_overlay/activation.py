@@ -91,8 +91,6 @@ def to_json(found: Activation) -> dict[str, Any]:
 def inspect_activation(environ: Mapping[str, str]) -> Activation:
     """Load SGLang's plugins as a server would, and report each hook's state. Imports SGLang, which takes seconds."""
     mode, folder, problems = _read_settings(environ)
-    if built_in.streams_itself():
-        return _stands_aside(mode, folder, problems)
     problems += _installation_problems(environ)
     hooks = _Hooks()
     messages: list[str] = []
@@ -117,26 +115,15 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
         telling=hooks.telling,
         problems=tuple(problems),
         messages=tuple(messages),
-        notes=NOTES if untested is None or problems else (untested, *NOTES),
+        notes=(*_notes(untested if not problems else None), *NOTES),
     )
 
 
-def _stands_aside(mode: str | None, folder: str | None, problems: Sequence[str]) -> Activation:
-    """For an SGLang that streams by itself: this package's hooks are not in use there."""
-    if mode == settings.Mode.REQUIRE.value:
-        problems = [*problems, f"{settings.MODE_VARIABLE}={mode} is set, and {built_in.NOTE}. {built_in.NEXT_STEP}"]
-    return Activation(
-        release=releases.installed(),
-        supported=releases.supported(),
-        mode=mode,
-        report_folder=folder,
-        streaming=(),
-        cpu_reference=(),
-        telling=(),
-        problems=tuple(problems),
-        messages=(),
-        notes=(built_in.NOTE[:1].upper() + built_in.NOTE[1:],),
-    )
+def _notes(untested: str | None) -> Iterator[str]:
+    if built_in.streams_itself():
+        yield f"{built_in.NOTE[:1].upper()}{built_in.NOTE[1:]}."
+    if untested is not None:
+        yield untested
 
 
 def _read_settings(environ: Mapping[str, str]) -> tuple[str | None, str | None, list[str]]:

@@ -79,6 +79,7 @@ class BypassCapture(AbstractContextManager[None]):
     """
 
     _active: ClassVar[list[BypassCapture]] = []
+    """Those entered. Only the thread that loads a model changes it; loader threads read it, and end before the load."""
 
     def __init__(self, layers: Iterable[LayerStream]) -> None:
         self._placeholders = {

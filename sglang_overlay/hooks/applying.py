@@ -47,8 +47,7 @@ def _start(settings: Settings) -> None:
     from sglang_overlay.hooks import built_in, compatibility
 
     if built_in.streams_itself():
-        _stand_aside(settings)
-        return
+        logger.info("StreamFP8: %s.", built_in.NOTE)
     reason = compatibility.unsupported_reason()
     if reason is not None:
         _guard(settings.required_by, reason)
@@ -56,19 +55,9 @@ def _start(settings: Settings) -> None:
     _patch_when_imported(settings)
 
 
-def _stand_aside(settings: Settings) -> None:
-    from sglang_overlay.hooks import built_in
-
-    if settings.required_by is not None:
-        sys.exit(f"sglang-streamfp8: {settings.required_by} is set, and {built_in.NOTE}. {built_in.NEXT_STEP}.")
-    logger.info("StreamFP8: %s.", built_in.NOTE)
-    if settings.report_folder is not None:
-        logger.warning("StreamFP8: no reports are written: %s.", built_in.NOTE)
-
-
 def _patch_when_imported(settings: Settings) -> None:
     from sglang_overlay.hooks import ray_actors
-    from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
+    from sglang_overlay.hooks.catalogue import MEASURING, SERIES, STREAMING, TELLING
     from sglang_overlay.hooks.hook import Hook, apply, apply_fitting, by_module
 
     def patch(hooks: tuple[Hook, ...], _module: ModuleType) -> None:
@@ -86,7 +75,7 @@ def _patch_when_imported(settings: Settings) -> None:
         apply_fitting(hooks)
 
     is_off = settings.mode is Mode.OFF
-    for module, hooks in by_module(MEASURING if is_off else STREAMING).items():
+    for module, hooks in by_module(MEASURING if is_off else (*SERIES, *STREAMING)).items():
         when_imported(module, partial(patch, hooks), note_mismatch)
     for module, hooks in by_module(TELLING).items():
         when_imported(module, partial(patch_fitting, hooks), _log)

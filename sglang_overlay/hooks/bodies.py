@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -41,11 +42,12 @@ def hooked(root: Path) -> dict[str, source_tree.Source]:
     return {target: source for target, source in found.items() if source is not None}
 
 
-def described(roots: dict[str, Path]) -> dict[str, Any]:
+def described(roots: Mapping[str, Path], patched: Mapping[str, Path] | None = None) -> dict[str, Any]:
     """The contents of ``bodies.json``: digests of files by release, and releases by each function's fingerprint.
 
     Args:
         roots: for each supported release, oldest first, the folder that contains its ``sglang`` package.
+        patched: the same with the patch series; files of these are not described.
     """
     files: dict[str, dict[str, str]] = {}
     functions: dict[str, dict[str, list[str]]] = {}
@@ -53,9 +55,22 @@ def described(roots: dict[str, Path]) -> dict[str, Any]:
         sources = hooked(root)
         paths = sorted({source.file.relative_to(root).as_posix() for source in sources.values()})
         files[release] = {path: _digest(root / path) for path in paths}
-        for target, source in sources.items():
-            functions.setdefault(target, {}).setdefault(source.fingerprint, []).append(release)
+        _add(functions, release, sources)
+    for release, root in (patched or {}).items():
+        _add(functions, release, hooked(root), suffix=" with the series")
     return {"files": files, "functions": dict(sorted(functions.items()))}
+
+
+def _add(
+    functions: dict[str, dict[str, list[str]]],
+    release: str,
+    sources: Mapping[str, source_tree.Source],
+    suffix: str = "",
+) -> None:
+    for target, source in sources.items():
+        known = functions.setdefault(target, {}).setdefault(source.fingerprint, [])
+        if release not in known:
+            known.append(f"{release}{suffix}")
 
 
 @cache

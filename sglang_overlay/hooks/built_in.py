@@ -9,14 +9,12 @@ PACKAGE = "sglang.srt.layers.quantization.streaming_fp8"
 """The package that the series adds."""
 
 NOTE = (
-    "this SGLang streams fp8 loads itself (it has the patch series), so the overlay stands aside. Reports, schemes, "
-    "weight updates and SGLANG_STREAMFP8=require are the overlay's alone"
+    "this SGLang has the patch series; the overlay streams in its place, with reports, schemes, weight updates and "
+    "SGLANG_STREAMFP8=require"
 )
-
-NEXT_STEP = "Unset it, or use SGLang's own release"
 
 
 def streams_itself() -> bool:
-    """Whether the installed SGLang streams fp8 loads without the overlay."""
+    """Whether the installed SGLang streams fp8 loads where the overlay is not installed."""
     root = releases.root()
     return root is not None and root.joinpath(*PACKAGE.split("."), "__init__.py").is_file()

@@ -7,6 +7,7 @@ those that fit are applied, since loads are correct without them.
 
 from __future__ import annotations
 
+from sglang_overlay.hooks import built_in
 from sglang_overlay.hooks.hook import Hook, HookKind, Place
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
@@ -322,6 +323,21 @@ STREAMING: tuple[Hook, ...] = (
 
 MEASURING: tuple[Hook, ...] = tuple(hook for hook in STREAMING if hook.target.endswith(".load_model"))
 """The hooks needed to report a stock load: ``SGLANG_STREAMFP8=0`` with a folder for reports."""
+
+SERIES: tuple[Hook, ...] = (
+    Hook(
+        target=f"{built_in.PACKAGE}.loading.load_streaming",
+        wrapper="sglang_overlay.hooks.loader_hooks:load_without_the_series",
+        kind=HookKind.REPLACE,
+        parameters=("load", "args"),
+        why="In an SGLang with this project's patch series the overlay streams, since only it has reports, schemes, "
+        "weight updates and require.",
+        related=("sgl-project/sglang#17945",),
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without="Nothing: SGLang's own releases do not have it.",
+    ),
+)
+"""Applied where the module is imported, which only an SGLang with the patch series does."""
 
 TELLING: tuple[Hook, ...] = (
     Hook(

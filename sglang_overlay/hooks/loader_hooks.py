@@ -39,6 +39,11 @@ ONLINE = ("fp8", MXFP8)
 """Values of ``--quantization`` under which a bf16 checkpoint is quantized, and can be streamed."""
 
 
+def load_without_the_series(load: Callable[..., Any], *args: Any) -> Any:
+    """In place of ``load_streaming`` of the patch series: only loads, since the overlay's other hooks stream."""
+    return load(*args)
+
+
 def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
     """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
     settings = load_settings(os.environ)
