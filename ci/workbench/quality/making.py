@@ -50,7 +50,7 @@ class Making:
     """Makes checkpoints, and keeps processes that load them, on the CPU and on stand-in GPUs. For one thread.
 
     Args:
-        folder: of checkpoints; those that exist are not made again.
+        folder: of checkpoints; those that exist, of the same data, are not made again.
         logs: folder of the processes' logs.
     """
 
@@ -81,13 +81,13 @@ class Making:
             Exception: the checkpoint cannot be made, with the reason.
         """
         with self._building[architecture]:
-            known = PUBLISHED.get(architecture)
+            known, folder = PUBLISHED.get(architecture), self._folder / made_of(architecture)
             if known is None:
-                path = families.build(architecture, self._folder)
+                path = families.build(architecture, folder)
                 job = LoadJob(path, server_args=families.server_args(architecture))
                 return published.on(gpu_of(architecture), job)
             beside = self.job(known.beside).checkpoint if known.beside else None
-            path = published.build(architecture, known, self._folder, self.workers(architecture), beside)
+            path = published.build(architecture, known, folder, self.workers(architecture), beside)
             return known.job(path)
 
     def _start(self, gpu: str) -> LoadWorkers:

@@ -33,6 +33,8 @@ OUTCOMES = {
 }
 """Possible outcomes for an architecture, and what they mean."""
 
+LACKING = "but for rows that the checkpoint lacks and nothing uses: stock leaves what was in memory there"
+
 BAD = ("differs", "error")
 
 
@@ -86,9 +88,20 @@ def tried(made: Callable[[], LoadJob], workers: LoadWorkers, reports: Path) -> O
         environ = {**job.environ, REPORT_VARIABLE: str(reports)}
         result = workers.load(replace(job, streaming="1", environ=environ))
     except LoadFailed as error:
-        again = workers.load(replace(job, uninitialized=1.0))
-        return Outcome(_kind_of(error, stock, again), detail=_last_error(str(error)))
-    return _judged(compare(stock, result), read_folder(reports)[0])
+        return Outcome(_kind_of(error, unwritten(job, stock, workers)), detail=_last_error(str(error)))
+    report = read_folder(reports)[0]
+    outcome = _judged(compare(stock, result), report)
+    if outcome.outcome != "differs":
+        return outcome
+    lacking = {f"rank 0: {name}: bytes differ" for name in unwritten(job, stock, workers)}
+    left = [line for line in compare(stock, result) if line.partition(" (")[0] not in lacking]
+    return outcome if left else replace(_judged([], report), detail=LACKING)
+
+
+def unwritten(job: LoadJob, stock: LoadResult, workers: LoadWorkers) -> set[str]:
+    """Names of tensors in which stock leaves, or quantizes, memory that nobody has written."""
+    again = workers.load(replace(job, uninitialized=1.0)).ranks[0].tensors
+    return {name for name, print_ in stock.ranks[0].tensors.items() if print_ != again[name]}
 
 
 def _judged(differences: list[str], report: LoadReport) -> Outcome:
@@ -113,12 +126,11 @@ def _judged(differences: list[str], report: LoadReport) -> Outcome:
     return counted(outcome="identical")
 
 
-def _kind_of(error: LoadFailed, stock: LoadResult, again: LoadResult) -> str:
+def _kind_of(error: LoadFailed, uninitialized: set[str]) -> str:
     """The kind of a failure: an incomplete load is no fault if stock quantized memory that nobody had written."""
     missing = re.findall(r"([\w.]+)\.\w+ \(\d+ of \d+ units", str(error))
-    one, other = stock.ranks[0].tensors, again.ranks[0].tensors
-    uninitialized = {name.rpartition(".")[0] for name, print_ in one.items() if print_ != other[name]}
-    return "refused" if missing and uninitialized.issuperset(missing) else "error"
+    layers = {name.rpartition(".")[0] for name in uninitialized}
+    return "refused" if missing and layers.issuperset(missing) else "error"
 
 
 def _first_line(text: str) -> str:
