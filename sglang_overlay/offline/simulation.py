@@ -68,7 +68,8 @@ class SimulatedRank:
                 "entry"
             )
         with set_default_torch_dtype(self.model_config.dtype), torch.no_grad():
-            with device:
+            # Some layers create their weights on the current device by this name.
+            with device, replaced(torch.cuda, "current_device", lambda: device):
                 model = loader._initialize_model(self.model_config, self.load_config, quant_config)
             loader.DefaultModelLoader.load_weights_and_postprocess(model, weights(), device)
         found: torch.nn.Module = model.eval()
@@ -107,23 +108,27 @@ def simulated_rank(
     from sglang.srt.distributed import bootstrap, parallel_state
     from sglang.srt.environ import envs
 
-    arguments = _server_args(folder, layout, server_args)
-    pp_rank, tp_rank = divmod(rank, layout.tp)
-    place = runtime_context.spawn_world_rank(arguments, tp_rank=tp_rank, pp_rank=pp_rank)
-    ranks = runtime_context.SpawnRanks(world_rank=place, gpu_id=0)
-    runtime_context.publish(arguments, role="scheduler", ranks=ranks)
-    _initialize_kernels()
-    model_config = ModelConfig.from_server_args(arguments)
-    try:
-        with _fake_groups(layout.ranks, rank), envs.SGLANG_USE_MESSAGE_QUEUE_BROADCASTER.override(False):
-            parallel_state.set_custom_all_reduce(False)
-            bootstrap._init_parallel_groups(backend="fake", dist_init_method="fake", server_args=arguments, gpu_id=0)
-            bootstrap.init_layer_runtime(model_config=model_config)
-            yield SimulatedRank(model_config, LoadConfig())
-    finally:
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
-        runtime_context.reset_context()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(torch.cuda, "get_device_capability", _hopper))
+        arguments = _server_args(folder, layout, server_args)
+        pp_rank, tp_rank = divmod(rank, layout.tp)
+        place = runtime_context.spawn_world_rank(arguments, tp_rank=tp_rank, pp_rank=pp_rank)
+        ranks = runtime_context.SpawnRanks(world_rank=place, gpu_id=0)
+        runtime_context.publish(arguments, role="scheduler", ranks=ranks)
+        _initialize_kernels()
+        model_config = ModelConfig.from_server_args(arguments)
+        try:
+            with _fake_groups(layout.ranks, rank), envs.SGLANG_USE_MESSAGE_QUEUE_BROADCASTER.override(False):
+                parallel_state.set_custom_all_reduce(False)
+                bootstrap._init_parallel_groups(
+                    backend="fake", dist_init_method="fake", server_args=arguments, gpu_id=0
+                )
+                bootstrap.init_layer_runtime(model_config=model_config)
+                yield SimulatedRank(model_config, LoadConfig())
+        finally:
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
+            runtime_context.reset_context()
 
 
 def _server_args(folder: Path, layout: Layout, more: Mapping[str, Any]) -> Any:
@@ -146,6 +151,11 @@ def _server_args(folder: Path, layout: Layout, more: Mapping[str, Any]) -> Any:
         **more,
     }
     return ServerArgs(**fields)
+
+
+def _hopper(*_: Any) -> tuple[int, int]:
+    """Answers what SGLang asks of the GPU, also with device ``cpu``, where a model has sparse attention."""
+    return 9, 0
 
 
 def _initialize_kernels() -> None:
@@ -223,6 +233,15 @@ def cuda_kernels(work: DeviceWork) -> Iterator[None]:
         work: counts the launches.
     """
     from sglang.srt.layers.quantization import fp8
+    from sglang.srt.layers.rotary_embedding import factory
+
+    on_cpu = factory.get_rope_cpu
+
+    def rotary(*arguments: Any) -> Any:
+        # A rank's device is ``cpu``, for which SGLang knows only a scaled one; GLM-5's is not.
+        *asked, _ = arguments
+        _, _, _, _, _, scaling, *_ = asked
+        return factory.get_rope(*asked) if scaling is None else on_cpu(*arguments)
 
     def per_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = torch.zeros(1, dtype=torch.float32, device=values.device)
@@ -243,5 +262,6 @@ def cuda_kernels(work: DeviceWork) -> Iterator[None]:
         replaced(fp8, "cutlass_fp8_supported", lambda: True),
         replaced(fp8, "scaled_fp8_quant", per_tensor),
         replaced(fp8, "per_token_group_quant_fp8", per_group),
+        replaced(factory, "get_rope_cpu", rotary),
     ):
         yield

@@ -27,6 +27,10 @@ _SIZES = {
     "DeepSeek-V2-Lite": (1, 2, 8),
     "DeepSeek-V2": (2, 8),
     "DeepSeek-V3": (8,),
+    "Llama-4-Maverick": (8,),
+    "Gemma-4-26B-A4B": (1,),
+    "GPT-OSS-120B": (1,),
+    "Mixtral-8x22B": (2,),
 }
 """TP sizes at which a rank's FP8 weights fit one of the largest GPUs."""
 
@@ -53,9 +57,19 @@ class PublishedPlan:
         return {self.model, f"{self.model}-tp{self.tp}", self.name}
 
     @property
+    def config(self) -> Path:
+        """The model's ``config.json``."""
+        return CONFIGS / f"{self.model}.json"
+
+    @property
     def request(self) -> Request:
         """The planner's request."""
-        return Request(CONFIGS / f"{self.model}.json", Layout(tp=self.tp), MODES, self.order)
+        return Request(self.config, Layout(tp=self.tp), MODES, self.order)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts."""
+        return "experts" in self.config.read_text(encoding="utf-8")
 
 
 def published(names: Sequence[str] = ()) -> list[PublishedPlan]:
@@ -85,6 +99,10 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "*Open* is the most high-precision memory of layers, or of units, of which a part has not been read yet.",
         "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak,",
         "and on which SGLang serves fp8 experts: an A100 loads them, and has no e4m3 in Triton to compute with.",
+        "",
+        "A model that is published in FP8 or MXFP4, such as DeepSeek-V3 or GPT-OSS-120B, is planned as a bf16 copy,",
+        "and without its layers for multi-token prediction.",
+        "[Where each configuration comes from](../tests/offline/plan/configs/README.md).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -106,10 +124,10 @@ _COLUMNS = (
 
 def with_table(page: str, found: Iterable[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
     """A page, such as README.md, with a row for each model and TP size, from the baselines of both orders of files."""
-    layouts: dict[tuple[str, int], dict[Order, Mapping[str, Any]]] = {}
+    layouts: dict[tuple[str, int, bool], dict[Order, Mapping[str, Any]]] = {}
     for plan, baseline in found:
-        layouts.setdefault((plan.model, plan.tp), {})[plan.order] = baseline["planned"]
-    rows = [[model, str(tp), *_summary(orders)] for (model, tp), orders in layouts.items()]
+        layouts.setdefault((plan.model, plan.tp, plan.has_experts), {})[plan.order] = baseline["planned"]
+    rows = [[model, str(tp), *_summary(orders, experts)] for (model, tp, experts), orders in layouts.items()]
     return page_tables.with_table(page, "ci/plans", _SUMMARY, rows)
 
 
@@ -126,13 +144,13 @@ _SUMMARY = (
 )
 
 
-def _summary(orders: Mapping[Order, Mapping[str, Any]]) -> list[str]:
+def _summary(orders: Mapping[Order, Mapping[str, Any]], experts: bool) -> list[str]:  # noqa: FBT001
     """A row: the higher figure of both file orders where it depends on that, except for whole layers."""
     stock, streaming = (max(loads[mode]["peak_bytes"] for loads in orders.values()) for mode in ("stock", "streaming"))
     layers = [orders[order]["layers"]["peak_bytes"] if order in orders else 0 for order in ORDERS]
     (model,) = {loads["streaming"]["final_bytes"] for loads in orders.values()}
     sizes = [bytes_text(size) if size else "not planned" for size in (stock, *layers, streaming, model)]
-    return [*sizes, _smallest_gpu(stock), _smallest_gpu(streaming)]
+    return [*sizes, _smallest_gpu(stock, experts), _smallest_gpu(streaming, experts)]
 
 
 def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> list[str]:
@@ -148,13 +166,11 @@ def _row(published_plan: PublishedPlan, baseline: Mapping[str, Any]) -> list[str
         f"{streaming['peak_bytes'] / streaming['final_bytes']:.3f}",
         bytes_text(loads["layers"]["staging_peak_bytes"]),
         bytes_text(streaming["staging_peak_bytes"]),
-        _smallest_gpu(loads["stock"]["peak_bytes"]),
-        _smallest_gpu(streaming["peak_bytes"]),
+        *(_smallest_gpu(loads[mode]["peak_bytes"], published_plan.has_experts) for mode in ("stock", "streaming")),
     ]
 
 
-def _smallest_gpu(peak: int) -> str:
-    # All published models have experts.
-    serving = (gpu for gpu in gpus.known() if gpu.serves_experts)
+def _smallest_gpu(peak: int, experts: bool) -> str:  # noqa: FBT001
+    serving = (gpu for gpu in gpus.known() if gpu.serves_experts or not experts)
     fitting = [gpu for gpu in sorted(serving, key=lambda gpu: gpu.memory) if peak <= gpu.usable]
     return fitting[0].name if fitting else "none"

@@ -34,6 +34,14 @@ def test_equal_ranks_are_equal(checkpoint, planned):
     assert (first.peak, first.final, first.samples) == (second.peak, second.final, second.samples)
 
 
+@pytest.mark.parametrize("model", ["GLM-5", "Qwen3-Next-80B-A3B"])
+def test_a_model_that_asks_for_a_gpu_while_it_is_built_is_planned_without_one(model, planned, tmp_path):
+    config = json.loads((CONFIGS / f"{model}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "num_experts": 8}))
+    load = planned(Request(tmp_path, modes=("streaming",))).highest("streaming")
+    assert (load.streamed > 0, load.fallback) == (True, 0)
+
+
 def test_a_plan_fits_where_every_ranks_peak_does(plan):
     highest = plan.highest("streaming").peak
     assert plan.fits("streaming", GPU("enough", 2 * highest, highest, (9, 0)))
