@@ -46,6 +46,7 @@ def load_streamed(
                 model = _read(read, load)
                 if not load.fallback.lost:
                     load.check(model, model_config)
+                if not load.fallback.lost:
                     return load, model
             excluded |= _anew(load.fallback.lost)
             watches_reads = False

@@ -114,6 +114,8 @@ class ModelLoad:
         self._unnamed: list[tuple[torch.nn.Module, str]] = []
         self._streams: dict[torch.nn.Module, tuple[LayerStream, PendingLayer]] = {}
         self._finished: dict[torch.nn.Module, LayerPlan] = {}
+        # Storage of each placeholder that has been streamed -> its layer's name.
+        self._placeholders: dict[int, str] = {}
         # Tensors that the model itself makes without memory, in stock too.
         self._without_memory: set[str] = set()
         self._is_trial = False
@@ -303,7 +305,8 @@ class ModelLoad:
 
         Raises:
             StreamFP8Error: as of ``CheckpointWatch.conclude``, or streaming is required and was not as it should be.
-            PlaceholderLeakError: the model holds a tensor that was computed from one, and has no memory.
+            PlaceholderLeakError: the model holds a tensor that was computed from one, and has no memory. Layers whose
+                placeholder itself it holds are noted as lost instead.
         """
         # First: a unit whose job failed is incomplete too.
         self.executor.close()
@@ -318,10 +321,21 @@ class ModelLoad:
             self.checkpoint.note_unstreamed(self._unstreamed, model_config)
         snapshots.refresh(model)
         self.checkpoint.conclude(model, model_config)
-        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta and name not in self._without_memory]
-        if leaks and self.has_placeholders:
+        if self.has_placeholders:
+            self._check_leaks(model)
+
+    def _check_leaks(self, model: torch.nn.Module) -> None:
+        leaks = {name: tensor for name, tensor in tensors_of(model) if tensor.is_meta}
+        computed = []
+        for name in leaks.keys() - self._without_memory:
+            kept = self._placeholders.get(storage_key(leaks[name]))
+            if kept is None:
+                computed.append(name)
+            else:
+                self.fallback.lost[kept] = f"the model keeps its weight as {name}"
+        if computed and not self.fallback.lost:
             raise PlaceholderLeakError(
-                f"computed from a weight that was being streamed, these tensors hold no data: {shortened(leaks)}"
+                f"computed from a weight that was being streamed, these hold no data: {shortened(sorted(computed))}"
             )
 
     def close(self) -> None:
@@ -409,6 +423,7 @@ class ModelLoad:
         for placeholder in pending.placeholders.values():
             set_loader(placeholder, layer_stream.wrap(placeholder.weight_loader))  # type: ignore[attr-defined]
         self._streams[layer] = layer_stream, pending
+        self._placeholders |= dict.fromkeys(map(storage_key, pending.placeholders.values()), name)
 
     def _stream(self, layer: str, key: str, pending: PendingLayer) -> CheckpointStream:
         placeholder, name = pending.placeholders[key], f"{layer}.{key}"

@@ -280,6 +280,14 @@ def test_only_the_layer_whose_weight_is_read_is_loaded_anew(architecture, both_o
     assert "loaded anew" in warning
 
 
+def test_layer_whose_weight_the_model_keeps_is_loaded_anew(both_of):
+    stock, result, report = both_of("KeepingForCausalLM")
+    assert compare(stock, result) == []
+    assert [note.layer for note in report.layers.fallback] == ["model.layers.1.mlp.down_proj"]
+    (warning,) = warnings_of(result)
+    assert "the model keeps its weight as kept" in warning
+
+
 def test_layers_whose_weights_are_joined_are_loaded_anew_and_told_of_once(both_of):
     stock, result, report = both_of("MergingForCausalLM")
     assert compare(stock, result) == []

@@ -316,6 +316,14 @@ class MergingForCausalLM(Qwen3ForCausalLM):
         mlp.gate_up_proj.weight.data = self.merged[: len(mlp.gate_up_proj.weight)]
 
 
+class KeepingForCausalLM(Qwen3ForCausalLM):
+    """Keeps a weight under another name when it has been loaded, as ``kimi_k3.py`` does with ``f_b_proj``."""
+
+    def load_weights(self, weights):
+        super().load_weights(weights)
+        self.kept = _down_proj(self).weight.data.contiguous()
+
+
 class FailingAfterLoadingForCausalLM(Qwen3ForCausalLM):
     """Needs a weight's contents, and does not like them."""
 
@@ -408,6 +416,7 @@ EntryClass = [
     CountingAfterLoadingForCausalLM,
     CopyingWhatIsDerivedForCausalLM,
     MergingForCausalLM,
+    KeepingForCausalLM,
     FailingAfterLoadingForCausalLM,
     NotingExpertsForCausalLM,
     StallingForCausalLM,
