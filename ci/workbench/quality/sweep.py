@@ -61,7 +61,7 @@ class Outcome:
     @property
     def is_loaded(self) -> bool:
         """Whether stock and streaming have both loaded it."""
-        return self.outcome not in ("stock cannot load", "cannot be built", *BAD)
+        return self.outcome not in ("stock cannot load", "cannot be built", "refused", *BAD)
 
 
 def try_one(architecture: str, making: Making, reports: Path) -> Outcome:

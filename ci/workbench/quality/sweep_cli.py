@@ -54,7 +54,8 @@ def main(
             if not check:
                 known[architecture] = outcome
                 data.write_text(to_json(release, known))
-                page.write_text(to_markdown(release, known))
+    if not check:
+        page.write_text(to_markdown(release, known))
     if wrong:
         click.echo(f"{'not as docs/families.json says' if check else 'must not happen'}: {', '.join(sorted(wrong))}")
     sys.exit(int(bool(wrong)))
