@@ -83,6 +83,17 @@ def test_expert_unit_waits_for_both_shards():
     assert streamed.stream.done_units == 1
 
 
+def test_piece_waits_where_it_came_from():
+    """What is scarce is memory of the device that the results are on."""
+    streamed = per_expert((2, 4, 8))
+    stored = streamed.stream.storage
+    streamed.stream.storage = stream.Storage(stored.weight.to("meta"), stored.scale.to("meta"))
+    with streamed.capture():
+        streamed.placeholder.data[0, :2].copy_(weight_of((2, 8)))
+    ((piece,),) = (staged.pieces for staged in streamed.stream._staged.values())
+    assert piece.values.device.type == "cpu"
+
+
 def test_unit_that_comes_whole_needs_no_staging():
     weight = weight_of((3, 4, 8))
     streamed = per_expert((3, 4, 8))

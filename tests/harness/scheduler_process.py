@@ -58,11 +58,13 @@ class Fault:
         target: ``module:name``, of a function or a method.
         error: that is raised.
         after: calls that go well before that.
+        times: calls that fail; those after them go well again.
     """
 
     target: str
     error: BaseException
     after: int = 0
+    times: int = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ def _failing(fault: Fault) -> Iterator[None]:
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
-        if left[0] < 0:
+        if -fault.times <= left[0] < 0:
             raise fault.error
         return function(*args, **kwargs)
 

@@ -16,7 +16,7 @@ import sglang
 import wrapt
 from harness.forked_python import ForkedPython
 
-from sglang_overlay.hooks import plugin, ray_actors, releases, source_tree
+from sglang_overlay.hooks import applying, plugin, ray_actors, releases, source_tree
 from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
 from sglang_overlay.observe.report import read_folder
 from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
@@ -422,6 +422,12 @@ def test_discovery_imports_nothing_of_sglangs_or_torchs_and_little_of_this_packa
         "sglang_overlay.hooks",
         "sglang_overlay.hooks.plugin",
     }
+
+
+def test_hook_that_fails_is_said_and_the_import_goes_on():
+    said = []
+    applying.when_imported("sys", lambda _module: 1 / 0, said.append)
+    assert said == ["hooks of sys could not be put in place (ZeroDivisionError: division by zero)"]
 
 
 def test_everything_that_is_patched_wakes_the_plugin():

@@ -182,6 +182,8 @@ class TestFromDisk:
             pytest.param(out_of_memory("__init__"), id="begin"),
             pytest.param(out_of_memory("finish"), id="end"),
             pytest.param([Fault(KEEP, OUT_OF_MEMORY, after=5)], id="worker"),
+            # What upstream would read next is not the original weights, but the new ones.
+            pytest.param([Fault(f"{UPDATE}.finish", OUT_OF_MEMORY, times=1)], id="end, once"),
         ],
     )
     def test_failure_goes_back_to_the_weights_and_the_path_before(self, faults, scheduler, checkpoint, old, new):

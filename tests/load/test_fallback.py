@@ -178,6 +178,16 @@ def test_layer_that_a_model_deletes_after_reading_it_is_gone(both, odd_workers, 
     assert report.layers.fallback == ()
 
 
+def test_layer_that_a_model_deletes_is_named_where_its_weight_is_missing(workers, checkpoint_folder, tmp_path):
+    if not hasattr(transformers, "MiniCPM3ForCausalLM"):
+        pytest.skip("this release of transformers does not have the model")
+    lost = "model.layers.1.self_attn.kv_b_proj.weight"
+    whole = families.build("MiniCPM3ForCausalLM", checkpoint_folder)
+    path = altered(whole, tmp_path / "damaged", lambda tensors: tensors.pop(lost))
+    with pytest.raises(LoadFailed, match=rf"{lost} .*: missing {lost}"):
+        workers.load(LoadJob(path))
+
+
 def test_experts_that_a_model_notes_down_too_early_are_noted_again(odd_workers, checkpoint):
     path = checkpoint("qwen3_moe", overrides=(("architectures", ("NotingExpertsForCausalLM",)),))
     stock, result = (odd_workers.load(LoadJob(path, streaming=mode)).ranks[0] for mode in ("0", "require"))

@@ -188,6 +188,29 @@ def test_weight_that_cannot_be_replaced_is_refused_under_its_own_name(repacked):
     assert not model.proj.weight.float().any()
 
 
+def test_part_that_waits_for_the_rest_of_its_weight_outlives_a_call_that_fails(repacked):
+    """The call that fails brings the rest."""
+    model, layer = repacked
+    layer.is_deleted = True
+    opened = WeightUpdate([layer])
+
+    def call(row, error=None):
+        opened.begin_call()
+        with opened.loading(model):
+            model.proj.weight.data[row].copy_(torch.ones(3))
+            if error is not None:
+                raise error
+        opened.keep_call()
+
+    call(0)
+    with pytest.raises(OSError, match="no room"):
+        call(1, OSError("no room"))
+    opened.undo_call()
+    call(1)
+    opened.finish(model)
+    assert opened.replaced == ["proj"]
+
+
 def test_what_is_remembered_of_a_model_goes_with_it():
     gc.collect()
     model = torch.nn.Linear(2, 2)
