@@ -38,3 +38,48 @@ EXPERTS: Config = {
     "mlp_only_layers": [0],
 }
 """What experts add, under each of the names that models have for it; the first layer is dense."""
+
+LLAMA: Config = {**DENSE, "model_type": "llama"}
+"""With the model type whose config class keeps keys that it does not know."""
+
+MLA: Config = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+"""What DeepSeek's attention adds."""
+
+MIMO_V2: Config = {
+    "v_head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_head_dim": 32,
+    "swa_v_head_dim": 16,
+    "swa_rope_theta": 10000.0,
+    "hybrid_layer_pattern": [0, 1],
+    "moe_layer_freq": [0, 1],
+    "sliding_window_size": 128,
+    "sliding_window": 128,
+    "add_swa_attention_sink_bias": True,
+}
+"""What MiMo-V2 and its draft have beside experts."""
+
+INKLING: Config = {
+    **DENSE,
+    "intermediate_size": 96,
+    "dense_intermediate_size": 256,
+    "d_rel": 16,
+    "rel_extent": 64,
+    "local_layer_ids": [0],
+    "sliding_window_size": 64,
+    "use_sconv": True,
+    "use_embed_norm": True,
+    "dense_mlp_idx": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
+"""The text part of Inkling and of its draft."""

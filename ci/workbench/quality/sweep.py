@@ -90,11 +90,12 @@ def tried(made: Callable[[], LoadJob], workers: LoadWorkers, reports: Path) -> O
     except LoadFailed as error:
         return Outcome(_kind_of(error, unwritten(job, stock, workers)), detail=_last_error(str(error)))
     report = read_folder(reports)[0]
-    outcome = _judged(compare(stock, result), report)
+    differences = compare(stock, result)
+    outcome = _judged(differences, report)
     if outcome.outcome != "differs":
         return outcome
     lacking = {f"rank 0: {name}: bytes differ" for name in unwritten(job, stock, workers)}
-    left = [line for line in compare(stock, result) if line.partition(" (")[0] not in lacking]
+    left = [line for line in differences if line.partition(" (")[0] not in lacking]
     return outcome if left else replace(_judged([], report), detail=LACKING)
 
 

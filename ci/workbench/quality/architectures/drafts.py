@@ -9,16 +9,10 @@ import torch
 
 from workbench.quality.families import SPECIAL, Config
 from workbench.quality.published import Published, Tensors, of_transformers
-from workbench.quality.sizes import DENSE, EXPERTS
+from workbench.quality.sizes import DENSE, EXPERTS, INKLING, LLAMA, MIMO_V2, MLA
 
-_LLAMA: Config = {**DENSE, "model_type": "llama"}
 _MLA: Config = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
+    **MLA,
     "rope_scaling": SPECIAL["DeepseekV3ForCausalLM"]["rope_scaling"],
 }
 
@@ -192,7 +186,7 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "LlamaForCausalLMEagle": Published(
         "https://huggingface.co/lmsys/sglang-EAGLE-llama2-chat-7B, sglang/srt/models/llama_eagle.py",
-        _LLAMA,
+        LLAMA,
         names=_EAGLE,
         lacks=_TARGETS,
         is_draft=True,
@@ -206,7 +200,7 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "LlamaForCausalLMEagle3": Published(
         "https://huggingface.co/yuhuili/EAGLE3-LLaMA3.1-Instruct-8B, sglang/srt/models/llama_eagle3.py",
-        {**_LLAMA, "num_hidden_layers": 1, "draft_vocab_size": 256},
+        {**LLAMA, "num_hidden_layers": 1, "draft_vocab_size": 256},
         names=((r"^model\.embed_tokens\..*", ""), (r"^model\.layers\.0\.", "midlayer."), (r"^model\.", "")),
         adjust=_draft_vocabulary,
         lacks=_TARGETS,
@@ -359,17 +353,7 @@ ARCHITECTURES: dict[str, Published] = {
         {
             **DENSE,
             **EXPERTS,
-            "v_head_dim": 16,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 4,
-            "swa_head_dim": 32,
-            "swa_v_head_dim": 16,
-            "swa_rope_theta": 10000.0,
-            "hybrid_layer_pattern": [0, 1],
-            "moe_layer_freq": [0, 1],
-            "sliding_window_size": 128,
-            "sliding_window": 128,
-            "add_swa_attention_sink_bias": True,
+            **MIMO_V2,
             "attention_bias": False,
             "partial_rotary_factor": 0.5,
             "layernorm_epsilon": 1e-5,
@@ -658,19 +642,7 @@ ARCHITECTURES: dict[str, Published] = {
         {
             "model_type": "inkling_mm_model",
             "text_config": {
-                **DENSE,
-                "intermediate_size": 96,
-                "dense_intermediate_size": 256,
-                "d_rel": 16,
-                "rel_extent": 64,
-                "local_layer_ids": [0],
-                "sliding_window_size": 64,
-                "use_sconv": True,
-                "use_embed_norm": True,
-                "dense_mlp_idx": 1,
-                "n_routed_experts": 4,
-                "n_shared_experts": 1,
-                "num_experts_per_tok": 2,
+                **INKLING,
                 "num_nextn_predict_layers": 1,
             },
             "mtp_config": {"chain_hidden_post_norm": True},

@@ -9,19 +9,10 @@ from functools import partial
 
 from workbench.quality.families import Config
 from workbench.quality.published import Published, Tensors, of_transformers
-from workbench.quality.sizes import DENSE, EXPERTS
+from workbench.quality.sizes import DENSE, EXPERTS, LLAMA, MIMO_V2, MLA
 
-_LLAMA: Config = {**DENSE, "model_type": "llama"}
-_MOE: Config = {**_LLAMA, **EXPERTS}
+_MOE: Config = {**LLAMA, **EXPERTS}
 _ALL_SPARSE: Config = {**_MOE, "mlp_only_layers": [], "first_k_dense_replace": 0}
-_MLA: Config = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-}
 _SIGMOID: Config = {
     "topk_method": "noaux_tc",
     "scoring_func": "sigmoid",
@@ -135,7 +126,7 @@ ARCHITECTURES: dict[str, Published] = {
         "https://huggingface.co/inclusionAI/Ring-2.5-1T, sglang/srt/models/bailing_moe_linear.py",
         {
             **_BAILING_2,
-            **_MLA,
+            **MLA,
             "model_type": "bailing_hybrid",
             "layer_group_size": 2,
             "group_norm_size": 2,
@@ -147,7 +138,7 @@ ARCHITECTURES: dict[str, Published] = {
         "sglang/srt/models/bailing_moe_v3.py",
         {
             **_BAILING_2,
-            **_MLA,
+            **MLA,
             "model_type": "bailing_hybrid",
             "layer_group_size": 2,
             "short_conv_kernel_size": 4,
@@ -183,7 +174,7 @@ ARCHITECTURES: dict[str, Published] = {
         "sglang/srt/models/deepseek_v4.py",
         {
             **_MOE,
-            **_MLA,
+            **MLA,
             "model_type": "deepseek_v4",
             "num_hidden_layers": 3,
             "first_k_dense_replace": 0,
@@ -233,13 +224,13 @@ ARCHITECTURES: dict[str, Published] = {
         "sglang/srt/models/dots3_common/modeling.py",
         {
             **_MOE,
-            **_MLA,
+            **MLA,
             **_SIGMOID,
             "model_type": "dots3_note",
             "layer_types": ["full_attention", "sliding_attention"],
             "sliding_window_size": 128,
             **_SPARSE,
-            **{f"swa_{key}": value for key, value in _MLA.items()},
+            **{f"swa_{key}": value for key, value in MLA.items()},
             **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 8),
             **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 8),
         },
@@ -260,7 +251,7 @@ ARCHITECTURES: dict[str, Published] = {
         "sglang/srt/models/gigachat35.py",
         {
             **_MOE,
-            **_MLA,
+            **MLA,
             **_SIGMOID,
             "model_type": "gigachat3_5",
             "num_hidden_layers": 3,
@@ -286,7 +277,7 @@ ARCHITECTURES: dict[str, Published] = {
         "sglang/srt/models/hunyuan_v4.py",
         {
             **_MOE,
-            **_MLA,
+            **MLA,
             "model_type": "hy_v4",
             "num_nextn_predict_layers": 0,
             **_SPARSE,
@@ -332,7 +323,7 @@ ARCHITECTURES: dict[str, Published] = {
         "https://huggingface.co/meituan-longcat/LongCat-Flash-Chat, sglang/srt/models/longcat_flash.py",
         {
             **_MOE,
-            **_MLA,
+            **MLA,
             "model_type": "longcat_flash",
             "ffn_hidden_size": 256,
             "expert_ffn_hidden_size": 96,
@@ -351,17 +342,7 @@ ARCHITECTURES: dict[str, Published] = {
             **DENSE,
             **EXPERTS,
             **_SIGMOID,
-            "v_head_dim": 16,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 4,
-            "swa_head_dim": 32,
-            "swa_v_head_dim": 16,
-            "swa_rope_theta": 10000.0,
-            "hybrid_layer_pattern": [0, 1],
-            "moe_layer_freq": [0, 1],
-            "sliding_window_size": 128,
-            "sliding_window": 128,
-            "add_swa_attention_sink_bias": True,
+            **MIMO_V2,
             "add_full_attention_sink_bias": False,
             "attention_bias": False,
             "attention_value_scale": 0.707,
@@ -438,7 +419,7 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "SarvamMLAForCausalLM": Published(
         "sglang/srt/models/sarvam_moe.py",
-        {**_MOE, **_MLA, "head_dim": 48, "q_lora_rank": None, "routed_scaling_factor": 2.5},
+        {**_MOE, **MLA, "head_dim": 48, "q_lora_rank": None, "routed_scaling_factor": 2.5},
         names=((r"\.mlp\.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),),
     ),
     "SarvamMoEForCausalLM": Published("sglang/srt/models/sarvam_moe.py", _BAILING_2),

@@ -8,17 +8,12 @@ from dataclasses import replace
 
 from workbench.quality.families import Config
 from workbench.quality.published import Published, Tensors, of_transformers
-from workbench.quality.sizes import DENSE, EXPERTS
+from workbench.quality.sizes import DENSE, EXPERTS, MLA
 
 _MLA: Config = {
     **DENSE,
     **EXPERTS,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
+    **MLA,
     "n_group": 1,
     "topk_group": 1,
     "topk_method": "noaux_tc",

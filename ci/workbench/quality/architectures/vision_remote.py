@@ -9,9 +9,8 @@ from dataclasses import replace
 
 from workbench.quality.families import Config
 from workbench.quality.published import Published, Tensors, of_transformers
-from workbench.quality.sizes import DENSE, EXPERTS
+from workbench.quality.sizes import DENSE, EXPERTS, INKLING, LLAMA
 
-_LLAMA: Config = {**DENSE, "model_type": "llama"}
 _QWEN2: Config = {**DENSE, "model_type": "qwen2", "layer_types": ["full_attention"] * 2}
 _QWEN3: Config = {**_QWEN2, "model_type": "qwen3"}
 _SIGLIP: Config = {
@@ -200,19 +199,7 @@ ARCHITECTURES: dict[str, Published] = {
         {
             "model_type": "inkling_mm_model",
             "text_config": {
-                **DENSE,
-                "intermediate_size": 96,
-                "dense_intermediate_size": 256,
-                "d_rel": 16,
-                "rel_extent": 64,
-                "local_layer_ids": [0],
-                "sliding_window_size": 64,
-                "use_sconv": True,
-                "use_embed_norm": True,
-                "dense_mlp_idx": 1,
-                "n_routed_experts": 4,
-                "n_shared_experts": 1,
-                "num_experts_per_tok": 2,
+                **INKLING,
                 "use_gate_bias": True,
                 "use_global_scale": True,
                 "shared_expert_sink": True,
@@ -500,7 +487,7 @@ ARCHITECTURES: dict[str, Published] = {
         "https://huggingface.co/deepseek-ai/Janus-Pro-7B, deepseek_janus_pro.py",
         {
             "model_type": "multi_modality",
-            "language_config": _LLAMA,
+            "language_config": LLAMA,
             "vision_config": {
                 "cls": "CLIPVisionTower",
                 "params": {"model_name": "siglip_large_patch16_384", "image_size": 384, "select_layer": 1},
@@ -717,7 +704,7 @@ ARCHITECTURES: dict[str, Published] = {
     ),
     "Sarashina2VisionForCausalLM": Published(
         "https://huggingface.co/sbintuitions/sarashina2-vision-8b, sarashina2_vision.py",
-        {"text_config": _LLAMA, "vision_config": _QWEN2_VISION, "vocab_size": 512, "hidden_size": 128},
+        {"text_config": LLAMA, "vision_config": _QWEN2_VISION, "vocab_size": 512, "hidden_size": 128},
         splits={r"visual\..*\.qkv_proj": ()},
         names=((r"^(visual\..*)\.attn\.qkv_proj\.", r"\1.attn.qkv."),),
     ),
