@@ -15,8 +15,8 @@ missed, and reported as missing unless it had been written before.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar
@@ -48,6 +48,18 @@ _MAKES_LIKE = (
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
 )
 """Ask a tensor for nothing but its form."""
+
+
+@contextmanager
+def meta_kernels(kernels: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Context in which operators, by name, run these functions for tensors without memory."""
+    library = Library("aten", "IMPL")
+    try:
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "Meta", allow_override=True)
+        yield
+    finally:
+        library._destroy()
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,11 @@ class BypassCapture(AbstractContextManager[None]):
             for layer in layers
             for key, stream in layer.streams.items()
         }
-        self._library: Library | None = None
+        self._kernels = ExitStack()
 
     def __enter__(self) -> None:
-        self._library = Library("aten", "IMPL")
-        for name in _CHANGES:
-            self._library.impl(name, functools.partial(_run, _operation(name)), "Meta", allow_override=True)
-        self._library.impl("scalar_tensor", _scalar, "Meta", allow_override=True)
+        changes = {name: functools.partial(_run, _operation(name)) for name in _CHANGES}
+        self._kernels.enter_context(meta_kernels({**changes, "scalar_tensor": _scalar}))
         self._active.append(self)
 
     def __exit__(
@@ -103,9 +113,7 @@ class BypassCapture(AbstractContextManager[None]):
     ) -> None:
         self._active.remove(self)
         self._placeholders.clear()
-        if self._library is not None:
-            self._library._destroy()
-        self._library = None
+        self._kernels.close()
 
     @classmethod
     def find(cls, tensor: torch.Tensor) -> _Placeholder | None:

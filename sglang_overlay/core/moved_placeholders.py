@@ -9,15 +9,14 @@ has no memory either, and is known to stand for the placeholder.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.library import Library
 
-from sglang_overlay.core.bypass_capture import NO_DATA
+from sglang_overlay.core.bypass_capture import NO_DATA, meta_kernels
 from sglang_overlay.core.capture import storage_key
 
 
@@ -41,7 +40,7 @@ class MovedPlaceholders(AbstractContextManager[None]):
 
     def __init__(self) -> None:
         self._storages: dict[int, _Storage] = {}
-        self._library: Library | None = None
+        self._kernels = ExitStack()
 
     def add(self, placeholder: torch.Tensor, device: torch.device) -> None:
         """Let ``placeholder``, which belongs on ``device``, be moved."""
@@ -58,15 +57,12 @@ class MovedPlaceholders(AbstractContextManager[None]):
         self._storages.clear()
 
     def __enter__(self) -> None:
-        self._library = Library("aten", "IMPL")
-        self._library.impl("_to_copy", self._to_copy, "Meta", allow_override=True)
+        self._kernels.enter_context(meta_kernels({"_to_copy": self._to_copy}))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._library is not None:
-            self._library._destroy()
-        self._library = None
+        self._kernels.close()
 
     def _to_copy(
         self,
