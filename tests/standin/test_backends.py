@@ -151,7 +151,7 @@ def _params(*, updated: bool = False) -> Iterator[Any]:
                 continue
             # What Blackwell has came release by release: its sample is the newest's.
             sample = [] if there.gpu == "b200" else [pytest.mark.every_release]
-            marks = sample if case.sample else [pytest.mark.standin_all]
+            marks = sample if case.sample else [pytest.mark.nightly]
             said = [there.gpu, *(f"{name}={value}" for name, value in there.variables), case.name]
             yield pytest.param(there, case, id=" ".join(said), marks=marks)
 
