@@ -21,7 +21,12 @@ from sglang_overlay.offline.simulation import FIRST_RELEASE, can_simulate
 from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/use.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/use.md",
+    *(f"docs/questions/{file.name}" for file in sorted((ROOT / "docs" / "questions").glob("*.md"))),
+)
 OUTPUT = ("StreamFP8: ", "Quantizing weights to FP8: ")
 """How lines of code blocks begin that are no commands."""
 
@@ -35,12 +40,14 @@ ELSEWHERE = {
     "SGLANG_STREAMFP8_SCHEME=": "tests/schemes/test_schemes.py::"
     "test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint",
     "python -m sglang_overlay run": "tests/hooks/test_launch.py::test_one_batch_benchmark_streams",
+    "ray job submit": "tests/hooks/test_ray_actors.py::test_actors_stream_with_the_setup_hook",
     "ci/baseline": ".github/workflows/nightly.yml",
     "ci/bench": "tests/workbench/test_bench.py::test_command_measures_writes_and_leaves_no_checkpoint_behind",
+    "ci/compare": "tests/workbench/test_compare.py::test_streaming_is_compared_with_stock",
     "ci/demo": "tests/workbench/test_demo.py::test_command_serves_a_checkpoint_both_ways",
     "ci/gpu_check": "tests/workbench/test_gpu_check.py::test_rehearsal_runs_steps_one_after_another",
     "ci/gpu_wheels": "tests/workbench/test_gpu_wheels.py::test_what_is_collected_is_packed_with_what_it_is_for",
-    "ci/peaks": "tests/workbench/test_peaks.py::test_readme_shows_what_is_kept_and_nothing_else",
+    "ci/peaks": "tests/workbench/test_peaks.py::test_tables_are_those_of_the_stored_series_and_figures",
     "ci/plans": "tests/offline/plan/test_baselines.py::test_the_pages_show_the_newest_releases_baselines",
     "ci/docs": ".github/workflows/pull-request.yml",
     "ci/test": ".ci/run",
@@ -167,7 +174,7 @@ def test_line_of_the_log_is_as_it_is_logged(page):
 
 def test_counts_of_architectures_are_those_of_the_sweep():
     counted = re.search(r"^\d+ architectures, .*$", (ROOT / "docs" / "families.md").read_text(), re.MULTILINE)[0]
-    shown = re.search(r"\[(\d+ architectures)\].*?: (.*?), none\s+differs", (ROOT / "README.md").read_text(), re.DOTALL)
+    shown = re.search(r"\[(\d+ architectures)\].*: (.*?), none differs", (ROOT / "README.md").read_text())
     parts = [shown[1], *(re.sub(r" \(.*", "", part, flags=re.DOTALL) for part in re.split(r",\s+", shown[2]))]
     assert len(parts) == 6
     assert [part for part in parts if not re.search(rf"\b{part}\b", counted)] == []

@@ -32,7 +32,7 @@ from workbench.bench.bench import (
 )
 from workbench.bench.bench_chart import draw
 from workbench.bench.bench_document import document, with_table
-from workbench.bench.page_tables import README
+from workbench.bench.readme import BENCH
 from workbench.loads.checkpoints import CheckpointSpec, build, tensor_plans
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import compare
@@ -55,12 +55,12 @@ def test_ratio_is_the_median_of_the_rounds_ratios_not_the_ratio_of_the_medians()
 
 @pytest.fixture(scope="module")
 def published():
-    """What README's table is made of."""
-    return json.loads((README.parent / "docs" / "bench.json").read_text(encoding="utf-8"))
+    """What the table of docs/figures.md is made of."""
+    return json.loads(BENCH.read_text(encoding="utf-8"))
 
 
-def test_readme_shows_the_published_runs_and_nothing_else(published):
-    page = README.read_text(encoding="utf-8")
+def test_page_shows_the_published_runs_and_nothing_else(published):
+    page = (BENCH.parent / "figures.md").read_text(encoding="utf-8")
     assert with_table(page, published) == page
 
 

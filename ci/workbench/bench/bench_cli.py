@@ -89,7 +89,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run to this file.")
 @click.option("--png", type=click.Path(path_type=Path), help="Draw the chart into this file.")
-@click.option("--readme", type=click.Path(path_type=Path, exists=True), help="Write the table into this page as well.")
+@click.option("--page", type=click.Path(path_type=Path, exists=True), help="Write the table into this page as well.")
 def main(
     families: tuple[Family, ...],
     sizes: tuple[float, ...],
@@ -104,7 +104,7 @@ def main(
     keep: bool,  # noqa: FBT001
     json_file: Path | None,
     png: Path | None,
-    readme: Path | None,
+    page: Path | None,
 ) -> None:
     """Compare peak memory and load time of stock bf16, stock fp8, layer-granular streaming and streaming."""
     if everything:
@@ -130,8 +130,8 @@ def main(
     about = document(results)
     if json_file is not None:
         json_file.write_text(json.dumps(about, indent=2) + "\n")
-    if readme is not None:
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), about), encoding="utf-8")
+    if page is not None:
+        page.write_text(with_table(page.read_text(encoding="utf-8"), about), encoding="utf-8")
     console.print(_table(results, rounds))
     if png is not None:
         draw(measured, axis, png, f"Loading with --quantization fp8, medians of {rounds} alternating runs")

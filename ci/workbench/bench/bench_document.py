@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of ``ci/bench`` as JSON data: every run, with machine, versions and commit.
 
-``docs/bench.json`` is such a document, and README.md's table is made from it.
+``docs/bench.json`` is such a document, and the table of docs/figures.md is made from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def document(results: Sequence[CaseResult]) -> dict[str, Any]:
 
 
 def with_table(page: str, published: dict[str, Any]) -> str:
-    """A page, such as README.md, with a table of a document's medians, and of the medians of the rounds' ratios."""
+    """The page with its table replaced: a document's medians, and the medians of the rounds' ratios."""
     rows = [row for case in published["cases"] for row in _rows(case["name"], [Run(**run) for run in case["runs"]])]
     return page_tables.with_table(page, "ci/bench", _COLUMNS, rows)
 

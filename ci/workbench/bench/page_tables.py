@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from workbench.releases.environment import CLONE
-
-README = CLONE / "README.md"
 _END = "<!-- its end -->\n"
 
 

@@ -95,6 +95,12 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "`ci/baseline --refresh` works it out, `ci/plans` writes this page. Names and shapes come from each model's",
         "`config.json` alone; [planner.md](planner.md) says what is counted.",
         "",
+        _summary_table(found),
+        "*Whole layers* holds layers in bf16 until they are complete, which with shuffled files can be most of them at",
+        "once; of the other loads the higher peak of both orders is shown.",
+        "",
+        "## Each order of files",
+        "",
         page_tables.markdown(_COLUMNS, [_row(published_plan, baseline) for published_plan, baseline in found]),
         "*Open* is the most high-precision memory of layers, or of units, of which a part has not been read yet.",
         "*Loads on* is the smallest GPU of the planner's table on which a twentieth of the memory is left at the peak,",
@@ -122,13 +128,13 @@ _COLUMNS = (
 )
 
 
-def with_table(page: str, found: Iterable[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
-    """A page, such as README.md, with a row for each model and TP size, from the baselines of both orders of files."""
+def _summary_table(found: Iterable[tuple[PublishedPlan, Mapping[str, Any]]]) -> str:
+    """A row for each model and TP size, from the baselines of both orders of files."""
     layouts: dict[tuple[str, int, bool], dict[Order, Mapping[str, Any]]] = {}
     for plan, baseline in found:
         layouts.setdefault((plan.model, plan.tp, plan.has_experts), {})[plan.order] = baseline["planned"]
     rows = [[model, str(tp), *_summary(orders, experts)] for (model, tp, experts), orders in layouts.items()]
-    return page_tables.with_table(page, "ci/plans", _SUMMARY, rows)
+    return page_tables.markdown(_SUMMARY, rows)
 
 
 _SUMMARY = (

@@ -244,7 +244,7 @@ def to_do(release: str) -> str:
     """The steps that a person always has to do."""
     return (
         f"Left to you: look at the differences above, and enter what works differently into docs/releases.md; run "
-        f"ci/test --release {release} and ci/series_table --release {release}; name it in CHANGELOG.md. For the newest "
+        f"ci/test --release {release}; name it in CHANGELOG.md. For the newest "
         "release also ci/plans, ci/sweep, ci/quality and ci/bench."
     )
 

@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from workbench.bench import baselines
+from workbench.bench import baselines, readme
 from workbench.bench.baselines_view import describe
-from workbench.bench.page_tables import README
-from workbench.bench.plans import CHECKED_ALWAYS, PAGE, compute, published, to_markdown, with_table
+from workbench.bench.plans import CHECKED_ALWAYS, PAGE, compute, published, to_markdown
 
 from sglang_overlay.hooks import releases
 from sglang_overlay.offline.plan.planner import Request, collect
@@ -77,8 +76,9 @@ def test_the_pages_show_the_newest_releases_baselines():
     found = [(plan, baselines.read(baselines.path_of(release, plan.name))) for plan in published()]
     assert [plan.name for plan, baseline in found if not baseline] == []
     assert PAGE.read_text(encoding="utf-8") == to_markdown(release, found)
-    readme = README.read_text(encoding="utf-8")
-    assert readme == with_table(readme, found)
+    bench = json.loads(readme.BENCH.read_text(encoding="utf-8"))
+    page = readme.PAGE.read_text(encoding="utf-8")
+    assert page == readme.with_table(page, bench, found)
 
 
 @pytest.mark.timeout(900)
