@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Split a run of rows that begins or ends within a unit.
+"""Split a view that is no box of units into parts that are.
 
-Such views occur where upstream has padded a projection and its loader writes less than all of it.
+A run of rows that begins or ends within a unit occurs where upstream has padded a projection and its loader writes less
+than all of it; a view of several experts, where each expert has several units.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from sglang_overlay.core.units import UnitGrid
 def split(
     grid: UnitGrid, view: torch.Tensor, source: torch.Tensor, refused: UnsupportedWriteError
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Split a view that is not a box, and the ``source`` written to it, into parts that are boxes.
+    """Split a view that is not a box, and the ``source`` written to it, into parts that are boxes, or splittable.
 
     Raises:
         UnsupportedWriteError: ``refused``, if that is impossible.
     """
+    if view.ndim > 2:
+        return [*zip(view.unbind(), source.unbind(), strict=True)]
     runs = _runs(grid, view)
     if len(runs) < 2:
         raise refused

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from core.streams import per_channel, per_expert, per_expert_by_kernel, per_tensor
+from core.streams import one_scale, per_channel, per_expert, per_expert_by_kernel, per_tensor, streamed
 from sglang_overlay.core import stream
 from sglang_overlay.core.errors import (
     ConflictingWriteError,
@@ -19,6 +19,7 @@ from sglang_overlay.core.errors import (
     UnsupportedWriteError,
 )
 from sglang_overlay.core.quantizers import units_not_finite
+from sglang_overlay.core.units import UnitGrid
 
 
 def weight_of(shape, seed=0, dtype=torch.bfloat16):
@@ -67,6 +68,18 @@ def test_runs_of_rows_may_begin_and_end_within_units(cuts):
     assert streamed.stream.settle() == []
     assert streamed.equals(weight)
     assert streamed.account.held == 0
+
+
+@pytest.mark.parametrize("cuts", [(), (8,), (5,), (3, 12)])
+def test_several_experts_of_several_units_may_be_written_at_once(cuts):
+    weight = weight_of((2, 16, 16))
+    found = streamed((2, 16, 16), UnitGrid(4, (8, 16), sliced=True), one_scale(), (4,))
+    with found.capture():
+        for start, stop in pairwise((0, *cuts, 16)):
+            found.placeholder.data[:, start:stop].copy_(weight[:, start:stop])
+    assert found.stream.settle() == []
+    assert found.equals(weight.view(4, 8, 16))
+    assert found.account.held == 0
 
 
 def test_expert_unit_waits_for_both_shards():
