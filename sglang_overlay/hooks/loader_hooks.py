@@ -213,7 +213,7 @@ def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs:
 def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     """Around ``initialize_dummy_weights``: give each placeholder the values that stock would fill its weight with.
 
-    If layers have been processed already, there are no placeholders left.
+    Scales that quantizing them has written stay. If layers have been processed already, there are no placeholders left.
     """
     load = current()
     if load is None:
@@ -222,7 +222,8 @@ def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Modu
         weight = torch.empty_like(placeholder, device=stream.storage.weight.device)
         original(_State({name: weight}), *args, **kwargs)
         stream.write(placeholder, weight)
-    real = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    filled = load.filled
+    real = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta and name not in filled}
     return original(_State(real), *args, **kwargs)
 
 

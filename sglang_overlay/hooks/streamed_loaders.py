@@ -40,8 +40,8 @@ def updates_itself(loader: Any) -> bool:
 
 
 def why_not_schemes(loader: Any) -> str | None:
-    """Loaders that load weights quantized by stock, or no real weights, cannot serve another scheme."""
+    """Loaders that load weights quantized by stock cannot serve another scheme."""
     name = type(loader).__name__
-    if name not in ("DefaultModelLoader", "RunaiModelStreamerLoader"):
+    if name not in ("DefaultModelLoader", "DummyModelLoader", "RunaiModelStreamerLoader"):
         return f"{name} loads only what stock SGLang makes of a checkpoint"
     return None

@@ -273,6 +273,11 @@ class ModelLoad:
                 yield f"{layer.name}.{key}", layer.placeholders[key], stream
 
     @property
+    def filled(self) -> set[str]:
+        """Names of parameters, such as scales, that only quantizing writes."""
+        return {f"{stream.name}.{name}" for stream, layer in self._streams.values() for name in layer.plan.fills}
+
+    @property
     def streamed_bytes(self) -> int:
         """Size of all fp8 weights to be filled."""
         return sum(stream.storage.weight.nbytes for layer in self._layers for stream in layer.streams.values())
@@ -392,8 +397,7 @@ class ModelLoad:
             if self._watches_reads:
                 self._reading.enter_context(PlaceholderReads())  # type: ignore[no-untyped-call]
         if self._streams and not self._is_prequantized:
-            filled = {f"{stream.name}.{name}" for stream, layer in self._streams.values() for name in layer.plan.fills}
-            self._unstreamed = UnstreamedParameters(model, {*self.fallback.names(), *filled})
+            self._unstreamed = UnstreamedParameters(model, {*self.fallback.names(), *self.filled})
             self._reading.callback(self._unstreamed.settle)
 
     def _start(self, layer: torch.nn.Module, name: str | None, pending: PendingLayer) -> None:
@@ -506,7 +510,9 @@ class ModelLoad:
             # What fills the parameters comes later where it is fp8 already.
             missing: Sequence[int] = [] if self._is_prequantized else part.settle(zeros=True)
             self.checkpoint.note(stream.name, part, missing)
-            self._narrowed += [part.name] if part.rows is not None and part.rows.is_narrowed else []
+            # Dummy weights are given to no loader, and are nobody's rows.
+            if part.rows is not None and part.rows.is_narrowed and not self._is_prequantized:
+                self._narrowed.append(part.name)
             units += part.units - len(missing)
             direct_units += part.direct_units
             size += part.storage.weight.nbytes + part.storage.scale.nbytes

@@ -364,5 +364,5 @@ def test_experts_with_biases_cannot_be_int8_and_are_named(workers, checkpoint_fo
 
 
 def test_loader_that_knows_no_schemes_is_an_error(load, checkpoint):
-    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8_SCHEME=block.*DummyModelLoader"):
-        load(checkpoint("qwen3"), "block", server_args={"load_format": "dummy"})
+    with pytest.raises(LoadFailed, match=r"SGLANG_STREAMFP8_SCHEME=block.*ShardedStateLoader"):
+        load(checkpoint("qwen3"), "block", server_args={"load_format": "sharded_state"})
