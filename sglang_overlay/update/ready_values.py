@@ -17,6 +17,26 @@ from sglang_overlay.errors import UnsupportedWriteError, WeightUpdateError
 from sglang_overlay.update.undo import UndoLog
 from sglang_overlay.update.update_capture import dtype_name
 
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+"""Dtypes of powers of two that are sent as their exponents (UE8M0, OCP Microscaling Formats 1.0)."""
+
+
+def as_served(name: str, scales: torch.Tensor, served: torch.dtype) -> torch.Tensor:
+    """Scales in the dtype in which they are served, where exponents were sent.
+
+    Raises:
+        WeightUpdateError: the scales are packed for a kernel.
+    """
+    if scales.dtype is torch.int32:
+        raise WeightUpdateError(
+            f"{name} holds int32, as DeepGEMM packs four exponents for its own kernel. Send one scale a block, as "
+            "float32 or as UE8M0 exponents (uint8, float8_e8m0fnu)"
+        )
+    if scales.dtype not in EXPONENTS or scales.dtype is served:
+        return scales
+    # Casting would take an exponent for the scale itself.
+    return scales.view(torch.uint8) if served is torch.uint8 else scales.view(torch.float8_e8m0fnu).to(served)
+
 
 @dataclass(frozen=True, eq=False)
 class _Write:

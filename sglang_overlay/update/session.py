@@ -55,7 +55,7 @@ from sglang_overlay.update.loaders_view import (
     notes_kept,
     wrapped_layers,
 )
-from sglang_overlay.update.ready_values import ReadyValues
+from sglang_overlay.update.ready_values import ReadyValues, as_served
 from sglang_overlay.update.tensor_attributes import TensorAttributes
 from sglang_overlay.update.tensor_groups import TensorGroups
 from sglang_overlay.update.undo import Bindings, UndoableQuantizer, UndoLog
@@ -105,6 +105,9 @@ class WeightUpdate:
         self._damaged: list[str] = []
         self._unrepeated: dict[str, None] = {}
         self._direct: dict[str, None] = {}
+        scales = [scale for layer in self._layers.values() for scale in layer.scales.values()]
+        # By what follows "weight" in the names of tensors and of parameters.
+        self._scale_dtypes = {_suffix(name): scale.dtype for name, scale in scales}
         self._groups = TensorGroups((layer.name for layer in self._layers.values()), self.account)
         self._thread = threading.local()
         self._bindings: list[Bindings | None] = [None]
@@ -122,8 +125,8 @@ class WeightUpdate:
         return module in self._layers or module in self._wrappers
 
     def takes(self, name: str) -> bool:
-        """Whether this update quantizes, or refuses, writes to a parameter of this name."""
-        return name in self._names
+        """Whether this update quantizes, or refuses, high-precision values for a parameter of this name."""
+        return name in self._names and _suffix(name) not in self._scale_dtypes
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
@@ -245,6 +248,7 @@ class WeightUpdate:
         """
         self._bindings[-1] = self._bindings[-1] or Bindings(model)
         known = dict(model.named_parameters())
+        tensors = [(name, self._as_served(name, tensor)) for name, tensor in tensors]
         for name, tensor in tensors:
             self.given.offer(name, tensor)
             weight = known.get(name)
@@ -352,6 +356,8 @@ class WeightUpdate:
             else:
                 sink = self._sink(layer, key, storages[key])
             self._watch(placeholder, sink)
+            if isinstance(sink, _Refusal) and key in layer.scales:
+                self._watch(layer.scales[key][1], sink)
 
     def _sink(self, layer: UpdatableLayer, key: str, storage: Storage) -> WriteSink:
         name, placeholder = f"{layer.name}.{key}", layer.placeholders[key]
@@ -413,9 +419,15 @@ class WeightUpdate:
         return self._groups.complete(self._noted(weights))
 
     def _noted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
+        for name, sent in weights:
+            tensor = self._as_served(name, sent)
             self.given.offer(name, tensor)
             yield name, tensor
+
+    def _as_served(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        served = self._scale_dtypes.get(_suffix(name))
+        # A pickled file may hold anything.
+        return tensor if served is None or not isinstance(tensor, torch.Tensor) else as_served(name, tensor, served)
 
     def _unpaired(self, model: torch.nn.Module) -> list[str]:
         """Of the tensors sent by parameter name, values without their scales, and the reverse."""
@@ -545,6 +557,10 @@ def _refuse_cast(name: str, served: torch.dtype, sent: torch.dtype) -> None:
             "under the old scale. Send fp8 values with their scale"
         )
     raise WeightUpdateError(f"{name} is served as {served}: {sent} values mean nothing there")
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].rpartition("weight")[2]
 
 
 def _put_back(bindings: Bindings | None) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from harness.exports import ExportJob, run_export
 from harness.mutations import altered
+from safetensors.torch import load_file
+from workbench.loads.fingerprints import hash_of
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import PROMPTS, compare
 from workbench.loads.updates import Update
@@ -250,3 +252,70 @@ def test_half_of_values_and_scales_is_an_error_that_names_it(load, exported):
     result = load("qwen3_moe", "block", *updates)
     refused(result, *[["o_proj.weight ("]] * 2, ["w2_weight ("], ["layers.0.mlp.experts.w13_weight ("])
     assert compare(load("qwen3_moe", "block"), result) == []
+
+
+def powers_of_two(encode):
+    """Quantize in blocks whose scales are powers of two, as trainers for DeepGEMM on Blackwell do; ``encode`` them."""
+
+    def change(tensors):
+        for name in [name for name in tensors if "_proj" in name and "kv_b_proj" not in name]:
+            rows, columns = (-(-size // 128) for size in tensors[name].shape)
+            padding = (0, columns * 128 - tensors[name].shape[1], 0, rows * 128 - tensors[name].shape[0])
+            blocks = torch.nn.functional.pad(tensors[name].float(), padding).view(rows, 128, columns, 128)
+            exponents = (blocks.abs().amax((1, 3)) / 448).log2().ceil()
+            values = (blocks / torch.exp2(exponents).view(rows, 1, columns, 1)).view(rows * 128, columns * 128)
+            tensors[f"{name}_scale_inv"] = encode((exponents + 127).to(torch.uint8))
+            tensors[name] = values[: tensors[name].shape[0], : tensors[name].shape[1]].to(torch.float8_e4m3fn)
+
+    return change
+
+
+def as_float(exponents):
+    return torch.exp2(exponents.float() - 127)
+
+
+UE8M0 = {
+    "float32": as_float,
+    "float8_e8m0fnu": lambda exponents: exponents.view(torch.float8_e8m0fnu),
+    "uint8": lambda exponents: exponents,
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_scales_that_are_powers_of_two_may_come_as_exponents(family, load, checkpoint, tmp_path):
+    new = checkpoint(family, seed=SEED)
+    folders = {kind: altered(new, tmp_path / kind, powers_of_two(encode)) for kind, encode in UE8M0.items()}
+    first, *others = (load(family, "block", Update("tensor", folder)) for folder in folders.values())
+    assert first.ranks[0].updates[0].success, first.ranks[0].updates[0].message
+    sent = load_file(folders["float32"] / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    for each in (name, f"{name}_scale_inv"):
+        assert first.ranks[0].tensors[each].sha256 == hash_of(sent[each])
+    others.append(load(family, "block", Update("disk", folders["float8_e8m0fnu"])))
+    others.append(load(family, "block", *(Update("bucket", folders[kind], calls=1) for kind in ("float32", "uint8"))))
+    for other in others:
+        assert [done.success for done in other.ranks[0].updates if not done.success] == []
+        assert compare(first, other) == []
+
+
+def test_exponents_that_are_sent_by_parameter_name_are_no_numbers(load, checkpoint, tmp_path):
+    """Upstream copies them; as numbers, 120 would be 120 instead of 1/128."""
+    new, names = checkpoint("qwen3", seed=SEED), "o_proj"
+    folders = [altered(new, tmp_path / kind, powers_of_two(encode)) for kind, encode in UE8M0.items()]
+    found = [load("qwen3", "block", Update("direct", folder, names=names)) for folder in folders]
+    assert [result.ranks[0].updates[0].success for result in found] == [True] * 3
+    by_checkpoint_name = load("qwen3", "block", Update("tensor", folders[0], names=names))
+    assert [line for result in found for line in compare(by_checkpoint_name, result)] == []
+    assert compare(load("qwen3", "block"), found[0]) != []
+
+
+def test_scales_that_are_packed_for_deepgemm_are_refused_by_name(load, checkpoint, tmp_path):
+    def packed(exponents):
+        # Four to an int32, rows padded: its kernel's layout is [K / 512, N] with a scale for each row.
+        return exponents.int().repeat_interleave(128, 0)
+
+    folder = altered(checkpoint("qwen3", seed=SEED), tmp_path / "packed", powers_of_two(packed))
+    refused(
+        load("qwen3", "block", Update("tensor", folder), Update("direct", folder, names="o_proj")),
+        *[["_proj.weight_scale_inv holds int32", "uint8, float8_e8m0fnu"]] * 2,
+    )
