@@ -101,6 +101,20 @@ class Mxfp8Plan(OnlinePlan):
             return None  # Rearranged for a kernel, which some kernels' shapes do not show.
         return {name: _storage(weight.data, scale.data) for name, (weight, scale) in pairs.items()}
 
+    def scale_placeholders(
+        self, layer: Module, placeholders: Mapping[str, Parameter]
+    ) -> dict[str, tuple[str, Parameter]]:
+        """Exponents as in MXFP8 checkpoints, with the weights' own loaders."""
+        made = {}
+        for name, weight in placeholders.items():
+            exponents = torch.empty(*weight.shape[:-1], weight.shape[-1] // GROUP, dtype=torch.uint8, device="meta")
+            made[name] = f"{name}_scale_inv", self.scale_placeholder(exponents, weight)
+        return made
+
+    @abc.abstractmethod
+    def scale_placeholder(self, exponents: torch.Tensor, weight: Any) -> Parameter:
+        """A placeholder for the exponents of ``weight``, as upstream creates the parameter for an MXFP8 checkpoint."""
+
 
 class Mxfp8LinearPlan(Mxfp8Plan):
     """``weight`` ``[N, K]``, each row a unit, and ``weight_scale_inv`` ``[N, K / 32]``."""
@@ -119,6 +133,15 @@ class Mxfp8LinearPlan(Mxfp8Plan):
         super().register(layer, storages)
         layer.register_parameter("weight_scale_inv", Parameter(storages["weight"].scale, requires_grad=False))
         layer.input_scale = None  # type: ignore[assignment]
+
+    def scale_placeholder(self, exponents: torch.Tensor, weight: Any) -> Parameter:
+        from sglang.srt.layers.parameter import BlockQuantScaleParameter
+
+        loader = weight.weight_loader
+        made: Any = BlockQuantScaleParameter(data=exponents, input_dim=1, output_dim=0, weight_loader=loader)
+        # Loaders count such scales in rows.
+        made.format_ue8m0 = True
+        return made  # type: ignore[no-any-return]
 
 
 class Mxfp8ExpertsPlan(Mxfp8Plan):
@@ -160,6 +183,13 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
         weight = torch.empty(placeholder.shape, dtype=torch.float8_e4m3fn, device=device)
         return _storage(weight, self._scales[name].data)
 
+    def scale_placeholder(self, exponents: torch.Tensor, weight: Any) -> Parameter:
+        from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
+
+        made: Any = twin(weight, exponents)
+        made.quant_method = FusedMoeWeightScaleSupported.BLOCK.value
+        return made  # type: ignore[no-any-return]
+
 
 class GroupQuantizer(RowQuantizer):
     """Quantizes rows whose groups have an exponent each; a unit is one or several rows.
@@ -167,6 +197,10 @@ class GroupQuantizer(RowQuantizer):
     Args:
         function: upstream's ``[rows, columns] -> (e4m3 [rows, columns], uint8 exponents, one per group)``.
     """
+
+    def __init__(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__(function)
+        self.kernel = function
 
     def _quantize_rows(self, rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
         super()._quantize_rows(rows if rows.is_cpu else aligned(rows), weight, scale)
