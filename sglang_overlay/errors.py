@@ -28,6 +28,7 @@ __all__ = [
     "NonFiniteWeightError",
     "PartialUpdateError",
     "PlaceholderLeakError",
+    "QuantizeError",
     "SchemeError",
     "SettingsError",
     "StagingMemoryError",
@@ -62,3 +63,7 @@ class PartialUpdateError(WeightUpdateError):
 
 class ExportError(StreamFP8Error):
     """A checkpoint cannot be exported, or not to the given folder."""
+
+
+class QuantizeError(StreamFP8Error):
+    """``sglang_overlay.quantize`` cannot tell from its arguments what a server makes of them."""

@@ -68,8 +68,8 @@ def quantize(
     the end, and ``scales[..., rank]`` is what that rank takes. All other schemes give the same for any ``tp_size``.
 
     Args:
-        tensors: high-precision tensors under their checkpoint names. Those that are not quantized stay as they are, and
-            so do weights of unknown names: a server takes these in high precision, and quantizes them itself.
+        tensors: high-precision tensors, whole, under their checkpoint names. Those that are not quantized stay as they
+            are, and so do weights of unknown names: a server takes these in high precision, and quantizes them itself.
         scheme: as ``SGLANG_STREAMFP8_SCHEME`` takes it, or ``mxfp8``. ``stock`` is SGLang's own choice for this
             process's GPU.
         tp_size: number of ranks that share each weight: of experts, without expert parallelism; of attention, without

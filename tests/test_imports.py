@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sglang_overlay"
 FLOORS = (
     {"__main__"},
-    {"cli", "patches"},
+    {"cli", "patches", "quantizing"},
     {"activation"},
     {"cpu_reference"},
     {"offline"},

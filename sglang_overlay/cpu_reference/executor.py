@@ -13,9 +13,11 @@ from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.whole_rows import WholeRowsQuantizer
 from sglang_overlay.cpu_reference import kernels
+from sglang_overlay.cpu_reference.mxfp8 import mxfp8_group_quantize
 from sglang_overlay.cpu_reference.per_tensor import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.cpu_reference.workers import Workers, one_thread_each, threads_beside_loader
 from sglang_overlay.schemes.arithmetic import row_quantizer
+from sglang_overlay.schemes.mxfp8 import GroupQuantizer
 
 
 class CpuExecutor(Executor):
@@ -70,6 +72,8 @@ def on_cpu(quantizer: UnitQuantizer) -> UnitQuantizer:
         return quantizer.over(on_cpu(quantizer.quantizer))
     if isinstance(quantizer, RowKernelQuantizer) and quantizer.kernel is fp8.per_token_group_quant_fp8:
         return row_quantizer()
+    if isinstance(quantizer, GroupQuantizer) and quantizer.kernel is fp8.mxfp8_group_quantize:
+        return GroupQuantizer(mxfp8_group_quantize)
     if isinstance(quantizer, WholeUnitQuantizer) and quantizer.function is fp8.input_to_float8:
         return PerTensorQuantizer(RatioArithmetic(limit))
     if isinstance(quantizer, WholeUnitQuantizer) and quantizer.function is fp8.scaled_fp8_quant:

@@ -27,7 +27,7 @@ class Update:
 
     Args:
         source: ``disk``; ``tensor``, ``bucket`` (flattened) or ``direct`` (parameters' own names) in a session.
-        checkpoint: where the new weights are.
+        checkpoint: where the new weights are. If it has folders ``rank-0`` etc., each rank gets its own.
         names: regular expression; only tensors whose names contain a match are sent.
         calls: number of calls of ``update_weights_from_tensor``, each with its share of the tensors.
         order: of tensors: as in the ``file``, or ``shuffled``, which separates tensors that belong together.
@@ -120,9 +120,12 @@ def _send(updater: Any, update: Update, tensors: list[tuple[str, torch.Tensor]])
 
 def _dealt(update: Update, device: str) -> Iterator[list[tuple[str, torch.Tensor]]]:
     # Copied: writing to a mapped file's pages would count as the update's memory.
+    import torch
+
+    own = update.checkpoint / f"rank-{torch.distributed.get_rank()}"
     tensors = [
         (name, tensor.to(device, copy=True))
-        for name, tensor in tensors_of(update.checkpoint)
+        for name, tensor in tensors_of(own if own.is_dir() else update.checkpoint)
         if re.search(update.names, name)
     ]
     if update.order == "shuffled":
