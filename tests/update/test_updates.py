@@ -6,7 +6,9 @@ The workers' updates go through SGLang's own ``WeightUpdater``, those of the ser
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from functools import cache
 from shutil import copytree
 
@@ -22,6 +24,7 @@ from workbench.quality import families
 
 from sglang_overlay.hooks import releases
 from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE
+from sglang_overlay.settings import SCHEME_VARIABLE
 
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
 SEED = 1
@@ -416,3 +419,28 @@ def test_size_that_sglang_rounds_up_is_updated(ep_size, workers, checkpoint):
     for done in result.ranks[0].updates:
         assert done.success, done.message
     assert compare(workers.load(LoadJob(new, **fields)), result) == []
+
+
+ENDS = r"re:.*\.layers\.(0|2)\..*"
+LEFT_IN_BF16 = {
+    "SGLANG_FP8_IGNORED_LAYERS": "model.layers.0,model.layers.2",
+    SCHEME_VARIABLE: json.dumps({"linear": "channel", "moe": "channel", "ignore": [ENDS]}),
+}
+
+
+@SESSIONS
+@pytest.mark.parametrize("variable", LEFT_IN_BF16)
+def test_first_and_last_layers_in_bf16_biases_and_tied_heads_are_updated_like_the_rest(variable, workers, checkpoint):
+    seeds = [*zip((2, 0, SEED), ("disk", "flattened buckets", "tensors in many calls"), strict=True)]
+    paths = {seed: checkpoint("qwen2_moe", tied_embeddings=True, seed=seed) for seed in (0, SEED, 2)}
+    job = LoadJob(paths[SEED], streaming="require", environ={variable: LEFT_IN_BF16[variable]}, prompts=PROMPTS)
+    fresh = workers.load(job)
+    made = tuple(Update(checkpoint=paths[seed], **SOURCES[source]) for seed, source in seeds)
+    updated = workers.load(replace(job, checkpoint=paths[0], updates=made))
+    assert [(done.success, done.moved) for done in updated.ranks[0].updates] == [(True, ())] * 3
+    assert compare(fresh, updated) == []
+    dtypes = {name: tensor.dtype for name, tensor in updated.ranks[0].tensors.items()}
+    of_layers = {layer: {dtypes[name] for name in dtypes if f"layers.{layer}.mlp.experts.w" in name} for layer in "012"}
+    assert str(torch.bfloat16) not in of_layers["1"]
+    assert of_layers["0"] == of_layers["2"] == {str(torch.bfloat16)}
+    assert "model.layers.1.self_attn.qkv_proj.bias" in dtypes
