@@ -319,6 +319,16 @@ STREAMING: tuple[Hook, ...] = (
         remove_when=_WHEN_UPSTREAM_UPDATES,
         without=_NO_SESSIONS,
     ),
+    Hook(
+        target="sglang.srt.eplb.expert_location_updater.ExpertLocationUpdater.update",
+        wrapper="sglang_overlay.hooks.update_hooks:move_experts",
+        kind=HookKind.AROUND,
+        parameters=("self", "routed_experts_weights_of_layer", "new_expert_location_metadata", "update_layer_ids"),
+        why="EPLB moves experts while requests are served, so also between two calls of an update: what has come in "
+        "part would go to slots that hold other experts by then, and so would what is put back.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_UPDATES,
+    ),
 )
 
 MEASURING: tuple[Hook, ...] = tuple(hook for hook in STREAMING if hook.target.endswith(".load_model"))

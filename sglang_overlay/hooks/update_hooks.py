@@ -27,7 +27,7 @@ from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
 from sglang_overlay.load import model_load
 from sglang_overlay.load.checkpoint_files import CheckpointFiles, noted_problems
 from sglang_overlay.load.ranks import gathered, parallel_ranks
-from sglang_overlay.update.model import UpdatableModel, updatable
+from sglang_overlay.update.model import UpdatableModel, any_in_session, updatable
 from sglang_overlay.update.session import WeightUpdate
 from sglang_overlay.update.updaters import has_sessions, model_of
 
@@ -40,6 +40,10 @@ BEFORE_UPDATE = "All weights are those of before this update."
 """How an answer describes the weights when an update has failed."""
 BEFORE_CALL = "All weights are those of before this call. The update goes on: send again what this call was to bring."
 """The same for one call of several."""
+_NOT_FLUSHED = (
+    "Requests are running, so the cache still holds what was computed since the last call of this update: abort or "
+    "retract them, then call /flush_cache."
+)
 _NO_SESSIONS = "This release of SGLang has no update sessions: each call is an update of its own."
 
 
@@ -110,6 +114,7 @@ class Outcome:
     Attributes:
         failure: what went wrong; None after a success.
         is_partial: whether the failure is incomplete units.
+        is_late: whether the end of a session has replaced weights that its calls had brought.
         unused: names of tensors that were not used.
         untouched: parameters that a complete checkpoint would have replaced.
         advice: what to do about ``untouched``.
@@ -117,6 +122,7 @@ class Outcome:
 
     failure: str | None = None
     is_partial: bool = False
+    is_late: bool = False
     unused: Sequence[str] = ()
     untouched: Sequence[str] = ()
     advice: str = ""
@@ -242,7 +248,7 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
         _refuse_unopened(known)
     except Exception as raised:
         error = raised
-    outcome = _outcome(error, BEFORE_UPDATE)
+    outcome = replace(_outcome(error, BEFORE_UPDATE), is_late=error is None and update.is_late)
     known.unopened = None
     outcomes = _session.get()
     if outcomes is not None:
@@ -259,7 +265,8 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
 def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     """Around ``SchedulerWeightUpdaterManager.end_weight_update``: let the end of a session fail, on all ranks.
 
-    The models of all runners can be undone until all have ended.
+    The models of all runners can be undone until all have ended. Upstream flushes the cache after calls only, so what
+    requests have put there since is dropped if the end changes the weights again.
     """
     known = [found for _, runner in manager._select_runners() if (found := updatable(runner.model)) is not None]
     if not known:
@@ -275,7 +282,10 @@ def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any
         _session.reset(token)
     outcome = _of_all(*outcomes)
     _close(known, UpdatableModel.commit if outcome.failure is None else UpdatableModel.abort)
-    return answer if outcome.failure is None else type(answer)(success=False, message=outcome.failure)
+    is_flushed = not (outcome.failure or outcome.is_late) or manager.flush_cache()
+    if outcome.failure is None:
+        return answer
+    return type(answer)(success=False, message=outcome.failure if is_flushed else f"{outcome.failure} {_NOT_FLUSHED}")
 
 
 def receive_weights(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
@@ -351,6 +361,18 @@ def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, n
     return None
 
 
+def move_experts(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``ExpertLocationUpdater.update``, which EPLB calls between two batches: experts stay during a session.
+
+    Returns:
+        As upstream's, the experts that could not be moved since their rank is gone: none.
+    """
+    if not any_in_session():
+        return original(updater, *args, **kwargs)
+    logger.info("StreamFP8: EPLB moves no experts while a weight update is open; its next rebalance will.")
+    return {}
+
+
 _disk: ContextVar[DiskUpdate | None] = ContextVar("streamfp8_disk_update", default=None)
 _together: ContextVar[Together | None] = ContextVar("streamfp8_together", default=None)
 _session: ContextVar[list[Outcome] | None] = ContextVar("streamfp8_session_end", default=None)
@@ -384,6 +406,8 @@ def _judged(
         update = known.open or known.begin(executor)
         if not is_own:
             update.begin_call()
+            if disk is not None and disk.is_whole:
+                update.drop_parts()
         result = run(update)
         if is_own:
             update.finish(model)
@@ -471,6 +495,7 @@ def _of_all(*mine: Outcome) -> Outcome:
     return Outcome(
         " ".join(reversed(failed.values())) if failed else None,
         any(outcome.is_partial for outcome in outcomes),
+        any(outcome.is_late for outcome in outcomes),
         () if parallel_ranks().pp.size > 1 else common,
         [*dict.fromkeys(name for outcome in outcomes for name in outcome.untouched)],
         next((outcome.advice for outcome in outcomes if outcome.advice), ""),

@@ -63,6 +63,11 @@ class UpdatableModel:
         return self.open
 
     @property
+    def is_in_session(self) -> bool:
+        """Whether a session's update is open, or was to be opened and could not: all ranks agree on that."""
+        return self.open is not None or self.unopened is not None
+
+    @property
     def _device(self) -> torch.device:
         weights = (weight for layer in self.layers for weight in layer.module.parameters() if not weight.is_meta)
         return next((weight.device for weight in weights), torch.device("cpu"))
@@ -99,6 +104,11 @@ def remember(model: torch.nn.Module, updatable: UpdatableModel) -> None:
         if layer.module not in present:
             layer.note_deletion(model)
     _models[model] = updatable
+
+
+def any_in_session() -> bool:
+    """Whether a model of this process is in a session of updates."""
+    return any(model.is_in_session for model in _models.values())
 
 
 def updatable(model: torch.nn.Module) -> UpdatableModel | None:

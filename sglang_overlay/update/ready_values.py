@@ -160,9 +160,12 @@ class ReadyValues:
         self._account.add(sum(write.values.nbytes for write in self._waiting))
 
     def drop_staged(self) -> None:
-        """Release the memory of waiting values."""
+        """Forget values that wait for their scales, and scales that wait for their values."""
         self._account.add(-sum(write.values.nbytes for write in self._waiting))
         self._waiting = []
+        self._missing = {}
+        self._whole.fill_(False)
+        self._scaled.fill_(False)
 
     def _cover(self, write: _Write) -> None:
         if write.region.is_whole:

@@ -82,6 +82,7 @@ class WeightUpdate:
 
     Attributes:
         given: the tensors that upstream was given in the current call.
+        is_late: whether ``finish`` has quantized units that the calls before had brought.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class WeightUpdate:
         self.sources = CheckpointSources()
         self.account = StagingAccount()
         self.given = GivenTensors()
+        self.is_late = False
         self._undo = UndoLog()
         self._wanted = wanted
         self._calls = LoaderCalls(parallel_ranks().tp.size, lambda tensor: self.given.name_of(tensor) or "")
@@ -143,6 +145,14 @@ class WeightUpdate:
             "damaged": list(self._damaged),
             "direct": dict(self._direct),
         }
+
+    def drop_parts(self) -> None:
+        """Drop what earlier calls have brought of incomplete units: this one brings a whole checkpoint.
+
+        A trainer that has died leaves a session open. What it sent last must not be quantized with what comes now.
+        """
+        self._drop_staged()
+        self._groups.restore({})
 
     def keep_call(self) -> None:
         """End the current call, which succeeded."""
@@ -284,6 +294,7 @@ class WeightUpdate:
                 "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
                 f"{f'. This model took none of {shortened(self.given.unused)}' if self.given.unused else ''}"
             )
+        self.is_late = any(stream.has_waiting_units for stream in self._streams.values())
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
             raise WeightUpdateError(str(conflicts[0])) from conflicts[0]
@@ -308,10 +319,7 @@ class WeightUpdate:
         """Close the executor and release all staging memory. May be called more than once."""
         self._executor.close()
         self._undo.forget()
-        for stream in self._streams.values():
-            stream.drop_staged()
-        for parameter, _ in self._whole.values():
-            parameter.reset()
+        self._drop_staged()
 
     @property
     def replaced(self) -> list[str]:
@@ -342,6 +350,12 @@ class WeightUpdate:
     def is_empty(self) -> bool:
         """Whether nothing of the model was written to."""
         return not self._undo.storages and not self.replaced
+
+    def _drop_staged(self) -> None:
+        for stream in self._streams.values():
+            stream.drop_staged()
+        for parameter, _ in self._whole.values():
+            parameter.reset()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,11 @@ class UpdateStream(CheckpointStream):
         return self._ready.problem
 
     @property
+    def has_waiting_units(self) -> bool:
+        """Whether complete units wait for the end of the update: their loader clears before it writes."""
+        return any(staged.covered == self._grid.unit_volume for staged in self._staged.values())
+
+    @property
     def conflict(self) -> LayerNotStreamableError | None:
         """The error if writes after a unit was complete contradict it, else None. Ends the stream."""
         try:

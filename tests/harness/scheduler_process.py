@@ -137,7 +137,9 @@ class SchedulerProcess:
         """A scheduler of these models, in place of the one before."""
         return self._send(_Order("start", self._rank, folders=(target, draft), fields=server_args))
 
-    def ask(self, what: What, *checkpoint: Path, names: str = "", faults: Sequence[Fault] = ()) -> Answer:
+    def ask(
+        self, what: What, *checkpoint: Path, names: str = "", faults: Sequence[Fault] = (), **fields: Any
+    ) -> Answer:
         """Send the scheduler a request.
 
         Args:
@@ -145,10 +147,11 @@ class SchedulerProcess:
             checkpoint: where the new weights are.
             names: only tensors in whose name this regular expression is found; not from disk.
             faults: what goes wrong meanwhile.
+            fields: further ones of the request.
         """
         # Here, as in a trainer: with SGLang's patch of torch a process that updates weights serializes none on the CPU.
         sent = _serialized(checkpoint[0], names) if what == "tensor" else b""
-        return self._send(_Order("ask", self._rank, what, checkpoint, sent, tuple(faults)))
+        return self._send(_Order("ask", self._rank, what, checkpoint, sent, tuple(faults), fields))
 
     def call(self, what: What, *checkpoint: Path, faults: Sequence[Fault] = (), **arguments: Any) -> Answer:
         """Call the target's weight updater, past the scheduler; as of ``ask``, with further arguments of the method."""
@@ -252,6 +255,7 @@ def _weights_of_a_folder(
 
 
 def _started(order: _Order) -> Any:
+    import torch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.server_args import PortArgs
     from workbench.loads import load_worker, runtime
@@ -259,6 +263,8 @@ def _started(order: _Order) -> Any:
     from sglang_overlay.cpu_reference.platform import CpuReferencePlatform
 
     CpuReferencePlatform.supports_speculative_algorithm = lambda *_: True
+    # A draft waits for the GPU where it takes its target's embeddings.
+    torch.cuda.synchronize = lambda *_: None
     target, draft = order.folders
     fields = {
         "attention_backend": "triton",
@@ -337,7 +343,7 @@ def _request(order: _Order) -> Any:
     from sglang.srt.managers import io_struct
 
     if order.what == "begin":
-        return io_struct.BeginWeightUpdateReqInput()
+        return io_struct.BeginWeightUpdateReqInput(**order.fields)
     if order.what == "end":
         return io_struct.EndWeightUpdateReqInput()
     (folder,) = order.folders
@@ -347,7 +353,8 @@ def _request(order: _Order) -> Any:
         return io_struct.UpdateWeightsFromDistributedReqInput(group_name=GROUP, **_described(folder))
     if order.what == "ipc":
         return _ipc(folder)
-    return io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=[order.sent] * (order.rank + 1))
+    sent = [order.sent] * (order.rank + 1)
+    return io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=sent, **order.fields)
 
 
 def _call(updater: Any, order: _Order) -> tuple[Callable[..., Any], tuple[Any, ...]]:

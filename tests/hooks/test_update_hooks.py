@@ -152,6 +152,25 @@ class TestSession:
         assert scheduler.ask("tensor", new, names="kv_a_proj").success
         assert scheduler.ask("end").success
 
+    def test_that_a_trainer_has_left_does_not_mix_with_a_folder(self, scheduler, checkpoint, new):
+        """Halves of two fused weights wait for the others, which the folder has, before and after its own."""
+        fresh = [model.tensors for model in scheduler.ask("disk", new).held]
+        scheduler.ask("begin")
+        left = r"layers\.0\.mlp\.gate_proj|layers\.1\.mlp\.up_proj"
+        assert scheduler.ask("tensor", checkpoint("qwen3", seed=2), names=left).success
+        assert scheduler.ask("disk", new).success
+        answer = scheduler.ask("end")
+        assert answer.success, answer.message
+        assert [model.tensors for model in answer.held] == fresh
+
+    def test_of_one_model_leaves_the_other(self, scheduler, new, before):
+        for selector, changes in (("draft", (False, True)), ("target", (True, True))):
+            scheduler.ask("begin", selector=selector)
+            assert scheduler.ask("tensor", new, selector=selector).success
+            answer = scheduler.ask("end")
+            assert answer.success
+            assert tuple(now.tensors != then.tensors for now, then in zip(answer.held, before, strict=True)) == changes
+
 
 DISTRIBUTED = pytest.param("distributed", marks=SESSIONS)
 IPC = pytest.param("ipc", marks=SESSIONS)
@@ -264,6 +283,23 @@ def test_target_and_draft_are_updated_together_and_one_answer_tells_of_both(sche
     assert replaced_units(scheduler.printed()[printed:]) == ["12", "8", "8", "8"]
     assert lacking.held[1].tensors == draft.tensors
     assert lacking.held[0].tensors == whole.held[0].tensors | draft.tensors
+
+
+@SESSIONS
+def test_prediction_layer_is_updated_with_its_target(scheduler, checkpoint):
+    """It has the target's embeddings and head, in the same memory."""
+    layer = (("num_nextn_predict_layers", 1),)
+    old, new = (checkpoint("deepseek_v3", overrides=layer, seed=seed) for seed in (0, SEED))
+    fields = {"speculative_algorithm": "EAGLE", "context_length": 4096}
+    fresh = [model.tensors for model in scheduler.start(new, new, **fields).held]
+    served = [model.tensors for model in scheduler.start(old, old, **fields).held]
+    for way, folder, expected in (("disk", new, fresh), ("tensor", old, served), ("tensor", new, fresh)):
+        answer = send(scheduler, way, folder)
+        assert answer.success, answer.message
+        assert [model.tensors for model in answer.held] == expected
+    answer = send(scheduler, "disk", old, out_of_memory("_refuse_misfits", after=1))
+    assert not answer.success
+    assert [model.tensors for model in answer.held] == fresh
 
 
 def test_target_goes_back_where_the_draft_cannot_be_updated(scheduler, checkpoint, old, new):
