@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sglang_overlay.observe.memory import MemoryUsage
     from workbench.loads.fingerprints import TensorPrint
     from workbench.loads.layouts import WeightLayout
+    from workbench.loads.rebalance import Rebalance
     from workbench.loads.updates import Update, UpdateResult
 
 StartMethod = Literal["forkserver", "spawn"]
@@ -68,7 +69,7 @@ class LoadJob:
     environ: Mapping[str, str] = field(default_factory=dict)
     loader_config: Mapping[str, Any] = field(default_factory=dict)
     server_args: Mapping[str, Any] = field(default_factory=dict)
-    updates: tuple[Update, ...] = ()
+    updates: tuple[Update | Rebalance, ...] = ()
     draft: Path | None = None
     save_sharded_state: Path | None = None
     prompts: tuple[tuple[int, ...], ...] = ()

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from workbench.loads import rebalance
 from workbench.loads.fingerprints import named_tensors
+from workbench.loads.rebalance import Rebalance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +33,7 @@ class Update:
         names: regular expression; only tensors whose names contain a match are sent.
         calls: number of calls of ``update_weights_from_tensor``, each with its share of the tensors.
         order: of tensors: as in the ``file``, or ``shuffled``, which separates tensors that belong together.
+        placement: to which EPLB moves experts after each call (``Rebalance``); empty, it moves none.
     """
 
     source: Literal["disk", "tensor", "bucket", "direct"]
@@ -38,6 +41,7 @@ class Update:
     names: str = ""
     calls: int = 1
     order: Literal["file", "shuffled"] = "file"
+    placement: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,32 +70,39 @@ def run(runner: Any, update: Update) -> UpdateResult:
     before = _addresses(runner.model)
     with MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
         begin = time.perf_counter()
-        # Until 0.5.15 the runner updates its weights itself.
-        success, message = _answer(getattr(runner, "weight_updater", runner), update, calls)
+        success, message = _answer(runner, update, calls)
         seconds = time.perf_counter() - begin
     after = _addresses(runner.model)
     moved = tuple(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
     return UpdateResult(success, message, moved, sampler.usage, seconds)
 
 
-def _answer(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
+def _answer(runner: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
+    # Until 0.5.15 the runner updates its weights itself.
+    updater = getattr(runner, "weight_updater", runner)
     try:
         if update.source == "disk":
             pattern = re.compile(update.names)
             only = {"weight_name_filter": lambda name: bool(pattern.search(name))} if update.names else {}
             answer: tuple[bool, str] = updater.update_weights_from_disk(str(update.checkpoint), "auto", **only)
             return answer
-        return _session(updater, update, calls)
+        return _session(runner, updater, update, calls)
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
 
 
-def _session(updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
+def _session(
+    runner: Any, updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]
+) -> tuple[bool, str]:
     """Make all calls in one session, or each by itself if there are no sessions (before 0.5.21)."""
     has_sessions = hasattr(updater, "begin_weight_update")
     if has_sessions:
         updater.begin_weight_update()
-    answers = [_send(updater, update, tensors) for tensors in calls]
+    answers = []
+    for tensors in calls:
+        answers.append(_send(updater, update, tensors))
+        if update.placement:
+            rebalance.run(runner, Rebalance(update.placement))
     if has_sessions:
         try:
             updater.end_weight_update(run_post_load=not calls)
