@@ -64,6 +64,7 @@ FULL = (
     "standin/test_rocm.py",
     "test_readme.py::test_light_command_runs",
     "update/test_lora.py",
+    "update/test_update_live.py",
     "update/test_update_ranks.py",
     "update/test_update_serving.py::test_server",
     "workbench/test_bench.py",

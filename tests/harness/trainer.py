@@ -10,7 +10,12 @@ JSON, the tokens that an ``sglang.Engine`` generates before and after each of fo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +31,32 @@ if TYPE_CHECKING:
 
 NamedTensor = tuple[str, "torch.Tensor"]
 
-_GROUP = "trainer"
-_TENSORS_A_CALL = 40
+GROUP = "trainer"
+_TENSORS_A_CALL = 16
 _IDLE_SECONDS = 60.0
 
 
-def broadcast(url: str, checkpoint: Path) -> None:
+class TrainerError(RuntimeError):
+    """A trainer's process has failed.
+
+    Args:
+        code: exit code.
+        printed: the end of what it has printed.
+    """
+
+    def __init__(self, code: int, printed: str) -> None:
+        super().__init__(f"exit code {code}: {printed}")
+        self.code = code
+
+
+def broadcast(url: str, checkpoint: Path, ranks: int = 1, dies_after: int | None = None) -> None:
     """One session, or one call: all tensors of ``checkpoint``, some at a time, by ``update_weights_from_distributed``.
+
+    Args:
+        url: of the server.
+        checkpoint: what is sent.
+        ranks: of the server.
+        dies_after: tensors after which this process kills itself; None, it does not.
 
     Raises:
         ServerError: the server answered that something failed.
@@ -41,13 +65,14 @@ def broadcast(url: str, checkpoint: Path) -> None:
     from sglang.srt.utils import init_custom_process_group
 
     port = free_port()
-    joining = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
+    joining = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 1 + ranks}
+    left = itertools.count(dies_after, -1) if dies_after is not None else itertools.repeat(1)
     with ThreadPoolExecutor(1) as server:
         answer = server.submit(
-            post, url, "init_weights_update_group", {**joining, "group_name": _GROUP, "backend": "gloo"}
+            post, url, "init_weights_update_group", {**joining, "group_name": GROUP, "backend": "gloo"}
         )
         group = init_custom_process_group(
-            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=_GROUP
+            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=1 + ranks, rank=0, group_name=GROUP
         )
         answer.result()
         if has_sessions():
@@ -55,16 +80,18 @@ def broadcast(url: str, checkpoint: Path) -> None:
         for tensors in calls_of(checkpoint):
             names, shapes = [name for name, _ in tensors], [list(tensor.shape) for _, tensor in tensors]
             dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors]
-            described = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": _GROUP}
+            described = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": GROUP}
             answer = server.submit(post, url, "update_weights_from_distributed", described)
             for _, tensor in tensors:
+                if not next(left):
+                    os.kill(os.getpid(), signal.SIGKILL)
                 torch.distributed.broadcast(tensor, src=0, group=group)
             answer.result()
         try:
             if has_sessions():
                 post(url, "end_weight_update", {})
         finally:
-            post(url, "destroy_weights_update_group", {"group_name": _GROUP})
+            post(url, "destroy_weights_update_group", {"group_name": GROUP})
 
 
 def until_idle(url: str) -> None:
@@ -158,11 +185,30 @@ def calls_of(checkpoint: Path) -> Iterator[list[NamedTensor]]:
         yield tensors[call::calls]
 
 
+def run_in_a_process(*arguments: object) -> str:
+    """Run this module with ``arguments``; what it has printed.
+
+    Raises:
+        TrainerError: it failed.
+    """
+    command = (sys.executable, "-m", "harness.trainer", *map(str, arguments))
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SGLANG_STREAMFP8": "require"}
+    # A session of its own: an engine that fails kills its process group.
+    ran = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=600, start_new_session=True, check=False
+    )
+    if ran.returncode:
+        raise TrainerError(ran.returncode, ran.stdout[-4000:] + ran.stderr[-8000:])
+    return ran.stdout
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     distributed, engine = kinds.add_parser("distributed"), kinds.add_parser("engine")
     distributed.add_argument("--url", required=True)
+    distributed.add_argument("--ranks", type=int, default=1)
+    distributed.add_argument("--dies-after", type=int)
     engine.add_argument("--model", type=Path, required=True)
     engine.add_argument("--prompts", type=json.loads, required=True)
     engine.add_argument("--new-tokens", type=int, default=8)
@@ -170,7 +216,7 @@ def main() -> None:
         kind.add_argument("--checkpoint", type=Path, required=True)
     chosen = parser.parse_args()
     if chosen.kind == "distributed":
-        broadcast(chosen.url, chosen.checkpoint)
+        broadcast(chosen.url, chosen.checkpoint, chosen.ranks, chosen.dies_after)
     else:
         print(
             json.dumps(engine_updates(chosen.model, chosen.checkpoint, chosen.prompts, chosen.new_tokens)), flush=True

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 from harness.mutations import altered
-from harness.trainer import has_sessions, until_idle
+from harness.trainer import has_sessions, run_in_a_process, until_idle
 from workbench.loads import serving
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import PROMPTS
@@ -30,17 +28,6 @@ def tokens(workers, checkpoint):
         return [list(ids) for ids in workers.load_fresh(job).tokens]
 
     return generate
-
-
-def run_trainer(*arguments):
-    command = (sys.executable, "-m", "harness.trainer", *map(str, arguments))
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SGLANG_STREAMFP8": "require"}
-    # A session of its own: an engine that fails kills its process group.
-    ran = subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=600, start_new_session=True, check=False
-    )
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-8000:]
-    return ran.stdout
 
 
 @pytest.fixture
@@ -81,7 +68,7 @@ def test_server_is_updated_from_disk_and_back_by_broadcast(server, checkpoint, t
         before, weights = generated(url), checksum(url)
         post(url, "update_weights_from_disk", {"model_path": str(new)})
         updated, changed = generated(url), checksum(url)
-        run_trainer("distributed", "--url", url, "--checkpoint", old)
+        run_in_a_process("distributed", "--url", url, "--checkpoint", old)
         after, restored = generated(url), checksum(url)
     assert updated == tokens("deepseek_v3", SEED)
     assert before == after == tokens("deepseek_v3", 0)
@@ -101,7 +88,7 @@ def test_server_keeps_what_it_serves_when_an_update_fails(server, checkpoint, tm
     prefixed = altered(new, tmp_path / "prefixed", _prefix)
     fp8 = checkpoint("qwen3_moe", seed=SEED, stored="fp8_block")
     with server("qwen3_moe") as url:
-        run_trainer("distributed", "--url", url, "--checkpoint", new)
+        run_in_a_process("distributed", "--url", url, "--checkpoint", new)
         before, weights = generated(url), checksum(url)
         for folder, told in ((broken, "SafetensorError"), (fp8, "float8_e4m3fn"), (prefixed, "_orig_mod.")):
             with pytest.raises(serving.ServerError, match=rf"(?s)400.*{told}.*{BEFORE_UPDATE}"):
@@ -124,7 +111,7 @@ def _prefix(tensors):
 
 def test_engine_is_updated_by_tensors_by_buckets_and_from_disk_but_not_by_half_an_expert(checkpoint, tokens):
     old, new = checkpoint("qwen3_moe"), checkpoint("qwen3_moe", seed=SEED)
-    printed = run_trainer("engine", "--model", old, "--checkpoint", new, "--prompts", json.dumps(PROMPTS))
+    printed = run_in_a_process("engine", "--model", old, "--checkpoint", new, "--prompts", json.dumps(PROMPTS))
     found = json.loads(printed.splitlines()[-1])
     half, *whole = found["answers"]
     assert [answer[0] for answer in half] == ([True, True, False] if has_sessions() else [False])
