@@ -16,6 +16,10 @@ from workbench.loads.updates import Update
 
 from sglang_overlay.hooks.update_hooks import BEFORE_UPDATE
 
+WAYS = pytest.mark.parametrize(
+    "source", [pytest.param("disk", marks=pytest.mark.nightly), *sources("tensors in many calls")]
+)
+
 PLACES = {
     "expert parallel": ("qwen3_moe", {"tp_size": 2, "ep_size": 2, "prompts": PROMPTS}),
     "pipeline parallel": ("qwen3_moe", {"pp_size": 2}),
@@ -37,7 +41,7 @@ def load(workers, checkpoint):
     return run
 
 
-@pytest.mark.parametrize("source", sources("disk", "tensors in many calls"))
+@WAYS
 @pytest.mark.parametrize("place", PLACES)
 def test_update_ends_as_a_fresh_load(place, source, load, workers, checkpoint):
     family, fields = PLACES[place]
@@ -93,7 +97,7 @@ class TestMovedExperts:
             lambda tensors: tensors.update({name: tensors[name][:1]}),
         )
 
-    @pytest.mark.parametrize("source", sources("disk", "tensors in many calls"))
+    @WAYS
     def test_each_slot_is_updated(self, source, update, placed, checkpoint):
         new, other = checkpoint("qwen3_moe", seed=SEED), checkpoint("qwen3_moe", seed=2)
         result = update(Update("disk", other), Rebalance(SLOTS), Update(checkpoint=new, **SOURCES[source]))
