@@ -19,7 +19,7 @@ from sglang_overlay.offline.plan.job import MODES, ORDERS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from sglang_overlay.observe.folders import Named
+    from sglang_overlay.observe.folders import Group
 
 Result = TypeVar("Result")
 
@@ -205,13 +205,13 @@ def _print_schema(context: click.Context, _option: click.Parameter, wanted: bool
 
 
 @main.command(short_help="What did loads cost?")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("other_folder", required=False, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write one page with all of it.")
 @click.option(
     "--png", type=click.Path(dir_okay=False, path_type=Path), help=f"Draw memory over time into this file. {_CHART}"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the reports and their comparison as JSON.")
+@click.option("--jsonl", "as_lines", is_flag=True, help="Print a line of JSON for each load, for a dashboard.")
 @click.option(
     "--schema",
     is_flag=True,
@@ -220,11 +220,12 @@ def _print_schema(context: click.Context, _option: click.Parameter, wanted: bool
     callback=_print_schema,
     help="Print the JSON Schema of a report, and nothing else.",
 )
-def report(folder: Path, other_folder: Path | None, html: Path | None, png: Path | None, as_json: bool) -> None:  # noqa: FBT001
-    """Show the load reports in FOLDER, or compare those in FOLDER and OTHER_FOLDER.
+def report(folders: tuple[Path, ...], html: Path | None, png: Path | None, as_json: bool, as_lines: bool) -> None:  # noqa: FBT001
+    """Show the load reports in FOLDER and all folders below it: those of one server, or of a fleet.
 
-    A server writes them when SGLANG_STREAMFP8_REPORT names a folder. Of two folders, the one with stock loads is
-    what the other is compared with. Peaks are above the memory at the start of the load.
+    A server writes them when SGLANG_STREAMFP8_REPORT names a folder. What differs between ranks, nodes and replicas is
+    told first. Two folders are compared: the one with stock loads is what the other is compared with. Three or more
+    are shown together. Peaks are above the memory at the start of the load.
 
     \b
     Exit codes:
@@ -234,22 +235,30 @@ def report(folder: Path, other_folder: Path | None, html: Path | None, png: Path
     \b
     Examples:
       python -m sglang_overlay report reports
+      python -m sglang_overlay report reports --html fleet.html
       python -m sglang_overlay report stock reports --html report.html
       python -m sglang_overlay report stock reports --png memory.png
       python -m sglang_overlay report stock reports --json | jq .comparison
+      python -m sglang_overlay report reports --jsonl | jq -c '[.folder, .ranks.tp.rank, .seconds]'
       python -m sglang_overlay report --schema > load-report.schema.json
     """
-    from sglang_overlay.observe.folders import read_folders
+    from sglang_overlay.observe.folders import lines, read_groups
 
-    named = _or_exit(lambda: read_folders([folder] if other_folder is None else [folder, other_folder]))
+    if as_json and as_lines:
+        raise click.UsageError("--json and --jsonl cannot be used together")
+    groups = _or_exit(lambda: read_groups(folders))
     if html is not None:
-        _or_exit(lambda: _write_page(named, html))
+        _or_exit(lambda: _write_page(groups, html))
     if png is not None:
-        _or_exit(lambda: _draw(named, png))
-    if as_json:
-        click.echo(json.dumps(_as_json(named), indent=2))
+        _or_exit(lambda: _draw(groups, png))
+    if as_lines:
+        for line in lines(groups):
+            click.echo(json.dumps(line))
         return
-    _print(named)
+    if as_json:
+        click.echo(json.dumps(_as_json(groups), indent=2))
+        return
+    _print(groups)
     for what, file in (("page", html), ("memory over time", png)):
         if file is not None:
             click.echo(f"\n{what}: {file}")
@@ -385,31 +394,39 @@ def _or_exit(work: Callable[[], Result]) -> Result:
         raise click.ClickException(str(error)) from error
 
 
-def _print(named: list[Named]) -> None:
+def _print(groups: list[Group]) -> None:
     from sglang_overlay.observe import terminal
-    from sglang_overlay.observe.folders import subject
 
     out = terminal.console()
-    for index, (name, loads) in enumerate(named):
+    for index, group in enumerate(groups):
         if index:
             out.print()
-        terminal.print_reports(out, f"{name}: {subject(loads)}", loads)
-    if len(named) == 2:
+        terminal.print_reports(out, group)
+    if len(groups) == 2:
         out.print()
-        terminal.print_comparison(out, (named[0][0], named[1][0]), named[0][1], named[1][1])
+        terminal.print_comparison(out, groups[0], groups[1])
 
 
-def _as_json(named: list[Named]) -> dict[str, Any]:
+def _as_json(groups: list[Group]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from sglang_overlay.observe.compare import pair_up
     from sglang_overlay.observe.report import to_json
 
-    pairs = pair_up(named[0][1], named[1][1]) if len(named) == 2 else []
+    pairs = pair_up(groups[0].loads, groups[1].loads) if len(groups) == 2 else []
     return {
         "schema": "sglang-streamfp8/reports",
         "version": 1,
-        "folders": [{"folder": name, "reports": [to_json(load) for load in loads]} for name, loads in named],
+        "folders": [
+            {
+                "folder": group.name,
+                "differences": group.differences,
+                "reports": [
+                    {**to_json(load), "folder": folder} for load, folder in zip(group.loads, group.folders, strict=True)
+                ],
+            }
+            for group in groups
+        ],
         "comparison": [
             {
                 "ranks": asdict(pair.first.ranks),
@@ -422,14 +439,14 @@ def _as_json(named: list[Named]) -> dict[str, Any]:
     }
 
 
-def _draw(named: list[Named], file: Path) -> Path:
+def _draw(groups: list[Group], file: Path) -> Path:
     from sglang_overlay.observe import chart
     from sglang_overlay.observe.folders import curves, subject
 
-    return chart.draw(curves(named), file, f"Memory while loading {subject(named[0][1])}")
+    return chart.draw(curves(groups), file, f"Memory while loading {subject(groups[0].loads)}")
 
 
-def _write_page(named: list[Named], file: Path) -> Path:
+def _write_page(groups: list[Group], file: Path) -> Path:
     from sglang_overlay.observe import page
 
-    return page.write(named, file)
+    return page.write(groups, file)

@@ -20,6 +20,7 @@ import sglang_overlay
 from sglang_overlay.cli import main
 from sglang_overlay.hooks import launch
 from sglang_overlay.observe import terminal
+from sglang_overlay.observe.folders import Group
 from sglang_overlay.observe.report import (
     SCHEMA_FILE,
     LayerCounts,
@@ -106,6 +107,47 @@ def test_report_as_json(folders):
     assert data["comparison"][1]["peak_ratio"] == pytest.approx(0.55)
 
 
+@pytest.fixture
+def fleet(folders, tmp_path):
+    """Pods with long names below one folder; the last one is slow."""
+    for index, seconds in enumerate((6.0, 6.1, 60.0)):
+        load = replace(STREAMING, seconds=seconds, node=f"node-{index}")
+        write(load, tmp_path / "fleet" / f"qwen3-moe-235b-a22b-deployment-7c9f9d9c8b-x2x4{index}")
+    return str(tmp_path / "fleet")
+
+
+def test_fleet_is_one_table_and_what_differs_comes_first(fleet):
+    result = _run("report", fleet)
+    assert result.exit_code == 0, result.output
+    title, first, *table = result.output.splitlines()
+    assert title == f"{fleet}: moe-1b, SGLang 0.5.23"
+    assert first == "  differs  slowest: qwen3-moe-235b-a22b-deployment-7c9f9d9c8b-x2x42 TP0/1, 60.0 s; median 6.1 s"
+    assert [line.count("+1.38 GB") for line in table].count(1) == 3
+    assert "…" not in result.output
+
+
+def test_folders_of_a_fleet_are_shown_together_and_two_are_compared(fleet, folders):
+    pods = sorted(map(str, Path(fleet).iterdir()))
+    assert "against" not in _run("report", *pods).output
+    compared = _run("report", *pods[1:]).output
+    assert f"{pods[2]} against {pods[1]}" in re.sub(r"\s+", " ", compared)
+
+
+def test_report_as_lines_has_one_for_each_load(fleet, folders):
+    result = _run("report", fleet, "--jsonl")
+    found = [json.loads(line) for line in result.output.splitlines()]
+    assert [(line["seconds"], line["node"]) for line in found] == [(6.0, "node-0"), (6.1, "node-1"), (60.0, "node-2")]
+    assert len({line["folder"] for line in found}) == 3
+    assert len(_run("report", *folders, "--jsonl").output.splitlines()) == 4
+    assert _run("report", fleet, "--jsonl", "--json").exit_code == 2
+
+
+def test_report_as_json_says_what_differs_and_where_reports_lie(fleet):
+    (folder,) = json.loads(_run("report", fleet, "--json").output)["folders"]
+    assert folder["differences"][0].startswith("slowest: ")
+    assert folder["reports"][0]["folder"].startswith(f"{fleet}/")
+
+
 def test_report_draws_a_chart_and_says_where(folders, tmp_path):
     png = tmp_path / "memory.png"
     result = _run("report", *folders, "--png", str(png))
@@ -134,7 +176,7 @@ def test_schema_is_printed_as_it_is_published_and_needs_no_folder():
 def test_reports_of_an_earlier_release_of_this_package_are_shown(folders):
     for file in Path(folders[1]).iterdir():
         data = json.loads(file.read_text())
-        del data["scheme"], data["missing"], data["layers"]["figures"]
+        del data["scheme"], data["missing"], data["node"], data["layers"]["figures"]
         file.write_text(json.dumps(data))
     assert _row(_run("report", folders[1]).output, "TP0/2")[1] == "streaming"
 
@@ -257,7 +299,7 @@ def test_terminal_gets_colour_unless_told_otherwise(folders, variables, coloured
 @pytest.mark.parametrize("width", [80, 100])
 def test_no_figure_is_cut_off_on_a_narrow_terminal(width):
     console = Console(file=io.StringIO(), width=width)
-    terminal.print_reports(console, "reports", [replace(STREAMING, seconds=754.0)])
+    terminal.print_reports(console, Group("reports", [replace(STREAMING, seconds=754.0)], ["reports"]))
     for figure in ("12 min 34 s", "+1.38 GB", "1.25 GB", "1.10x", "3.10 MB", "1234", "210", "61"):
         assert figure in console.file.getvalue()
     assert "…" not in console.file.getvalue()

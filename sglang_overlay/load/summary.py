@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,7 @@ def summarize(
         scheme=_scheme(load, model_config),
         warnings=(*_why_stock(load), *load.checkpoint.warnings),
         missing=tuple(load.checkpoint.missing),
+        node=platform.node(),
     )
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from sglang_overlay.observe.report import LoadReport
 
+# Lines of one curve: among more, nobody finds one, and a page of a large fleet would take megabytes.
+_DRAWN = 24
+
 # Vermilion, blue, green and purple of Okabe and Ito's palette: distinguishable with every form of colour blindness, and
 # by lightness on a grey printout.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
@@ -45,6 +48,15 @@ class Curve:
     def highest(self) -> LoadReport:
         """The load with the highest peak, which decides whether the model fits."""
         return max(self.reports, key=lambda report: report.memory.peak_above_start)
+
+    @property
+    def drawn(self) -> tuple[LoadReport, ...]:
+        """The loads that are drawn: of very many the highest, the slowest, and some of the others."""
+        if len(self.reports) <= _DRAWN:
+            return self.reports
+        step = -(-len(self.reports) // (_DRAWN - 2))
+        kept = {id(self.highest), id(max(self.reports, key=lambda report: report.seconds))}
+        return tuple(one for at, one in enumerate(self.reports) if at % step == 0 or id(one) in kept)
 
 
 def draw(curves: Sequence[Curve], file: Path | str, title: str) -> Path:
@@ -117,7 +129,7 @@ def _figure(curves: Sequence[Curve], title: str) -> Any:
 def _draw_curve(axes: Any, curve: Curve, colour: str) -> None:
     """All ranks as lines; the one with the highest peak stands out."""
     highest = curve.highest
-    for report in curve.reports:
+    for report in curve.drawn:
         if report is not highest:
             axes.plot(*_points(report), color=colour, linewidth=1.0, alpha=0.5, zorder=3)
     ranks = f" (highest of {len(curve.reports)} loads)" if len(curve.reports) > 1 else ""

@@ -33,3 +33,8 @@ def seconds_text(seconds: float) -> str:
 def count_text(count: int, singular: str, plural: str | None = None) -> str:
     """``count`` with its noun: '1 layer', '2 layers'."""
     return f"{count} {singular if count == 1 else plural or singular + 's'}"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """A ratio as '0.55x'; a dash for None."""
+    return "-" if ratio is None else f"{ratio:.2f}x"

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sglang_overlay import __version__
 from sglang_overlay.observe.compare import Pair, pair_up
-from sglang_overlay.observe.folders import Loads, Named, curves, subject
-from sglang_overlay.observe.formats import bytes_text, count_text, seconds_text
+from sglang_overlay.observe.folders import Group, curves, subject
+from sglang_overlay.observe.formats import bytes_text, count_text, ratio_text, seconds_text
+from sglang_overlay.observe.labels import model_name
 from sglang_overlay.observe.layer_table import Layer, by_reason, layers_of
-from sglang_overlay.observe.report import ReportError
-from sglang_overlay.observe.terminal import rank_text, ratio_text
+from sglang_overlay.observe.report import LoadReport, ReportError
 from sglang_overlay.observe.timeline import timeline
 
 # The same chart in two sizes, since text in a picture shrinks with it: for wide screens and for phones.
@@ -26,11 +26,11 @@ _SIZES = ((880, 380), (400, 320))
 
 
 @dataclass(frozen=True)
-class Section:
-    """One folder's layers."""
+class Details:
+    """How the layers of one model were loaded."""
 
     name: str
-    loads: Loads
+    loads: Sequence[LoadReport]
     layers: tuple[Layer, ...]
 
     @property
@@ -59,30 +59,58 @@ class Section:
         return any(load.mode == "streaming" for load in self.loads)
 
 
-def render(named: Sequence[Named]) -> str:
-    """The page, as HTML, for one folder of reports, or for two side by side, stock first."""
-    shown = curves(named)
-    pairs = pair_up(named[0][1], named[1][1]) if len(named) == 2 else []
+@dataclass(frozen=True)
+class Section:
+    """One group's loads."""
+
+    group: Group
+
+    @property
+    def rows(self) -> Iterable[tuple[str, LoadReport]]:
+        """Each load with its name."""
+        return zip(self.group.labels, self.group.loads, strict=True)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether any load was streamed."""
+        return any(load.mode == "streaming" for load in self.group.loads)
+
+    @property
+    def models(self) -> list[Details]:
+        """For each model its layers."""
+        by_model: dict[str, list[LoadReport]] = {}
+        for load in self.group.loads:
+            by_model.setdefault(model_name(load), []).append(load)
+        return [
+            Details(self.group.name if len(by_model) == 1 else model, loads, tuple(layers_of(loads)))
+            for model, loads in by_model.items()
+        ]
+
+
+def render(groups: Sequence[Group]) -> str:
+    """The page, as HTML, for one group of loads, or for two side by side, stock first."""
+    shown = curves(groups)
+    pairs = pair_up(groups[0].loads, groups[1].loads) if len(groups) == 2 else []
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
-            title=f"Memory while loading {subject(named[-1][1])}",
-            verdict=_verdict(named, pairs),
+            title=f"Memory while loading {subject(groups[-1].loads)}",
+            verdict=_verdict(groups, pairs),
             curves=shown,
             charts=[timeline(shown, width, height) for width, height in _SIZES],
-            metrics=sorted({load.memory.metric for _, loads in named for load in loads}),
-            models=sorted({load.final_bytes for _, loads in named for load in loads}),
+            metrics=sorted({load.memory.metric for group in groups for load in group.loads}),
+            models=sorted({load.final_bytes for group in groups for load in group.loads}),
             pairs=pairs,
-            named=named,
+            groups=groups,
             # Streamed loads first: they have the most details.
-            sections=[Section(name, loads, tuple(layers_of(loads))) for name, loads in reversed(named)],
+            sections=[Section(group) for group in reversed(groups)],
             version=__version__,
         )
     )
 
 
-def write(named: Sequence[Named], file: Path) -> Path:
+def write(groups: Sequence[Group], file: Path) -> Path:
     """Write the page and return its path.
 
     Raises:
@@ -90,22 +118,22 @@ def write(named: Sequence[Named], file: Path) -> Path:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(render(named), encoding="utf-8")
+        file.write_text(render(groups), encoding="utf-8")
     except OSError as error:
         raise ReportError(f"the page could not be written to {file}: {error}; name a file that can be") from error
     return file
 
 
-def _verdict(named: Sequence[Named], pairs: Sequence[Pair]) -> str:
+def _verdict(groups: Sequence[Group], pairs: Sequence[Pair]) -> str:
     """A summary of the page in a sentence or two."""
-    loads = named[-1][1]
+    loads = groups[-1].loads
     highest = max(loads, key=lambda load: load.memory.peak_above_start)
     peak = f"Peak {bytes_text(highest.memory.peak_above_start)} above the start"
     if highest.final_bytes:
         of_model = highest.memory.peak_above_start / highest.final_bytes
         peak += f", {ratio_text(of_model)} the loaded model's {bytes_text(highest.final_bytes)}"
     ratios = [pair.peak_ratio for pair in pairs if pair.peak_ratio is not None]
-    against = f"; {ratio_text(max(ratios))} the peak of {named[0][0]}" if ratios else ""
+    against = f"; {ratio_text(max(ratios))} the peak of {groups[0].name}" if ratios else ""
     fell_back = len({note.layer for load in loads for note in load.layers.fallback})
     left = f" {count_text(fell_back, 'layer')} fell back to stock's path." if fell_back else ""
     return f"{peak}{against}. Loaded in {seconds_text(max(load.seconds for load in loads))}.{left}"
@@ -120,5 +148,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(bytes=bytes_text, seconds=seconds_text, ratio=ratio_text)
-    environment.globals.update(rank_text=rank_text, count_text=count_text)
+    environment.globals.update(count_text=count_text)
     return environment

@@ -13,6 +13,8 @@ import re
 import threading
 import types
 import typing
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -146,6 +148,7 @@ class LoadReport:
         warnings: warnings about this load.
         scheme: how fp8 layers are quantized, as the user chose it.
         missing: parameters that were not completely written from the checkpoint, but are served all the same.
+        node: host name of the machine, which in a Kubernetes pod is the pod's name; empty if unknown.
     """
 
     release: str
@@ -164,6 +167,7 @@ class LoadReport:
     warnings: tuple[str, ...] = ()
     scheme: str = field(default="stock", metadata=_ADDED)
     missing: tuple[str, ...] = field(default=(), metadata=_ADDED)
+    node: str = field(default="", metadata=_ADDED)
 
     @property
     def streamed_bytes(self) -> int:
@@ -231,18 +235,42 @@ def read(file: Path | str) -> LoadReport:
 
 
 def read_folder(folder: Path | str) -> tuple[LoadReport, ...]:
-    """All reports of ``folder``, by pipeline, tensor and expert rank, then in the order they were written."""
+    """All reports of ``folder``, by pipeline, tensor and expert rank, then in the order they were written.
+
+    Raises:
+        ReportError: there are none, or one cannot be read.
+    """
     source = Path(folder)
-    if not source.is_dir():
-        raise ReportError(f"{source} is not a folder; give the one that SGLANG_STREAMFP8_REPORT named for the server")
-    files = sorted(source.glob(_PATTERN), key=_number)
+    return _in_order(_files(source, source.glob(_PATTERN)))
+
+
+def read_tree(folder: Path | str) -> dict[Path, tuple[LoadReport, ...]]:
+    """The reports of each folder that has some, ``folder`` itself and all below it, as ``read_folder`` returns them.
+
+    Raises:
+        ReportError: there are none, or one cannot be read.
+    """
+    source = Path(folder)
+    found: defaultdict[Path, list[Path]] = defaultdict(list)
+    for file in _files(source, source.rglob(_PATTERN)):
+        found[file.parent].append(file)
+    return {place: _in_order(found[place]) for place in sorted(found)}
+
+
+def _files(folder: Path, found: Iterable[Path]) -> list[Path]:
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is not a folder; give the one that SGLANG_STREAMFP8_REPORT named for the server")
+    files = sorted(found, key=_number)
     if not files:
         raise ReportError(
-            f"no load reports ({_PATTERN}) in {source}; start SGLang with SGLANG_STREAMFP8_REPORT={source} and load "
+            f"no load reports ({_PATTERN}) in {folder}; start SGLang with SGLANG_STREAMFP8_REPORT={folder} and load "
             "a model"
         )
-    reports = [read(file) for file in files]
-    return tuple(sorted(reports, key=lambda report: _order(report.ranks)))
+    return files
+
+
+def _in_order(files: Iterable[Path]) -> tuple[LoadReport, ...]:
+    return tuple(sorted(map(read, files), key=lambda report: _order(report.ranks)))
 
 
 def summary_line(report: LoadReport) -> str:

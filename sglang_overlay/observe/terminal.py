@@ -14,14 +14,15 @@ from rich.padding import Padding
 from rich.table import Table
 
 from sglang_overlay.observe.compare import pair_up
-from sglang_overlay.observe.formats import bytes_text, count_text, seconds_text
+from sglang_overlay.observe.folders import Group, subject
+from sglang_overlay.observe.formats import bytes_text, count_text, ratio_text, seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from sglang_overlay.activation import Activation, HookLine
-    from sglang_overlay.observe.report import LayerNote, LoadReport, Ranks
+    from sglang_overlay.observe.report import LayerNote, LoadReport
 
     Selection = Callable[[HookLine], bool]
 
@@ -95,10 +96,13 @@ def print_activation(out: Console, found: Activation, described: Selection = unf
         out.print(Padding(escape(message), (0, 0, 0, 2), expand=False), style="yellow")
 
 
-def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> None:
-    """Print a row for each load, then the layers that were not streamed and the warnings."""
-    out.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
-    rows = [_cells(report) for report in reports]
+def print_reports(out: Console, group: Group) -> None:
+    """Print what differs, then a row for each load, the layers that were not streamed, and the warnings."""
+    reports = group.loads
+    out.print(f"[bold]{escape(f'{group.name}: {subject(reports)}')}[/bold]", soft_wrap=True)
+    for difference in group.differences:
+        out.print(Padding(f"[yellow]differs[/yellow]  {escape(difference)}", (0, 0, 0, 2), expand=False))
+    rows = [[escape(label), *_cells(report)] for label, report in zip(group.labels, reports, strict=True)]
     if out.width >= _WIDE:
         _print_table(out, _HEADINGS, rows, padding=(0, 1))
     else:
@@ -113,8 +117,10 @@ def print_reports(out: Console, title: str, reports: Sequence[LoadReport]) -> No
 
 def _print_table(out: Console, headings: Sequence[str], rows: Iterable[Sequence[str]], padding: Any) -> None:
     table = Table(header_style="dim", box=None, pad_edge=False, padding=padding)
-    for heading in headings:
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("rank", "mode") else "right")
+    # Names of folders may be long: they are folded, never the figures.
+    table.add_column(headings[0], overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "mode" else "right")
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -130,18 +136,16 @@ def _print_narrow_table(out: Console, rows: Sequence[Sequence[str]]) -> None:
     _print_table(out, headings, rows, padding=(0, 1, 0, 0))
 
 
-def print_comparison(
-    out: Console, names: tuple[str, str], first: Sequence[LoadReport], second: Sequence[LoadReport]
-) -> None:
+def print_comparison(out: Console, first: Group, second: Group) -> None:
     """Print seconds and peak of both for each rank, with the ratio of the second to the first."""
-    pairs = pair_up(first, second)
+    pairs = pair_up(first.loads, second.loads)
     if not pairs:
         out.print("No rank has a load in both folders, so there is nothing to compare.")
         return
-    out.print(f"[bold]{escape(names[1])}[/bold] against [bold]{escape(names[0])}[/bold]", soft_wrap=True)
+    out.print(f"[bold]{escape(second.name)}[/bold] against [bold]{escape(first.name)}[/bold]", soft_wrap=True)
     rows = [
         (
-            rank_text(pair.first.ranks, pair.first.role),
+            escape(second.label(pair.second)),
             f"{seconds_text(pair.second.seconds)} / {seconds_text(pair.first.seconds)}",
             ratio_text(pair.seconds_ratio),
             f"{bytes_text(pair.second.memory.peak_above_start)} / {bytes_text(pair.first.memory.peak_above_start)}",
@@ -150,13 +154,6 @@ def print_comparison(
         for pair in pairs
     ]
     _print_table(out, ("rank", "seconds", "ratio", "peak", "ratio"), rows, padding=(0, 1))
-
-
-def rank_text(ranks: Ranks, role: str) -> str:
-    """Short name of a load: 'TP1/2', with PP and EP if they are used, and 'draft' for a draft model."""
-    kinds = (("TP", ranks.tp), ("PP", ranks.pp), ("EP", ranks.ep))
-    parts = [f"{name}{place.rank}/{place.size}" for name, place in kinds if place.size > 1 or name == "TP"]
-    return " ".join(parts if role == "target" else [*parts, role])
 
 
 def _facts(found: Activation) -> Table:
@@ -198,7 +195,6 @@ def _cells(report: LoadReport) -> list[str]:
     streamed = report.mode == "streaming"
     layers = report.layers
     return [
-        rank_text(report.ranks, report.role),
         report.mode,
         seconds_text(report.seconds),
         f"+{bytes_text(report.memory.peak_above_start)}",
@@ -221,8 +217,3 @@ def _print_notes(out: Console, label: str, notes: Iterable[LayerNote]) -> None:
         names = ", ".join(list(layers)[:_NAMES_SHOWN]) + (", ..." if len(layers) > _NAMES_SHOWN else "")
         text = f"{label}  {count_text(len(layers), 'layer')}: {reason} ({names})"
         out.print(Padding(escape(text), (0, 0, 0, 2), expand=False))
-
-
-def ratio_text(ratio: float | None) -> str:
-    """A ratio as '0.55x'; a dash for None."""
-    return "-" if ratio is None else f"{ratio:.2f}x"

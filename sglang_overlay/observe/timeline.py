@@ -114,7 +114,7 @@ def _lines(curves: Sequence[Curve], across: _Scale, up: _Scale) -> list[Line]:
     found = [
         _line(index, load, load is curve.highest, across, up)
         for index, curve in enumerate(curves)
-        for load in curve.reports
+        for load in curve.drawn
         if load.memory.samples
     ]
     return sorted(found, key=lambda line: line.highest)

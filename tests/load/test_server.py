@@ -6,6 +6,7 @@ does not know.
 from __future__ import annotations
 
 import json
+import platform
 import re
 import sys
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def served(checkpoint, tmp_path_factory):
 def test_server_streams_and_answers(served):
     assert len(served.answers) == 1
     assert served.report.mode == "streaming"
+    assert served.report.node == platform.node() != ""
     assert served.report.units.streamed > 0
     assert f"StreamFP8: {served.report.units.streamed} units in " in served.log
 

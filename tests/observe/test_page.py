@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import pytest
 from reports import STOCK_LOAD, STREAMED_LOAD
 
+from sglang_overlay.observe.folders import Group
 from sglang_overlay.observe.page import render, write
 from sglang_overlay.observe.report import (
     LayerCounts,
@@ -64,7 +65,11 @@ def ranks(load, size=2):
     return [replace(load, ranks=Ranks(ParallelRank(rank, size))) for rank in range(size)]
 
 
-BOTH = [("stock", ranks(STOCK_LOAD)), ("streaming", ranks(STREAMED))]
+def group(name, loads):
+    return Group(name, loads, [name] * len(loads))
+
+
+BOTH = [group("stock", ranks(STOCK_LOAD)), group("streaming", ranks(STREAMED))]
 
 
 @pytest.fixture(scope="module")
@@ -120,22 +125,43 @@ def test_what_went_wrong_is_listed_once_and_is_text_whatever_it_holds(both):
 
 
 def test_page_of_one_folder_compares_nothing():
-    words = Page(render([("streaming", [STREAMED])])).rows()
+    words = Page(render([group("streaming", [STREAMED])])).rows()
     assert "against" not in words
     assert "Ranks of streaming" in words
 
 
 def test_stock_loads_have_no_columns_of_streaming():
-    words = Page(render([("stock", [STOCK_LOAD])])).rows()
+    words = Page(render([group("stock", [STOCK_LOAD])])).rows()
     assert "peak / model" in words
     assert "fell back" not in words
 
 
 def test_reports_without_samples_and_figures_are_shown_all_the_same():
     bare = replace(STREAMED, memory=replace(STREAMED.memory, samples=()), layers=LayerCounts(1))
-    words = Page(render([("streaming", [bare])])).rows()
+    words = Page(render([group("streaming", [bare])])).rows()
     assert "These reports hold no memory samples." in words
     assert "These reports tell nothing of single layers." in words
+
+
+def test_fleet_has_a_row_for_each_load_and_what_differs_comes_before_all_else():
+    pods = [f"fleet/pod-{index}" for index in range(20) for _ in range(2)]
+    loads = ranks(STREAMED) * 20
+    loads[13] = replace(loads[13], seconds=60.0, model_path="/mnt/moe-1b")
+    page = Page(render([Group("fleet", loads, pods)]))
+    words = page.rows()
+    assert words.index("slowest: pod-6 TP1/2, 60.0 s; median 6.0 s") < words.index("Memory above")
+    assert words.count("pod-6 TP1/2\nstreaming") == 1
+    assert "(highest of 40 loads, 22 drawn)" in words
+    assert page.tags.count("polyline") == 2 * 22
+    assert "layers.0.experts\nstreamed\n40\n" in words
+
+
+def test_layers_of_different_models_are_not_added_up():
+    other = replace(STREAMED, model_path="models/other", layers=replace(STREAMED.layers, fallback=()))
+    words = Page(render([Group("fleet", [STREAMED, other], ["a", "b"])])).rows()
+    assert words.count("layers.0.experts\nstreamed\n1\n") == 2
+    assert "3 layers of moe-1b" in words
+    assert "2 layers of other" in words
 
 
 def test_file_that_cannot_be_written_is_named(tmp_path):

@@ -26,6 +26,7 @@ from sglang_overlay.observe.report import (
     from_json,
     read,
     read_folder,
+    read_tree,
     summary_line,
     to_json,
     write,
@@ -51,7 +52,7 @@ STREAMED = load_report(
 )
 
 
-ADDED = {"missing", "figures", "scheme"}
+ADDED = {"missing", "figures", "scheme", "node"}
 """Fields that the first reports of version 1 had not."""
 
 
@@ -101,6 +102,7 @@ REPORTS = st.builds(
     layers=st.builds(LayerCounts, streamed=_SIZES, deferred=_NOTES, fallback=_NOTES, figures=_FIGURES),
     missing=st.lists(st.text(), max_size=3).map(tuple),
     warnings=st.lists(st.text(), max_size=3).map(tuple),
+    node=st.text(),
 )
 
 
@@ -187,6 +189,16 @@ def test_folder_may_hold_other_files(tmp_path):
     assert read_folder(tmp_path) == (STREAMED,)
 
 
+def test_tree_has_each_folder_with_reports_and_a_folder_alone_has_its_own(tmp_path):
+    for place, seconds in (("b", 1.0), ("a/deep", 2.0), ("a/deep", 3.0), (".", 4.0)):
+        write(replace(STREAMED, seconds=seconds), tmp_path / place)
+    (tmp_path / "other").mkdir()
+    found = {place: [report.seconds for report in loads] for place, loads in read_tree(tmp_path).items()}
+    assert found == {tmp_path: [4.0], tmp_path / "a" / "deep": [2.0, 3.0], tmp_path / "b": [1.0]}
+    assert list(found) == sorted(found)
+    assert [report.seconds for report in read_folder(tmp_path)] == [4.0]
+
+
 def test_unknown_fields_of_the_same_version_are_ignored():
     data = json.loads(json.dumps(to_json(STREAMED)))
     data["later"] = 1
@@ -196,7 +208,7 @@ def test_unknown_fields_of_the_same_version_are_ignored():
 
 def test_report_from_before_a_field_was_added_is_read():
     data = json.loads(json.dumps(to_json(STREAMED)))
-    del data["scheme"], data["missing"], data["layers"]["figures"]
+    del data["scheme"], data["missing"], data["node"], data["layers"]["figures"]
     _validator().validate(data)
     assert from_json(data) == replace(STREAMED, missing=(), layers=replace(STREAMED.layers, figures=()))
 
@@ -291,11 +303,12 @@ def test_other_json_is_not_taken_for_a_report(data):
         from_json(data)
 
 
-def test_folder_without_reports_says_how_to_make_some(tmp_path):
+@pytest.mark.parametrize("reading", [read_folder, read_tree])
+def test_folder_without_reports_says_how_to_make_some(reading, tmp_path):
     with pytest.raises(ReportError, match="SGLANG_STREAMFP8_REPORT"):
-        read_folder(tmp_path)
+        reading(tmp_path)
     with pytest.raises(ReportError, match="not a folder"):
-        read_folder(tmp_path / "nothing")
+        reading(tmp_path / "nothing")
 
 
 def test_unwritable_folder_says_which_variable_to_change(tmp_path):
