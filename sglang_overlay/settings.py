@@ -81,7 +81,10 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     Raises:
         SettingsError: a variable has an unknown name or value; the message lists the valid ones.
     """
-    unknown = sorted(name for name in environ if name.startswith(MODE_VARIABLE) and name not in VARIABLES)
+    links = _service_links(environ)
+    unknown = sorted(
+        name for name in environ if name.startswith(MODE_VARIABLE) and name not in VARIABLES and name not in links
+    )
     if unknown:
         raise SettingsError(f"there is no setting {unknown[0]}. Use one of: {', '.join(VARIABLES)}.")
     found = Settings(
@@ -98,6 +101,16 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
             "Unset one of them."
         )
     return found
+
+
+def _service_links(environ: Mapping[str, str]) -> set[str]:
+    """Variables that Kubernetes sets in every pod for each service of the namespace, named after the service.
+
+    A service ``sglang-streamfp8`` is ``SGLANG_STREAMFP8_SERVICE_HOST``, ``SGLANG_STREAMFP8_PORT`` and more.
+    """
+    services = [name.removesuffix("_SERVICE_HOST") for name in environ if name.endswith("_SERVICE_HOST")]
+    begin = tuple(f"{service}_{kind}" for service in services for kind in ("SERVICE_", "PORT"))
+    return {name for name in environ if name.startswith(begin)}
 
 
 def _mode(text: str) -> Mode:

@@ -29,6 +29,28 @@ def test_setting_that_does_not_exist_is_an_error_that_lists_those_that_do():
     assert load_settings({"_SGLANG_STREAMFP8_COMPLETE": "bash_source", "SGLANG_STREAM": "1"}) == Settings()
 
 
+@pytest.mark.parametrize("service", ["SGLANG_STREAMFP8", "SGLANG_STREAMFP8_QWEN3"])
+def test_what_kubernetes_sets_for_a_service_is_no_setting(service):
+    """Names and values are those of a pod whose namespace has such a service (Kubernetes' page on services)."""
+    links = {
+        f"{service}_SERVICE_HOST": "10.0.0.11",
+        f"{service}_SERVICE_PORT": "30000",
+        f"{service}_SERVICE_PORT_HTTP": "30000",
+        f"{service}_PORT": "tcp://10.0.0.11:30000",
+        f"{service}_PORT_30000_TCP": "tcp://10.0.0.11:30000",
+        f"{service}_PORT_30000_TCP_PROTO": "tcp",
+        f"{service}_PORT_30000_TCP_PORT": "30000",
+        f"{service}_PORT_30000_TCP_ADDR": "10.0.0.11",
+    }
+    assert load_settings(links) == Settings()
+    assert load_settings({**links, "SGLANG_STREAMFP8": "require"}).mode is Mode.REQUIRE
+    with pytest.raises(SettingsError, match="no setting SGLANG_STREAMFP8_REPORTS"):
+        load_settings({**links, "SGLANG_STREAMFP8_REPORTS": "reports"})
+    del links[f"{service}_SERVICE_HOST"]
+    with pytest.raises(SettingsError, match=f"no setting {service}_PORT"):
+        load_settings(links)
+
+
 def test_reports_are_written_only_where_a_folder_is_given():
     assert load_settings({}) == Settings(mode=Mode.ON, report_folder=None)
     assert load_settings({"SGLANG_STREAMFP8_REPORT": " "}).report_folder is None

@@ -9,12 +9,14 @@ import json
 import platform
 import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 from workbench.loads import serving
 
 from sglang_overlay.load.metrics import STATE
@@ -52,6 +54,7 @@ class Served:
     metrics: str
     info: dict[str, Any]
     family: list[psutil.Process]
+    health_seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +66,11 @@ def served(checkpoint, tmp_path_factory):
         family = started_by(server)
         answers = {serving.ask(url, "Name a colour.", max_tokens=8) for _ in range(2)}
         metrics, info = fetched(f"{url}/metrics"), json.loads(fetched(f"{url}/server_info"))
+        asked = time.monotonic()
+        fetched(f"{url}/health")
+        health_seconds = time.monotonic() - asked
     (report,) = read_folder(folder / "reports")
-    return Served(report, answers, server.log.read_text(), metrics, info, family)
+    return Served(report, answers, server.log.read_text(), metrics, info, family, health_seconds)
 
 
 def test_server_streams_and_answers(served):
@@ -73,6 +79,16 @@ def test_server_streams_and_answers(served):
     assert served.report.node == platform.node() != ""
     assert served.report.units.streamed > 0
     assert f"StreamFP8: {served.report.units.streamed} units in " in served.log
+
+
+def test_health_answers_within_the_timeout_of_the_manifests_probes(served):
+    """It generates a token, and some releases wait a second for it: more than Kubernetes' default timeout."""
+    manifest = Path(__file__).parents[2] / "ci" / "container" / "kubernetes.yaml"
+    deployment, _ = yaml.safe_load_all(manifest.read_text(encoding="utf-8"))
+    (server,) = deployment["spec"]["template"]["spec"]["containers"]
+    probes = [server[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
+    assert {probe["httpGet"]["path"] for probe in probes} == {"/health"}
+    assert served.health_seconds < min(probe["timeoutSeconds"] for probe in probes)
 
 
 def test_server_leaves_nothing_behind(served):

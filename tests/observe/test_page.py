@@ -151,8 +151,8 @@ def test_fleet_has_a_row_for_each_load_and_what_differs_comes_before_all_else():
     words = page.rows()
     assert words.index("slowest: pod-6 TP1/2, 60.0 s; median 6.0 s") < words.index("Memory above")
     assert words.count("pod-6 TP1/2\nstreaming") == 1
-    assert "(highest of 40 loads, 22 drawn)" in words
-    assert page.tags.count("polyline") == 2 * 22
+    assert "(highest of 40 loads, 21 drawn)" in words
+    assert page.tags.count("polyline") == 2 * 21
     assert "layers.0.experts\nstreamed\n40\n" in words
 
 
