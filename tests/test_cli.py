@@ -31,7 +31,7 @@ from sglang_overlay.observe.report import (
     UnitCounts,
     write,
 )
-from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
+from sglang_overlay.settings import CPU_REFERENCE_VARIABLE, MODE_VARIABLE
 
 ROOT = Path(sglang_overlay.__file__).parents[1]
 STREAMING = replace(
@@ -331,7 +331,13 @@ def checks():
         "other platform": (["-m", "sglang_overlay", "check", "--json"], {"SGLANG_USE_CPU_ENGINE": "1"}),
         "no accelerator": (
             ["-m", "sglang_overlay", "check", "--json"],
-            {CPU_REFERENCE_VARIABLE: "0", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+            # As in a pod of ci/container/kubernetes.yaml that has lost its GPU.
+            {
+                CPU_REFERENCE_VARIABLE: "0",
+                MODE_VARIABLE: "require",
+                "CUDA_VISIBLE_DEVICES": "",
+                "HIP_VISIBLE_DEVICES": "",
+            },
         ),
     }
     with ThreadPoolExecutor(2) as pool:

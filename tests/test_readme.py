@@ -41,11 +41,11 @@ ELSEWHERE = {
     "test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint",
     "python -m sglang_overlay run": "tests/hooks/test_launch.py::test_one_batch_benchmark_streams",
     "ray job submit": "tests/hooks/test_ray_actors.py::test_actors_stream_with_the_setup_hook",
-    "docker build": "tests/test_container.py::"
-    "test_dockerfiles_step_installs_the_package_and_the_manifests_check_tells_a_pod_without_its_gpu",
+    "ci/container/install": "tests/test_container.py::"
+    "test_dockerfiles_step_installs_the_package_where_sglang_streams_with_it",
+    "docker build": "tests/test_container.py::test_dockerfiles_step_installs_the_package_where_sglang_streams_with_it",
     "kubectl apply": "tests/test_container.py::test_sglang_knows_the_pods_arguments_and_serves_where_the_pod_is_asked",
-    "kubectl logs": "tests/test_container.py::"
-    "test_dockerfiles_step_installs_the_package_and_the_manifests_check_tells_a_pod_without_its_gpu",
+    "kubectl logs": "tests/test_cli.py::test_check_says_no_without_an_accelerator_and_how_to_try_it_all_the_same",
     "ci/baseline": ".github/workflows/nightly.yml",
     "ci/bench": "tests/workbench/test_bench.py::test_command_measures_writes_and_leaves_no_checkpoint_behind",
     "ci/compare": "tests/workbench/test_compare.py::test_streaming_is_compared_with_stock",

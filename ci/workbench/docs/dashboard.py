@@ -23,7 +23,6 @@ from workbench.releases import environment
 
 DASHBOARD = environment.CLONE / "docs" / "grafana.json"
 PAGE = environment.CLONE / "docs" / "report.md"
-START_SECONDS = 400.0
 SCRAPE_SECONDS = 60.0
 RANKS = f"count({PREFIX}load_seconds)"
 _LABEL_VALUES = re.compile(r"label_values\((.+), (\w+)\)")
@@ -131,7 +130,8 @@ def check(url: str) -> list[str]:
 @click.command()
 @click.option("--prometheus", "program", default="prometheus", show_default=True, help="The program to scrape with.")
 @click.option("--tp-size", "ranks", default=2, show_default=True, help="Ranks of the server; all are exported.")
-def main(program: str, ranks: int) -> None:
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds until the server must be ready.")
+def main(program: str, ranks: int, timeout: float) -> None:
     """Start a server and a Prometheus that scrapes it, and ask every expression of docs/grafana.json.
 
     On Debian and Ubuntu, `apt-get install prometheus` brings the program; it runs here as the user who calls this, on
@@ -152,7 +152,7 @@ def main(program: str, ranks: int) -> None:
         )
         try:
             with (
-                serving.running(server, START_SECONDS),
+                serving.running(server, timeout),
                 serving.running(prometheus(program, server, folder), SCRAPE_SECONDS) as url,
             ):
                 _wait_for_ranks(url, ranks)
