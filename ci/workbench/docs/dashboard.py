@@ -23,7 +23,9 @@ from workbench.releases import environment
 
 DASHBOARD = environment.CLONE / "docs" / "grafana.json"
 PAGE = environment.CLONE / "docs" / "report.md"
-SCRAPE_SECONDS = 60.0
+START_SECONDS = 60.0
+SCRAPE_SECONDS = 120.0
+INTERVAL = "5s"
 RANKS = f"count({PREFIX}load_seconds)"
 _LABEL_VALUES = re.compile(r"label_values\((.+), (\w+)\)")
 
@@ -69,11 +71,11 @@ def _filled(text: str) -> str:
 
 
 def prometheus(program: str, server: serving.Launch, folder: Path) -> serving.Launch:
-    """A Prometheus that scrapes this server every second, with all its files in ``folder``."""
+    """A Prometheus that scrapes this server, with all its files in ``folder``."""
     port = serving.free_port()
     targets = [f"{serving.HOST}:{server.port}"]
     config = {
-        "global": {"scrape_interval": "1s"},
+        "global": {"scrape_interval": INTERVAL, "scrape_timeout": INTERVAL},
         "scrape_configs": [{"job_name": "sglang", "static_configs": [{"targets": targets}]}],
     }
     file = folder / "prometheus.json"
@@ -106,7 +108,12 @@ def _wait_for_ranks(url: str, wanted: int) -> None:
     deadline = time.monotonic() + SCRAPE_SECONDS
     while not (found := query(url, RANKS)) or int(found[0]["value"][1]) < wanted:
         if time.monotonic() > deadline:
-            raise DashboardError(f"{RANKS} is not {wanted} after {SCRAPE_SECONDS:.0f} s, but {found}")
+            with serving.direct_client(30) as client:
+                (target,) = client.get(f"{url}/api/v1/targets").json()["data"]["activeTargets"]
+            raise DashboardError(
+                f"{RANKS} is not {wanted} after {SCRAPE_SECONDS:.0f} s, but {found}; the last scrape took "
+                f"{target['lastScrapeDuration']:.1f} s, error: {target['lastError'] or 'none'}"
+            )
         time.sleep(1)
 
 
@@ -153,7 +160,7 @@ def main(program: str, ranks: int, timeout: float) -> None:
         try:
             with (
                 serving.running(server, timeout),
-                serving.running(prometheus(program, server, folder), SCRAPE_SECONDS) as url,
+                serving.running(prometheus(program, server, folder), START_SECONDS) as url,
             ):
                 _wait_for_ranks(url, ranks)
                 click.echo("\n".join(check(url)))
