@@ -6,19 +6,19 @@ import json
 import re
 
 import pytest
-from workbench.docs.dashboard import DASHBOARD, alerts, expressions, unknown_metrics
+from workbench.docs.dashboard import ANY_NAME, DASHBOARD, alerts, expressions, unknown_metrics
 
-from sglang_overlay.observe.load_metrics import LABELS, PREFIX
+from sglang_overlay.observe.load_metrics import LABELS
 
 DATA = json.loads(DASHBOARD.read_text(encoding="utf-8"))
 ASKED = list(expressions(DATA))
-KNOWN_LABELS = {"instance", "model_name", "tp_rank", "pp_rank", *LABELS}
+KNOWN_LABELS = {"instance", "model_name", "tp_rank", "pp_rank", "__name__", *LABELS}
 """Prometheus's own, those that SGLang gives each rank's metrics (``SchedulerMetricsCollector``), and this package's."""
 
 
 @pytest.mark.parametrize("expression", [*ASKED, *alerts()], ids=lambda found: found.text)
 def test_expression_asks_for_metrics_and_labels_that_are_exported(expression):
-    assert PREFIX in expression.text
+    assert ANY_NAME in expression.text
     assert unknown_metrics(expression.text) == []
     selectors = re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", expression.text)
     grouped = [name for by in re.findall(r"\bby \(([^)]*)\)", expression.text) for name in by.split(", ")]
@@ -26,7 +26,8 @@ def test_expression_asks_for_metrics_and_labels_that_are_exported(expression):
 
 
 def test_metric_that_is_not_exported_is_noticed():
-    assert unknown_metrics(f"max({PREFIX}load_seconds / {PREFIX}load_second)") == [f"{PREFIX}load_second"]
+    text = f'{{__name__=~"{ANY_NAME}(units|unit)"}} / {{__name__=~"{ANY_NAME}load_second"}}'
+    assert unknown_metrics(text) == ["unit", "load_second"]
 
 
 def test_legends_name_labels_that_are_exported():
@@ -41,8 +42,8 @@ def test_everything_follows_the_chosen_data_source_model_and_instance():
     for panel in DATA["panels"]:
         assert panel["datasource"]["uid"] == "${datasource}"
         for target in panel["targets"]:
-            assert target["expr"].count('instance=~"$instance"') == target["expr"].count(PREFIX)
-            assert target["expr"].count('model_name=~"$model"') == target["expr"].count(PREFIX)
+            assert target["expr"].count('instance=~"$instance"') == target["expr"].count(ANY_NAME)
+            assert target["expr"].count('model_name=~"$model"') == target["expr"].count(ANY_NAME)
     assert [variable["name"] for variable in DATA["templating"]["list"]] == ["datasource", "model", "instance"]
 
 

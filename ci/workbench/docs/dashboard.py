@@ -26,7 +26,9 @@ PAGE = environment.CLONE / "docs" / "report.md"
 START_SECONDS = 60.0
 SCRAPE_SECONDS = 120.0
 INTERVAL = "5s"
-RANKS = f"count({PREFIX}load_seconds)"
+ANY_NAME = PREFIX.replace(":", "[:_]")
+"""Both names of a metric: without UTF-8, as for Prometheus 2, prometheus_client puts an underscore for the colon."""
+RANKS = f'count({{__name__=~"{ANY_NAME}load_seconds"}})'
 _LABEL_VALUES = re.compile(r"label_values\((.+), (\w+)\)")
 
 
@@ -56,13 +58,15 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[Expression]:
 def alerts() -> list[Expression]:
     """Expressions that docs/report.md recommends for alerts; they have no data as long as all is well."""
     lines = PAGE.read_text(encoding="utf-8").splitlines()
-    return [Expression("alert", line.strip()) for line in lines if line.startswith(f"    {PREFIX}")]
+    return [Expression("alert", line.strip()) for line in lines if line.startswith("    {__name__=~")]
 
 
 def unknown_metrics(text: str) -> list[str]:
     """Names in an expression that this package does not export."""
-    exported = {f"{PREFIX}{metric.name}" for metric in METRICS}
-    return [name for name in re.findall(rf"{PREFIX}\w*", text) if name not in exported]
+    exported = {metric.name for metric in METRICS}
+    asked = re.findall(rf'__name__=~"{re.escape(ANY_NAME)}([^"]*)"', text)
+    named = [name for names in asked for name in names.strip("()").split("|")]
+    return [name for name in named if name not in exported]
 
 
 def _filled(text: str) -> str:
