@@ -67,6 +67,9 @@ def main() -> None:
       SGLANG_STREAMFP8=0 SGLANG_STREAMFP8_REPORT=stock python -m sglang.launch_server ...
       python -m sglang_overlay report stock reports --html report.html
     \b
+      # Do replicas serve the same weights, after an update for instance?
+      python -m sglang_overlay compare http://node-1:30000 http://node-2:30000
+    \b
       # Will a model load, and with what peak? No GPU and no weights are needed to know.
       python -m sglang_overlay plan --model-path MODEL --tp 8 --gpu H200
       # Quantize once, for any SGLang.
@@ -262,6 +265,45 @@ def report(folders: tuple[Path, ...], html: Path | None, png: Path | None, as_js
     for what, file in (("page", html), ("memory over time", png)):
         if file is not None:
             click.echo(f"\n{what}: {file}")
+
+
+@main.command("compare", short_help="Do replicas serve the same weights?")
+@click.argument("urls", metavar="URL...", nargs=-1, required=True)
+@click.option("--api-key", help="Key of the servers, if they ask for one; the admin key if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/compare, version 1).")
+def compare_command(urls: tuple[str, ...], api_key: str | None, as_json: bool) -> None:  # noqa: FBT001
+    """Compare what running servers serve, rank by rank, and name the ranks and layers that differ.
+
+    Each rank computes a checksum of all its weights, on its device, between two batches. One URL is enough if the
+    server has several data-parallel replicas.
+
+    \b
+    Exit codes:
+      0  all serve the same
+      1  they do not, or a server could not be asked
+
+    \b
+    Examples:
+      python -m sglang_overlay compare http://node-1:30000 http://node-2:30000
+      python -m sglang_overlay compare http://node-1:30000 http://node-2:30000 --json | jq .ranks
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from sglang_overlay.observe import replicas
+
+    def found() -> list[replicas.RankComparison]:
+        with ThreadPoolExecutor(len(urls)) as threads:
+            asked = threads.map(lambda url: replicas.ask(url, api_key), urls)
+            return replicas.compare([replica for of_one_server in asked for replica in of_one_server])
+
+    ranks = _or_exit(found)
+    if any(len(rank.checksums) < 2 for rank in ranks):
+        raise click.UsageError("there is one replica: name another.")
+    if as_json:
+        click.echo(json.dumps(replicas.to_json(ranks), indent=2))
+    else:
+        click.echo("\n".join(line for rank in ranks for line in replicas.lines(rank)))
+    sys.exit(0 if all(rank.is_equal for rank in ranks) else 1)
 
 
 @main.command("plan", short_help="Will a model load, and with what peak?")

@@ -65,6 +65,7 @@ FULL = (
     "test_readme.py::test_light_command_runs",
     "update/test_lora.py",
     "update/test_update_live.py",
+    "update/test_replicas.py",
     "update/test_update_ranks.py",
     "update/test_update_serving.py::test_server",
     "workbench/test_bench.py",

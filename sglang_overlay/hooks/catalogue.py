@@ -18,6 +18,7 @@ _SESSIONS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWe
 _SESSIONS_BEFORE = "sglang.srt.managers.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin"
 _UPDATE_ISSUES = ("sgl-project/sglang#5424", "sgl-project/sglang#11289", "sgl-project/sglang#30761")
 _WHEN_UPSTREAM_UPDATES = "SGLang updates online fp8 weights itself"
+_WHEN_UPSTREAM_CHECKS = "SGLang's own checksum covers every byte that is served, in all supported releases"
 _WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
 _NO_PRESHARDED = "Nothing: this release has no presharded loader."
 _NO_SESSIONS = (
@@ -365,9 +366,31 @@ TELLING: tuple[Hook, ...] = (
         wrapper="sglang_overlay.load.metrics:add_state",
         kind=HookKind.AFTER,
         parameters=("self", "recv_req"),
-        why="Adds what loads cost to what /server_info tells of each scheduler.",
+        why="Adds what loads cost, and what is served, to what /server_info tells of each scheduler.",
         related=_MEMORY_ISSUES,
         remove_when=_WHEN_UPSTREAM_STREAMS,
-        without="What loads cost is not in /server_info.",
+        without="What loads cost, and what is served, is not in /server_info.",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        wrapper="sglang_overlay.load.metrics:begin_serving",
+        kind=HookKind.AFTER,
+        parameters=("self", "server_args"),
+        why="Has all models loaded: the first checksum of what is served is computed here, outside of any load's time.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_CHECKS,
+        without="Checksums are computed only when they are asked for.",
+    ),
+    Hook(
+        target=f"{_SESSIONS}.check_weights",
+        wrapper="sglang_overlay.load.metrics:check_weights",
+        kind=HookKind.AROUND,
+        parameters=("self", "recv_req"),
+        why="Adds an action to /weights_checker that has every rank compute checksums anew. Upstream's own hashes "
+        "dequantized values, leaves out what is no parameter or buffer, and needs a GPU.",
+        related=_UPDATE_ISSUES,
+        remove_when=_WHEN_UPSTREAM_CHECKS,
+        elsewhere=(Place(f"{_SESSIONS_BEFORE}.check_weights"),),
+        without="python -m sglang_overlay compare has nobody to ask.",
     ),
 )

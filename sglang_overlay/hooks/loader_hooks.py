@@ -25,7 +25,8 @@ from sglang_overlay.load.attempts import load_streamed
 from sglang_overlay.load.model_load import ModelLoad, current, under_way
 from sglang_overlay.load.ranks import parallel_ranks
 from sglang_overlay.load.refusal import refuse
-from sglang_overlay.load.summary import summarize
+from sglang_overlay.load.served_weights import ServedWeights
+from sglang_overlay.load.summary import role_of, summarize
 from sglang_overlay.observe.memory import MemorySampler, MemoryWatch, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.schemes import registry
@@ -76,7 +77,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     ended = time.perf_counter()
     if load.schemes.is_idle:
         _mention_idle_scheme(settings, is_draft=is_draft)
-    _remember(load, model, loader)
+    _remember(load, model, loader, model_config)
     times = began, ended
     report = summarize(load, model, releases.installed(), model_config, loader.load_config, times, watch.usage)
     metrics.tell(report)
@@ -106,17 +107,19 @@ def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
         )
 
 
-def _remember(load: ModelLoad, model: torch.nn.Module, loader: Any) -> None:
-    """Keep what later weight updates of the model need."""
+def _remember(load: ModelLoad, model: torch.nn.Module, loader: Any, model_config: Any) -> None:
+    """Keep what later weight updates of the model need, and tell what is served."""
     if streamed_loaders.updates_itself(loader):
         return
+    if model_config.quantization in ONLINE:
+        metrics.serve(model, ServedWeights(model, role_of(model_config)))
     for layer in load.updatable.values():
         layer.seal()
     stock = load.fallback.reasons
     if load.abandoned and load.settings.mode is not Mode.OFF:
         stock = {"this model": load.abandoned}
     if load.updatable or stock:
-        remember(model, UpdatableModel(load.updatable.values(), stock, load.checkpoint.wanted))
+        remember(model, UpdatableModel(load.updatable.values(), stock, load.checkpoint.wanted, model_config))
 
 
 def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

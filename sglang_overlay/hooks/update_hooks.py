@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -24,9 +25,10 @@ from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
-from sglang_overlay.load import model_load
+from sglang_overlay.load import metrics, model_load
 from sglang_overlay.load.checkpoint_files import CheckpointFiles, noted_problems
 from sglang_overlay.load.ranks import gathered, parallel_ranks
+from sglang_overlay.observe.weights_report import SESSION, UpdateReport
 from sglang_overlay.update.model import UpdatableModel, any_in_session, updatable
 from sglang_overlay.update.session import WeightUpdate
 from sglang_overlay.update.updaters import has_sessions, model_of
@@ -44,6 +46,9 @@ _NOT_FLUSHED = (
     "Requests are running, so the cache still holds what was computed since the last call of this update: abort or "
     "retract them, then call /flush_cache."
 )
+_ANOTHER_FAILED = f"Another model of the same request could not be updated. {BEFORE_UPDATE}"
+_KINDS: dict[str | None, str] = {"flattened_bucket": "buckets", "direct": "direct"}
+"""Kinds of tensors that are sent, by their load format."""
 _NO_SESSIONS = "This release of SGLang has no update sessions: each call is an update of its own."
 
 
@@ -150,7 +155,7 @@ def load_weights_and_postprocess(
         with update.loading(model):
             original(model, _offered(update, weights), target_device)
 
-    _, outcome = _judged(known, model, read, executor=executor_for(target_device), disk=disk)
+    _, outcome = _judged(known, model, read, "disk", executor=executor_for(target_device), disk=disk)
     if outcome.failure is None:
         return None
     raise _error(outcome)
@@ -164,8 +169,9 @@ def update_weights_from_disk(
     If the update fails, the model's path is restored. A rank that fails before it reads any weights tells the others,
     which wait for its outcome.
     """
-    if updatable(model_of(updater)) is None:
-        return _noted(original(updater, model_path, *args, **kwargs))
+    known = updatable(model_of(updater))
+    if known is None:
+        return _noted(updater, "disk", lambda: original(updater, model_path, *args, **kwargs))
     call = inspect.signature(original).bind(updater, model_path, *args, **kwargs).arguments
     served = updater.model_config.model_path
     disk = DiskUpdate(updater.model_config, is_whole=call.get("weight_name_filter") is None)
@@ -184,6 +190,8 @@ def update_weights_from_disk(
     if not disk.is_judged:
         outcome = _of_all(Outcome(None if success else f"{_sentence(message)} {BEFORE_UPDATE}"))
         disk.failure = outcome.failure
+        if disk.failure is not None:
+            _tell_failure(model_of(updater), "disk", disk.failure)
         _joined_with_earlier(outcome)
     if disk.failure is not None:
         message = f"Failed to update weights: {disk.failure}"
@@ -221,7 +229,7 @@ def begin_weight_update(original: Callable[..., None], updater: Any) -> None:
         return
     known.unopened = None
     try:
-        known.begin()
+        known.begin().is_session = True
     except Exception as error:
         logger.exception("StreamFP8: a weight update could not be opened.")
         # Without the traceback, which is logged already and would keep the failed update's memory alive.
@@ -238,7 +246,8 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
     model = model_of(updater)
     known = updatable(model)
     if known is None:
-        return original(updater, run_post_load=run_post_load)
+        original(updater, run_post_load=run_post_load)
+        return metrics.tell_update(model, UpdateReport(SESSION))
     error = None
     try:
         update = known.open or known.begin()
@@ -249,16 +258,17 @@ def end_weight_update(original: Callable[..., None], updater: Any, *, run_post_l
     except Exception as raised:
         error = raised
     outcome = replace(_outcome(error, BEFORE_UPDATE), is_late=error is None and update.is_late)
+    if outcome.failure is not None and known.open is None:
+        _tell_failure(model, SESSION, outcome.failure)
     known.unopened = None
     outcomes = _session.get()
     if outcomes is not None:
         outcomes.append(outcome)
         return None
     outcome = _of_all(outcome)
+    _settle(known, outcome)
     if outcome.failure is None:
-        known.commit()
         return None
-    known.abort()
     raise _error(outcome) from error
 
 
@@ -275,13 +285,13 @@ def end_session(original: Callable[..., Any], manager: Any, request: Any) -> Any
     token = _session.set(outcomes)
     try:
         answer = original(manager, request)
-    except BaseException:
-        _close(known, UpdatableModel.abort)
+    except BaseException as error:
+        _settle_all(known, Outcome(f"{_sentence(_told(error))} {BEFORE_UPDATE}"))
         raise
     finally:
         _session.reset(token)
     outcome = _of_all(*outcomes)
-    _close(known, UpdatableModel.commit if outcome.failure is None else UpdatableModel.abort)
+    _settle_all(known, outcome)
     is_flushed = not (outcome.failure or outcome.is_late) or manager.flush_cache()
     if outcome.failure is None:
         return answer
@@ -306,6 +316,8 @@ def receive_weights(original: Callable[..., Any], updater: Any, *args: Any, **kw
     if outcome.failure is None:
         return received
     if known.open is not None:
+        known.open.calls["broadcast"] += 1
+        known.open.failed_calls += 1
         known.open.expect_again(inspect.signature(original).bind(updater, *args, **kwargs).arguments["names"])
     raise _error(outcome) from error
 
@@ -313,7 +325,8 @@ def receive_weights(original: Callable[..., Any], updater: Any, *args: Any, **kw
 def load_weights_from_distributed(original: Callable[..., Answer], updater: Any, named_tensors: NamedTensors) -> Answer:
     """Around ``WeightUpdater.load_weights_from_distributed``."""
     named_tensors = list(named_tensors)
-    return _answered(updater, lambda: original(updater, named_tensors), [name for name, _ in named_tensors])
+    names = [name for name, _ in named_tensors]
+    return _answered(updater, lambda: original(updater, named_tensors), "broadcast", names)
 
 
 def update_weights_from_distributed(original: Callable[..., Answer], updater: Any, *args: Any, **kwargs: Any) -> Answer:
@@ -321,21 +334,20 @@ def update_weights_from_distributed(original: Callable[..., Answer], updater: An
 
     Later releases have ``load_weights_from_distributed`` for the loading.
     """
-    return _answered(updater, lambda: original(updater, *args, **kwargs))
+    return _answered(updater, lambda: original(updater, *args, **kwargs), "broadcast")
 
 
 def update_weights_from_tensor(
     original: Callable[..., Answer], updater: Any, named_tensors: Any, load_format: str | None = None
 ) -> Answer:
     """Around ``WeightUpdater.update_weights_from_tensor``."""
-    return _answered(
-        updater, lambda: original(updater, named_tensors, load_format), _names_of(named_tensors), load_format
-    )
+    names, kind = _names_of(named_tensors), _KINDS.get(load_format, "tensors")
+    return _answered(updater, lambda: original(updater, named_tensors, load_format), kind, names)
 
 
 def update_weights_from_ipc(original: Callable[..., Answer], updater: Any, request: Any) -> Answer:
     """Around ``WeightUpdater.update_weights_from_ipc``, which loads and post-processes."""
-    return _answered(updater, lambda: original(updater, request))
+    return _answered(updater, lambda: original(updater, request), "ipc")
 
 
 def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, named_tensors: NamedTensors) -> None:
@@ -382,6 +394,7 @@ def _judged(
     known: UpdatableModel,
     model: torch.nn.Module,
     run: Callable[[WeightUpdate], Any],
+    kind: str,
     names: Sequence[str] = (),
     executor: Executor | None = None,
     disk: DiskUpdate | None = None,
@@ -392,6 +405,7 @@ def _judged(
         known: what is known of the model.
         model: the model that is updated.
         run: upstream's part.
+        kind: of the call.
         names: of the call's tensors, if known.
         executor: does the work; by default one without threads.
         disk: the update from disk, if this is one.
@@ -404,6 +418,7 @@ def _judged(
     try:
         _refuse_unopened(known)
         update = known.open or known.begin(executor)
+        update.calls[kind] += 1
         if not is_own:
             update.begin_call()
             if disk is not None and disk.is_whole:
@@ -419,7 +434,7 @@ def _judged(
         disk.is_judged = True
     outcome = _joined_with_earlier(_of_all(mine))
     if is_own:
-        _conclude(known, outcome)
+        _conclude(known, model, kind, outcome)
     elif known.open is not None:
         known.open.keep_call() if outcome.failure is None else known.open.undo_call(names)
     if outcome.failure is not None:
@@ -431,16 +446,32 @@ def _judged(
     return result, outcome
 
 
-def _conclude(known: UpdatableModel, outcome: Outcome) -> None:
+def _conclude(known: UpdatableModel, model: torch.nn.Module, kind: str, outcome: Outcome) -> None:
     """Keep or undo an update by the outcome of all ranks; leave that to the request if it updates several models."""
     together = _together.get()
-    if outcome.failure is not None:
-        known.abort()
-    elif together is None:
-        known.commit()
+    if outcome.failure is not None and known.open is None:
+        # Where a session could not be opened, its end tells.
+        if known.unopened is None:
+            _tell_failure(model, kind, outcome.failure)
+    elif outcome.failure is not None or together is None:
+        _settle(known, outcome)
     else:
         update = known.detach()
-        together.add(update.undo, update.close)
+        together.add(functools.partial(known.undo, update, _ANOTHER_FAILED), functools.partial(known.close, update))
+
+
+def _settle(known: UpdatableModel, outcome: Outcome) -> None:
+    """Keep or undo the open update, if any."""
+    if outcome.failure is None:
+        known.commit()
+    else:
+        known.abort(outcome.failure)
+
+
+def _settle_all(known: Sequence[UpdatableModel], outcome: Outcome) -> None:
+    # In reverse: a draft model may share memory with its target, which was updated first.
+    for model in reversed(known):
+        _settle(model, outcome)
 
 
 def _found(update: WeightUpdate, model: torch.nn.Module, disk: DiskUpdate | None) -> Outcome:
@@ -516,24 +547,22 @@ def _note(outcome: Outcome) -> str:
     return " ".join(told)
 
 
-def _answered(
-    updater: Any, call: Callable[[], Answer], names: Sequence[str] = (), load_format: str | None = None
-) -> Answer:
+def _answered(updater: Any, call: Callable[[], Answer], kind: str, names: Sequence[str] = ()) -> Answer:
     """Upstream's answer to ``call``, run as part of the open update; failures are answers too, not exceptions."""
     model = model_of(updater)
     known = updatable(model)
     if known is None:
-        return _noted(call())
+        return _noted(updater, kind, call)
 
     def run(update: WeightUpdate) -> str:
         # A direct load may name served parameters: load_weights_direct tells them apart.
-        with nullcontext() if load_format == "direct" else update.loading(model):
+        with nullcontext() if kind == "direct" else update.loading(model):
             success, message = call()
         if not success:
             raise WeightUpdateError(message)
         return message
 
-    message, outcome = _judged(known, model, run, names)
+    message, outcome = _judged(known, model, run, kind, names)
     if outcome.failure is None:
         return True, _joined(message, _note(outcome))
     if outcome.is_partial and not has_sessions(updater):
@@ -541,10 +570,22 @@ def _answered(
     return False, outcome.failure
 
 
-def _noted(answer: Answer) -> Answer:
-    """Record the answer of a model that is not streamed, which may have used any tensor."""
-    _joined_with_earlier(Outcome(None if answer[0] else answer[1]))
-    return answer
+def _noted(updater: Any, kind: str, call: Callable[[], Answer]) -> Answer:
+    """Upstream's answer of a model that is not streamed, recorded; it may have used any tensor."""
+    began = time.perf_counter()
+    success, message = call()
+    failure = None if success else message
+    _joined_with_earlier(Outcome(failure))
+    # All others are calls of sessions, where there are sessions.
+    if kind in ("disk", "ipc") or not has_sessions(updater):
+        report = UpdateReport(kind, time.perf_counter() - began, failure, {kind: 1})
+        metrics.tell_update(model_of(updater), report)
+    return success, message
+
+
+def _tell_failure(model: torch.nn.Module, kind: str, failure: str) -> None:
+    """Tell of an update that failed before it was opened."""
+    metrics.tell_update(model, UpdateReport(kind, failure=failure))
 
 
 def _joined_with_earlier(outcome: Outcome) -> Outcome:
@@ -556,12 +597,6 @@ def _joined_with_earlier(outcome: Outcome) -> Outcome:
 def _refuse_unopened(known: UpdatableModel) -> None:
     if known.unopened is not None:
         raise known.unopened
-
-
-def _close(known: Sequence[UpdatableModel], how: Callable[[UpdatableModel], None]) -> None:
-    # In reverse: a draft model may share memory with its target, which was updated first.
-    for model in reversed(known):
-        how(model)
 
 
 def _error(outcome: Outcome) -> WeightUpdateError:

@@ -19,6 +19,7 @@ from sglang_overlay.observe.report import (
     LayerFigures,
     LayerNote,
     LoadReport,
+    Role,
     StagingUsage,
     UnitCounts,
 )
@@ -51,7 +52,7 @@ def summarize(
         seconds=ended - began,
         memory=memory,
         final_bytes=stored_bytes(tensor for _, tensor in tensors_of(model)),
-        role="draft" if getattr(model_config, "is_draft_model", False) else "target",
+        role=role_of(model_config),
         ranks=parallel_ranks(),
         units=UnitCounts(streamed=load.record.units, direct=load.record.direct_units),
         staging=StagingUsage(peak_bytes=load.account.peak),
@@ -66,6 +67,11 @@ def summarize(
         missing=tuple(load.checkpoint.missing),
         node=platform.node(),
     )
+
+
+def role_of(model_config: Any) -> Role:
+    """The role of a model with this config of upstream's."""
+    return "draft" if getattr(model_config, "is_draft_model", False) else "target"
 
 
 def _scheme(load: ModelLoad, model_config: Any) -> str:

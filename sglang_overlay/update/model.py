@@ -6,13 +6,16 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from sglang_overlay.core.executor import Executor, executor_for
-from sglang_overlay.core.messages import shortened
+from sglang_overlay.core.messages import sentence, shortened
+from sglang_overlay.load import metrics
 from sglang_overlay.load.diagnostics import WantedShapes
 from sglang_overlay.load.updatable_layer import UpdatableLayer
+from sglang_overlay.observe.weights_report import UpdateReport
 from sglang_overlay.update.session import NOTHING_KNOWN, WeightUpdate
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ class UpdatableModel:
         layers: the layers that were quantized here.
         stock: names of layers that stock quantized, with the reasons.
         wanted: the shapes that the model expects of checkpoint tensors.
+        model_config: upstream's.
 
     Attributes:
         open: the open update.
@@ -34,9 +38,15 @@ class UpdatableModel:
     """
 
     def __init__(
-        self, layers: Iterable[UpdatableLayer], stock: Mapping[str, str], wanted: WantedShapes = NOTHING_KNOWN
+        self,
+        layers: Iterable[UpdatableLayer],
+        stock: Mapping[str, str],
+        wanted: WantedShapes = NOTHING_KNOWN,
+        model_config: Any = None,
     ) -> None:
         self.layers = list(layers)
+        self._model_config = model_config
+        self._model: weakref.ReferenceType[torch.nn.Module] | None = None
         self._wanted = wanted
         self.open: WeightUpdate | None = None
         self.unopened: Exception | None = None
@@ -49,7 +59,7 @@ class UpdatableModel:
         Args:
             executor: does the work; by default one without threads for the model's device.
         """
-        self.abort()
+        self.abort("It was never ended.")
         if self._stock:
             logger.warning(
                 "StreamFP8: stock SGLang quantized %s, and cannot update fp8 layers that it quantized: %s",
@@ -76,7 +86,7 @@ class UpdatableModel:
         """Close the open update, if any, and keep what it has written."""
         update, self.open = self.open, None
         if update is not None:
-            update.close()
+            self.close(update)
 
     def detach(self) -> WeightUpdate:
         """Hand over the open update, which succeeded, to a caller who will undo or close it.
@@ -89,12 +99,41 @@ class UpdatableModel:
         update, self.open = self.open, None
         return update
 
-    def abort(self) -> None:
-        """Undo and close the open update, if any."""
+    def abort(self, failure: str) -> None:
+        """Undo and close the open update, if any.
+
+        Args:
+            failure: why.
+        """
         update, self.open = self.open, None
         if update is not None:
-            update.undo()
-            update.close()
+            self.undo(update, failure)
+            self.close(update)
+
+    def undo(self, update: WeightUpdate, failure: str) -> None:
+        """Restore what an update has replaced; it still has to be closed."""
+        update.failure = failure
+        update.undo()
+
+    def close(self, update: WeightUpdate) -> None:
+        """Close an update that is not open any more, and tell what became of it."""
+        model = None if self._model is None else self._model()
+        report = None if model is None else self._report(update, model)
+        update.close()
+        if model is not None and report is not None:
+            metrics.tell_update(model, report)
+
+    def belongs_to(self, model: torch.nn.Module) -> None:
+        """Note whose updates these are."""
+        self._model = weakref.ref(model)
+
+    def _report(self, update: WeightUpdate, model: torch.nn.Module) -> UpdateReport | None:
+        try:
+            return update.report(model, self._model_config)
+        except Exception as error:
+            # The update is what it is.
+            logger.warning("StreamFP8: an update is not told of: %s: %s", type(error).__name__, sentence(error))
+            return None
 
 
 def remember(model: torch.nn.Module, updatable: UpdatableModel) -> None:
@@ -103,6 +142,7 @@ def remember(model: torch.nn.Module, updatable: UpdatableModel) -> None:
     for layer in updatable.layers:
         if layer.module not in present:
             layer.note_deletion(model)
+    updatable.belongs_to(model)
     _models[model] = updatable
 
 

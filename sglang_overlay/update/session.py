@@ -22,6 +22,8 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,6 +47,7 @@ from sglang_overlay.load.ranks import parallel_ranks
 from sglang_overlay.load.stored_dtypes import QUANTIZED
 from sglang_overlay.load.unstreamed import missed
 from sglang_overlay.load.updatable_layer import UpdatableLayer
+from sglang_overlay.observe.weights_report import SESSION, UpdateReport
 from sglang_overlay.schemes import rows_over_ranks
 from sglang_overlay.schemes.layer_plan import quantize_whole
 from sglang_overlay.update.loaders_view import (
@@ -83,6 +86,11 @@ class WeightUpdate:
     Attributes:
         given: the tensors that upstream was given in the current call.
         is_late: whether ``finish`` has quantized units that the calls before had brought.
+        is_session: whether it consists of the calls between a begin and an end.
+        calls: number of its calls, by kind.
+        failed_calls: how many of them were undone.
+        failure: why the update is undone, if it is.
+        began: by ``time.perf_counter``.
     """
 
     def __init__(
@@ -92,6 +100,11 @@ class WeightUpdate:
         self.account = StagingAccount()
         self.given = GivenTensors()
         self.is_late = False
+        self.is_session = False
+        self.calls: Counter[str] = Counter()
+        self.failed_calls = 0
+        self.failure: str | None = None
+        self.began = time.perf_counter()
         self._undo = UndoLog()
         self._wanted = wanted
         self._calls = LoaderCalls(parallel_ranks().tp.size, lambda tensor: self.given.name_of(tensor) or "")
@@ -170,6 +183,7 @@ class WeightUpdate:
             names: of the call's tensors, in addition to those that upstream was given.
         """
         saved, self._saved = self._saved, None
+        self.failed_calls += 1
         self._undo.undo_call()
         _put_back(self._bindings.pop())
         if saved is None:
@@ -310,7 +324,7 @@ class WeightUpdate:
             logger.warning("StreamFP8: %s.", rows_over_ranks.narrowed_note(narrowed))
         logger.info(
             "StreamFP8: weight update: %d units of %d layers replaced in place, at most %.1f MB staged.",
-            sum(stream.replaced_units for stream in self._streams.values()),
+            self.units[0],
             len(self.replaced),
             self.account.peak / 1e6,
         )
@@ -328,6 +342,23 @@ class WeightUpdate:
             name.rpartition(".")[0] for name, stream in self._streams.items() if stream.replaced_units
         )
         return [*names, *self._replaced]
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Number of units that hold new values, and of all."""
+        streams = self._streams.values()
+        return sum(stream.replaced_units for stream in streams), sum(stream.units for stream in streams)
+
+    def report(self, model: torch.nn.Module, model_config: Any) -> UpdateReport:
+        """What became of the update, which is about to be closed."""
+        kind = SESSION if self.is_session else next(iter(self.calls), SESSION)
+        seconds, calls = time.perf_counter() - self.began, dict(self.calls)
+        if self.failure is not None:
+            return UpdateReport(kind, seconds, self.failure, calls, self.failed_calls)
+        units, all_units = self.units
+        untouched = tuple(self.untouched(model, model_config))
+        replaced = self._undo.bytes
+        return UpdateReport(kind, seconds, None, calls, self.failed_calls, units, all_units, replaced, untouched)
 
     def untouched(self, model: torch.nn.Module, model_config: Any) -> list[str]:
         """Names of parameters that a complete checkpoint would replace, but this update has not, or only in part."""

@@ -66,6 +66,13 @@ class UndoLog:
         self._calls = [{}]
 
     @property
+    def bytes(self) -> int:
+        """Size of the regions that were written to."""
+        return sum(
+            view.nbytes for view, _ in {key: pair for call in self._calls for key, pair in call.items()}.values()
+        )
+
+    @property
     def storages(self) -> Collection[int]:
         """``storage_key`` of every storage that was written to."""
         return {region[0] for call in self._calls for region in call}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import logging
 import multiprocessing
 import os
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _SECONDS = 300.0
 
-What = Literal["begin", "tensor", "distributed", "ipc", "disk", "end", "join"]
+What = Literal["begin", "tensor", "distributed", "ipc", "disk", "end", "join", "info"]
 
 GROUP = "trainer"
 """Of a trainer that broadcasts; ``join`` makes one that has no other member."""
@@ -308,6 +309,9 @@ def _answer(scheduler: Any, order: _Order) -> tuple[bool, str]:
     with contextlib.ExitStack() as stack:
         for fault in order.faults:
             stack.enter_context(_failing(fault))
+        if order.what == "info":
+            state = scheduler.get_internal_state(_state_request())
+            return True, json.dumps(state.internal_state, default=repr)
         if order.kind == "ask":
             answer = scheduler._request_dispatcher(_request(order))
             return answer.success, answer.message
@@ -355,6 +359,12 @@ def _request(order: _Order) -> Any:
         return _ipc(folder)
     sent = [order.sent] * (order.rank + 1)
     return io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=sent, **order.fields)
+
+
+def _state_request() -> Any:
+    from sglang.srt.managers.io_struct import GetInternalStateReq
+
+    return GetInternalStateReq()
 
 
 def _call(updater: Any, order: _Order) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -391,11 +391,11 @@ print("TELLING", *(found.state.value for found in inspect_hooks(TELLING)))
 class TestMetricsOfSGLang:
     def test_are_added_to(self, run):
         result = run(then=EPILOGUE + TOLD)
-        assert "TELLING active active" in result.stdout, result.stderr
+        assert "TELLING active active active active" in result.stdout, result.stderr
 
     def test_that_are_not_as_expected_keep_nothing_from_streaming(self, run):
         result = run(CHANGED_METRICS, then=EPILOGUE + TOLD, SGLANG_STREAMFP8="require")
-        assert "TELLING signature signature" in result.stdout, result.stderr
+        assert "TELLING signature signature signature signature" in result.stdout, result.stderr
         assert f"ACTIVE {PRESENT} of {len(STREAMING)}" in result.stdout
         assert warnings_of(result) == []
 

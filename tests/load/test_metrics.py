@@ -14,7 +14,7 @@ from sglang.srt.server_args import ServerArgs
 from workbench.loads import runtime
 
 from sglang_overlay.load import metrics
-from sglang_overlay.observe.load_metrics import PREFIX
+from sglang_overlay.observe.gauges import PREFIX
 from sglang_overlay.observe.memory import MemoryUsage
 
 LABELS = {"model_name": "m", "engine_type": "unified", "tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
@@ -69,7 +69,7 @@ def test_load_that_ends_after_the_metrics_were_made_is_shown(collector, registry
 def test_collector_without_labels_is_a_warning_and_not_an_error(caplog):
     metrics.add_gauges(None, object(), labels={})
     metrics.tell(LOAD)
-    assert "loads are not in /metrics: AttributeError" in caplog.text
+    assert "loads and weights are not in /metrics: AttributeError" in caplog.text
 
 
 def test_state_has_an_entry_once_something_was_loaded():

@@ -20,7 +20,8 @@ import yaml
 from workbench.loads import serving
 
 from sglang_overlay.load.metrics import STATE
-from sglang_overlay.observe.load_metrics import METRICS, PREFIX, state_of
+from sglang_overlay.observe.gauges import PREFIX
+from sglang_overlay.observe.load_metrics import METRICS, state_of
 from sglang_overlay.observe.report import LoadReport, read_folder
 
 pytestmark = pytest.mark.server

@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from reports import load_report
 
 import sglang_overlay
-from sglang_overlay.observe.load_metrics import METRICS, PREFIX, LoadGauges, state_of
+from sglang_overlay.observe.gauges import PREFIX, Gauges
+from sglang_overlay.observe.load_metrics import LABELS, METRICS, state_of
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import (
     LayerCounts,
@@ -44,7 +45,8 @@ def registry():
 
 @pytest.fixture
 def gauges(registry):
-    return LoadGauges(functools.partial(Gauge, registry=registry), {"model_name": "moe", "tp_rank": 3})
+    gauge = functools.partial(Gauge, registry=registry)
+    return Gauges(gauge, METRICS, {"model_name": "moe", "tp_rank": 3}, LABELS)
 
 
 def test_every_figure_is_shown_with_the_ranks_labels(gauges, registry):

@@ -7,11 +7,14 @@ elsewhere than in a call.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from harness.scheduler_process import Fault, SchedulerRanks
 from update.test_updates import SEED, SESSIONS
 
 from sglang_overlay.hooks.update_hooks import BEFORE_UPDATE
+from sglang_overlay.observe.weights_report import STATE
 
 POSTPROCESS = "sglang.srt.model_loader.loader:DefaultModelLoader.postprocess_weights"
 LOAD_CONFIG = "sglang.srt.configs.load_config:LoadConfig.__post_init__"
@@ -79,3 +82,32 @@ def test_broadcast_does_not_reach_all(ranks, new):
     assert not success
     assert "rank 1: AssertionError: Group trainer not in" in message
     assert "has not come since" in agreed(ranks.ask("end"), ranks.before)
+
+
+def test_each_rank_knows_what_all_serve_and_what_became_of_their_updates(ranks, old, new):
+    def told():
+        """Of target and draft of each rank, the same wherever one asks."""
+        one, other = (json.loads(answer.message)[STATE] for answer in ranks.ask("info"))
+        assert one == other
+        assert [(each["ranks"]["tp"]["rank"], each["role"]) for each in one] == [
+            (rank, role) for rank in range(2) for role in ("target", "draft")
+        ]
+        return one
+
+    def checksums():
+        return [each["checksum"] for each in told()]
+
+    before, failures = checksums(), [sum(each["failed_updates"].values()) for each in told()]
+    # Of the same weights, target and draft serve the same.
+    assert before[0] == before[1] != before[2] == before[3]
+    ranks.ask("disk", new, faults=[Fault(POSTPROCESS, ERROR, after=1)])
+    assert checksums() == before
+    assert [sum(each["failed_updates"].values()) for each in told()] == [count + 1 for count in failures]
+    assert all("no room" in each["last_update"]["failure"] for each in told() if each["role"] == "draft")
+    assert all("Another model" in each["last_update"]["failure"] for each in told() if each["role"] == "target")
+    assert all(answer.success for answer in ranks.ask("disk", new))
+    after = checksums()
+    assert after[0] == after[1] != after[2] == after[3]
+    assert not {*after} & {*before}
+    assert all(answer.success for answer in ranks.ask("disk", old))
+    assert checksums() == before
