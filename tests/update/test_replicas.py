@@ -26,12 +26,14 @@ from sglang_overlay.observe.weights_report import STATE
 
 pytestmark = pytest.mark.server
 SEED = 1
+LITTLE = ("--max-total-tokens", "1024", "--skip-server-warmup")
+START_SECONDS = 900.0
 ONE_LAYER = "model.layers.1"
 
 
 def launch(model, folder, *arguments, **variables):
     port = serving.free_port()
-    arguments = ("--quantization", "fp8", "--device", "cpu", "--log-level", "info", *arguments)
+    arguments = ("--quantization", "fp8", "--device", "cpu", "--log-level", "info", *LITTLE, *arguments)
     command = serving.sglang_command(sys.executable, str(model), port, arguments)
     return serving.Launch(command, port, folder / "server.log", variables)
 
@@ -84,7 +86,9 @@ def pair(checkpoint, tmp_path_factory):
         launch(model, folders[1], **reports),
     )
     with ExitStack() as stack, ThreadPoolExecutor(2) as threads:
-        started = [threads.submit(stack.enter_context, serving.running(each, timeout=400)) for each in launches]
+        started = [
+            threads.submit(stack.enter_context, serving.running(each, timeout=START_SECONDS)) for each in launches
+        ]
         yield [each.result() for each in started]
 
 
@@ -186,7 +190,7 @@ def test_each_rank_is_told_and_one_that_differs_is_named(checkpoint, tmp_path):
 
     one_expert = altered(new, tmp_path / "one_expert", keep)
     server = launch(old, tmp_path, "--tp-size", "2", "--ep-size", "2", SGLANG_STREAMFP8="require")
-    with serving.running(server, timeout=400) as url:
+    with serving.running(server, timeout=START_SECONDS) as url:
         before, loaded = replicas.ask(url), told(url)
         assert [each["ranks"]["tp"] for each in loaded] == [{"rank": rank, "size": 2} for rank in range(2)]
         post(url, "update_weights_from_disk", {"model_path": str(one_expert)})
