@@ -483,7 +483,8 @@ def _found(update: WeightUpdate, model: torch.nn.Module, disk: DiskUpdate | None
     unused = update.given.unused
     if disk is None or not disk.is_whole:
         return Outcome(unused=unused)
-    if update.is_empty:
+    # What was used and not written belongs to other ranks: their experts.
+    if update.is_empty and len(unused) == len(update.given.names):
         advice = Misplaced.among(unused, update.layers).advice
         raise WeightUpdateError(
             f"nothing of this checkpoint belongs to the model that is served: it brought {shortened(unused)}. {advice}"

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from workbench.loads.job import LoadJob, changed_environ
 from workbench.loads.loads import free_port
 
+from sglang_overlay.observe.weights_report import STATE
 from sglang_overlay.settings import MODE_VARIABLE
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _SECONDS = 300.0
 
-What = Literal["begin", "tensor", "distributed", "ipc", "disk", "end", "join", "info"]
+What = Literal["begin", "tensor", "distributed", "ipc", "disk", "end", "join", "info", "check", "sleep", "wake"]
 
 GROUP = "trainer"
 """Of a trainer that broadcasts; ``join`` makes one that has no other member."""
@@ -314,7 +315,8 @@ def _answer(scheduler: Any, order: _Order) -> tuple[bool, str]:
             return True, json.dumps(state.internal_state, default=repr)
         if order.kind == "ask":
             answer = scheduler._request_dispatcher(_request(order))
-            return answer.success, answer.message
+            # SGLang answers to sleep and wake by nothing.
+            return getattr(answer, "success", True), getattr(answer, "message", "")
         runner = _runners(scheduler)[0]
         # Until 0.5.15 the runner updates its weights itself.
         method, arguments = _call(getattr(runner, "weight_updater", runner), order)
@@ -350,6 +352,12 @@ def _request(order: _Order) -> Any:
         return io_struct.BeginWeightUpdateReqInput(**order.fields)
     if order.what == "end":
         return io_struct.EndWeightUpdateReqInput()
+    if order.what == "check":
+        return io_struct.CheckWeightsReqInput(action=STATE)
+    if order.what == "sleep":
+        return io_struct.ReleaseMemoryOccupationReqInput(tags=["weights"])
+    if order.what == "wake":
+        return io_struct.ResumeMemoryOccupationReqInput(tags=["weights"])
     (folder,) = order.folders
     if order.what == "disk":
         return io_struct.UpdateWeightFromDiskReqInput(model_path=str(folder), load_format="auto")

@@ -111,3 +111,23 @@ def test_each_rank_knows_what_all_serve_and_what_became_of_their_updates(ranks, 
     assert not {*after} & {*before}
     assert all(answer.success for answer in ranks.ask("disk", old))
     assert checksums() == before
+
+
+def test_weights_are_checked_where_they_are_and_not_while_their_memory_is_released(ranks):
+    def checked():
+        one, other = ranks.ask("check")
+        assert one.message == other.message
+        assert one.success is other.success
+        return one
+
+    before = json.loads(checked().message)
+    assert [(each["role"], each["ranks"]["tp"]["rank"]) for each in before] == [
+        ("target", 0), ("draft", 0), ("target", 1), ("draft", 1),
+    ]  # fmt: skip
+    assert all("model.layers.0" in each["layers"] for each in before)
+    ranks.ask("sleep")
+    answer = checked()
+    assert not answer.success
+    assert "memory is released" in answer.message
+    ranks.ask("wake")
+    assert [each["layers"] for each in json.loads(checked().message)] == [each["layers"] for each in before]
