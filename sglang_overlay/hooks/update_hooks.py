@@ -35,6 +35,9 @@ from sglang_overlay.update.updaters import has_sessions, model_of
 
 logger = logging.getLogger(__name__)
 
+_DIRECT = ("direct", "_model_load_weights_direct")
+"""Load formats of tensors that have parameters' names: upstream's own, and its function as a custom weight loader."""
+
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Answer = tuple[bool, str]
 
@@ -47,9 +50,6 @@ _NOT_FLUSHED = (
     "retract them, then call /flush_cache."
 )
 _ANOTHER_FAILED = f"Another model of the same request could not be updated. {BEFORE_UPDATE}"
-_KINDS: dict[str | None, str] = {"flattened_bucket": "buckets", "direct": "direct"}
-"""Kinds of tensors that are sent, by their load format."""
-_NO_SESSIONS = "This release of SGLang has no update sessions: each call is an update of its own."
 
 
 @dataclass
@@ -82,12 +82,12 @@ class Together:
         self.failed = False
         self._told: Outcome | None = None
         self._undo: list[Callable[[], None]] = []
-        self._close: list[Callable[[], None]] = []
+        self._keep: list[Callable[[], None]] = []
 
-    def add(self, undo: Callable[[], None], close: Callable[[], None] = lambda: None) -> None:
-        """Add a successful part: ``undo`` is called if another fails, ``close`` at the end in any case."""
+    def add(self, undo: Callable[[], None], keep: Callable[[], None] = lambda: None) -> None:
+        """Add a successful part: ``undo`` is called at the end if another fails, else ``keep``."""
         self._undo.append(undo)
-        self._close.append(close)
+        self._keep.append(keep)
 
     def joined(self, outcome: Outcome) -> Outcome:
         """A model's outcome merged with those before: upstream's answer is the last model's, and must cover all."""
@@ -99,16 +99,17 @@ class Together:
                 unused=[name for name in outcome.unused if name in earlier.unused],
                 untouched=[*earlier.untouched, *outcome.untouched],
                 advice=earlier.advice or outcome.advice,
+                waiting=[*earlier.waiting, *outcome.waiting],
             )
         return self._told
 
     def end(self) -> None:
-        """Undo everything if a model could not be updated on any rank; then close everything."""
+        """Undo everything if a model could not be updated on any rank; else keep everything."""
         if self._undo:
             # Models that are not streamed only know of their own rank.
             self.failed = _of_all(Outcome("" if self.failed else None)).failure is not None
         # Undone in reverse: a draft model may share memory with its target, which was updated first.
-        for step in [*(reversed(self._undo) if self.failed else ()), *self._close]:
+        for step in reversed(self._undo) if self.failed else self._keep:
             step()
 
 
@@ -123,6 +124,7 @@ class Outcome:
         unused: names of tensors that were not used.
         untouched: parameters that a complete checkpoint would have replaced.
         advice: what to do about ``untouched``.
+        waiting: weights that keep their values until later calls bring the rest, without a session.
     """
 
     failure: str | None = None
@@ -131,6 +133,7 @@ class Outcome:
     unused: Sequence[str] = ()
     untouched: Sequence[str] = ()
     advice: str = ""
+    waiting: Sequence[str] = ()
 
 
 def load_weights_and_postprocess(
@@ -172,6 +175,7 @@ def update_weights_from_disk(
     known = updatable(model_of(updater))
     if known is None:
         return _noted(updater, "disk", lambda: original(updater, model_path, *args, **kwargs))
+    known.stop_waiting(model_of(updater))
     call = inspect.signature(original).bind(updater, model_path, *args, **kwargs).arguments
     served = updater.model_config.model_path
     disk = DiskUpdate(updater.model_config, is_whole=call.get("weight_name_filter") is None)
@@ -334,20 +338,25 @@ def update_weights_from_distributed(original: Callable[..., Answer], updater: An
 
     Later releases have ``load_weights_from_distributed`` for the loading.
     """
-    return _answered(updater, lambda: original(updater, *args, **kwargs), "broadcast")
+    names = inspect.signature(original).bind(updater, *args, **kwargs).arguments["names"]
+    return _answered(updater, lambda: original(updater, *args, **kwargs), "broadcast", names)
 
 
 def update_weights_from_tensor(
     original: Callable[..., Answer], updater: Any, named_tensors: Any, load_format: str | None = None
 ) -> Answer:
     """Around ``WeightUpdater.update_weights_from_tensor``."""
-    names, kind = _names_of(named_tensors), _KINDS.get(load_format, "tensors")
+    kind = "tensors"
+    if load_format is not None:
+        is_direct = load_format.rpartition(".")[2] in _DIRECT
+        kind = "direct" if is_direct else "buckets" if load_format == "flattened_bucket" else kind
+    names = _names_of(named_tensors)
     return _answered(updater, lambda: original(updater, named_tensors, load_format), kind, names)
 
 
 def update_weights_from_ipc(original: Callable[..., Answer], updater: Any, request: Any) -> Answer:
     """Around ``WeightUpdater.update_weights_from_ipc``, which loads and post-processes."""
-    return _answered(updater, lambda: original(updater, request), "ipc")
+    return _answered(updater, lambda: original(updater, request), "ipc", is_whole=True)
 
 
 def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, named_tensors: NamedTensors) -> None:
@@ -398,6 +407,8 @@ def _judged(
     names: Sequence[str] = (),
     executor: Executor | None = None,
     disk: DiskUpdate | None = None,
+    *,
+    may_wait: bool = False,
 ) -> tuple[Any, Outcome]:
     """Run a call as part of the open update, or as an update of its own; all ranks keep it, or all undo it.
 
@@ -409,12 +420,14 @@ def _judged(
         names: of the call's tensors, if known.
         executor: does the work; by default one without threads.
         disk: the update from disk, if this is one.
+        may_wait: whether later calls may bring what is missing although there is no session.
 
     Returns:
         What ``run`` returned, and the outcome of all ranks.
     """
     is_own = known.open is None
     result, error, mine = None, None, Outcome()
+    waiting: Sequence[str] = ()
     try:
         _refuse_unopened(known)
         update = known.open or known.begin(executor)
@@ -424,16 +437,20 @@ def _judged(
             if disk is not None and disk.is_whole:
                 update.drop_parts()
         result = run(update)
-        if is_own:
+        update.note_repeated()
+        waiting = update.waiting(model) if may_wait else ()
+        if (is_own or may_wait) and not waiting:
             update.finish(model)
-        mine = _found(update, model, disk if is_own else None)
+        mine = replace(_found(update, model, disk if is_own else None), waiting=waiting)
     except Exception as raised:
         error = raised
         mine = _outcome(raised, BEFORE_UPDATE if is_own else BEFORE_CALL)
     if disk is not None:
         disk.is_judged = True
     outcome = _joined_with_earlier(_of_all(mine))
-    if is_own:
+    if may_wait and (waiting or not is_own):
+        _continue(known, outcome, names, is_own=is_own, waits=bool(waiting))
+    elif is_own:
         _conclude(known, model, kind, outcome)
     elif known.open is not None:
         known.open.keep_call() if outcome.failure is None else known.open.undo_call(names)
@@ -456,8 +473,33 @@ def _conclude(known: UpdatableModel, model: torch.nn.Module, kind: str, outcome:
     elif outcome.failure is not None or together is None:
         _settle(known, outcome)
     else:
-        update = known.detach()
-        together.add(functools.partial(known.undo, update, _ANOTHER_FAILED), functools.partial(known.close, update))
+        together.add(functools.partial(known.abort, _ANOTHER_FAILED), known.commit)
+
+
+def _continue(known: UpdatableModel, outcome: Outcome, names: Sequence[str], *, is_own: bool, waits: bool) -> None:
+    """As ``_conclude``, for one of several calls without a session.
+
+    Args:
+        known, outcome: as there.
+        names: of the call's tensors.
+        is_own: whether the call is the first.
+        waits: whether some weights wait for later calls; otherwise the call is the last.
+    """
+
+    def undo() -> None:
+        if is_own or known.open is None:
+            known.abort(outcome.failure or _ANOTHER_FAILED)
+        else:
+            known.open.undo_call(names)
+
+    keep = known.wait_for_more if waits else known.commit
+    together = _together.get()
+    if outcome.failure is not None:
+        undo()
+    elif together is None:
+        keep()
+    else:
+        together.add(undo, keep)
 
 
 def _settle(known: UpdatableModel, outcome: Outcome) -> None:
@@ -531,6 +573,7 @@ def _of_all(*mine: Outcome) -> Outcome:
         () if parallel_ranks().pp.size > 1 else common,
         [*dict.fromkeys(name for outcome in outcomes for name in outcome.untouched)],
         next((outcome.advice for outcome in outcomes if outcome.advice), ""),
+        [*dict.fromkeys(name for outcome in outcomes for name in outcome.waiting)],
     )
 
 
@@ -545,15 +588,36 @@ def _note(outcome: Outcome) -> str:
         logger.warning("StreamFP8: a weight update from disk is incomplete. %s", " ".join(told))
     if outcome.unused:
         told.append(f"Nothing took {len(outcome.unused)} of the tensors: {shortened(outcome.unused)}.")
+    if outcome.waiting:
+        told.append(
+            f"{len(outcome.waiting)} weights keep their values until later calls bring what shares their scales: "
+            f"{shortened(outcome.waiting)}."
+        )
     return " ".join(told)
 
 
-def _answered(updater: Any, call: Callable[[], Answer], kind: str, names: Sequence[str] = ()) -> Answer:
-    """Upstream's answer to ``call``, run as part of the open update; failures are answers too, not exceptions."""
+def _answered(
+    updater: Any, call: Callable[[], Answer], kind: str, names: Sequence[str] = (), *, is_whole: bool = False
+) -> Answer:
+    """Upstream's answer to ``call``, run as part of the open update; failures are answers too, not exceptions.
+
+    Without sessions, trainers send their buckets one by one and never say which is the last. So weights of which a call
+    brings a part wait for the next ones. A tensor that comes again is the next update's.
+
+    Args:
+        updater: upstream's.
+        call: upstream's own.
+        kind: of update.
+        names: of the call's tensors.
+        is_whole: whether the call is an update by itself.
+    """
     model = model_of(updater)
     known = updatable(model)
     if known is None:
         return _noted(updater, kind, call)
+    may_wait = not is_whole and not has_sessions(updater)
+    if is_whole or not known.arrived.isdisjoint(names):
+        known.stop_waiting(model)
 
     def run(update: WeightUpdate) -> str:
         # A direct load may name served parameters: load_weights_direct tells them apart.
@@ -563,11 +627,9 @@ def _answered(updater: Any, call: Callable[[], Answer], kind: str, names: Sequen
             raise WeightUpdateError(message)
         return message
 
-    message, outcome = _judged(known, model, run, kind, names)
+    message, outcome = _judged(known, model, run, kind, names, may_wait=may_wait)
     if outcome.failure is None:
         return True, _joined(message, _note(outcome))
-    if outcome.is_partial and not has_sessions(updater):
-        return False, f"{outcome.failure} {_NO_SESSIONS}"
     return False, outcome.failure
 
 

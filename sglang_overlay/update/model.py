@@ -35,6 +35,8 @@ class UpdatableModel:
     Attributes:
         open: the open update.
         unopened: the error, if the current session's update could not be opened; its calls and its end raise it.
+        arrived: names of the tensors of an open update that has no session, where a release has none: it is open as
+            long as some of its weights wait for tensors of later calls.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class UpdatableModel:
         self._wanted = wanted
         self.open: WeightUpdate | None = None
         self.unopened: Exception | None = None
+        self.arrived: set[str] = set()
         known = {layer.name for layer in self.layers}
         self._stock = {name: reason for name, reason in stock.items() if name not in known}
 
@@ -72,6 +75,24 @@ class UpdatableModel:
         self.open = WeightUpdate(self.layers, executor, self._wanted)
         return self.open
 
+    def wait_for_more(self) -> None:
+        """Keep the open update, of a call without a session, for the calls that bring what its weights wait for."""
+        if self.open is not None:
+            self.arrived.update(self.open.given.names)
+            self.open.keep_call()
+            self.open.forget_undo()
+
+    def stop_waiting(self, model: torch.nn.Module) -> None:
+        """End an update that has no session: whole units keep their new values, the others were never replaced."""
+        if self.open is None or not self.arrived:
+            return
+        logger.warning(
+            "StreamFP8: another weight update begins, and of these weights the one before has brought only a part, "
+            "which is dropped: %s",
+            shortened(self.open.waiting(model)),
+        )
+        self.commit()
+
     @property
     def is_in_session(self) -> bool:
         """Whether a session's update is open, or was to be opened and could not: all ranks agree on that."""
@@ -84,20 +105,9 @@ class UpdatableModel:
 
     def commit(self) -> None:
         """Close the open update, if any, and keep what it has written."""
-        update, self.open = self.open, None
+        update = self._taken()
         if update is not None:
             self.close(update)
-
-    def detach(self) -> WeightUpdate:
-        """Hand over the open update, which succeeded, to a caller who will undo or close it.
-
-        Raises:
-            RuntimeError: no update is open.
-        """
-        if self.open is None:
-            raise RuntimeError("no update is open")
-        update, self.open = self.open, None
-        return update
 
     def abort(self, failure: str) -> None:
         """Undo and close the open update, if any.
@@ -105,7 +115,7 @@ class UpdatableModel:
         Args:
             failure: why.
         """
-        update, self.open = self.open, None
+        update = self._taken()
         if update is not None:
             self.undo(update, failure)
             self.close(update)
@@ -134,6 +144,10 @@ class UpdatableModel:
             # The update is what it is.
             logger.warning("StreamFP8: an update is not told of: %s: %s", type(error).__name__, sentence(error))
             return None
+
+    def _taken(self) -> WeightUpdate | None:
+        update, self.open, self.arrived = self.open, None, set()
+        return update
 
 
 def remember(model: torch.nn.Module, updatable: UpdatableModel) -> None:

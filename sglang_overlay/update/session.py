@@ -168,11 +168,16 @@ class WeightUpdate:
         self._groups.restore({})
 
     def keep_call(self) -> None:
-        """End the current call, which succeeded."""
+        """End the current call, which succeeded; nothing if none is under way."""
+        if self._saved is None:
+            return
         self._saved = None
         self._undo.keep_call()
         last = self._bindings.pop()
         self._bindings[-1] = self._bindings[-1] or last
+
+    def note_repeated(self) -> None:
+        """The current call has brought what calls that failed were to bring. ``undo_call`` expects it again."""
         for name in self.given.names:
             self._unrepeated.pop(name, None)
 
@@ -199,6 +204,11 @@ class WeightUpdate:
     def expect_again(self, names: Iterable[str]) -> None:
         """Require these tensors, of a call that failed, to be sent again before the update ends."""
         self._unrepeated.update(dict.fromkeys(names))
+
+    def forget_undo(self) -> None:
+        """Keep what has been replaced so far: only calls from here on can be undone."""
+        self._undo.forget()
+        self._bindings = [None]
 
     def undo(self) -> None:
         """Restore everything that was overwritten since the update began."""
@@ -298,9 +308,7 @@ class WeightUpdate:
                 f"a call of this update failed, and what it was to bring has not come since: "
                 f"{shortened(list(self._unrepeated))}"
             )
-        problems = [problem for stream in self._streams.values() if (problem := stream.problem)]
-        problems += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
-        problems += [*self._groups.waiting, *self._unpaired(model)]
+        problems = [*self._incomplete, *self._mixed, *self._unpaired(model)]
         if problems:
             raise PartialUpdateError(
                 f"the update ended with weights of which only a part came: {shortened(problems)}. One scale covers a "
@@ -371,6 +379,12 @@ class WeightUpdate:
             model, [name for name, key in plain.items() if key not in written and key not in self._quantized],
             [name for name, key in plain.items() if key in written], model_config,
         )  # fmt: skip
+
+    def waiting(self, model: torch.nn.Module) -> list[str]:
+        """What still needs tensors of later calls. Empty if these would not help: then ``finish`` says why."""
+        if self._mixed or self._unpaired(model):
+            return []
+        return [*self._incomplete, *(f"{name} (its call failed)" for name in self._unrepeated)]
 
     @property
     def layers(self) -> list[str]:
@@ -473,6 +487,18 @@ class WeightUpdate:
         served = self._scale_dtypes.get(_suffix(name))
         # A pickled file may hold anything.
         return tensor if served is None or not isinstance(tensor, torch.Tensor) else as_served(name, tensor, served)
+
+    @property
+    def _incomplete(self) -> list[str]:
+        """Weights of which only a part has come."""
+        found = [problem for stream in self._streams.values() if (problem := stream.incomplete)]
+        found += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
+        return [*found, *self._groups.waiting]
+
+    @property
+    def _mixed(self) -> list[str]:
+        """Weights of which units came both in high precision and quantized."""
+        return [problem for stream in self._streams.values() if (problem := stream.mixed)]
 
     def _unpaired(self, model: torch.nn.Module) -> list[str]:
         """Of the tensors sent by parameter name, values without their scales, and the reverse."""

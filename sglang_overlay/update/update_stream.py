@@ -99,17 +99,22 @@ class UpdateStream(CheckpointStream):
         return self._rows is not None and self._rows.is_narrowed
 
     @property
-    def problem(self) -> str | None:
-        """A message about units sent only in part, or both in high precision and quantized; None if there are none."""
+    def incomplete(self) -> str | None:
+        """A message about units that were sent only in part; None if there are none."""
         partial = self.partial_units
         if partial:
             return f"{self.name} ({len(partial)} of {self.units} units)"
+        return self._ready.problem if self._ready is not None and self.mixed is None else None
+
+    @property
+    def mixed(self) -> str | None:
+        """A message about units that came both in high precision and quantized; None if there are none."""
         if self._ready is None or not (self._ready.taken | self._ready.open_units).any():
             return None
         twice = (self._ready.taken | self._ready.open_units) & self._done_mask()
-        if twice.any():
-            return f"{self.name} ({int(twice.sum())} of {self.units} units: in high precision and quantized as well)"
-        return self._ready.problem
+        if not twice.any():
+            return None
+        return f"{self.name} ({int(twice.sum())} of {self.units} units: in high precision and quantized as well)"
 
     @property
     def has_waiting_units(self) -> bool:

@@ -50,7 +50,7 @@ class TrainerError(RuntimeError):
 
 
 def broadcast(url: str, checkpoint: Path, ranks: int = 1, dies_after: int | None = None) -> None:
-    """One session, or one call: all tensors of ``checkpoint``, some at a time, by ``update_weights_from_distributed``.
+    """All tensors of ``checkpoint``, some at a time, by ``update_weights_from_distributed``.
 
     Args:
         url: of the server.
@@ -167,7 +167,7 @@ def _in_a_session(engine: Any, update: Callable[[], list[Any]]) -> list[Any]:
 
 
 def has_sessions() -> bool:
-    """Whether this release takes an update in several calls (since 0.5.21)."""
+    """Whether this release has update sessions, and requires them (since 0.5.21)."""
     import sglang
 
     return hasattr(sglang.Engine, "begin_weight_update")
@@ -178,9 +178,9 @@ def _read_from_disk(engine: Any, checkpoint: Path) -> list[Any]:
 
 
 def calls_of(checkpoint: Path) -> Iterator[list[NamedTensor]]:
-    """The tensors of a checkpoint, in one call without sessions; with them, what belongs together comes apart."""
+    """The tensors of a checkpoint in several calls: what belongs together comes apart."""
     tensors = list(tensors_of(checkpoint))
-    calls = -(-len(tensors) // _TENSORS_A_CALL) if has_sessions() else 1
+    calls = -(-len(tensors) // _TENSORS_A_CALL)
     for call in range(calls):
         yield tensors[call::calls]
 

@@ -114,7 +114,7 @@ def test_engine_is_updated_by_tensors_by_buckets_and_from_disk_but_not_by_half_a
     printed = run_in_a_process("engine", "--model", old, "--checkpoint", new, "--prompts", json.dumps(PROMPTS))
     found = json.loads(printed.splitlines()[-1])
     half, *whole = found["answers"]
-    assert [answer[0] for answer in half] == ([True, True, False] if has_sessions() else [False])
+    assert [answer[0] for answer in half] == ([True, True, False] if has_sessions() else [True])
     assert "experts.w13_weight (1 of 8 units)" in half[-1][1]
     assert all(answer[0] for answers in whole for answer in answers), whole
     before, after = tokens("qwen3_moe", 0), tokens("qwen3_moe", SEED)

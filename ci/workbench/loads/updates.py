@@ -34,6 +34,7 @@ class Update:
         calls: number of calls of ``update_weights_from_tensor``, each with its share of the tensors.
         order: of tensors: as in the ``file``, or ``shuffled``, which separates tensors that belong together.
         placement: to which EPLB moves experts after each call (``Rebalance``); empty, it moves none.
+        loader: ``package.module.function`` that loads the tensors, one of the job's ``custom_weight_loader``.
     """
 
     source: Literal["disk", "tensor", "bucket", "direct"]
@@ -42,6 +43,7 @@ class Update:
     calls: int = 1
     order: Literal["file", "shuffled"] = "file"
     placement: tuple[int, ...] = ()
+    loader: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _send(updater: Any, update: Update, tensors: list[tuple[str, torch.Tensor]])
         answer = updater.update_weights_from_tensor(content, "flattened_bucket")
         content["flattened_tensor"].fill_(0)
         return answer
-    load_format = "direct" if update.source == "direct" else None
+    load_format = update.loader or ("direct" if update.source == "direct" else None)
     answer = updater.update_weights_from_tensor(tensors, load_format)
     # A trainer reuses its buffers.
     for _, tensor in tensors:
