@@ -63,6 +63,7 @@ FULL = (
     "standin/test_costs.py",
     "standin/test_rocm.py",
     "test_readme.py::test_light_command_runs",
+    "update/test_clients.py",
     "update/test_lora.py",
     "update/test_update_live.py",
     "update/test_replicas.py",

@@ -349,6 +349,24 @@ def ensure_uv(plan: Plan) -> Path:
     return home / "bin" / "uv"
 
 
+def ensure_folder(plan: Plan, name: str) -> Path:
+    """A folder with the packages of `ci/locks/<name>.txt`, to be put behind an environment's own on `sys.path`.
+
+    Raises:
+        EnvironmentSetupError: a package could not be installed.
+    """
+    lock = plan.clone / "ci" / "locks" / f"{name}.txt"
+    home = plan.cache / f"{name}-py{python_tag()}-{digest(lock.read_text(encoding='utf-8'))}"
+    with exclusive(home):
+        if not marker_of(home):
+            uv = ensure_uv(plan)
+            shutil.rmtree(home, ignore_errors=True)
+            checked = ["--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(lock)]
+            install(plan, uv, uv.parents[1], ["--target", str(home), *checked])
+            complete(home, packages=name)
+    return home
+
+
 def make_venv(plan: Plan, environment: Path, *options: str) -> None:
     """Make an empty virtual environment, replacing whatever is there."""
     if environment.exists():

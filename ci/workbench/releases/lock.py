@@ -2,7 +2,8 @@
 
 An existing lock's versions are kept where they still fit; delete it first to take the newest. Where the input begins
 `# on <release>.txt`, that release's versions are kept, and only what differs from its lock is written. Packages in
-`wheels.txt` stand in for pins that no wheel satisfies, where there is no solution without.
+`wheels.txt` stand in for pins that no wheel satisfies, where there is no solution without. An input that begins
+`# alone` is taken without what its packages need.
 
 Runs with uv's own Python, so it uses the standard library only.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from workbench.releases import environment
 
 LOCKS = environment.CLONE / "ci" / "locks"
+ALONE = "# alone"
 OPTIONS = (
     *("--quiet", "--generate-hashes", "--only-binary", ":all:"),
     *("--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_34"),
@@ -41,6 +43,9 @@ def resolved(name: str, known: str) -> str:
         source = os.path.relpath(LOCKS / f"{name}.in", environment.CLONE)
         command = [str(uv), "pip", "compile", source, "--output-file", str(out), *OPTIONS]
         command += ["--custom-compile-command", f"ci/lock {name}"]
+        command += (
+            ["--no-deps"] if Path(environment.CLONE, source).read_text(encoding="utf-8").startswith(ALONE) else []
+        )
         run = partial(
             subprocess.run, cwd=environment.CLONE, env=environment.step_environment(plan), stdout=subprocess.DEVNULL
         )
