@@ -452,8 +452,8 @@ def _judged(
         _continue(known, outcome, names, is_own=is_own, waits=bool(waiting))
     elif is_own:
         _conclude(known, model, kind, outcome)
-    elif known.open is not None:
-        known.open.keep_call() if outcome.failure is None else known.open.undo_call(names)
+    else:
+        _end_call(known, outcome, names)
     if outcome.failure is not None:
         logger.error(
             "StreamFP8: a weight update failed: %s", outcome.failure, exc_info=None if mine.is_partial else error
@@ -474,6 +474,12 @@ def _conclude(known: UpdatableModel, model: torch.nn.Module, kind: str, outcome:
         _settle(known, outcome)
     else:
         together.add(functools.partial(known.abort, _ANOTHER_FAILED), known.commit)
+
+
+def _end_call(known: UpdatableModel, outcome: Outcome, names: Sequence[str]) -> None:
+    """Keep or undo one call of a session."""
+    if known.open is not None:
+        known.open.keep_call() if outcome.failure is None else known.open.undo_call(names)
 
 
 def _continue(known: UpdatableModel, outcome: Outcome, names: Sequence[str], *, is_own: bool, waits: bool) -> None:

@@ -4,8 +4,8 @@
     with Trainer(url, folder, packages, model) as trainer:
         trainer.step("verl", checkpoint)
 
-The trainer is a process of its own (``python -m harness.trainer_clients ...``), or one for each of its ranks. Each client of
-``CLIENTS`` keeps its state from step to step. A step ends when the client's own code has returned.
+The trainer is a process of its own (``python -m harness.trainer_clients ...``), or one for each of its ranks. Each
+client of ``CLIENTS`` keeps its state from step to step. A step ends when the client's own code has returned.
 
 What differs from a GPU: tensors go through shared memory, whose names any process can open, where a trainer sends CUDA
 IPC handles; SGLang's patch of these handles, which expects a GPU's, is left out. Groups are gloo's.

@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from sglang_overlay.observe.load_metrics import METRICS, PREFIX
+from sglang_overlay.observe.gauges import PREFIX
+from sglang_overlay.observe.load_metrics import METRICS
 from sglang_overlay.settings import MODE_VARIABLE
 from workbench.loads import serving
 from workbench.loads.checkpoints import CheckpointSpec, build
