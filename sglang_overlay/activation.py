@@ -71,6 +71,7 @@ class Activation:
     report_folder: str | None
     streaming: tuple[HookLine, ...]
     cpu_reference: tuple[HookLine, ...]
+    options: tuple[HookLine, ...]
     telling: tuple[HookLine, ...]
     problems: tuple[str, ...]
     messages: tuple[str, ...]
@@ -112,6 +113,7 @@ def inspect_activation(environ: Mapping[str, str]) -> Activation:
         report_folder=folder,
         streaming=hooks.streaming,
         cpu_reference=hooks.cpu_reference,
+        options=hooks.options,
         telling=hooks.telling,
         problems=tuple(problems),
         messages=tuple(messages),
@@ -199,6 +201,7 @@ class _Hooks:
 
     streaming: tuple[HookLine, ...] = ()
     cpu_reference: tuple[HookLine, ...] = ()
+    options: tuple[HookLine, ...] = ()
     telling: tuple[HookLine, ...] = ()
 
 
@@ -206,7 +209,12 @@ def _hooks() -> _Hooks:
     from sglang_overlay.cpu_reference import catalogue as cpu_reference
     from sglang_overlay.hooks import catalogue as upstream
 
-    return _Hooks(_states(upstream.STREAMING), _states(cpu_reference.HOOKS), _states(upstream.TELLING))
+    return _Hooks(
+        streaming=_states(upstream.STREAMING),
+        cpu_reference=_states(cpu_reference.HOOKS),
+        options=_states(upstream.OPTIONS),
+        telling=_states(upstream.TELLING),
+    )
 
 
 def _states(hooks: Iterable[Hook]) -> tuple[HookLine, ...]:

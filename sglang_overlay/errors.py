@@ -21,6 +21,7 @@ from sglang_overlay.core.load_errors import (
 
 __all__ = [
     "ConflictingWriteError",
+    "DumpError",
     "ExportError",
     "IncompleteLoadError",
     "LayerNotStreamableError",
@@ -42,7 +43,7 @@ __all__ = [
 
 
 class SettingsError(StreamFP8Error):
-    """An environment variable has a name or value this package does not know."""
+    """A setting has a name or value this package does not know, or contradicts another."""
 
 
 class StreamingUnavailableError(StreamFP8Error):
@@ -51,6 +52,10 @@ class StreamingUnavailableError(StreamFP8Error):
 
 class SchemeError(SettingsError):
     """The chosen quantization scheme does not exist, or is not available for this model, layer or platform."""
+
+
+class DumpError(StreamFP8Error):
+    """A dump of ``--load-format presharded`` does not fit what is being started."""
 
 
 class WeightUpdateError(StreamFP8Error):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment variables of this package, read in this module and nowhere else.
+"""The environment variables of this package, and its part of ``--model-loader-extra-config``.
+
+They are read in this module and nowhere else.
 
 ========================== ============================ ===========================================================
 variable                   values                       meaning
@@ -17,17 +19,22 @@ variable                   values                       meaning
 ``SGLANG_STREAMFP8_CPU_REFERENCE`` ``0`` (default)      without an accelerator SGLang fails, as without this package
 ..                         ``1``                        it serves on the CPU reference platform (``cpu_reference/``)
 ========================== ============================ ===========================================================
+
+``{"streamfp8": {"scheme": ...}}`` in ``--model-loader-extra-config`` is the same choice as ``SGLANG_STREAMFP8_SCHEME``;
+``--quantization fp8_block`` is written there too (``hooks/option_hooks.py``).
 """
 
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sglang_overlay.errors import SettingsError
-from sglang_overlay.schemes.choice import SchemeChoice, parse
+from sglang_overlay.schemes.choice import FLAGS, SchemeChoice, parse
 
 MODE_VARIABLE = "SGLANG_STREAMFP8"
 REPORT_VARIABLE = "SGLANG_STREAMFP8_REPORT"
@@ -43,6 +50,9 @@ VARIABLES = (
     PINNED_RING_VARIABLE,
     CPU_REFERENCE_VARIABLE,
 )
+LOADER_OPTION = "--model-loader-extra-config"
+LOADER_KEY = "streamfp8"
+"""This package's part of that option's JSON."""
 
 
 class Mode(enum.Enum):
@@ -55,7 +65,11 @@ class Mode(enum.Enum):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for, validated."""
+    """What the user asked for, validated.
+
+    Attributes:
+        scheme_option: the option that chooses the schemes, with its value, where the variable does not.
+    """
 
     mode: Mode = Mode.ON
     report_folder: Path | None = None
@@ -63,23 +77,26 @@ class Settings:
     schemes: SchemeChoice = field(default_factory=SchemeChoice)
     pinned_ring: bool = False
     cpu_reference: bool = False
+    scheme_option: str = ""
 
     @property
     def required_by(self) -> str | None:
-        """The variable, with its value, under which an fp8 load that cannot be streamed is an error."""
+        """The setting, with its value, under which an fp8 load that cannot be streamed is an error."""
         if not self.schemes.is_stock:
-            return f"{SCHEME_VARIABLE}={'/'.join(sorted(self.schemes.names))}"
+            return self.scheme_option or f"{SCHEME_VARIABLE}={'/'.join(sorted(self.schemes.names))}"
         return f"{MODE_VARIABLE}={self.mode.value}" if self.mode is Mode.REQUIRE else None
 
 
-def load_settings(environ: Mapping[str, str]) -> Settings:
+def load_settings(environ: Mapping[str, str], loader_config: Mapping[str, Any] | None = None) -> Settings:
     """Read and validate the settings.
 
     Args:
         environ: usually ``os.environ``.
+        loader_config: the value of ``--model-loader-extra-config``, of which only ``streamfp8`` is read.
 
     Raises:
-        SettingsError: a variable has an unknown name or value; the message lists the valid ones.
+        SettingsError: a variable or key has an unknown name or value, and the message lists the valid ones; or the two
+            choose different schemes.
     """
     links = _service_links(environ)
     unknown = sorted(
@@ -100,7 +117,25 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
             f"{SCHEME_VARIABLE} is set, which only streaming can serve, and {MODE_VARIABLE}=0 switches that off. "
             "Unset one of them."
         )
-    return found
+    return _with_option(found, environ, loader_config or {})
+
+
+def _with_option(settings: Settings, environ: Mapping[str, str], loader_config: Mapping[str, Any]) -> Settings:
+    """The settings with the schemes that a server's option chooses, if it does."""
+    if LOADER_KEY not in loader_config:
+        return settings
+    given = loader_config[LOADER_KEY]
+    if not isinstance(given, dict) or set(given) != {"scheme"}:
+        raise SettingsError(f'"{LOADER_KEY}" in {LOADER_OPTION} is {given!r}. Its one key is "scheme".')
+    scheme = given["scheme"] if isinstance(given["scheme"], str) else json.dumps(given["scheme"])
+    chosen = parse(scheme, f"{LOADER_OPTION} {LOADER_KEY}.scheme")
+    flag = f"fp8_{chosen.text}"
+    option = f"--quantization {flag}" if flag in FLAGS else f"{LOADER_OPTION} {LOADER_KEY}.scheme={chosen.text}"
+    if environ.get(SCHEME_VARIABLE, "").strip() and settings.schemes != chosen:
+        raise SettingsError(
+            f"{option} and {SCHEME_VARIABLE}={settings.schemes.text} choose different schemes. Give one of them."
+        )
+    return replace(settings, schemes=chosen, scheme_option=option)
 
 
 def _service_links(environ: Mapping[str, str]) -> set[str]:

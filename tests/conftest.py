@@ -51,6 +51,7 @@ FULL = (
     "load/test_memory.py",
     "load/test_mxfp8.py",
     "load/test_nodes.py",
+    "load/test_presharded.py",
     "load/test_server.py",
     "load/test_signals.py",
     "load/test_soak.py",

@@ -14,7 +14,7 @@ def _hook(state: str, detail: str = "") -> HookLine:
 
 
 def _activation(problems: tuple[str, ...]) -> Activation:
-    return Activation("0.5.23", ("0.5.23",), "1", None, (_hook("active"),), (), (), problems, ())
+    return Activation("0.5.23", ("0.5.23",), "1", None, (_hook("active"),), (), (), (), problems, ())
 
 
 def test_installed_and_listed_plugin_is_no_problem():

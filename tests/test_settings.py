@@ -70,3 +70,28 @@ def test_pinned_ring_is_off_unless_asked_for():
     assert load_settings({"SGLANG_STREAMFP8_PINNED_RING": "1"}).pinned_ring
     with pytest.raises(SettingsError, match=r"SGLANG_STREAMFP8_PINNED_RING='on'.*=0, .*=1"):
         load_settings({"SGLANG_STREAMFP8_PINNED_RING": "on"})
+
+
+def test_loader_config_chooses_a_scheme_as_the_variable_does():
+    by_variable = load_settings({"SGLANG_STREAMFP8_SCHEME": "block"})
+    by_option = load_settings({}, {"num_threads": 2, "streamfp8": {"scheme": "block"}})
+    assert by_option.schemes == by_variable.schemes
+    assert by_variable.required_by == "SGLANG_STREAMFP8_SCHEME=block"
+    assert by_option.required_by == "--quantization fp8_block"
+    assert load_settings({}, {"num_threads": 2}) == load_settings({})
+    by_kind = load_settings({}, {"streamfp8": {"scheme": {"moe": "int8"}}})
+    assert by_kind.required_by == "--model-loader-extra-config streamfp8.scheme=linear stock, moe int8"
+
+
+@pytest.mark.parametrize("given", ["block", {}, {"scheme": "block", "linear": "channel"}])
+def test_part_of_the_loader_config_has_one_key(given):
+    with pytest.raises(SettingsError, match=r'"streamfp8" in --model-loader-extra-config.*one key is "scheme"'):
+        load_settings({}, {"streamfp8": given})
+
+
+def test_two_choices_of_schemes_have_to_agree():
+    chosen = {"streamfp8": {"scheme": "block"}}
+    assert load_settings({"SGLANG_STREAMFP8_SCHEME": "block"}, chosen).schemes.names == {"block"}
+    for other in ("channel", "stock"):
+        with pytest.raises(SettingsError, match=f"fp8_block and SGLANG_STREAMFP8_SCHEME={other} choose different"):
+            load_settings({"SGLANG_STREAMFP8_SCHEME": other}, chosen)

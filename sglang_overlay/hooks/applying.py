@@ -56,8 +56,8 @@ def _start(settings: Settings) -> None:
 
 
 def _patch_when_imported(settings: Settings) -> None:
-    from sglang_overlay.hooks import ray_actors
-    from sglang_overlay.hooks.catalogue import MEASURING, SERIES, STREAMING, TELLING
+    from sglang_overlay.hooks import option_hooks, ray_actors
+    from sglang_overlay.hooks.catalogue import MEASURING, OPTIONS, SERIES, STREAMING, TELLING
     from sglang_overlay.hooks.hook import Hook, apply, apply_fitting, by_module
 
     def patch(hooks: tuple[Hook, ...], _module: ModuleType) -> None:
@@ -77,9 +77,10 @@ def _patch_when_imported(settings: Settings) -> None:
     is_off = settings.mode is Mode.OFF
     for module, hooks in by_module(MEASURING if is_off else (*SERIES, *STREAMING)).items():
         when_imported(module, partial(patch, hooks), note_mismatch)
-    for module, hooks in by_module(TELLING).items():
+    for module, hooks in by_module(TELLING if is_off else (*OPTIONS, *TELLING)).items():
         when_imported(module, partial(patch_fitting, hooks), _log)
     if not is_off:
+        when_imported(option_hooks.ARGUMENTS_MODULE, option_hooks.add_choices, _log)
         when_imported(ray_actors.DRIVER_MODULE, ray_actors.warn_unless_set_up, _log)
 
 

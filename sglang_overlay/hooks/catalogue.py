@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every hook into SGLang. ``python -m sglang_overlay check -v`` prints them, tests walk them.
 
-``STREAMING`` is applied module by module, and if one of its hooks does not fit, no load is streamed. Of ``TELLING``,
-those that fit are applied, since loads are correct without them.
+``STREAMING`` is applied module by module, and if one of its hooks does not fit, no load is streamed. Of ``OPTIONS`` and
+``TELLING``, those that fit are applied, since loads are correct without them.
 """
 
 from __future__ import annotations
 
-from sglang_overlay.hooks import built_in
+from sglang_overlay.hooks import built_in, option_hooks
 from sglang_overlay.hooks.hook import Hook, HookKind, Place
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
@@ -20,6 +20,7 @@ _UPDATE_ISSUES = ("sgl-project/sglang#5424", "sgl-project/sglang#11289", "sgl-pr
 _WHEN_UPSTREAM_UPDATES = "SGLang updates online fp8 weights itself"
 _WHEN_UPSTREAM_CHECKS = "SGLang's own checksum covers every byte that is served, in all supported releases"
 _WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a successor lands)"
+_WHEN_UPSTREAM_CHOOSES = "SGLang offers a choice of online schemes"
 _NO_PRESHARDED = "Nothing: this release has no presharded loader."
 _NO_SESSIONS = (
     "Sessions of several calls: each call updates by itself, so what shares a scale must come in one call, and a call "
@@ -75,8 +76,30 @@ STREAMING: tuple[Hook, ...] = (
         wrapper="sglang_overlay.hooks.loader_hooks:load_from_presharded",
         kind=HookKind.AROUND,
         parameters=("self", "model_config", "device_config"),
-        why="The dump is fp8 already: no bf16 weights are allocated, nothing is to be quantized.",
+        why="The dump is fp8 already: no bf16 weights are allocated, nothing is to be quantized. One that was made of "
+        "another checkpoint is refused.",
         related=_MEMORY_ISSUES,
+        remove_when=_WHEN_UPSTREAM_STREAMS,
+        without=_NO_PRESHARDED,
+    ),
+    Hook(
+        target=f"{_LOADER}.PreshardedModelLoader._first_time_load_and_dump",
+        wrapper="sglang_overlay.hooks.loader_hooks:load_and_dump",
+        kind=HookKind.AROUND,
+        parameters=("self", "model_config", "presharded_dir", "shard_config"),
+        why="Says which dumps are there and were made of something else, and keeps what the new one is made of.",
+        related=("sgl-project/sglang#17945",),
+        remove_when="SGLang compares a dump with the checkpoint",
+        without=_NO_PRESHARDED,
+    ),
+    Hook(
+        target=f"{_LOADER}.PreshardedModelLoader._dump_state_to_disk",
+        wrapper="sglang_overlay.hooks.loader_hooks:dump_state",
+        kind=HookKind.AROUND,
+        parameters=("self", "state_dict", "extras", "presharded_dir", "shard_config"),
+        why="A checkpoint that lacks weights, or a model that has to be loaded anew, must not leave a dump that later "
+        "starts read.",
+        related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
         without=_NO_PRESHARDED,
     ),
@@ -85,7 +108,8 @@ STREAMING: tuple[Hook, ...] = (
         wrapper="sglang_overlay.hooks.loader_hooks:describe_without_loading",
         kind=HookKind.AROUND,
         parameters=("self", "model_config"),
-        why="Builds the model on the meta device only to hash its shapes; those must be stock's.",
+        why="Builds the model on the meta device only to hash its shapes; those must be stock's. The hash tells dumps "
+        "apart, so scheme, release and device become a part of it.",
         related=("sgl-project/sglang#17945",),
         remove_when=_WHEN_UPSTREAM_STREAMS,
         without=_NO_PRESHARDED,
@@ -160,7 +184,7 @@ STREAMING: tuple[Hook, ...] = (
         why="Gives a layer the quantization method of the scheme that the user chose for it. Stock has one scheme for "
         "online fp8 and refuses block-wise.",
         related=("sgl-project/sglang#15440", "sgl-project/sglang#29727"),
-        remove_when="SGLang offers a choice of online schemes",
+        remove_when=_WHEN_UPSTREAM_CHOOSES,
     ),
     Hook(
         target=f"{_FP8}.Fp8LinearMethod.create_weights",
@@ -349,6 +373,35 @@ SERIES: tuple[Hook, ...] = (
     ),
 )
 """Applied where the module is imported, which only an SGLang with the patch series does."""
+
+_ARGUMENTS = f"{option_hooks.ARGUMENTS_MODULE}.ServerArgs"
+
+OPTIONS: tuple[Hook, ...] = (
+    Hook(
+        target=f"{_ARGUMENTS}.resolve_once",
+        wrapper="sglang_overlay.hooks.option_hooks:resolve_arguments",
+        kind=HookKind.AROUND,
+        parameters=("self",),
+        why="Makes --quantization fp8_block mean fp8 with the scheme block, before SGLang reads its arguments.",
+        related=("sgl-project/sglang#31783",),
+        remove_when=_WHEN_UPSTREAM_CHOOSES,
+        elsewhere=(Place(f"{_ARGUMENTS}.__post_init__"),),
+    ),
+    *(
+        Hook(
+            target=f"{_LOADER}.{loader}.__init__",
+            wrapper="sglang_overlay.hooks.option_hooks:make_loader",
+            kind=HookKind.AROUND,
+            parameters=("self", "load_config"),
+            why="SGLang's loaders refuse keys of --model-loader-extra-config that they do not know; streamfp8 is not "
+            "theirs.",
+            related=("sgl-project/sglang#31783",),
+            remove_when=_WHEN_UPSTREAM_CHOOSES,
+        )
+        for loader in ("DefaultModelLoader", "DummyModelLoader", "RunaiModelStreamerLoader", "ShardedStateLoader")
+    ),
+)
+"""How a server's options choose schemes. Without them SGLang refuses these options."""
 
 TELLING: tuple[Hook, ...] = (
     Hook(

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ import torch
 
 from sglang_overlay.core.messages import sentence
 from sglang_overlay.core.shortage import is_shortage
-from sglang_overlay.errors import SchemeError
+from sglang_overlay.errors import DumpError, SchemeError
 from sglang_overlay.hooks import releases, streamed_loaders
 from sglang_overlay.hooks.guard import look_at_hooks, mismatch
-from sglang_overlay.load import eligibility, metrics
+from sglang_overlay.load import eligibility, metrics, presharded
 from sglang_overlay.load.attempts import load_streamed
+from sglang_overlay.load.checkpoint_files import local_files
 from sglang_overlay.load.model_load import ModelLoad, current, under_way
 from sglang_overlay.load.ranks import parallel_ranks
 from sglang_overlay.load.refusal import refuse
@@ -31,7 +32,7 @@ from sglang_overlay.observe.memory import MemorySampler, MemoryWatch, meter_for
 from sglang_overlay.observe.report import LoadReport, ReportError, summary_line, write
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
-from sglang_overlay.settings import SCHEME_VARIABLE, Mode, Settings, load_settings
+from sglang_overlay.settings import MODE_VARIABLE, Mode, Settings, load_settings
 from sglang_overlay.update.model import UpdatableModel, remember
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def load_without_the_series(load: Callable[..., Any], *args: Any) -> Any:
 
 def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
     """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
-    settings = load_settings(os.environ)
+    settings = _settings(loader.load_config)
     is_draft = bool(getattr(model_config, "is_draft_model", False))
     if model_config.quantization not in ONLINE and settings.report_folder is None:
         _mention_idle_scheme(settings, is_draft=is_draft)
@@ -92,18 +93,21 @@ def _refuse_second_scheme(quantization: str | None, settings: Settings) -> None:
     if quantization == MXFP8 and not settings.schemes.is_stock:
         raise SchemeError(
             f"{settings.required_by} chooses a scheme of --quantization fp8, and --quantization {MXFP8} is one "
-            "itself. Unset the variable, or use --quantization fp8."
+            "itself. Choose no scheme, or use --quantization fp8."
         )
+
+
+def _settings(load_config: Any) -> Settings:
+    return load_settings(os.environ, load_config.model_loader_extra_config)
 
 
 def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
     """Warn that a chosen scheme has no effect. Not for drafts, which may be in bf16 or quantized already."""
     if not settings.schemes.is_stock and not is_draft:
         logger.warning(
-            "StreamFP8: %s=%s chooses nothing here: no layer is quantized while it is loaded. It belongs with "
+            "StreamFP8: %s chooses nothing here: no layer is quantized while it is loaded. It belongs with "
             "--quantization fp8 and a bf16 checkpoint.",
-            SCHEME_VARIABLE,
-            settings.schemes.text,
+            settings.required_by,
         )
 
 
@@ -128,6 +132,7 @@ def initialize_model(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
     if load is None:
         _refuse_other_loader(call)
     elif ModelLoad.covers(call.get("quant_config")):
+        load.is_covered = True
         look_at_hooks(load.settings)
     if load is None or load.abandoned:
         return original(*args, **kwargs)
@@ -199,18 +204,75 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_contiguous() else tensor.cpu().contiguous()
 
 
-def load_from_presharded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around ``PreshardedModelLoader._load_from_presharded``: as for sharded state."""
-    load = current()
+def load_from_presharded(original: Callable[..., Any], loader: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around ``PreshardedModelLoader._load_from_presharded``: as for sharded state, if the dump is what is asked for.
+
+    Raises:
+        DumpError: it was made of something else.
+    """
+    load, call = current(), inspect.signature(original).bind(loader, *args, **kwargs).arguments
     if load is not None:
         load.expect_quantized()
+        files = local_files(call["model_config"], loader.load_config)
+        presharded.check(Path(call["presharded_dir"]), _made_of(load.settings), files)
+    return original(loader, *args, **kwargs)
+
+
+def load_and_dump(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``PreshardedModelLoader._first_time_load_and_dump``: say why no dump that is there already is read.
+
+    Raises:
+        DumpError: there are some, and streaming is required.
+    """
+    load, call = current(), inspect.signature(original).bind(*args, **kwargs).arguments
+    model_config, folder = call["model_config"], Path(call["presharded_dir"])
+    if load is not None and model_config.quantization in ONLINE:
+        made = {**call["shard_config"], **_made_of(load.settings)}
+        _say_why_not(presharded.others(folder, model_config, made), folder.parent, load.settings)
+
+        def keep_record() -> None:
+            if load.is_covered and parallel_ranks().is_first:
+                presharded.write(folder, model_config, made, load.checkpoint.files.read)
+
+        # Before the dump, which SGLang marks as complete.
+        load.at_end(keep_record)
     return original(*args, **kwargs)
 
 
-def describe_without_loading(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around ``PreshardedModelLoader._compute_local_structural_signature``: the model it builds is never loaded."""
-    with under_way(ModelLoad(Settings(Mode.OFF), torch.device("meta"))):
+def _say_why_not(others: Sequence[str], folder: Path, settings: Settings) -> None:
+    if not others:
+        return
+    text = f"no dump in {folder} fits this start: {'; '.join(others)}"
+    if settings.mode is Mode.REQUIRE:
+        raise DumpError(
+            f"{MODE_VARIABLE}={Mode.REQUIRE.value}, but {text}. Remove what is not needed, or give another "
+            '"presharded_path" in --model-loader-extra-config.'
+        )
+    if parallel_ranks().is_first:
+        logger.warning("StreamFP8: %s. The checkpoint is read, and another dump written.", text)
+
+
+def dump_state(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Around ``PreshardedModelLoader._dump_state_to_disk``: not before the load is known to have gone well."""
+    load = current()
+    if load is None:
         return original(*args, **kwargs)
+    return load.at_end(partial(original, *args, **kwargs))
+
+
+def describe_without_loading(original: Callable[..., Any], loader: Any, model_config: Any) -> Any:
+    """Around ``PreshardedModelLoader._compute_local_structural_signature``: the model it builds is never loaded.
+
+    The signature distinguishes dumps, so it has to cover what SGLang does not think of.
+    """
+    load = ModelLoad(Settings(Mode.OFF), torch.device("meta"))
+    with under_way(load):
+        found = original(loader, model_config)
+    return presharded.signature(found, _made_of(_settings(loader.load_config))) if load.is_covered else found
+
+
+def _made_of(settings: Settings) -> presharded.Made:
+    return presharded.made_of(settings, releases.installed())
 
 
 def initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -250,7 +312,7 @@ def _write_report(report: LoadReport, folder: Path) -> None:
 
 def _refuse_other_loader(call: Mapping[str, Any]) -> None:
     """Refuse an fp8 load that did not come through ``load_model``: its loader fills parameters in another way."""
-    settings = load_settings(os.environ)
+    settings = _settings(call["load_config"])
     if settings.mode is not Mode.OFF and ModelLoad.covers(call.get("quant_config")):
         load_format = getattr(call["load_config"].load_format, "value", call["load_config"].load_format)
         refuse(settings.required_by, f"load format {load_format} is not streamed")

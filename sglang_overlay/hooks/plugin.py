@@ -28,6 +28,7 @@ PATCHED_MODULES = frozenset(
         "sglang.srt.models.transformers",
         "sglang.srt.observability.metrics_collector",
         "sglang.srt.ray.engine",
+        "sglang.srt.server_args",
     }
 )
 

@@ -40,8 +40,8 @@ def updates_itself(loader: Any) -> bool:
 
 
 def why_not_schemes(loader: Any) -> str | None:
-    """Loaders that load weights quantized by stock cannot serve another scheme."""
+    """Loaders of weights of which nothing says how they were quantized can serve only stock's scheme."""
     name = type(loader).__name__
-    if name not in ("DefaultModelLoader", "DummyModelLoader", "RunaiModelStreamerLoader"):
+    if name not in ("DefaultModelLoader", "DummyModelLoader", "PreshardedModelLoader", "RunaiModelStreamerLoader"):
         return f"{name} loads only what stock SGLang makes of a checkpoint"
     return None

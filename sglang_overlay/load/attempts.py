@@ -47,6 +47,7 @@ def load_streamed(
                 if not load.fallback.lost:
                     load.check(model, model_config)
                 if not load.fallback.lost:
+                    load.end()
                     return load, model
             excluded |= _anew(load.fallback.lost)
             watches_reads = False

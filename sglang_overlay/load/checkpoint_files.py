@@ -8,6 +8,7 @@ so a hook notes them where it makes that choice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zipfile
@@ -26,6 +27,7 @@ from sglang_overlay.core.shortage import is_shortage
 _INDEX = "*.index.json"
 _LENGTH = 8
 """Bytes of the length field in front of a safetensors header."""
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _ZIP = b"PK"
 """First bytes of a file of ``torch.save``; before PyTorch 1.6 it was a pickle."""
 
@@ -90,6 +92,36 @@ def file_problems(files: Collection[Path]) -> list[str]:
         files: those that are read. Other files in their folders matter only if an index names them together with these.
     """
     return [*_missing(files), *_damaged(files)]
+
+
+def fingerprint(file: Path) -> str:
+    """Tells files apart by their size and by samples spread over them, without reading all of them."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as opened:
+        for number in range(_SAMPLES):
+            opened.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def local_files(model_config: Any, load_config: Any) -> list[Path]:
+    """The weight files of a model that are on this machine, in a folder or in the cache of the hub."""
+    folder = Path(model_config.model_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            cached = snapshot_download(
+                model_config.model_path,
+                revision=model_config.revision,
+                cache_dir=load_config.download_dir,
+                local_files_only=True,
+            )
+        except (OSError, ValueError):
+            return []
+        folder = Path(cached)
+    return [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pt")]
 
 
 def values_not_finite(files: Collection[Path], names: Collection[str]) -> dict[str, tuple[int, int]]:

@@ -75,6 +75,7 @@ class ModelLoad:
         updatable: what weight updates need to know of each layer, by name.
         record: what has been streamed.
         abandoned: why the whole model is loaded as in stock, or None.
+        is_covered: whether a model was built whose layers can be streamed.
     """
 
     final: ClassVar[tuple[type[Exception], ...]] = (StagingMemoryError, SettingsError, StreamingUnavailableError)
@@ -103,6 +104,7 @@ class ModelLoad:
         self.updatable: dict[str, UpdatableLayer] = {}
         self.record = LoadRecord()
         self.abandoned = "switched off" if settings.mode is Mode.OFF else None
+        self.is_covered = False
         self._told = told
         self._watches_reads = watches_reads
         self._is_part = is_part
@@ -125,6 +127,7 @@ class ModelLoad:
         self._narrowed: list[str] = []
         # What has to be done once, when the weights have been read.
         self._reading = contextlib.ExitStack()
+        self._at_end: list[Callable[[], None]] = []
 
     # -- building the model ------------------------------------------------------------------------------------------
 
@@ -328,6 +331,15 @@ class ModelLoad:
         self.checkpoint.conclude(model, model_config)
         if self.has_placeholders:
             self._check_leaks(model)
+
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Have ``act`` called when the load has ended well: not where the model is loaded anew, or the load fails."""
+        self._at_end.append(act)
+
+    def end(self) -> None:
+        """The load has ended well."""
+        for act in self._at_end:
+            act()
 
     def _check_leaks(self, model: torch.nn.Module) -> None:
         leaks = {name: tensor for name, tensor in tensors_of(model) if tensor.is_meta}

@@ -85,6 +85,7 @@ def print_activation(out: Console, found: Activation, described: Selection = unf
         out.print(Padding(f"[red]problem[/red]  {escape(problem)}", (0, 0, 0, 2), expand=False))
     out.print(Padding(_facts(found), (1, 0, 0, 2), expand=False))
     _print_hooks(out, "Hooks for streaming", found.streaming, described)
+    _print_hooks(out, "Hooks for --quantization fp8_block, fp8_channel and fp8_tensor", found.options, described)
     _print_hooks(out, "Hooks for /metrics and /server_info, which streaming can do without", found.telling, described)
     _print_hooks(out, "Hooks for machines without an accelerator", found.cpu_reference, described)
     out.print("\n[bold]To be switched on by hand[/bold]")

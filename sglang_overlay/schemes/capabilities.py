@@ -49,6 +49,24 @@ def packs_experts_to_int4() -> bool:
     return bool(fp8._use_hip_int4)
 
 
+def device_kind() -> str:
+    """What decides how weights are laid out for this process's device: ``cpu``, ``sm90``, ``gfx942``."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties().gcnArchName)
+    return "sm{}{}".format(*torch.cuda.get_device_capability())
+
+
+def kernels() -> dict[str, str]:
+    """The kernels that a server was told to use, by kind of layer; some need weights in an order of their own."""
+    from sglang.srt.layers.moe import get_moe_runner_backend
+    from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
+
+    found = {"moe runner": get_moe_runner_backend(), "fp8 gemm": get_fp8_gemm_runner_backend()}
+    return {layers: str(getattr(backend, "value", backend)) for layers, backend in found.items()}
+
+
 def runs_shuffled_rows(rows: int) -> bool:
     """Whether a per-channel weight with ``rows`` output channels is run by a kernel that needs it shuffled."""
     from sglang.srt.layers.quantization import fp8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer gets which scheme: the value of ``SGLANG_STREAMFP8_SCHEME``.
+"""Which layer gets which scheme: the value of ``SGLANG_STREAMFP8_SCHEME``, or of an option of the server.
 
 A name (``block``) is the scheme of all layers. A JSON object chooses by kind of layer and by name::
 
@@ -23,6 +23,8 @@ STOCK = "stock"
 NONE = "none"
 MXFP8 = "mxfp8"
 """Not a scheme, but a value of SGLang's own ``--quantization`` (``schemes/mxfp8.py``)."""
+FLAGS = {"fp8_block": "block", "fp8_channel": "channel", "fp8_tensor": "tensor"}
+"""Further values of SGLang's ``--quantization``, and the schemes that they choose."""
 _KEYS = ("linear", "moe", "ignore", "overrides")
 
 
@@ -58,10 +60,14 @@ class SchemeChoice:
             return kinds
         return f"{kinds}, {len(self.overrides)} pattern{'s' if len(self.overrides) > 1 else ''}"
 
+    @property
+    def as_json(self) -> str:
+        """The choice as JSON text, which ``parse`` takes."""
+        return json.dumps({"linear": self.linear, "moe": self.moe, "overrides": dict(self.overrides)})
+
     def with_override(self, pattern: str, scheme: str) -> str:
         """The same choice as JSON text, with ``scheme`` for layers that match ``pattern``."""
-        kinds = {"linear": self.linear, "moe": self.moe}
-        return json.dumps({**kinds, "overrides": {pattern: scheme, **self.overrides}})
+        return SchemeChoice(self.linear, self.moe, {pattern: scheme, **self.overrides}).as_json
 
     def override(self, names: Sequence[str]) -> str | None:
         """The first pattern that matches a layer, or None.

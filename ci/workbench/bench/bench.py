@@ -34,7 +34,10 @@ BENCH_FAMILIES: tuple[Family, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to load a checkpoint; ``environ`` has the environment variables of its loads."""
+    """One way to load a checkpoint; ``environ`` has the environment variables of its loads.
+
+    ``presharded`` is the folder of a dump (``--load-format presharded``) that is read, or written if it is not there.
+    """
 
     name: str
     quantization: str | None
@@ -43,6 +46,7 @@ class Contender:
     quantizing: Literal["units", "once", "none"] = "units"
     without: str | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
+    presharded: Path | None = None
 
 
 BF16 = Contender("stock bf16", None, "0")
@@ -194,7 +198,7 @@ def measure(
     runs = []
     for number in range(warm_ups + rounds):
         for contender in contenders:
-            run = _run(contender, workers.load(_job(case, contender, checkpoint)))
+            run = _run(contender, workers.load(job_of(case, contender, checkpoint)))
             if number >= warm_ups:
                 runs.append(run)
             done(run)
@@ -206,7 +210,8 @@ def remove(case: Case, folder: Path) -> None:
     shutil.rmtree(checkpoint_path(case.spec, folder), ignore_errors=True)
 
 
-def _job(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
+def job_of(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
+    """One run of a contender."""
     return LoadJob(
         checkpoint,
         streaming=contender.streaming,
@@ -217,6 +222,8 @@ def _job(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
         tp_size=case.tp_size,
         threads=case.threads,
         environ={**case.environ, **contender.environ},
+        loader_config={"presharded_path": str(contender.presharded)} if contender.presharded else {},
+        server_args={"load_format": "presharded"} if contender.presharded else {},
         device=case.device,
         described="sizes",
         timeout_seconds=900,

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_overlay.observe.formats import bytes_text
+from workbench.bench import restart_bench
 from workbench.bench.bench import (
     ABLATED,
     BENCH_FAMILIES,
@@ -27,7 +29,6 @@ from workbench.bench.bench import (
     STOCK,
     Case,
     CaseResult,
-    Contender,
     FileOrder,
     Run,
     added_seconds_a_tensor,
@@ -84,6 +85,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
 )
 @click.option("--floor", is_flag=True, help="Also read each weight once and write it once, without finding its scale.")
 @click.option("--ablation", is_flag=True, help="Also without each part that the CPU reference loads fast by.")
+@click.option("--restart", is_flag=True, help="Starts that write and read what was loaded instead (presharded).")
 @click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
@@ -99,6 +101,7 @@ def main(
     overhead: bool,  # noqa: FBT001
     floor: bool,  # noqa: FBT001
     ablation: bool,  # noqa: FBT001
+    restart: bool,  # noqa: FBT001
     rounds: int,
     tp: int,
     keep: bool,  # noqa: FBT001
@@ -121,17 +124,22 @@ def main(
         }
         axis = dict.fromkeys(series, "bf16 weights, GB")
     contenders = CONTENDERS + overhead * (INTERCEPTING,) + floor * (ONE_PASS,) + ablation * ABLATED
+    run = restart_bench.measure_restarts if restart else partial(measure, contenders=contenders)
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:
         measured = {
-            heading: [_measured(workers, case, rounds, contenders, keep=keep) for case in cases]
+            heading: [_measured(partial(run, workers), case, rounds, keep=keep) for case in cases]
             for heading, cases in series.items()
         }
     results = [result for column in measured.values() for result in column]
-    about = document(results)
+    about = restart_bench.document(results) if restart else document(results)
     if json_file is not None:
         json_file.write_text(json.dumps(about, indent=2) + "\n")
     if page is not None:
-        page.write_text(with_table(page.read_text(encoding="utf-8"), about), encoding="utf-8")
+        put_in = restart_bench.with_table if restart else with_table
+        page.write_text(put_in(page.read_text(encoding="utf-8"), about), encoding="utf-8")
+    if restart:
+        console.print(_plain_table(restart_bench.COLUMNS, restart_bench.rows_of(about)))
+        return
     console.print(_table(results, rounds))
     if png is not None:
         draw(measured, axis, png, f"Loading with --quantization fp8, medians of {rounds} alternating runs")
@@ -143,13 +151,11 @@ def _thread_numbers() -> list[int]:
     return [number for number in (1, 2, 4, 8, 16) if number <= cores]
 
 
-def _measured(
-    workers: LoadWorkers, case: Case, rounds: int, contenders: Sequence[Contender], *, keep: bool
-) -> CaseResult:
+def _measured(run: Callable[..., CaseResult], case: Case, rounds: int, *, keep: bool) -> CaseResult:
     folder = cache_root() / "checkpoints"
     with _removed_unless(case, folder, keep=keep or checkpoint_path(case.spec, folder).exists()):
         console.print(f"{case.name}:", highlight=False)
-        return measure(workers, case, folder, rounds, contenders, done=_say)
+        return run(case, folder, rounds, done=_say)
 
 
 @contextmanager
@@ -188,6 +194,15 @@ def _table(results: list[CaseResult], rounds: int) -> Table:
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
     for result in results:
         _add_rows(table, result)
+    return table
+
+
+def _plain_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table()
+    for heading in columns:
+        table.add_column(heading.removesuffix(":"), justify="right" if heading.endswith(":") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

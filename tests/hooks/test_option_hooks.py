@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scheme as an option of the server is the same choice as in the environment, and contradictions are errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+from harness.forked_python import ForkedPython
+from harness.streamed import assert_streamed, load_reported
+from workbench.loads import serving
+from workbench.loads.job import LoadJob
+from workbench.loads.loads import PROMPTS, LoadFailed, compare
+
+from sglang_overlay.observe.report import read_folder
+from sglang_overlay.schemes.choice import FLAGS
+from sglang_overlay.settings import REPORT_VARIABLE, SCHEME_VARIABLE
+
+BLOCKS = (("hidden_size", 256), ("intermediate_size", 512), ("moe_intermediate_size", 128))
+BLOCK_IN_LOADER = {"streamfp8": {"scheme": "block"}}
+BLOCK_AND_INT8 = {"linear": "block", "moe": "int8"}
+
+PARSED = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+found = prepare_server_args(sys.argv[1:])
+if hasattr(found, "resolve_once"):
+    found.resolve_once()
+print("PARSED", found.quantization, found.speculative_draft_model_quantization, found.model_loader_extra_config)
+"""
+ENGINE = """
+import json, sys
+import sglang
+model, port, quantization, prompts = json.loads(sys.argv[1])
+engine = sglang.Engine(
+    model_path=model, device="cpu", quantization=quantization, random_seed=0, log_level="info", port=port
+)
+try:
+    sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling)
+    print("TOKENS", json.dumps([answer["output_ids"] for answer in answers]), flush=True)
+finally:
+    engine.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def parse(tmp_path_factory, checkpoint):
+    """What SGLang makes of a command line in a process of its own, with its plugins loaded."""
+    with ForkedPython(tmp_path_factory.mktemp("python")) as python:
+
+        def run(*arguments, **variables):
+            given = ("--model-path", str(checkpoint("qwen3")), "--device", "cpu", *arguments)
+            return python.run(PARSED, given, {**os.environ, **variables})
+
+        yield run
+
+
+@pytest.mark.every_release
+@pytest.mark.parametrize(("flag", "scheme"), FLAGS.items())
+def test_flag_is_fp8_with_a_scheme_for_the_loader(flag, scheme, parse):
+    result = parse("--quantization", flag, "--model-loader-extra-config", '{"num_threads": 2}')
+    assert result.returncode == 0, result.stderr
+    (said,) = re.findall(r"^PARSED (\S+) \S+ (.*)$", result.stdout, re.MULTILINE)
+    assert (said[0], json.loads(said[1])) == ("fp8", {"num_threads": 2, "streamfp8": {"scheme": scheme}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "said"),
+    [
+        pytest.param(
+            ["--quantization", "fp8_block"],
+            {SCHEME_VARIABLE: "channel"},
+            "--quantization fp8_block and SGLANG_STREAMFP8_SCHEME=channel choose different schemes",
+            id="variable",
+        ),
+        pytest.param(
+            ["--quantization", "fp8_block", "--model-loader-extra-config", '{"streamfp8": {"scheme": "tensor"}}'],
+            {},
+            "--quantization fp8_block and {'scheme': 'tensor'} choose different schemes",
+            id="loader",
+        ),
+        pytest.param(
+            ["--quantization", "fp8", "--speculative-draft-model-quantization", "fp8_block"],
+            {},
+            "--speculative-draft-model-quantization fp8_block belongs with --quantization fp8_block",
+            id="draft",
+        ),
+        pytest.param(
+            ["--quantization", "fp8_block"], {"SGLANG_STREAMFP8": "0"}, "invalid choice: 'fp8_block'", id="off"
+        ),
+    ],
+)
+def test_contradiction_ends_the_start(arguments, variables, said, parse):
+    result = parse(*arguments, **variables)
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+def test_same_choice_twice_is_none(parse):
+    draft = ("--speculative-draft-model-quantization", "fp8_block")
+    result = parse("--quantization", "fp8_block", *draft, **{SCHEME_VARIABLE: "block"})
+    assert "PARSED fp8 fp8 " in result.stdout, result.stderr
+
+
+@pytest.mark.every_release
+def test_flag_loads_what_the_variable_does(workers, checkpoint, tmp_path):
+    path = checkpoint("qwen3_moe", overrides=BLOCKS)
+    by_variable = LoadJob(path, environ={SCHEME_VARIABLE: "block"}, prompts=PROMPTS)
+    by_flag = LoadJob(path, quantization="fp8_block", loader_config={"num_threads": 2}, prompts=PROMPTS)
+    expected, (result, reports) = workers.load(by_variable), load_reported(workers.load, by_flag, tmp_path)
+    assert compare(expected, result) == []
+    assert_streamed(reports)
+    assert reports[0].scheme == "block"
+
+
+def test_loader_config_takes_the_json_that_the_variable_takes(workers, checkpoint):
+    job = LoadJob(checkpoint("qwen3_moe", overrides=BLOCKS), prompts=PROMPTS)
+    expected = workers.load(replace(job, environ={SCHEME_VARIABLE: json.dumps(BLOCK_AND_INT8)}))
+    result = workers.load(replace(job, loader_config={"streamfp8": {"scheme": BLOCK_AND_INT8}}))
+    assert compare(expected, result) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        pytest.param(
+            {"loader_config": BLOCK_IN_LOADER, "environ": {SCHEME_VARIABLE: "channel"}},
+            "--quantization fp8_block and SGLANG_STREAMFP8_SCHEME=channel choose different schemes",
+            id="variable",
+        ),
+        pytest.param(
+            {"loader_config": {"streamfp8": {"schema": "block"}}}, """Its one key is "scheme".""", id="another key"
+        ),
+        pytest.param(
+            {"loader_config": {"streamfp8": {"scheme": "blok"}}}, "no quantization scheme 'blok'", id="another scheme"
+        ),
+        pytest.param(
+            {"loader_config": BLOCK_IN_LOADER, "server_args": {"load_format": "dummy"}},
+            "--quantization fp8_block, but this fp8 load cannot be streamed: DummyModelLoader loads only",
+            id="dummy",
+        ),
+        pytest.param(
+            {"loader_config": BLOCK_IN_LOADER, "server_args": {"load_format": "layered"}},
+            "--quantization fp8_block, but this fp8 load cannot be streamed: loading with LayeredModelLoader",
+            id="layered",
+        ),
+        pytest.param({"loader_config": BLOCK_IN_LOADER, "streaming": "0"}, "{'streamfp8'}", id="off"),
+        pytest.param({"loader_config": {"streamfp9": 1}}, "{'streamfp9'}", id="SGLang's own check"),
+    ],
+)
+def test_what_cannot_be_is_refused(fields, said, workers, checkpoint):
+    with pytest.raises(LoadFailed, match=re.escape(said)):
+        workers.load(LoadJob(checkpoint("qwen3_moe", overrides=BLOCKS), **fields))
+
+
+@pytest.mark.full
+@pytest.mark.server
+def test_server_and_engine_take_the_flag(checkpoint, tmp_path):
+    path = checkpoint("qwen3_moe", overrides=BLOCKS)
+    port = serving.free_port()
+    options = ("--quantization", "fp8_block", "--device", "cpu", "--log-level", "info", "--random-seed", "0")
+    command = serving.sglang_command(sys.executable, str(path), port, options)
+    reports = {REPORT_VARIABLE: str(tmp_path / "reports")}
+    server = serving.Launch(command, port, tmp_path / "server.log", reports)
+    prompts = [list(prompt) for prompt in PROMPTS]
+    with serving.running(server, timeout=300) as url:
+        sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        answers = serving.post(url, "generate", {"input_ids": prompts, "sampling_params": sampling}).json()
+    assert "StreamFP8: scheme: block; " in server.log.read_text()
+    with ForkedPython(tmp_path) as python:
+        given = json.dumps([str(path), serving.free_port(), "fp8_block", prompts])
+        engine = python.run(ENGINE, [given], {**os.environ, **reports})
+    (tokens,) = re.findall(r"^TOKENS (.*)$", engine.stdout, re.MULTILINE)
+    assert json.loads(tokens) == [answer["output_ids"] for answer in answers]
+    assert [report.scheme for report in read_folder(tmp_path / "reports")] == ["block", "block"]
