@@ -211,11 +211,14 @@ def load_from_presharded(original: Callable[..., Any], loader: Any, *args: Any, 
         DumpError: it was made of something else.
     """
     load, call = current(), inspect.signature(original).bind(loader, *args, **kwargs).arguments
-    if load is not None:
-        load.expect_quantized()
-        files = local_files(call["model_config"], loader.load_config)
-        presharded.check(Path(call["presharded_dir"]), _made_of(load.settings), files)
-    return original(loader, *args, **kwargs)
+    if load is None:
+        return original(loader, *args, **kwargs)
+    load.expect_quantized()
+    folder = Path(call["presharded_dir"])
+    presharded.check(folder, _made_of(load.settings), local_files(call["model_config"], loader.load_config))
+    model = original(loader, *args, **kwargs)
+    presharded.restore_orders(folder, parallel_ranks().name, model)
+    return model
 
 
 def load_and_dump(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -254,10 +257,16 @@ def _say_why_not(others: Sequence[str], folder: Path, settings: Settings) -> Non
 
 def dump_state(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Around ``PreshardedModelLoader._dump_state_to_disk``: not before the load is known to have gone well."""
-    load = current()
+    load, call = current(), inspect.signature(original).bind(*args, **kwargs).arguments
     if load is None:
         return original(*args, **kwargs)
-    return load.at_end(partial(original, *args, **kwargs))
+
+    def dump() -> None:
+        if load.is_covered:
+            presharded.keep_orders(Path(call["presharded_dir"]), parallel_ranks().name, call["extras"])
+        original(*args, **kwargs)
+
+    return load.at_end(dump)
 
 
 def describe_without_loading(original: Callable[..., Any], loader: Any, model_config: Any) -> Any:

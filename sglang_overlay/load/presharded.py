@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sglang_overlay.errors import DumpError
 from sglang_overlay.load.checkpoint_files import fingerprint
 from sglang_overlay.schemes import capabilities
@@ -68,6 +70,36 @@ def write(folder: Path, model_config: Any, made: Made, files: Sequence[Path]) ->
     hidden = folder / f".{RECORD}"
     hidden.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     hidden.replace(folder / RECORD)
+
+
+def keep_orders(folder: Path, rank: str, extras: Mapping[str, torch.Tensor]) -> None:
+    """Keep how tensors lie in memory that are no parameters: SGLang writes them row by row and reads them so.
+
+    MLA's ``w_kc`` and ``w_vc`` are transposed, since their kernels want columns.
+    """
+    orders = {name: _order(tensor) for name, tensor in extras.items() if not tensor.is_contiguous()}
+    (folder / _orders(rank)).write_text(json.dumps(orders), encoding="utf-8")
+
+
+def restore_orders(folder: Path, rank: str, model: torch.nn.Module) -> None:
+    """Lay tensors out as they were when ``keep_orders`` saw them."""
+    file = folder / _orders(rank)
+    orders: dict[str, list[int]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name, order in orders.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = getattr(module, attribute)
+        back = [order.index(dimension) for dimension in range(tensor.dim())]
+        setattr(module, attribute, tensor.permute(order).contiguous().permute(back))
+
+
+def _orders(rank: str) -> str:
+    return f"streamfp8-{rank}.json"
+
+
+def _order(tensor: torch.Tensor) -> list[int]:
+    """Dimensions, the one with the longest stride first."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 def check(folder: Path, made: Made, files: Sequence[Path]) -> None:

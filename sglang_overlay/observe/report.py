@@ -60,6 +60,11 @@ class Ranks:
         """Whether this rank should log messages that would be the same on all ranks."""
         return self.tp.rank == self.pp.rank == 0
 
+    @property
+    def name(self) -> str:
+        """For files that each rank has of its own: no two ranks of a model have the same."""
+        return f"pp{self.pp.rank}-tp{self.tp.rank}"
+
 
 @dataclass(frozen=True)
 class UnitCounts:

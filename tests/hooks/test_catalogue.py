@@ -13,11 +13,11 @@ import pytest
 from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from sglang_overlay.hooks import releases
-from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.catalogue import OPTIONS, STREAMING, TELLING
 from sglang_overlay.hooks.hook import Place, State, inspect_hook
 
 pytestmark = pytest.mark.every_release
-ALL = (*STREAMING, *TELLING)
+ALL = (*STREAMING, *OPTIONS, *TELLING)
 
 
 @pytest.mark.parametrize("point", ALL, ids=lambda point: point.target.split(".", 4)[-1])

@@ -17,7 +17,7 @@ import wrapt
 from harness.forked_python import ForkedPython
 
 from sglang_overlay.hooks import applying, plugin, ray_actors, releases, source_tree
-from sglang_overlay.hooks.catalogue import MEASURING, STREAMING, TELLING
+from sglang_overlay.hooks.catalogue import MEASURING, OPTIONS, STREAMING, TELLING
 from sglang_overlay.observe.report import read_folder
 from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
 
@@ -286,8 +286,8 @@ SEEN = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
 import pkgutil
-from sglang_overlay.hooks.catalogue import STREAMING, TELLING
-for target in sorted({place.target for point in (*STREAMING, *TELLING) for place in point.candidates}):
+from sglang_overlay.hooks.catalogue import OPTIONS, STREAMING, TELLING
+for target in sorted({place.target for point in (*STREAMING, *OPTIONS, *TELLING) for place in point.candidates}):
     try:
         code = pkgutil.resolve_name(target).__code__
     except (ImportError, AttributeError):
@@ -431,7 +431,7 @@ def test_hook_that_fails_is_said_and_the_import_goes_on():
 
 
 def test_everything_that_is_patched_wakes_the_plugin():
-    catalogued = {module for point in (*STREAMING, *TELLING) for module in point.modules}
+    catalogued = {module for point in (*STREAMING, *OPTIONS, *TELLING) for module in point.modules}
     assert {*catalogued, ray_actors.DRIVER_MODULE} == plugin.PATCHED_MODULES
 
 

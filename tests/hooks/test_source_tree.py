@@ -10,7 +10,7 @@ import pytest
 
 from sglang_overlay.cpu_reference.catalogue import HOOKS
 from sglang_overlay.hooks import hook, source_tree
-from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.catalogue import OPTIONS, STREAMING, TELLING
 from sglang_overlay.hooks.hook import Hook, HookKind, Place, State
 
 INSTALLED = Path(util.find_spec("sglang").origin).parents[1]
@@ -33,7 +33,7 @@ def point(target, parameters=("self",), **fields):
     return Hook(target, "os:getcwd", HookKind.AROUND, parameters, "a reason", (), "it is fixed", **fields)
 
 
-ALL = (*STREAMING, *TELLING, *HOOKS)
+ALL = (*STREAMING, *OPTIONS, *TELLING, *HOOKS)
 
 
 @pytest.mark.parametrize("hooked", ALL, ids=lambda point: point.target.split(".", 3)[-1])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``ci/bench --restart``: what a start costs that reads fp8 weights which an earlier one has written.
 
-Four starts in turn: bf16, streaming, streaming and writing a dump (``--load-format presharded``), and reading that dump.
-Files are in the page cache when seconds are measured. Bytes read are those of one more round: files leave the page cache
-before each start, and what is there after it has been read.
+Four starts in turn: bf16, streaming, streaming and writing a dump (``--load-format presharded``), reading that dump.
+Files are in the page cache when seconds are measured. Bytes read are those of one more round: files leave the page
+cache before each start, and what is there after it has been read.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_overlay.cpu_reference.platform import CpuReferencePlatform  # noqa: E402
 from sglang_overlay.hooks import built_in  # noqa: E402
-from sglang_overlay.hooks.catalogue import MEASURING, STREAMING  # noqa: E402
+from sglang_overlay.hooks.catalogue import MEASURING, OPTIONS, STREAMING  # noqa: E402
 from sglang_overlay.hooks.hook import lifted  # noqa: E402
 from sglang_overlay.observe.memory import MemorySampler, MemoryUsage, meter_for  # noqa: E402
 from sglang_overlay.offline.plan.layers import whole_layers  # noqa: E402
@@ -347,7 +347,7 @@ def job_environ(changes: Mapping[str, str | None]) -> Iterator[list[str]]:
         stack.enter_context(changed_environ(changes))
         if os.environ.get(MODE_VARIABLE) == Mode.OFF.value:
             measuring = MEASURING if os.environ.get(REPORT_VARIABLE) else ()
-            stack.enter_context(lifted(hook for hook in STREAMING if hook not in measuring))
+            stack.enter_context(lifted(hook for hook in (*STREAMING, *OPTIONS) if hook not in measuring))
         yield stack.enter_context(collected_log())
 
 

@@ -34,7 +34,7 @@ from packaging.version import Version
 
 from sglang_overlay.cpu_reference.catalogue import HOOKS
 from sglang_overlay.hooks import source_tree
-from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.catalogue import OPTIONS, STREAMING, TELLING
 from sglang_overlay.hooks.hook import Hook, HookState, State
 from workbench.bench import page_tables
 from workbench.releases import environment
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before = previous(options.release, environment.supported())
     package = fetch(options.release)
-    changes = compare(fetch(before), package, (*STREAMING, *TELLING, *HOOKS))
+    changes = compare(fetch(before), package, (*STREAMING, *OPTIONS, *TELLING, *HOOKS))
     problems = [f"{change.target}: {change.problem}" for change in changes if change.problem]
     if not options.compare_only:
         problems += take_on(options.release, package)

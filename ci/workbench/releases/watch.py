@@ -17,7 +17,7 @@ import click
 from packaging.version import Version
 
 from sglang_overlay.cpu_reference.catalogue import HOOKS
-from sglang_overlay.hooks.catalogue import STREAMING, TELLING
+from sglang_overlay.hooks.catalogue import OPTIONS, STREAMING, TELLING
 from workbench.releases import environment
 from workbench.releases.new_release import Change, compare, fetch, report
 
@@ -74,7 +74,7 @@ def main(tree: Path | None, report_file: Path | None) -> None:
         root = fetch(after)
     else:
         after, root = "this source tree", source_root(tree)
-    changes = compare(fetch(before), root, (*STREAMING, *TELLING, *HOOKS))
+    changes = compare(fetch(before), root, (*STREAMING, *OPTIONS, *TELLING, *HOOKS))
     click.echo(report(changes, before, after))
     if not any(change.problem for change in changes):
         return
