@@ -163,7 +163,7 @@ def test_server_and_engine_take_the_flag(checkpoint, tmp_path):
     reports = {REPORT_VARIABLE: str(tmp_path / "reports")}
     server = serving.Launch(command, port, tmp_path / "server.log", reports)
     prompts = [list(prompt) for prompt in PROMPTS]
-    with serving.running(server, timeout=300) as url:
+    with serving.running(server, timeout=600) as url:
         sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
         answers = serving.post(url, "generate", {"input_ids": prompts, "sampling_params": sampling}).json()
     assert "StreamFP8: scheme: block; " in server.log.read_text()
