@@ -140,9 +140,9 @@ def test_loader_config_takes_the_json_that_the_variable_takes(workers, checkpoin
             id="variable",
         ),
         pytest.param(
-            {"loader_config": BLOCK_IN_LOADER, "server_args": {"load_format": "dummy"}},
-            "--quantization fp8_block, but this fp8 load cannot be streamed: DummyModelLoader loads only",
-            id="dummy",
+            {"loader_config": BLOCK_IN_LOADER, "server_args": {"load_format": "sharded_state"}},
+            "--quantization fp8_block, but this fp8 load cannot be streamed: ShardedStateLoader loads only",
+            id="sharded state",
         ),
         pytest.param({"loader_config": BLOCK_IN_LOADER, "streaming": "0"}, "{'streamfp8'}", id="off"),
         pytest.param({"loader_config": {"streamfp9": 1}}, "{'streamfp9'}", id="SGLang's own check"),
