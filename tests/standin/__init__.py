@@ -6,7 +6,8 @@ run anywhere, in four layers:
 
 1. ``cuda_runtime.c`` takes the place of CUDA's runtime (``LD_PRELOAD``). Device memory is host memory. torch's own
    caching allocator, streams, events, current devices and copies run on it as they are, so device indices, peaks
-   (``torch.cuda.max_memory_allocated``) and out-of-memory errors are torch's. Nothing can be launched.
+   (``torch.cuda.max_memory_allocated``) and out-of-memory errors are torch's. Nothing can be launched. Memory can be
+   mapped and unmapped, so torch_memory_saver's own library runs as it is; what it maps again holds garbage.
 2. ``aten.py`` runs torch's operators for CUDA on the CPU, on the same memory, and counts them.
 3. ``kernels.py`` emulates the kernels that SGLang's loading calls, below SGLang's Python wrappers: signature, dtypes,
    shapes, preconditions and size-dependent dispatch. Each cites the source it mirrors. One that is missing raises.

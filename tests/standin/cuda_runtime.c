@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <cuda_runtime_api.h>
 
 #define DEVICES 16
@@ -189,7 +190,6 @@ REFUSED(cuCtxPushCurrent)
 REFUSED(cuCtxSetCurrent)
 REFUSED(cuDevResourceGenerateDesc)
 REFUSED(cuDevSmResourceSplitByCount)
-REFUSED(cuDeviceGetAttribute)
 REFUSED(cuDeviceGetDevResource)
 REFUSED(cuDeviceGetUuid)
 REFUSED(cuDevicePrimaryCtxRetain)
@@ -210,20 +210,12 @@ REFUSED(cuLinkCreate_v2)
 REFUSED(cuLinkCreate)
 REFUSED(cuLogsRegisterCallback)
 REFUSED(cuLogsUnregisterCallback)
-REFUSED(cuMemAddressFree)
-REFUSED(cuMemAddressReserve)
-REFUSED(cuMemCreate)
 REFUSED(cuMemExportToShareableHandle)
 REFUSED(cuMemGetAddressRange)
 REFUSED(cuMemGetAddressRange_v2)
-REFUSED(cuMemGetAllocationGranularity)
 REFUSED(cuMemGetAllocationPropertiesFromHandle)
 REFUSED(cuMemImportFromShareableHandle)
-REFUSED(cuMemMap)
-REFUSED(cuMemRelease)
 REFUSED(cuMemRetainAllocationHandle)
-REFUSED(cuMemSetAccess)
-REFUSED(cuMemUnmap)
 REFUSED(cuMemsetD32Async)
 REFUSED(cuModuleGetFunction)
 REFUSED(cuModuleLoad)
@@ -248,3 +240,70 @@ int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 int cuCtxGetCurrent(void **context) { *context = (void *)(uintptr_t)(current + 1); return 0; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuCtxGetDevice(int *device) { *device = current; return 0; }
+
+/* Memory that is mapped apart from its addresses, as torch_memory_saver has it. It is a file without a name, and holds
+   anything but zeros, so that whoever reads what a pause has lost is found out. */
+#define GARBAGE 0x5A
+#define RDMA_SUPPORTED 110
+#define CALL_FAILED 1
+#define OUT_OF_MEMORY 2
+struct physical { int file; size_t size; int device; };
+struct wanted { int type, shareable, where, device; };
+
+int cuDeviceGetAttribute(int *value, int what, int device) {
+  *value = 0;
+  return what == RDMA_SUPPORTED ? 0 : 801;
+}
+int cuMemGetAllocationGranularity(size_t *size, const struct wanted *what, int which) { *size = 2 << 20; return 0; }
+int cuMemAddressReserve(uintptr_t *at, size_t size, size_t alignment, uintptr_t hint, unsigned long long flags) {
+  void *found = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  *at = (uintptr_t)found;
+  return found == MAP_FAILED ? OUT_OF_MEMORY : 0;
+}
+int cuMemAddressFree(uintptr_t at, size_t size) { return munmap((void *)at, size) ? CALL_FAILED : 0; }
+int cuMemCreate(struct physical **handle, size_t size, const struct wanted *what, unsigned long long flags) {
+  pthread_mutex_lock(&lock);
+  int fits = used[what->device] + size <= memory();
+  if (fits) used[what->device] += size;
+  pthread_mutex_unlock(&lock);
+  if (!fits) return OUT_OF_MEMORY;
+  struct physical *one = malloc(sizeof *one);
+  *one = (struct physical){memfd_create("device memory", 0), size, what->device};
+  if (ftruncate(one->file, (off_t)size)) return CALL_FAILED;
+  void *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, one->file, 0);
+  if (at == MAP_FAILED) return OUT_OF_MEMORY;
+  memset(at, GARBAGE, size);
+  munmap(at, size);
+  *handle = one;
+  return 0;
+}
+int cuMemRelease(struct physical *handle) {
+  pthread_mutex_lock(&lock);
+  used[handle->device] -= handle->size;
+  pthread_mutex_unlock(&lock);
+  close(handle->file);
+  free(handle);
+  return 0;
+}
+int cuMemMap(uintptr_t at, size_t size, size_t offset, struct physical *handle, unsigned long long flags) {
+  if (mmap((void *)at, size, PROT_NONE, MAP_SHARED | MAP_FIXED, handle->file, (off_t)offset) == MAP_FAILED) return CALL_FAILED;
+  struct block *one = malloc(sizeof *one);
+  pthread_mutex_lock(&lock);
+  *one = (struct block){(void *)at, size, handle->device, blocks};
+  blocks = one;
+  pthread_mutex_unlock(&lock);
+  return 0;
+}
+int cuMemSetAccess(uintptr_t at, size_t size, const void *whose, size_t count) {
+  return mprotect((void *)at, size, PROT_READ | PROT_WRITE) ? CALL_FAILED : 0;
+}
+int cuMemUnmap(uintptr_t at, size_t size) {
+  pthread_mutex_lock(&lock);
+  for (struct block **link = &blocks; *link; link = &(*link)->next)
+    if ((*link)->at == (void *)at) { struct block *one = *link; *link = one->next; free(one); break; }
+  pthread_mutex_unlock(&lock);
+  void *left = mmap((void *)at, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  return left == MAP_FAILED ? CALL_FAILED : 0;
+}
+cudaError_t cudaMallocHost(void **at, size_t size) { return cudaHostAlloc(at, size, 0); }

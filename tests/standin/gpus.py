@@ -62,7 +62,9 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 
-def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iterable[str] = ()) -> dict[str, str]:
+def environ(
+    gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iterable[str] = (), memory_saver: bool = False
+) -> dict[str, str]:
     """Variables for processes that are to have GPUs.
 
     Args:
@@ -70,13 +72,14 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iter
         devices: how many.
         memory: bytes of each.
         packages: ``flashinfer`` and ``deep_gemm``, where SGLang is to find them.
+        memory_saver: whether they can run with ``--enable-memory-saver``, for which SGLang preloads a library.
     """
     kind = GPUS[gpu]
     there = {*kind.packages, *packages}
     major, minor = kind.capability
     paths = [str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        "LD_PRELOAD": str(runtime()),
+        **_preloaded(memory_saver),
         "PYTHONPATH": os.pathsep.join(paths),
         "PATH": os.pathsep.join([str(HERE / "site" / "bin"), os.environ.get("PATH", os.defpath)]),
         "STANDIN_GPU": gpu,
@@ -96,6 +99,15 @@ def environ(gpu: str, *, devices: int = 1, memory: int = 4 * GIB, packages: Iter
         "SGLANG_ENABLE_JIT_DEEPGEMM": str(int("deep_gemm" in there)),
         **kind.environ,
     }
+
+
+def _preloaded(memory_saver: bool) -> dict[str, str]:
+    if not memory_saver:
+        return {"LD_PRELOAD": str(runtime())}
+    packages = Path(torch.__file__).parents[1]
+    (hook,) = packages.glob("torch_memory_saver_hook_mode_preload_cu13.*.so")
+    # The hook is loaded before torch, which brings the library that it needs.
+    return {"LD_PRELOAD": f"{hook}:{runtime()}", "LD_LIBRARY_PATH": str(packages / "nvidia" / "cu13" / "lib")}
 
 
 def runtime() -> Path:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from workbench.loads.fingerprints import TensorPrint
     from workbench.loads.layouts import WeightLayout
     from workbench.loads.rebalance import Rebalance
-    from workbench.loads.updates import Update, UpdateResult
+    from workbench.loads.sleeping import Sleep
+    from workbench.loads.updates import Update
 
 StartMethod = Literal["forkserver", "spawn"]
 
@@ -34,7 +35,7 @@ class LoadJob:
             which SGLang reads at run time work here; for the others see ``LoadWorkers(environ=...)``.
         loader_config: ``--model-loader-extra-config``, e.g. ``{"enable_multithread_load": False}``.
         server_args: further fields of SGLang's ``ServerArgs``.
-        updates: weight updates to make after loading, in order, before anything is described or generated.
+        updates: weight updates to make after loading, and sleep, in order, before anything is described or generated.
         draft: folder of a draft model (``--speculative-draft-model-path``), which is loaded in place of the target,
             as a speculative worker does it.
         save_sharded_state: folder into which SGLang's own ``ShardedStateLoader.save_model`` writes the loaded model.
@@ -69,7 +70,7 @@ class LoadJob:
     environ: Mapping[str, str] = field(default_factory=dict)
     loader_config: Mapping[str, Any] = field(default_factory=dict)
     server_args: Mapping[str, Any] = field(default_factory=dict)
-    updates: tuple[Update | Rebalance, ...] = ()
+    updates: tuple[Update | Rebalance | Sleep, ...] = ()
     draft: Path | None = None
     save_sharded_state: Path | None = None
     prompts: tuple[tuple[int, ...], ...] = ()
@@ -134,7 +135,7 @@ class RankResult:
     logits_sha256: str
     logits_finite: bool
     log: tuple[str, ...]
-    updates: tuple[UpdateResult, ...] = ()
+    updates: tuple[Any, ...] = ()
     layouts: tuple[WeightLayout, ...] = ()
     reserved: int = 0
     tokens_before: tuple[tuple[int, ...], ...] = ()

@@ -52,7 +52,7 @@ from sglang_overlay.offline.plan.replacing import replaced  # noqa: E402
 from sglang_overlay.settings import MODE_VARIABLE, REPORT_VARIABLE, Mode  # noqa: E402
 from workbench.bench.ablations import ABLATIONS  # noqa: E402
 from workbench.bench.interception import nothing_quantized, quantized_in_one_pass  # noqa: E402
-from workbench.loads import devices, rebalance, runtime, update_rule, updates  # noqa: E402
+from workbench.loads import devices, rebalance, runtime, sleeping, update_rule, updates  # noqa: E402
 from workbench.loads.checkpoints import torch_threads  # noqa: E402
 from workbench.loads.devices import Accelerator  # noqa: E402
 from workbench.loads.fingerprints import hash_of, model_bytes, model_flags, model_prints  # noqa: E402
@@ -60,6 +60,7 @@ from workbench.loads.job import LoadJob, Order, RankError, RankResult, changed_e
 from workbench.loads.layer_inputs import recorded_inputs  # noqa: E402
 from workbench.loads.layouts import weight_layouts  # noqa: E402
 from workbench.loads.rebalance import Rebalance, RebalanceResult  # noqa: E402
+from workbench.loads.sleeping import Sleep, SleepResult  # noqa: E402
 from workbench.loads.update_rule import RandomUpdates, RuleResult  # noqa: E402
 from workbench.loads.updates import Update, UpdateResult  # noqa: E402
 
@@ -245,9 +246,13 @@ def one_scale_a_matrix() -> contextlib.AbstractContextManager[None]:
     return replaced(fp8, "cutlass_fp8_supported", lambda: False)
 
 
-def _update(runner: Any, update: Update | RandomUpdates | Rebalance) -> UpdateResult | RuleResult | RebalanceResult:
+def _update(
+    runner: Any, update: Update | RandomUpdates | Rebalance | Sleep
+) -> UpdateResult | RuleResult | RebalanceResult | SleepResult:
     if isinstance(update, Rebalance):
         return rebalance.run(runner, update)
+    if isinstance(update, Sleep):
+        return sleeping.run(runner, update)
     return update_rule.run(runner, update) if isinstance(update, RandomUpdates) else updates.run(runner, update)
 
 

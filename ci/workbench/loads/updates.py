@@ -69,14 +69,12 @@ def run(runner: Any, update: Update) -> UpdateResult:
     from sglang_overlay.observe.memory import MemorySampler, meter_for
 
     calls = [] if update.source == "disk" else list(_dealt(update, runner.device))
-    before = _addresses(runner.model)
+    before = addresses_of(runner.model)
     with MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
         begin = time.perf_counter()
         success, message = _answer(runner, update, calls)
         seconds = time.perf_counter() - begin
-    after = _addresses(runner.model)
-    moved = tuple(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
-    return UpdateResult(success, message, moved, sampler.usage, seconds)
+    return UpdateResult(success, message, moved_tensors(before, runner.model), sampler.usage, seconds)
 
 
 def _answer(runner: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
@@ -156,6 +154,12 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield from load_file(file).items()
 
 
-def _addresses(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+def addresses_of(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Identity and memory address of each tensor."""
     return {name: (id(tensor), tensor.data_ptr()) for _, name, tensor in named_tensors(model)}
+
+
+def moved_tensors(before: dict[str, tuple[int, int]], model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of tensors whose memory has moved since ``before``, or that are new or gone."""
+    after = addresses_of(model)
+    return tuple(sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)))
