@@ -62,14 +62,16 @@ class FullPrecisionParameter:
         return self._values is not None and bool(self._missing)
 
     def saved(self) -> tuple[torch.Tensor, list[Box]] | None:
-        """A snapshot for ``restore``; None if nothing or everything has been written."""
-        return (self._values.clone(), list(self._missing)) if self._values is not None and self.is_partial else None
+        """A snapshot for ``restore``; None if nothing has been written."""
+        return None if self._values is None else (self._values.clone(), list(self._missing))
 
     def restore(self, saved: tuple[torch.Tensor, list[Box]] | None) -> None:
         """Go back to the state at the time of ``saved``."""
         self.reset()
         if saved is not None:
             self._values, self._missing = saved[0], list(saved[1])
+            if not self._missing:
+                self._swapped = materialize(self._placeholder, self._values)
 
     def reset(self) -> None:
         """Forget the values; the placeholder has no memory again."""

@@ -44,6 +44,8 @@ def process_weights_after_loading(original: Callable[..., None], method: Any, la
         return
     load = current()
     plan = None if load is None else load.finish(layer)
+    if load is not None:
+        load.note_processing(layer, original, method)
     process = functools.partial(original, method, layer)
     if plan is None:
         process()

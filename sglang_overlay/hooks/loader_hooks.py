@@ -118,7 +118,7 @@ def _remember(load: ModelLoad, model: torch.nn.Module, loader: Any, model_config
     if model_config.quantization in ONLINE:
         metrics.serve(model, ServedWeights(model, role_of(model_config)))
     for layer in load.updatable.values():
-        layer.seal()
+        layer.conclude()
     stock = load.fallback.reasons
     if load.abandoned and load.settings.mode is not Mode.OFF:
         stock = {"this model": load.abandoned}

@@ -102,6 +102,7 @@ class ModelLoad:
         self.checkpoint = CheckpointWatch(_tolerance(settings))
         self.fallback = Fallback(excluded, executor, self.sources, self.checkpoint)
         self.updatable: dict[str, UpdatableLayer] = {}
+        self._updatable: dict[torch.nn.Module, UpdatableLayer] = {}
         self.record = LoadRecord()
         self.abandoned = "switched off" if settings.mode is Mode.OFF else None
         self.is_covered = False
@@ -232,7 +233,7 @@ class ModelLoad:
         self.abandoned = reason
         self._reading.close()
         self._drop_staged()
-        for kept in (self._pending, self._moved, self._unnamed, self._streams, self.updatable):
+        for kept in (self._pending, self._moved, self._unnamed, self._streams, self.updatable, self._updatable):
             kept.clear()
         self.fallback.clear()
 
@@ -307,6 +308,12 @@ class ModelLoad:
         if plan is not None:
             self._finished[layer] = plan
         return plan
+
+    def note_processing(self, layer: torch.nn.Module, original: Callable[..., None], method: Any) -> None:
+        """Upstream is about to process a layer that ``finish`` has looked at: updates may have to do so again."""
+        known = self._updatable.get(layer)
+        if known is not None:
+            known.note_processing(original, method, is_quantized=layer in self._finished)
 
     def check(self, model: torch.nn.Module, model_config: Any) -> None:
         """Make sure that everything was written, and that nothing still refers to a placeholder.
@@ -417,7 +424,8 @@ class ModelLoad:
             # Not part of the module tree, so stock would never quantize it either.
             pending.allocate()
             return
-        self.updatable[name] = UpdatableLayer(name, layer, pending.plan, pending.placeholders)
+        known = UpdatableLayer(name, layer, pending.plan, pending.placeholders)
+        self.updatable[name] = self._updatable[layer] = known
         deferred, excluded = eligibility.why_deferred(name), self.fallback.excluded.get(name)
         if deferred is None and excluded is None:
             self._open(layer, name, pending)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -102,6 +103,13 @@ class LayerPlan(abc.ABC):
             method: its quantization method.
             layer: the layer.
         """
+
+    def again(self) -> LayerPlan:
+        """A plan to ``allocate``, ``register`` and ``process`` a copy of the finished layer, in memory of its own.
+
+        Weight updates quantize into such a copy where they cannot write into what upstream has made of the layer.
+        """
+        return copy.copy(self)
 
     @abc.abstractmethod
     def registered(

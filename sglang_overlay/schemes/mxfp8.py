@@ -31,7 +31,7 @@ from sglang_overlay.core.staging import Piece
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.schemes import capabilities
-from sglang_overlay.schemes.layer_plan import OnlinePlan, ParameterPlan, Placeholders
+from sglang_overlay.schemes.layer_plan import LayerPlan, OnlinePlan, ParameterPlan, Placeholders
 
 GROUP = 32
 """Consecutive values of a row that share a scale."""
@@ -153,7 +153,15 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
     def create(self, create: Callable[[], None], layer: Module, dtype: torch.dtype) -> Placeholders:
         made = super().create(create, layer, dtype)
         self._scales = {name: layer.get_parameter(f"{name}_scale_inv") for name in made.parameters}
+        self._scale_likes = {
+            name: twin(scale, torch.empty_like(scale, device="meta")) for name, scale in self._scales.items()
+        }
         return made
+
+    def again(self) -> LayerPlan:
+        plan = copy.copy(self)
+        plan._scales = {}
+        return plan
 
     def why_not(self, layer: Module) -> str | None:
         from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
@@ -181,7 +189,17 @@ class Mxfp8ExpertsPlan(Mxfp8Plan):
 
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
         weight = torch.empty(placeholder.shape, dtype=torch.float8_e4m3fn, device=device)
-        return _storage(weight, self._scales[name].data)
+        like = self._scale_likes[name]
+        scale = self._scales[name].data if name in self._scales else torch.empty_like(like, device=device)
+        return _storage(weight, scale)
+
+    def register(self, layer: Module, storages: Mapping[str, Storage]) -> None:
+        super().register(layer, storages)
+        for name, storage in storages.items():
+            # At a load upstream's own is there, and stays.
+            if name not in self._scales:
+                like = self._scale_likes[name]
+                layer._parameters[f"{name}_scale_inv"] = twin(like, storage.scale.view(like.shape))
 
     def scale_placeholder(self, exponents: torch.Tensor, weight: Any) -> Parameter:
         from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported

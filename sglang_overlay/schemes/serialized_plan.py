@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class SerializedPlan(LayerPlan):
         self._scales = dict(scales)
         self._real: dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
         self._forms: dict[str, Any] = {}
+        self._likes: dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]] = {}
 
     @abc.abstractmethod
     def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
@@ -60,6 +62,13 @@ class SerializedPlan(LayerPlan):
         create()
         self._real = {name: self._pair(layer, name) for name in self.weights}
         self._forms = {name: self._form(*pair) for name, pair in self._real.items()}
+        self._likes = {
+            name: (
+                twin(weight, torch.empty_like(weight, device="meta")),
+                twin(scale, torch.empty_like(scale, device="meta")),
+            )
+            for name, (weight, scale) in self._real.items()
+        }
         self._grids = {name: self.grid(layer, name, weight) for name, (weight, _) in self._real.items()}
         made = {
             name: twin(weight, torch.empty(weight.shape, dtype=dtype, device="meta"))
@@ -69,14 +78,24 @@ class SerializedPlan(LayerPlan):
         return Placeholders(made, next(iter(self._real.values()))[0].device)
 
     def allocate(self, name: str, placeholder: torch.Tensor, device: torch.device) -> Storage:
-        return self._storage(name, *self._real[name])
+        if name in self._real:
+            return self._storage(name, *self._real[name])
+        weight, scale = (torch.empty_like(like, device=device) for like in self._likes[name])
+        return self._storage(name, weight, scale)
 
     def parameter(self, name: str, placeholder: torch.Tensor, storage: Storage) -> ParameterPlan:
         return ParameterPlan(self._grids[name], self.quantizer(), storage)
 
     def register(self, layer: torch.nn.Module, storages: Mapping[str, Storage]) -> None:
-        layer._parameters.update({name: weight for name, (weight, _) in self._real.items()})
-        self._real.clear()
+        for name, storage in storages.items():
+            weight, scale = self._real.get(name) or self._parameters(name, storage)
+            layer._parameters.update({name: weight, self._scales[name]: scale})
+        self._real = {}
+
+    def again(self) -> LayerPlan:
+        plan = copy.copy(self)
+        plan._real = {}
+        return plan
 
     def process(self, original: Callable[[], None], method: Any, layer: torch.nn.Module) -> None:
         original()
@@ -102,6 +121,11 @@ class SerializedPlan(LayerPlan):
 
     def _pair(self, layer: torch.nn.Module, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
         return layer.get_parameter(name), layer.get_parameter(self._scales[name])
+
+    def _parameters(self, name: str, storage: Storage) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+        """Parameters over ``storage``, as upstream has created them."""
+        weight, scale = self._likes[name]
+        return twin(weight, storage.weight.view(weight.shape)), twin(scale, storage.scale.view(scale.shape))
 
     def _storage(self, name: str, weight: torch.Tensor, scale: torch.Tensor) -> Storage:
         grid = self._grids[name]

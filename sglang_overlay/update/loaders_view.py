@@ -38,7 +38,7 @@ def aliases_shown(
     shown: dict[int, dict[str, torch.nn.Parameter]] = {}
     own = {layer.module for layer in layers}
     for layer in layers:
-        for key, placeholder in layer.placeholders.items():
+        for key, placeholder in {**layer.placeholders, **layer.companions}.items():
             served = layer.module._parameters.get(key)
             if served is not None:
                 scales = dict([layer.scales[key]] if key in layer.scales else [])

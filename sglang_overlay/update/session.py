@@ -59,6 +59,7 @@ from sglang_overlay.update.loaders_view import (
     wrapped_layers,
 )
 from sglang_overlay.update.ready_values import ReadyValues, as_served
+from sglang_overlay.update.rearranged import RearrangedLayer
 from sglang_overlay.update.tensor_attributes import TensorAttributes
 from sglang_overlay.update.tensor_groups import TensorGroups
 from sglang_overlay.update.undo import Bindings, UndoableQuantizer, UndoLog
@@ -68,7 +69,7 @@ from sglang_overlay.update.update_stream import UpdateStream
 if TYPE_CHECKING:
     from sglang_overlay.core.layer import WeightLoader
     from sglang_overlay.core.stream import Storage
-    from sglang_overlay.schemes.layer_plan import ParameterPlan
+    from sglang_overlay.schemes.layer_plan import LayerPlan, ParameterPlan
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class WeightUpdate:
         self._layers = {layer.module: layer for layer in layers}
         self._wrappers: dict[torch.nn.Module, UpdatableLayer] = {}
         self._streams: dict[str, UpdateStream] = {}
-        self._whole: dict[str, tuple[FullPrecisionParameter, ParameterPlan | None]] = {}
+        self._whole: dict[str, tuple[FullPrecisionParameter, Callable[[torch.Tensor], Any] | None]] = {}
+        self._rearranged: dict[str, RearrangedLayer] = {}
         self._sinks: dict[int, WatchedSink] = {}
         self._take_values: dict[int, torch.dtype] = {}
         self._quantized: dict[int, str] = {}
@@ -153,6 +155,7 @@ class WeightUpdate:
         self._saved = {
             "streams": {name: stream.saved() for name, stream in self._streams.items()},
             "whole": {name: parameter.saved() for name, (parameter, _) in self._whole.items()},
+            "rearranged": {name: layer.saved() for name, layer in self._rearranged.items()},
             "groups": self._groups.saved(),
             "replaced": dict(self._replaced),
             "damaged": list(self._damaged),
@@ -197,6 +200,8 @@ class WeightUpdate:
             stream.restore_call(saved["streams"][name])
         for name, (parameter, _) in self._whole.items():
             parameter.restore(saved["whole"][name])
+        for name, layer in self._rearranged.items():
+            layer.restore(saved["rearranged"][name])
         self._groups.restore(saved["groups"])
         self._replaced, self._damaged, self._direct = saved["replaced"], saved["damaged"], saved["direct"]
         self.expect_again([*self.given.names, *names])
@@ -316,18 +321,23 @@ class WeightUpdate:
                 "and v_proj, q_a_proj with kv_a_proj_with_mqa, quantized values with their scales"
                 f"{f'. This model took none of {shortened(self.given.unused)}' if self.given.unused else ''}"
             )
-        self.is_late = any(stream.has_waiting_units for stream in self._streams.values())
+        rearranged = self._rearranged.values()
+        self.is_late = any(layer.is_incomplete for layer in rearranged)
+        self.is_late |= any(stream.has_waiting_units for stream in self._streams.values())
+        for layer in rearranged:
+            layer.finish()
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
             raise WeightUpdateError(str(conflicts[0])) from conflicts[0]
         self._damaged += [name for name, stream in self._streams.items() if stream.has_non_finite]
+        self._damaged += [name for layer in rearranged for name in layer.damaged]
         if self._damaged:
             logger.warning(
                 "StreamFP8: the weight update put NaN or Inf into %d parameters: %s. Expect garbage.",
                 len(self._damaged),
                 shortened(self._damaged),
             )
-        narrowed = [name for name, stream in self._streams.items() if stream.has_narrowed_rows]
+        narrowed = [name for name, each in self._all() if each.has_narrowed_rows]
         if narrowed:
             logger.warning("StreamFP8: %s.", rows_over_ranks.narrowed_note(narrowed))
         logger.info(
@@ -349,13 +359,14 @@ class WeightUpdate:
         names = dict.fromkeys(
             name.rpartition(".")[0] for name, stream in self._streams.items() if stream.replaced_units
         )
+        names.update(dict.fromkeys(name for name, layer in self._rearranged.items() if layer.replaced_units))
         return [*names, *self._replaced]
 
     @property
     def units(self) -> tuple[int, int]:
         """Number of units that hold new values, and of all."""
-        streams = self._streams.values()
-        return sum(stream.replaced_units for stream in streams), sum(stream.units for stream in streams)
+        parts = [each for _, each in self._all()]
+        return sum(each.replaced_units for each in parts), sum(each.units for each in parts)
 
     def report(self, model: torch.nn.Module, model_config: Any) -> UpdateReport:
         """What became of the update, which is about to be closed."""
@@ -372,7 +383,8 @@ class WeightUpdate:
         """Names of parameters that a complete checkpoint would replace, but this update has not, or only in part."""
         left = {name: stream.units - stream.replaced_units for name, stream in self._streams.items()}
         told = [f"{name} ({count} of {self._streams[name].units} units)" for name, count in left.items() if count]
-        told += [name for name in self._whole if name.rpartition(".")[0] not in self._replaced]
+        told += [name for name in self._whole if name.rpartition(".")[0] not in {*self._replaced, *self._rearranged}]
+        told += [name for layer in self._rearranged.values() if not layer.replaced_units for name in layer.parameters]
         written, mine = self._undo.storages, self._names | set(self._quantized.values())
         plain = {name: storage_key(weight) for name, weight in model.named_parameters() if name not in mine}
         return told + missed(
@@ -401,15 +413,20 @@ class WeightUpdate:
             stream.drop_staged()
         for parameter, _ in self._whole.values():
             parameter.reset()
+        for layer in self._rearranged.values():
+            layer.drop()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _open(self, layer: UpdatableLayer) -> None:
+        if layer.is_rearranged:
+            self._open_rearranged(layer)
+            return
         storages = None if layer.is_deleted else layer.plan.registered(layer.module, layer.placeholders)
         for key, placeholder in layer.placeholders.items():
             name = f"{layer.name}.{key}"
             if layer.is_deleted:
-                sink: WriteSink = self._whole_sink(name, placeholder, layer.device, None)
+                sink: WriteSink = self._whole_sink(name, placeholder, layer.device)
             elif storages is None:
                 sink = _Refusal(name)
             else:
@@ -418,37 +435,67 @@ class WeightUpdate:
             if isinstance(sink, _Refusal) and key in layer.scales:
                 self._watch(layer.scales[key][1], sink)
 
+    def _open_rearranged(self, layer: UpdatableLayer) -> None:
+        rearranged = RearrangedLayer(layer, functools.partial(self._stream, layer), self._undo, self.account)
+        self._rearranged[layer.name] = rearranged
+        for key, weight in layer.module._parameters.items():
+            if weight is not None:
+                self._quantized[storage_key(weight)] = f"{layer.name}.{key}"
+        for placeholder, sink in rearranged.sinks():
+            self._watch(placeholder, sink)
+        for placeholder, dtype in rearranged.served_dtypes:
+            if not layer.reads_whole:
+                self._take_values[storage_key(placeholder)] = dtype
+                continue
+            name = self._sinks[storage_key(placeholder)].name
+            quantize = functools.partial(rearranged.write_all, name.rpartition(".")[2])
+            self._watch(placeholder, self._whole_sink(name, placeholder, rearranged.device, quantize))
+
     def _sink(self, layer: UpdatableLayer, key: str, storage: Storage) -> WriteSink:
         name, placeholder = f"{layer.name}.{key}", layer.placeholders[key]
         self._quantized[storage_key(storage.weight)] = name
         self._quantized[storage_key(storage.scale)] = f"the scale of {name}"
-        plan = layer.plan.parameter(key, placeholder, storage)
-        plan = replace(plan, quantizer=UndoableQuantizer(self._executor.quantizer(plan.quantizer), self._undo))
         if layer.reads_whole:
-            return self._whole_sink(name, placeholder, storage.weight.device, plan)
-        ready = None
-        if key in layer.scales:
-            scale_name, scale = layer.scales[key]
-            ready = ReadyValues(
-                name, plan.grid, plan.storage, scale, f"{layer.name}.{scale_name}", self._undo, self.account
-            )
-            self._watch(scale, ready)
-        return self._stream(name, placeholder, plan, ready)
+            plan = self._plan(layer.plan, key, placeholder, storage, self._undo)
+            return self._whole_sink(name, placeholder, storage.weight.device, functools.partial(quantize_whole, plan))
+        stream, ready = self._stream(layer, key, layer.plan, storage, self._undo)
+        if ready is not None:
+            self._watch(layer.scales[key][1], ready)
+        self._streams[name] = stream
+        self._take_values[storage_key(placeholder)] = storage.weight.dtype
+        return stream
 
     def _watch(self, placeholder: torch.nn.Parameter, sink: WriteSink) -> None:
         self._sinks[storage_key(placeholder)] = WatchedSink(sink, placeholder.shape, self._calls.under_way)
 
     def _whole_sink(
-        self, name: str, placeholder: torch.nn.Parameter, device: torch.device, plan: ParameterPlan | None
+        self,
+        name: str,
+        placeholder: torch.nn.Parameter,
+        device: torch.device,
+        quantize: Callable[[torch.Tensor], Any] | None = None,
     ) -> WriteSink:
         sink = FullPrecisionParameter(name, placeholder, device)
-        self._whole[name] = (sink, plan)
+        self._whole[name] = (sink, quantize)
         return sink
 
+    def _plan(
+        self, plan: LayerPlan, key: str, placeholder: torch.nn.Parameter, storage: Storage, undo: UndoLog
+    ) -> ParameterPlan:
+        found = plan.parameter(key, placeholder, storage)
+        return replace(found, quantizer=UndoableQuantizer(self._executor.quantizer(found.quantizer), undo))
+
     def _stream(
-        self, name: str, placeholder: torch.nn.Parameter, plan: ParameterPlan, ready: ReadyValues | None
-    ) -> WriteSink:
-        self._streams[name] = UpdateStream(
+        self, layer: UpdatableLayer, key: str, layer_plan: LayerPlan, storage: Storage, undo: UndoLog
+    ) -> tuple[UpdateStream, ReadyValues | None]:
+        """What takes a weight of a layer, by ``layer_plan`` into ``storage``; ``undo`` keeps what it overwrites."""
+        name, placeholder = f"{layer.name}.{key}", layer.placeholders[key]
+        plan = self._plan(layer_plan, key, placeholder, storage, undo)
+        ready = None
+        if key in layer.scales:
+            scale_name, scale = layer.scales[key]
+            ready = ReadyValues(name, plan.grid, plan.storage, scale, f"{layer.name}.{scale_name}", undo, self.account)
+        stream = UpdateStream(
             name,
             placeholder,
             plan.grid,
@@ -461,8 +508,7 @@ class WeightUpdate:
             executor=self._executor,
             rows=rows_over_ranks.of(plan),
         )
-        self._take_values[storage_key(placeholder)] = plan.storage.weight.dtype
-        return self._streams[name]
+        return stream, ready
 
     def _served(self, model: torch.nn.Module) -> ServedMemory:
         """All memory of the model as it is served. To be called while no placeholders are shown."""
@@ -493,6 +539,7 @@ class WeightUpdate:
         """Weights of which only a part has come."""
         found = [problem for stream in self._streams.values() if (problem := stream.incomplete)]
         found += [name for name, (parameter, _) in self._whole.items() if parameter.is_partial]
+        found += [missing for layer in self._rearranged.values() for missing in layer.missing]
         return [*found, *self._groups.waiting]
 
     @property
@@ -565,6 +612,10 @@ class WeightUpdate:
                 f"{len(found)} tensors do not have the shape that the model needs: {shortened([*map(str, found)])}"
             )
 
+    def _all(self) -> Iterator[tuple[str, UpdateStream | RearrangedLayer]]:
+        yield from self._streams.items()
+        yield from self._rearranged.items()
+
     @contextmanager
     def _captured(self) -> Iterator[None]:
         if getattr(self._thread, "inside", False):
@@ -583,21 +634,21 @@ class WeightUpdate:
         try:
             yield
             with torch.inference_mode(mode=False), torch.no_grad():
-                for name, (parameter, plan) in self._whole.items():
+                for name, (parameter, quantize) in self._whole.items():
                     if parameter.values is not None:
-                        self._quantize_whole(name, parameter.values, plan)
+                        self._quantize_whole(name, parameter.values, quantize)
         finally:
             for parameter, _ in self._whole.values():
                 if not parameter.is_partial:
                     parameter.reset()
 
-    def _quantize_whole(self, name: str, values: torch.Tensor, plan: ParameterPlan | None) -> None:
-        self._replaced[name.rpartition(".")[0]] = None
-        if plan is None:
-            # Upstream has computed what it serves from the weight, and deleted the layer.
-            return
-        found = quantize_whole(plan, values)
-        self._damaged += [] if found.isfinite().all() else [name]
+    def _quantize_whole(self, name: str, values: torch.Tensor, quantize: Callable[[torch.Tensor], Any] | None) -> None:
+        layer = name.rpartition(".")[0]
+        if layer not in self._rearranged:
+            self._replaced[layer] = None
+        # None where upstream has computed what it serves from the weight, and deleted the layer.
+        found = None if quantize is None else quantize(values)
+        self._damaged += [] if found is None or found.isfinite().all() else [name]
 
 
 class _Refusal:

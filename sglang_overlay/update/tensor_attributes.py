@@ -20,7 +20,7 @@ class TensorAttributes:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._found = {name: tensor for name, _, _, tensor in _slots(model) if not tensor.is_meta}
+        self._found = {name: tensor for name, _, _, tensor in slots(model) if not tensor.is_meta}
 
     def keep_memory(self, undo: UndoLog) -> list[str]:
         """Where upstream has replaced a tensor, copy the new values into the old memory.
@@ -32,7 +32,7 @@ class TensorAttributes:
             Names of tensors whose shape or dtype has changed; they keep their old values.
         """
         changed, moved = [], []
-        for name, holder, key, new in list(_slots(self._model)):
+        for name, holder, key, new in list(slots(self._model)):
             old = self._found.get(name, new)
             if new is old:
                 continue
@@ -52,7 +52,7 @@ class TensorAttributes:
         return changed
 
 
-def _slots(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any, torch.Tensor]]:
+def slots(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any, torch.Tensor]]:
     """Where modules hold tensors that are not parameters or buffers: name, container, index or key, and tensor."""
     for prefix, module in model.named_modules():
         attributes = vars(module)

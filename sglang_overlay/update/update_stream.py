@@ -94,6 +94,20 @@ class UpdateStream(CheckpointStream):
         return self.done_units if self._ready is None else int((self._done_mask() | self._ready.taken).sum())
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether all units hold new values."""
+        if self._ready is None or not self._ready.taken.any():
+            return all(self._done)
+        return self.replaced_units == self.units and self.problem is None
+
+    @property
+    def covered_units(self) -> int:
+        """Number of units that have been sent, but wait for the end. To be called while no loader runs."""
+        return sum(
+            staged.covered == self._grid.unit_volume and not self._done[unit] for unit, staged in self._staged.items()
+        )
+
+    @property
     def has_narrowed_rows(self) -> bool:
         """Whether some values came without the rest of their rows."""
         return self._rows is not None and self._rows.is_narrowed
@@ -115,6 +129,11 @@ class UpdateStream(CheckpointStream):
         if not twice.any():
             return None
         return f"{self.name} ({int(twice.sum())} of {self.units} units: in high precision and quantized as well)"
+
+    @property
+    def problem(self) -> str | None:
+        """Why the new weight cannot be served; None if it can, or nothing has come."""
+        return self.mixed or self.incomplete
 
     @property
     def has_waiting_units(self) -> bool:

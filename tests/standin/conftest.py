@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,22 @@ from standin.checkpoints import with_zeros
 from standin.gpus import SERVER_ARGS, environ
 
 DEVICES = 2
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a process has from its start: a GPU, packages, and variables that SGLang reads when it is imported."""
+
+    gpu: str
+    packages: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    memory_saver: bool = False
+
+    def environ(self) -> dict[str, str]:
+        made = environ(self.gpu, devices=DEVICES, packages=self.packages, memory_saver=self.memory_saver)
+        return {**made, **dict(self.variables)}
+
+
 OnGpu = Callable[..., LoadWorkers]
 
 
@@ -54,6 +70,26 @@ def loaded(on_gpu: OnGpu) -> Callable[..., LoadResult]:
         return result
 
     return load
+
+
+@pytest.fixture(scope="module")
+def loads_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Surroundings, LoadJob], LoadResult]]:
+    """``loads_in(surroundings, job)``. One process at a time: each takes a gigabyte or two."""
+    held: dict[Surroundings, LoadWorkers] = {}
+
+    def close() -> None:
+        for workers in held.values():
+            workers.close()
+        held.clear()
+
+    def load(there: Surroundings, job: LoadJob) -> LoadResult:
+        if there not in held:
+            close()
+            held[there] = LoadWorkers(tmp_path_factory.mktemp(there.gpu), there.environ(), "spawn")
+        return held[there].load(job)
+
+    yield load
+    close()
 
 
 class _Job:

@@ -2,9 +2,9 @@
 """What each runner backend and GEMM flag makes of a layer is the same, streamed or not, on each stand-in GPU.
 
 Where stock refuses a combination, streaming refuses it with the same words. An update leaves what a fresh load leaves,
-or is refused by name where a kernel has repacked what was loaded. The reference of a scheme that stock does not have is
-a checkpoint of the same values, exported, and loaded by stock in the same branch; ``test_schemes.py`` has experts in
-``int8`` and per channel.
+in the same memory, also where upstream has rearranged for a kernel what was loaded. The reference of a scheme that
+stock does not have is a checkpoint of the same values, exported, and loaded by stock in the same branch;
+``test_schemes.py`` has experts in ``int8`` and per channel.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import Any
 import pytest
 from harness.exports import ExportJob, run_export
 from workbench.loads.job import LoadJob
-from workbench.loads.loads import LoadFailed, LoadResult, LoadWorkers, compare
+from workbench.loads.loads import LoadFailed, compare
 from workbench.loads.updates import Update
 from workbench.quality import families
 
 from sglang_overlay.offline.simulation import UnsimulatedReleaseError
-from standin.conftest import DEVICES, SERVER_ARGS
-from standin.gpus import environ
+from standin.conftest import SERVER_ARGS, Surroundings
 
 BOTH = ("flashinfer", "deep_gemm")
 """Packages that give SGLang the most to choose from."""
@@ -33,18 +32,6 @@ OVERRIDES: Mapping[tuple[str, str], tuple[tuple[str, Any], ...]] = {
     # Marlin wants a multiple of 64 rows, and the tiny model's fused q_a_proj and kv_a_proj have 288.
     ("a100", "deepseek_v3"): (("q_lora_rank", 160),),
 }
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a process has from its start: a GPU, packages, and variables that SGLang reads when it is imported."""
-
-    gpu: str
-    packages: tuple[str, ...] = ()
-    variables: tuple[tuple[str, str], ...] = ()
-
-    def environ(self) -> dict[str, str]:
-        return {**environ(self.gpu, devices=DEVICES, packages=self.packages), **dict(self.variables)}
 
 
 @dataclass(frozen=True)
@@ -91,11 +78,20 @@ CASES: Mapping[Surroundings, tuple[Case, ...]] = {
     Surroundings("a100"): (
         Case("qwen3_moe", sample=True),
         *FAMILIES,
+        Case("qwen2_moe"),
         experts("triton"),
         gemm("triton"),
+        Case("qwen3", scheme="channel"),
+        Case("qwen3", scheme="block"),
+        Case("qwen3_moe", scheme="block"),
         experts("cutlass", refused="cutlass_fp8 MoE requires CUDA 12.0+"),
     ),
-    Surroundings("h200", variables=(("SGLANG_FORCE_FP8_MARLIN", "1"),)): (Case("qwen3"), Case("qwen3_moe")),
+    Surroundings("h200", variables=(("SGLANG_FORCE_FP8_MARLIN", "1"),)): (
+        Case("qwen3"),
+        Case("qwen3_moe"),
+        Case("qwen2_moe"),
+        Case("qwen3", scheme="block"),
+    ),
     Surroundings("h200", BOTH): (
         *FAMILIES,
         *(experts(backend) for backend in ("triton", "deep_gemm")),
@@ -106,6 +102,7 @@ CASES: Mapping[Surroundings, tuple[Case, ...]] = {
         Case("qwen3", scheme="block"),
         Case("qwen3_moe", scheme="block"),
         *(experts(backend, scheme="block") for backend in ("deep_gemm", "cutlass")),
+        experts("hpc_ops", scheme="block"),
         experts("cutlass", refused=NO_BLOCKS),
         experts("flashinfer_cutlass", refused=NOT_FOR_FP8),
     ),
@@ -116,6 +113,8 @@ CASES: Mapping[Surroundings, tuple[Case, ...]] = {
         experts("deep_gemm", scheme="block", sample=True),
         experts("triton", scheme="block"),
         experts("flashinfer_trtllm", scheme="block"),
+        Case("qwen3", scheme="channel"),
+        Case("qwen3", scheme="tensor"),
         Case("qwen3", scheme="block"),
         gemm("flashinfer_trtllm", scheme="block"),
         Case("qwen3", quantization="mxfp8"),
@@ -129,19 +128,20 @@ CASES: Mapping[Surroundings, tuple[Case, ...]] = {
     Surroundings("rtx5090", BOTH): (
         *FAMILIES,
         *(experts(backend) for backend in ("triton", "deep_gemm")),
+        Case("qwen3", scheme="channel"),
         Case("qwen3", scheme="block"),
         experts("triton", scheme="block"),
     ),
-    Surroundings("l4", ("flashinfer",)): (Case(GPT_OSS), experts("triton"), gemm("triton")),
+    Surroundings("l4", ("flashinfer",)): (
+        Case("qwen3"),
+        Case(GPT_OSS),
+        experts("triton"),
+        gemm("triton"),
+        Case("qwen3", scheme="channel"),
+        Case("qwen3", scheme="block"),
+        experts("triton", scheme="block"),
+    ),
 }
-
-
-def is_repacked(there: Surroundings, case: Case) -> bool:
-    """Whether linear layers are in a layout that takes no bf16 rows: Marlin's, or with scales packed for Blackwell."""
-    if there.gpu == "a100" or there.variables:
-        return True
-    in_rows = case.args.get("fp8_gemm_runner_backend") == "flashinfer_trtllm"
-    return there.gpu == "b200" and (case.quantization == "mxfp8" or (case.scheme == "block" and not in_rows))
 
 
 def _params(*, updated: bool = False) -> Iterator[Any]:
@@ -154,26 +154,6 @@ def _params(*, updated: bool = False) -> Iterator[Any]:
             marks = sample if case.sample else [pytest.mark.nightly]
             said = [there.gpu, *(f"{name}={value}" for name, value in there.variables), case.name]
             yield pytest.param(there, case, id=" ".join(said), marks=marks)
-
-
-@pytest.fixture(scope="module")
-def loads_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Surroundings, LoadJob], LoadResult]]:
-    """``loads_in(surroundings, job)``. One process at a time: each takes a gigabyte or two."""
-    held: dict[Surroundings, LoadWorkers] = {}
-
-    def close() -> None:
-        for workers in held.values():
-            workers.close()
-        held.clear()
-
-    def load(there: Surroundings, job: LoadJob) -> LoadResult:
-        if there not in held:
-            close()
-            held[there] = LoadWorkers(tmp_path_factory.mktemp(there.gpu), there.environ(), "spawn")
-        return held[there].load(job)
-
-    yield load
-    close()
 
 
 @pytest.fixture
@@ -205,7 +185,7 @@ def test_backend_is_given_what_stock_gives_it(there, case, loads_in, path_of, tm
 
 
 @pytest.mark.parametrize(("there", "case"), [*_params(updated=True)])
-def test_an_update_leaves_what_a_fresh_load_leaves_or_is_refused(there, case, loads_in, checkpoint):
+def test_an_update_leaves_what_a_fresh_load_leaves_in_the_same_memory(there, case, loads_in, checkpoint):
     overrides = OVERRIDES.get((there.gpu, case.family), ())
     paths = [
         checkpoint(case.family, files=3, assignment="round_robin", overrides=overrides, seed=seed) for seed in (0, 1)
@@ -213,9 +193,8 @@ def test_an_update_leaves_what_a_fresh_load_leaves_or_is_refused(there, case, lo
     old, new = (job_of(case, path) for path in paths)
     updated = loads_in(there, replace(old, updates=(Update("tensor", paths[1]),)))
     (change,) = updated.ranks[0].updates
-    assert (change.success, change.moved) == (not is_repacked(there, case), ()), change.message
-    assert compare(loads_in(there, new if change.success else old), updated) == []
-    assert change.success or "was repacked for its kernel when it was loaded" in change.message
+    assert (change.success, change.moved) == (True, ()), change.message
+    assert compare(loads_in(there, new), updated) == []
 
 
 def job_of(case: Case, path: Path) -> LoadJob:
