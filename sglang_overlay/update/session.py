@@ -50,6 +50,7 @@ from sglang_overlay.load.updatable_layer import UpdatableLayer
 from sglang_overlay.observe.weights_report import SESSION, UpdateReport
 from sglang_overlay.schemes import rows_over_ranks
 from sglang_overlay.schemes.layer_plan import quantize_whole
+from sglang_overlay.update import cache_scales
 from sglang_overlay.update.loaders_view import (
     aliases_shown,
     layers_shown,
@@ -129,6 +130,7 @@ class WeightUpdate:
         self._thread = threading.local()
         self._bindings: list[Bindings | None] = [None]
         self._saved: dict[str, Any] | None = None
+        self._is_under_way = False
         try:
             with torch.inference_mode(mode=False):
                 for layer in self._layers.values():
@@ -232,6 +234,9 @@ class WeightUpdate:
                 model that cannot be served.
         """
         self._bindings[-1] = self._bindings[-1] or Bindings(model)
+        if not self._is_under_way:
+            self._is_under_way = True
+            cache_scales.restore(model)
         self._wrappers = dict(wrapped_layers(model, self._layers.values()))
         derived = TensorAttributes(model)
         served = self._served(model)
