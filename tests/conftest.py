@@ -78,6 +78,7 @@ FULL = (
     "workbench/test_gpu_check.py",
     "workbench/test_make_patches.py",
     "workbench/test_quality.py",
+    "workbench/test_update_bench.py",
 )
 """Tests that only ``ci/test --full`` runs, by what their names begin with: servers, processes, measurements, and what
 shorter tests hold for another release, GPU or loader."""

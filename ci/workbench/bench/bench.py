@@ -22,6 +22,7 @@ from workbench.bench.ablations import ABLATIONS
 from workbench.loads.checkpoints import CheckpointSpec, Family, build, checkpoint_path, tensor_plans
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadResult, LoadWorkers
+from workbench.loads.updates import Update
 
 GIGABYTE = 10**9
 
@@ -163,7 +164,7 @@ def overhead_case() -> Case:
 def sized_spec(family: Family, gigabytes: float, order: FileOrder = "sorted") -> CheckpointSpec:
     """The checkpoint of a family with the number of layers that comes nearest to ``gigabytes``."""
     dense = 1 if family.startswith("deepseek") else 0  # A first layer without experts.
-    one, two = (_weight_bytes(_layered(family, dense + n)) for n in (1, 2))
+    one, two = (weight_bytes(_layered(family, dense + n)) for n in (1, 2))
     layers = dense + max(1, round((gigabytes * GIGABYTE - 2 * one + two) / (two - one)))
     files = max(4, round(gigabytes * 2))
     return _layered(family, layers, files, "shuffled" if order == "shuffled" else "ordered")
@@ -177,7 +178,8 @@ def _layered(
     )
 
 
-def _weight_bytes(spec: CheckpointSpec) -> int:
+def weight_bytes(spec: CheckpointSpec) -> int:
+    """Bytes of a checkpoint's tensors."""
     return sum(plan.nbytes for plan in tensor_plans(spec))
 
 
@@ -202,7 +204,7 @@ def measure(
             if number >= warm_ups:
                 runs.append(run)
             done(run)
-    return CaseResult(case, _weight_bytes(case.spec), len(tensor_plans(case.spec)), tuple(runs))
+    return CaseResult(case, weight_bytes(case.spec), len(tensor_plans(case.spec)), tuple(runs))
 
 
 def remove(case: Case, folder: Path) -> None:
@@ -210,8 +212,8 @@ def remove(case: Case, folder: Path) -> None:
     shutil.rmtree(checkpoint_path(case.spec, folder), ignore_errors=True)
 
 
-def job_of(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
-    """One run of a contender."""
+def job_of(case: Case, contender: Contender, checkpoint: Path, updates: tuple[Update, ...] = ()) -> LoadJob:
+    """One run of a contender, with weight updates after the load."""
     return LoadJob(
         checkpoint,
         streaming=contender.streaming,
@@ -225,6 +227,7 @@ def job_of(case: Case, contender: Contender, checkpoint: Path) -> LoadJob:
         loader_config={"presharded_path": str(contender.presharded)} if contender.presharded else {},
         server_args={"load_format": "presharded"} if contender.presharded else {},
         device=case.device,
+        updates=updates,
         described="sizes",
         timeout_seconds=900,
     )

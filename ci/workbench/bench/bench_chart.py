@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sglang_overlay.observe.chart import INK
+from matplotlib import rc_context
+
+from sglang_overlay.observe.chart import GRID, INK
 from workbench.bench.bench import (
     BF16,
     GIGABYTE,
@@ -21,6 +23,10 @@ from workbench.bench.bench import (
     figures,
 )
 from workbench.bench.chart_style import dress, empty_figure
+from workbench.bench.update_bench import AFTER, FRESH, UpdateRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Of Okabe and Ito's palette, as in the charts of memory over time.
 _COLOURS = {
@@ -31,6 +37,7 @@ _COLOURS = {
     INTERCEPTING.name: "#009E73",
     ONE_PASS.name: "#CC79A7",
 }
+_FRESH_COLOUR = {FRESH: "#56B4E9"}
 _MARKERS = {
     BF16.name: "s",
     STOCK.name: "o",
@@ -66,8 +73,45 @@ def draw(series: Mapping[str, Sequence[CaseResult]], axis: Mapping[str, str], fi
     panels[1][0].set_ylabel("load, seconds", color=INK)
     panels[0][0].legend(frameon=False, fontsize=9, labelcolor=INK)
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
+    _save(figure, file)
+
+
+def draw_updates(results: Sequence[CaseResult], file: Path, title: str) -> None:
+    """Draw bars for each checkpoint: seconds of each update beside the fresh load, and memory above the steady state.
+
+    Args:
+        results: of ``update_bench``.
+        file: PNG or SVG to write.
+        title: of the whole figure.
+    """
+    figure = empty_figure(9.0, 0.8 + 2.2 * len(results))
+    panels = figure.subplots(len(results), 2, squeeze=False)
+    for (left, right), result in zip(panels, results, strict=True):
+        found = figures(result.runs)
+        colours = {name: _COLOURS[STREAMING.name if name.startswith(AFTER) else BF16.name] for name in found}
+        left.barh([*found], [each.seconds for each in found.values()], color=[*(colours | _FRESH_COLOUR).values()])
+        undo = {run.contender: run.undo / GIGABYTE for run in result.runs if isinstance(run, UpdateRun)}
+        del undo[FRESH]
+        rest = [found[name].peak / GIGABYTE - size for name, size in undo.items()]
+        kept = {"color": GRID, "edgecolor": INK, "linewidth": 0.5, "label": "kept to undo it"}
+        right.barh([*undo], [*undo.values()], **kept)
+        right.barh([*undo], rest, left=[*undo.values()], color=[colours[name] for name in undo])
+        left.set_title(result.case.name, loc="left", color=INK, fontsize=11)
+        for panel in (left, right):
+            panel.invert_yaxis()
+            dress(panel)
+    panels[-1][0].set_xlabel("seconds", color=INK)
+    panels[-1][1].set_xlabel("memory above the steady state, GB", color=INK)
+    panels[0][1].legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=12)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png", dpi=140)
+    # An SVG with text as text, without date and random names: small, and the same when drawn again.
+    with rc_context({"svg.hashsalt": file.name, "svg.fonttype": "none"}):
+        figure.savefig(file, dpi=140, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def _lines(panel: Any, results: Sequence[CaseResult], value: Any) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_overlay.observe.formats import bytes_text
-from workbench.bench import restart_bench
+from workbench.bench import restart_bench, update_bench
 from workbench.bench.bench import (
     ABLATED,
     BENCH_FAMILIES,
@@ -40,7 +40,7 @@ from workbench.bench.bench import (
     scaling_cases,
     size_cases,
 )
-from workbench.bench.bench_chart import draw
+from workbench.bench.bench_chart import draw, draw_updates
 from workbench.bench.bench_document import document, with_table
 from workbench.loads.checkpoints import Family, checkpoint_path
 from workbench.loads.loads import LoadWorkers
@@ -86,11 +86,12 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, text: str) ->
 @click.option("--floor", is_flag=True, help="Also read each weight once and write it once, without finding its scale.")
 @click.option("--ablation", is_flag=True, help="Also without each part that the CPU reference loads fast by.")
 @click.option("--restart", is_flag=True, help="Starts that write and read what was loaded instead (presharded).")
+@click.option("--updates", is_flag=True, help="Full weight updates instead, beside those of stock's bf16.")
 @click.option("--rounds", default=5, show_default=True, help="Counted runs of each contender.")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints where they are, for the next time.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every run to this file.")
-@click.option("--png", type=click.Path(path_type=Path), help="Draw the chart into this file.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw the chart into this file, PNG or SVG.")
 @click.option("--page", type=click.Path(path_type=Path, exists=True), help="Write the table into this page as well.")
 def main(
     families: tuple[Family, ...],
@@ -102,6 +103,7 @@ def main(
     floor: bool,  # noqa: FBT001
     ablation: bool,  # noqa: FBT001
     restart: bool,  # noqa: FBT001
+    updates: bool,  # noqa: FBT001
     rounds: int,
     tp: int,
     keep: bool,  # noqa: FBT001
@@ -112,19 +114,11 @@ def main(
     """Compare peak memory and load time of stock bf16, stock fp8, layer-granular streaming and streaming."""
     if everything:
         families, orders = BENCH_FAMILIES, ORDERS
-    series: Mapping[str, list[Case]]
-    if scaling:
-        series = scaling_cases(_thread_numbers())
-        axis = {"size": "bf16 weights, GB", "layers": "layers", "experts": "experts a layer", "threads": "threads"}
-    elif overhead:
-        series, axis = {"overhead": [overhead_case()]}, {"overhead": "checkpoints"}
-    else:
-        series = {
-            f"{family}, {order}": size_cases([family], sizes, [order], tp) for family in families for order in orders
-        }
-        axis = dict.fromkeys(series, "bf16 weights, GB")
+    series, axis = _series(families, sizes, orders, tp, scaling=scaling, overhead=overhead)
     contenders = CONTENDERS + overhead * (INTERCEPTING,) + floor * (ONE_PASS,) + ablation * ABLATED
-    run = restart_bench.measure_restarts if restart else partial(measure, contenders=contenders)
+    run: Callable[..., CaseResult] = partial(measure, contenders=contenders)
+    if restart or updates:
+        run = restart_bench.measure_restarts if restart else update_bench.measure_updates
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:
         measured = {
             heading: [_measured(partial(run, workers), case, rounds, keep=keep) for case in cases]
@@ -135,14 +129,38 @@ def main(
     if json_file is not None:
         json_file.write_text(json.dumps(about, indent=2) + "\n")
     if page is not None:
-        put_in = restart_bench.with_table if restart else with_table
+        put_in = restart_bench.with_table if restart else update_bench.with_table if updates else with_table
         page.write_text(put_in(page.read_text(encoding="utf-8"), about), encoding="utf-8")
     if restart:
         console.print(_plain_table(restart_bench.COLUMNS, restart_bench.rows_of(about)))
         return
+    if updates:
+        console.print(_plain_table(update_bench.COLUMNS, update_bench.table_rows(about)))
+        if png is not None:
+            draw_updates(results, png, f"A full weight update, medians of {rounds} alternating runs")
+        return
     console.print(_table(results, rounds))
     if png is not None:
         draw(measured, axis, png, f"Loading with --quantization fp8, medians of {rounds} alternating runs")
+
+
+def _series(
+    families: Iterable[Family],
+    sizes: Iterable[float],
+    orders: Iterable[FileOrder],
+    tp: int,
+    *,
+    scaling: bool,
+    overhead: bool,
+) -> tuple[Mapping[str, list[Case]], Mapping[str, str]]:
+    """The cases by heading, and what the axis of each heading shows."""
+    if scaling:
+        axis = {"size": "bf16 weights, GB", "layers": "layers", "experts": "experts a layer", "threads": "threads"}
+        return scaling_cases(_thread_numbers()), axis
+    if overhead:
+        return {"overhead": [overhead_case()]}, {"overhead": "checkpoints"}
+    series = {f"{family}, {order}": size_cases([family], sizes, [order], tp) for family in families for order in orders}
+    return series, dict.fromkeys(series, "bf16 weights, GB")
 
 
 def _thread_numbers() -> list[int]:
@@ -169,7 +187,7 @@ def _removed_unless(case: Case, folder: Path, *, keep: bool) -> Iterator[None]:
 
 def _say(run: Run) -> None:
     seconds = f"{run.seconds:6.2f} s ({run.cpu_seconds:6.2f} s of processors)"
-    console.print(f"  {run.contender:14} {seconds}  peak +{bytes_text(run.peak)}", highlight=False)
+    console.print(f"  {run.contender:15} {seconds}  peak +{bytes_text(run.peak)}", highlight=False)
 
 
 _HEADINGS = (

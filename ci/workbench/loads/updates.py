@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
 import random
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +37,7 @@ class Update:
         order: of tensors: as in the ``file``, or ``shuffled``, which separates tensors that belong together.
         placement: to which EPLB moves experts after each call (``Rebalance``); empty, it moves none.
         loader: ``package.module.function`` that loads the tensors, one of the job's ``custom_weight_loader``.
+        recorder: ``module:function``, a context manager around the update in each rank; its value is ``recorded``.
     """
 
     source: Literal["disk", "tensor", "bucket", "direct"]
@@ -44,6 +47,7 @@ class Update:
     order: Literal["file", "shuffled"] = "file"
     placement: tuple[int, ...] = ()
     loader: str = ""
+    recorder: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,10 @@ class UpdateResult:
         success, message: upstream's answer, or the exception.
         moved: tensors whose memory has moved, or that are new or gone.
         memory: of the process during the update.
-        seconds: wall time.
+        seconds: wall time in SGLang, without the sender's part.
+        cpu_seconds: processor time of the process's threads in the same calls.
+        bucket: bytes of the tensors of the largest call; 0 from disk.
+        recorded: the value of the update's ``recorder``.
     """
 
     success: bool
@@ -62,24 +69,53 @@ class UpdateResult:
     moved: tuple[str, ...]
     memory: MemoryUsage
     seconds: float
+    cpu_seconds: float
+    bucket: int
+    recorded: Any
 
 
 def run(runner: Any, update: Update) -> UpdateResult:
     """Update the model of ``runner``, a ``ModelRunner``."""
     from sglang_overlay.observe.memory import MemorySampler, meter_for
+    from workbench.loads.load_worker import release_memory
 
     calls = [] if update.source == "disk" else list(_dealt(update, runner.device))
+    bucket = max((sum(tensor.nbytes for _, tensor in tensors) for tensors in calls), default=0)
     before = addresses_of(runner.model)
-    with MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
-        begin = time.perf_counter()
-        success, message = _answer(runner, update, calls)
-        seconds = time.perf_counter() - begin
-    return UpdateResult(success, message, moved_tensors(before, runner.model), sampler.usage, seconds)
-
-
-def _answer(runner: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
+    release_memory()
+    recorder = pkgutil.resolve_name(update.recorder)() if update.recorder else nullcontext()
     # Until 0.5.15 the runner updates its weights itself.
-    updater = getattr(runner, "weight_updater", runner)
+    updater = _Timed(getattr(runner, "weight_updater", runner))
+    with recorder as recorded, MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
+        success, message = _answer(runner, updater, update, calls)
+    took = updater.seconds, updater.cpu_seconds
+    return UpdateResult(
+        success, message, moved_tensors(before, runner.model), sampler.usage, *took, bucket, recorded
+    )
+
+
+class _Timed:
+    """An updater of SGLang's, with the time that its methods take."""
+
+    def __init__(self, updater: Any) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+        self._updater = updater
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._updater, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - begin
+                self.cpu_seconds += time.process_time() - cpu_begin
+
+        return timed
+
+
+def _answer(runner: Any, updater: Any, update: Update, calls: list[list[tuple[str, torch.Tensor]]]) -> tuple[bool, str]:
     try:
         if update.source == "disk":
             pattern = re.compile(update.names)
