@@ -1,14 +1,19 @@
-"""Planned GPU work of loads besides memory: for which models and schemes, and the page that shows it."""
+"""Planned GPU work of loads and updates besides memory: for which models and schemes, and the page that shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sglang_overlay.offline.plan.job import Job, Layout, PlannedLoad
+import torch
+
+from sglang_overlay.offline.plan.job import DeviceWork, Job, Layout
+from sglang_overlay.offline.plan.simulate import Loaded, loaded
 from sglang_overlay.schemes.choice import STOCK, SchemeChoice
+from sglang_overlay.update.session import WeightUpdate
 from workbench.bench import page_tables
 from workbench.bench.plans import CONFIGS
 
@@ -26,22 +31,48 @@ SCHEMES = {
 }
 
 
+TASK = f"{__name__}:cost"
+"""What ``Planners`` has to do."""
+
+
 @dataclass(frozen=True)
 class Cost:
-    """One load of a model, by stock or by streaming with a scheme."""
+    """One load of a model, by stock or by streaming with a scheme, and a full update from disk, which stock has not."""
 
     model: str
     tp: int
     loading: str
-    load: PlannedLoad
+    load: DeviceWork
+    update: DeviceWork | None
+
+
+def cost(job: Job) -> tuple[DeviceWork, DeviceWork | None]:
+    """The work of a load without memory, and of a full update from disk after it."""
+    with loaded(job) as found:
+        return found.summary.work, None if job.mode == "stock" else _update(found)
+
+
+def _update(found: Loaded) -> DeviceWork:
+    """The work of a full update, as ``update_hooks.load_weights_and_postprocess`` runs one where there is one rank."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    before = replace(found.work)
+    for layer in found.load.updatable.values():
+        layer.seal()
+    with closing(WeightUpdate(found.load.updatable.values(), wanted=found.load.checkpoint.wanted)) as update:
+        with torch.no_grad(), update.loading(found.model):
+            weights = found.weights(lambda _name, tensor: update.sources.offer(tensor))
+            DefaultModelLoader.load_weights_and_postprocess(found.model, weights, found.device)
+        update.finish(found.model)
+    return DeviceWork(*(after - was for after, was in zip(astuple(found.work), astuple(before), strict=True)))
 
 
 def planned(planners: Planners, models: Sequence[str], configs: Path = CONFIGS) -> Iterator[Cost]:
     """Plan each load, in parallel on all workers."""
     wanted = [(model, loading, job) for model in models for loading, job in _jobs(configs / f"{model}.json", model)]
-    loads = planners.run([job for _, _, job in wanted])
-    for (model, loading, job), load in zip(wanted, loads, strict=True):
-        yield Cost(model, job.layout.tp, loading, load)
+    costs: Iterator[Any] = planners.run([job for _, _, job in wanted])
+    for (model, loading, job), (load, update) in zip(wanted, costs, strict=True):
+        yield Cost(model, job.layout.tp, loading, load, update)
 
 
 def _jobs(config: Path, model: str) -> Iterator[tuple[str, Job]]:
@@ -51,6 +82,18 @@ def _jobs(config: Path, model: str) -> Iterator[tuple[str, Job]]:
         yield "streaming" if name == STOCK else f"streaming, {name}", replace(job, schemes=schemes)
 
 
+_COLUMNS = (
+    "model",
+    "TP:",
+    "loading",
+    *(heading for kind in ("", "update: ") for heading in (f"{kind}launches:", "copies to the GPU:", "waits:")),
+)
+
+
+def _numbers(work: DeviceWork | None) -> list[str]:
+    return [""] * 3 if work is None else [f"{number:,}" for number in astuple(work)]
+
+
 def to_markdown(release: str, costs: Sequence[Cost]) -> str:
     """The page."""
     rows = [
@@ -58,20 +101,19 @@ def to_markdown(release: str, costs: Sequence[Cost]) -> str:
             cost.model,
             str(cost.tp),
             cost.loading,
-            f"{cost.load.work.launches:,}",
-            f"{cost.load.work.uploads:,}",
-            f"{cost.load.work.waits:,}",
+            *_numbers(cost.load),
+            *_numbers(cost.update),
         ]
         for cost in costs
     ]
-    return f"""# What a load costs on a GPU
+    return f"""# What a load and an update cost on a GPU
 
 Beside memory a load costs launches (each takes the host some microseconds, however little there is to do), copies to
 the GPU, and waits for its answers. These are of one rank, as the [planner](planner.md) counts them in SGLang's own
 model code and loaders on a device without memory, for SGLang {release}. No GPU was used; on a stand-in GPU the tests
 hold the same rules for loads of real checkpoints (`tests/standin/test_costs.py`). `ci/costs` writes this page.
 
-{page_tables.markdown(("model", "TP:", "loading", "launches:", "copies to the GPU:", "waits:"), rows)}
+{page_tables.markdown(_COLUMNS, rows)}
 A *launch* is an operation of torch's or a kernel of SGLang's that runs on the GPU, copies within it included; views and
 allocations are none. *Streaming* without a scheme makes what stock makes.
 
@@ -82,4 +124,7 @@ allocations are none. *Streaming* without a scheme makes what stock makes.
   second, small copy: the largest magnitude of each whole row.
 - Stock awaits six answers in each MLA layer (DeepSeek), and none elsewhere. Streaming awaits three more at the end of a
   load, whatever its size: which parameters nobody wrote, and which weights and other parameters hold NaN or Inf.
+- An *update* is a full one from disk; tensors on the GPU already need no copies to it. Beside what a load does,
+  it copies what it is about to replace to the host: each unit, and once the scales of each parameter. These copies are
+  its waits ([updates](updates.md#what-an-answer-says)).
 """

@@ -9,7 +9,7 @@ import click
 
 from sglang_overlay.hooks import releases
 from sglang_overlay.offline.plan.process import Planners
-from workbench.bench.costs import MODELS, PAGE, planned, to_markdown
+from workbench.bench.costs import MODELS, PAGE, TASK, planned, to_markdown
 
 
 @click.command()
@@ -17,7 +17,7 @@ from workbench.bench.costs import MODELS, PAGE, planned, to_markdown
 @click.argument("models", nargs=-1, type=click.Choice([*MODELS]))
 def main(page: Path, models: tuple[str, ...]) -> None:
     """Plan MODELS, all published ones unless named, and write the page of what their loads ask of a GPU."""
-    with Planners(len(os.sched_getaffinity(0))) as planners:
+    with Planners(len(os.sched_getaffinity(0)), TASK) as planners:
         costs = list(planned(planners, models or [*MODELS]))
     page.write_text(to_markdown(releases.supported()[-1], costs), encoding="utf-8")
     click.echo(page)

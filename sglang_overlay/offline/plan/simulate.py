@@ -6,9 +6,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,30 @@ from sglang_overlay.settings import Settings
 
 _KEPT_TENSORS = 8
 
+Weights = Iterator[tuple[str, torch.Tensor]]
+
 
 class NotHookedError(StreamFP8Error):
     """SGLang is not hooked, so nothing would be streamed."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that has been loaded without memory; valid inside ``loaded``.
+
+    Attributes:
+        model, load, device: as of a real load.
+        summary: what the load needed.
+        weights: reads the checkpoint once more; calls its argument with each name and tensor first.
+        work: counts the device's work from now on.
+    """
+
+    model: torch.nn.Module
+    load: ModelLoad
+    device: torch.device
+    summary: PlannedLoad
+    weights: Callable[[Callable[[str, torch.Tensor], None]], Weights]
+    work: DeviceWork
 
 
 def simulate(job: Job) -> PlannedLoad:
@@ -45,22 +67,34 @@ def simulate(job: Job) -> PlannedLoad:
     Raises:
         StreamFP8Error: the checkpoint's headers cannot be read, or the load would fail (for example, a missing tensor).
     """
+    with loaded(job) as found:
+        return found.summary
+
+
+@contextmanager
+def loaded(job: Job) -> Iterator[Loaded]:
+    """Load one rank as ``simulate`` does, and keep it until the block ends.
+
+    Raises:
+        StreamFP8Error: as of ``simulate``.
+    """
     checkpoint = checkpoint_of(job.model, job.from_config)
     _check_hooked()
     account, held = _account(job), HeldTensors()
     device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
     load = _load(job, device)
+    weights = partial(_weights, job, checkpoint, account, held)
     with _config_folder(job.model) as folder, ExitStack() as stack:
         rank = stack.enter_context(simulated_rank(folder, job.layout, job.rank, dict(job.server_args)))
         stack.enter_context(_modelled(job, account.work))
         stack.enter_context(weightless(account))
-        stack.enter_context(under_way(load))
-        with closing(load):
-            model = rank.load(device, lambda: _weights(job, checkpoint, account, load, held))
+        with under_way(load), closing(load):
+            model = rank.load(device, lambda: weights(load.see))
             load.check(model, rank.model_config)
         account.finish()
         host = HostMemory.of(_read_by(job, checkpoint), held.peak)
-        return _summary(job, checkpoint, account, load, model, rank.architecture, host)
+        summary = _summary(job, checkpoint, account, load, model, rank.architecture, host)
+        yield Loaded(model, load, device, summary, weights, account.work)
 
 
 def _check_hooked() -> None:
@@ -123,9 +157,9 @@ def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
 
 
 def _weights(
-    job: Job, checkpoint: Checkpoint, account: Account, load: ModelLoad, held: HeldTensors
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields names and tensors as SGLang's own iterator does."""
+    job: Job, checkpoint: Checkpoint, account: Account, held: HeldTensors, see: Callable[[str, torch.Tensor], None]
+) -> Weights:
+    """Yields names and tensors as SGLang's own iterator does, after ``see`` has seen them."""
     contents = EmptyFile(max(tensor.size for tensor in checkpoint.tensors))
     # Keep some tensors alive: while one of a mapped file lives, later ones are recognized as mapped without a lookup.
     latest: deque[torch.Tensor] = deque(maxlen=_KEPT_TENSORS)
@@ -133,7 +167,7 @@ def _weights(
         for header in file.tensors:
             tensor = contents.tensor(header.shape, header.dtype)
             account.read(header.size)
-            load.see(header.name, tensor)
+            see(header.name, tensor)
             held.give(tensor, latest)
             yield header.name, tensor
             latest.append(tensor)
@@ -194,5 +228,5 @@ def _summary(
         architecture=architecture,
         samples=tuple(account.samples),
         host=host,
-        work=account.work,
+        work=replace(account.work),
     )

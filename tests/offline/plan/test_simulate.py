@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from workbench.bench.costs import TASK
 from workbench.bench.measured import MODELS
 from workbench.bench.measured import _workers as measuring_workers
 from workbench.loads.job import LoadJob
@@ -41,6 +42,18 @@ def test_units_layers_and_size_are_those_of_a_real_load(family, checkpoint, repo
     assert (found.units, found.direct_units) == (real.units.streamed, real.units.direct)
     assert (found.streamed, found.deferred) == (real.layers.streamed, len(real.layers.deferred))
     assert found.final == real.final_bytes
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_an_update_is_planned_to_launch_no_more_than_a_load_and_to_await_what_it_keeps(family, checkpoint, reports):
+    path = checkpoint(family, **MANY)
+    (real,) = reports(path)
+    with Planners(1, TASK) as planners:
+        ((load, update),) = planners.run([Job(path)])
+    assert update.launches <= load.launches
+    assert update.uploads <= load.uploads
+    # One for each unit, each parameter's scales, and each tensor that stays in bf16.
+    assert real.units.streamed < update.waits <= load.waits + real.units.streamed + update.uploads
 
 
 def test_experts_without_a_gate_are_planned_without_one(checkpoint_folder, reports, simulated):
