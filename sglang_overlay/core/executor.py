@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -50,30 +50,22 @@ class Executor:
         return values.to(device=device, dtype=dtype)
 
     def reading(self) -> AbstractContextManager[object]:
-        """Context for reading the checkpoint and running upstream's loaders."""
+        """Context for reading the checkpoint and running upstream's loaders. Once it ends, all jobs are done."""
         return nullcontext()
 
     def close(self) -> None:
         """Wait for all jobs and release threads and memory. May be called more than once."""
 
 
-class ExecutorFactory(Protocol):
-    """Makes a platform's executors."""
-
-    def __call__(self, *, threads: bool) -> Executor:
-        """Args: ``threads``, whether jobs may run concurrently with the loader."""
-
-
-def register(device_type: str, factory: ExecutorFactory) -> None:
+def register(device_type: str, factory: Callable[[], Executor]) -> None:
     """Make ``executor_for`` use ``factory`` for devices of this type."""
     _factories[device_type] = factory
 
 
-def executor_for(device: torch.device, *, threads: bool = True) -> Executor:
-    """A new executor for ``device``; ``threads``: whether jobs may run concurrently with the loader."""
-    factory = _factories.get(device.type)
-    return Executor() if factory is None else factory(threads=threads)
+def executor_for(device: torch.device) -> Executor:
+    """A new executor for ``device``."""
+    return _factories.get(device.type, Executor)()
 
 
-_factories: dict[str, ExecutorFactory] = {}
+_factories: dict[str, Callable[[], Executor]] = {}
 """By device type. Written when a process starts, before any load."""

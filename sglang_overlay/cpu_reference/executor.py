@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +21,7 @@ from sglang_overlay.schemes.mxfp8 import GroupQuantizer
 
 
 class CpuExecutor(Executor):
-    """Quantizes in worker threads beside the loader.
-
-    Args:
-        threads: whether to; else jobs run where they are submitted.
+    """Quantizes in worker threads beside the loader, while ``reading``.
 
     Attributes:
         quantizes_late: stock would take several times as long, and make copies in float32.
@@ -32,16 +29,13 @@ class CpuExecutor(Executor):
 
     quantizes_late = True
 
-    def __init__(self, *, threads: bool = True) -> None:
-        self._count = threads_beside_loader() if threads else 0
+    def __init__(self) -> None:
         self._workers: Workers | None = None
 
     def prepare(self) -> None:
         kernels.prepare()
 
     def quantizer(self, quantizer: UnitQuantizer) -> UnitQuantizer:
-        if self._workers is None:
-            self._workers = Workers(self._count)
         return on_cpu(quantizer)
 
     def takes(self, size: int) -> bool:
@@ -55,8 +49,14 @@ class CpuExecutor(Executor):
         if self._workers is not None:
             self._workers.check()
 
-    def reading(self) -> AbstractContextManager[object]:
-        return one_thread_each()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self._workers = Workers(threads_beside_loader())
+        try:
+            with one_thread_each():
+                yield
+        finally:
+            self._workers.close()
 
     def close(self) -> None:
         if self._workers is not None:

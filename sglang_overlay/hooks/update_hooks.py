@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from sglang_overlay.core.executor import Executor, executor_for
 from sglang_overlay.core.messages import shortened
 from sglang_overlay.core.tensor_names import Misplaced
 from sglang_overlay.errors import PartialUpdateError, WeightUpdateError
@@ -158,7 +157,7 @@ def load_weights_and_postprocess(
         with update.loading(model):
             original(model, _offered(update, weights), target_device)
 
-    _, outcome = _judged(known, model, read, "disk", executor=executor_for(target_device), disk=disk)
+    _, outcome = _judged(known, model, read, "disk", disk=disk)
     if outcome.failure is None:
         return None
     raise _error(outcome)
@@ -405,7 +404,6 @@ def _judged(
     run: Callable[[WeightUpdate], Any],
     kind: str,
     names: Sequence[str] = (),
-    executor: Executor | None = None,
     disk: DiskUpdate | None = None,
     *,
     may_wait: bool = False,
@@ -418,7 +416,6 @@ def _judged(
         run: upstream's part.
         kind: of the call.
         names: of the call's tensors, if known.
-        executor: does the work; by default one without threads.
         disk: the update from disk, if this is one.
         may_wait: whether later calls may bring what is missing although there is no session.
 
@@ -430,7 +427,7 @@ def _judged(
     waiting: Sequence[str] = ()
     try:
         _refuse_unopened(known)
-        update = known.open or known.begin(executor)
+        update = known.open or known.begin()
         update.calls[kind] += 1
         if not is_own:
             update.begin_call()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,14 +112,15 @@ def notes_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def load_weights_given(model: torch.nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Make ``model.load_weights`` load ``change(weights)``."""
+def load_weights_given(model: torch.nn.Module, change: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Make ``model.load_weights`` load what ``change(weights)`` yields, inside that context."""
     attributes: dict[str, Any] = vars(model)
     own, original = attributes.get("load_weights"), model.load_weights
 
     @functools.wraps(original)  # type: ignore[arg-type]
     def load_weights(weights: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(change(weights), *args, **kwargs)  # type: ignore[operator]
+        with change(weights) as changed:
+            return original(changed, *args, **kwargs)  # type: ignore[operator]
 
     attributes["load_weights"] = load_weights
     try:

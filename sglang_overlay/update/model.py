@@ -60,7 +60,7 @@ class UpdatableModel:
         """Open an update. One that was never ended is undone first.
 
         Args:
-            executor: does the work; by default one without threads for the model's device.
+            executor: does the work; by default that of the model's device.
         """
         self.abort("It was never ended.")
         if self._stock:
@@ -71,7 +71,7 @@ class UpdatableModel:
             )
             self._stock = {}
         if executor is None:
-            executor = executor_for(self._device, threads=False)
+            executor = executor_for(self._device)
         self.open = WeightUpdate(self.layers, executor, self._wanted)
         return self.open
 

@@ -37,7 +37,7 @@ from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.full_precision import FullPrecisionParameter
 from sglang_overlay.core.loader_calls import LoaderCalls, WatchedSink
 from sglang_overlay.core.messages import shortened
-from sglang_overlay.core.sources import CheckpointSources
+from sglang_overlay.core.quantizers import units_not_finite
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.tensor_names import PACKED
 from sglang_overlay.errors import PartialUpdateError, StreamFP8Error, UnsupportedWriteError, WeightUpdateError
@@ -65,6 +65,7 @@ from sglang_overlay.update.tensor_attributes import TensorAttributes
 from sglang_overlay.update.tensor_groups import TensorGroups
 from sglang_overlay.update.undo import Bindings, UndoableQuantizer, UndoLog
 from sglang_overlay.update.update_capture import GivenTensors, ServedMemory, UpdateCapture
+from sglang_overlay.update.update_sources import UpdateSources
 from sglang_overlay.update.update_stream import UpdateStream
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class WeightUpdate:
     def __init__(
         self, layers: Iterable[UpdatableLayer], executor: Executor | None = None, wanted: WantedShapes = NOTHING_KNOWN
     ) -> None:
-        self.sources = CheckpointSources()
+        self.sources = UpdateSources()
         self.account = StagingAccount()
         self.given = GivenTensors()
         self.is_late = False
@@ -334,7 +335,12 @@ class WeightUpdate:
         conflicts = [error for stream in self._streams.values() if (error := stream.conflict)]
         if conflicts:
             raise WeightUpdateError(str(conflicts[0])) from conflicts[0]
-        self._damaged += [name for name, stream in self._streams.items() if stream.has_non_finite]
+        found = units_not_finite([stream.magnitudes for stream in self._streams.values()])
+        self._damaged += [
+            name
+            for (name, stream), units in zip(self._streams.items(), found, strict=True)
+            if stream.has_replaced(units)
+        ]
         self._damaged += [name for layer in rearranged for name in layer.damaged]
         if self._damaged:
             logger.warning(
@@ -346,10 +352,12 @@ class WeightUpdate:
         if narrowed:
             logger.warning("StreamFP8: %s.", rows_over_ranks.narrowed_note(narrowed))
         logger.info(
-            "StreamFP8: weight update: %d units of %d layers replaced in place, at most %.1f MB staged.",
+            "StreamFP8: weight update: %d units of %d layers replaced in place, at most %.1f MB staged, and %.1f MB of "
+            "replaced values kept to undo it.",
             self.units[0],
             len(self.replaced),
             self.account.peak / 1e6,
+            self._undo.bytes / 1e6,
         )
 
     def close(self) -> None:
@@ -488,7 +496,8 @@ class WeightUpdate:
         self, plan: LayerPlan, key: str, placeholder: torch.nn.Parameter, storage: Storage, undo: UndoLog
     ) -> ParameterPlan:
         found = plan.parameter(key, placeholder, storage)
-        return replace(found, quantizer=UndoableQuantizer(self._executor.quantizer(found.quantizer), undo))
+        quantizer = self._executor.quantizer(found.quantizer)
+        return replace(found, quantizer=UndoableQuantizer(quantizer, storage.scale, undo))
 
     def _stream(
         self, layer: UpdatableLayer, key: str, layer_plan: LayerPlan, storage: Storage, undo: UndoLog
@@ -524,9 +533,23 @@ class WeightUpdate:
                 (quantized if tensor.dtype in QUANTIZED else others).setdefault(storage_key(tensor), name)
         return ServedMemory(quantized, others, self._undo)
 
-    def _offered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """``weights``, each noted in ``given``; tensors that only load together come together."""
-        return self._groups.complete(self._noted(weights))
+    @contextmanager
+    def _offered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+        """``weights``, each noted in ``given``; tensors that only load together come together.
+
+        A list's tensors stay as they are until ``load_weights`` returns, so jobs may read them until then. An iterator
+        may reuse the memory of one for the next.
+        """
+        for _, tensor in weights if isinstance(weights, (list, tuple)) else ():
+            self.sources.lend(tensor)
+        try:
+            with self._executor.reading():
+                yield self._groups.complete(self._noted(weights))
+            self._executor.check()
+            for stream in self._streams.values():
+                stream.copy_lent()
+        finally:
+            self.sources.take_back()
 
     def _noted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, sent in weights:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -79,12 +81,12 @@ class UndoLog:
 
 
 class _Room:
-    """Host memory for copies, allocated in large blocks. Thread-safe.
+    """Host memory for copies, allocated in large blocks outside of the heap. Thread-safe.
 
     Staged pieces have the same sizes but are short-lived: allocated between them, copies would fragment the heap.
     """
 
-    size = 8 << 20
+    size = 64 << 20
     aligned = 64
 
     def __init__(self) -> None:
@@ -97,9 +99,17 @@ class _Room:
         # Tensors made in inference mode can be written to only in that mode.
         with self._lock, torch.inference_mode(mode=False):
             if size > len(self._free):
-                self._free = torch.empty(max(self.size, size), dtype=torch.uint8)
+                self._free = _block(max(self.size, size))
             found, self._free = self._free[: view.nbytes], self._free[size:]
             return found.view(view.dtype).view(view.shape)
+
+
+def _block(size: int) -> torch.Tensor:
+    """Memory in large pages where the system has some: with small ones, faults would take longer than the copies."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _put_back(kept: dict[Region, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -110,20 +120,27 @@ def _put_back(kept: dict[Region, tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 class UndoableQuantizer:
-    """Wraps a ``UnitQuantizer``, and keeps what it overwrites."""
+    """Wraps a ``UnitQuantizer``, and keeps what it overwrites.
 
-    def __init__(self, quantizer: UnitQuantizer, undo: UndoLog) -> None:
+    Args:
+        quantizer: is wrapped.
+        scales: of all units. They are small, and kept together: on a device each copy to the host is awaited.
+        undo: keeps the values.
+    """
+
+    def __init__(self, quantizer: UnitQuantizer, scales: torch.Tensor, undo: UndoLog) -> None:
         self._quantizer = quantizer
+        self._scales = scales
         self._undo = undo
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | float:
         """As the quantizer's own."""
-        self._undo.keep(weight, scale)
+        self._undo.keep(weight, self._scales)
         return self._quantizer.quantize(pieces, weight, scale)
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """As the quantizer's own."""
-        self._undo.keep(weight, scale)
+        self._undo.keep(weight, self._scales)
         return self._quantizer.quantize_run(values, weight, scale)
 
     def could_be(self, piece: Piece, weight: torch.Tensor, scale: torch.Tensor) -> bool:

@@ -54,8 +54,7 @@ class GivenTensors:
         with self._lock:
             if key not in self._alive:
                 self._alive[key] = StorageWeakRef(tensor.untyped_storage())
-            self._spans.setdefault(key, []).append((int(start), int(start + tensor.nbytes), name))
-            self._spans[key].sort()
+            bisect.insort(self._spans.setdefault(key, []), (int(start), int(start + tensor.nbytes), name))
 
     def note(self, values: Iterable[Any]) -> None:
         """Note that upstream uses these arguments of an operation or a loader."""

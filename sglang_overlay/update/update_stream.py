@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,23 +12,28 @@ from sglang_overlay.core.capture import storage_key
 from sglang_overlay.core.checkpoint_stream import CheckpointStream
 from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.loader_calls import LoaderCall
-from sglang_overlay.core.quantizers import units_not_finite
-from sglang_overlay.core.staging import StagedUnit
+from sglang_overlay.core.sources import Watch
+from sglang_overlay.core.staging import Piece, StagedUnit
 from sglang_overlay.core.whole_rows import WholeRows
 from sglang_overlay.errors import LayerNotStreamableError, WeightUpdateError
 from sglang_overlay.load.stored_dtypes import QUANTIZED
 from sglang_overlay.update.ready_values import ReadyValues
 from sglang_overlay.update.update_capture import dtype_name
+from sglang_overlay.update.update_sources import UpdateSources
 
 
 class UpdateStream(CheckpointStream):
     """A ``CheckpointStream`` for a parameter that is being served.
+
+    Any thread may add to ``_borrowing``, the units that have pieces in memory which is lent.
 
     Args:
         arguments: those of ``CheckpointStream``; so are ``rows`` and ``executor``.
         ready: takes already quantized values; None if the parameter cannot take any.
         under_way: returns this thread's current loader call, or None.
     """
+
+    sources: UpdateSources
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class UpdateStream(CheckpointStream):
         self._rows = rows
         self._ready = ready
         self._under_way = under_way
+        self._borrowing: set[int] = set()
 
     def write(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Like ``CheckpointStream.write``, but also takes quantized values.
@@ -60,6 +66,30 @@ class UpdateStream(CheckpointStream):
             )
         if destination.numel():
             self._ready.write_values(destination, source)
+
+    def copy_lent(self) -> None:
+        """Copy pieces that wait in memory which is about to be taken back. To be called while no loader runs."""
+        for unit in self._borrowing:
+            staged = self._staged.get(unit)
+            if staged is None:
+                continue
+            self._watches.pop(unit, None)
+            pieces, staged.pieces = staged.pieces, []
+            for piece in pieces:
+                if self.sources.is_lent(piece.values):
+                    super()._stage(unit, staged, piece)
+                else:
+                    staged.pieces.append(piece)
+        self._borrowing.clear()
+
+    def _stage(self, unit: int, staged: StagedUnit, piece: Piece) -> None:
+        """Keeps ``piece`` itself while its memory is lent: most units are complete before that is taken back."""
+        if piece.values.dtype is not self._dtype or not self.sources.is_lent(piece.values):
+            super()._stage(unit, staged, piece)
+            return
+        staged.pieces.append(piece)
+        self._watches.setdefault(unit, []).append(Watch(piece.values))
+        self._borrowing.add(unit)
 
     @property
     def partial_units(self) -> list[int]:
@@ -149,10 +179,9 @@ class UpdateStream(CheckpointStream):
             return error
         return None
 
-    @property
-    def has_non_finite(self) -> bool:
-        """Whether this update wrote NaN or Inf. Waits for the device."""
-        return any(self._done[unit] for unit in units_not_finite([self.magnitudes])[0])
+    def has_replaced(self, units: Iterable[int]) -> bool:
+        """Whether this update has quantized any of ``units``."""
+        return any(self._done[unit] for unit in units)
 
     def saved(self) -> Mapping[str, Any]:
         """A snapshot for ``restore_call``. This and the methods below may be called only while no loader runs."""

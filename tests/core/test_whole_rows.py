@@ -36,7 +36,7 @@ class Split:
     rank: int
 
     @classmethod
-    def of(cls, shape, rows_a_unit, rank=1, kind=CheckpointStream, **options):
+    def of(cls, shape, rows_a_unit, rank=1, kind=CheckpointStream, sources=CheckpointSources, **options):
         *others, columns_here = (*shape[:-1], shape[-1] // RANKS)
         shape = (*others, columns_here)
         unit = (rows_a_unit, columns_here) if rows_a_unit else (columns_here,)
@@ -48,7 +48,7 @@ class Split:
         rows = WholeRows(loaded, columns_here * RANKS, grid, torch.bfloat16)
         quantizer = WholeRowsQuantizer(RowQuantizer(quantize_rows), rows, scales)
         stream = kind(
-            "layer.weight", placeholder, grid, quantizer, storage, StagingAccount(), CheckpointSources(),
+            "layer.weight", placeholder, grid, quantizer, storage, StagingAccount(), sources(),
             executor=pipelined.EXECUTOR, rows=rows, **options,
         )  # fmt: skip
         return cls(stream, rows, placeholder, loaded, rank)

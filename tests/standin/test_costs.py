@@ -7,6 +7,7 @@ import json
 import struct
 
 import pytest
+from workbench.loads.updates import Update
 
 from standin.aten import DEVICE_TO_HOST, HOST_TO_DEVICE
 from standin.kernels import MIRRORS
@@ -63,3 +64,34 @@ def test_the_peak_of_the_allocator_is_near_the_model(family, checkpoint, loaded)
     in_flight = LOADER_THREADS * 3 * max(size for name, size in sizes.items() if name.endswith("gate_proj.weight"))
     assert streamed.memory.peak_above_start <= 1.02 * streamed.model_bytes + deferred + in_flight
     assert streamed.memory.peak_above_start <= 0.55 * stock.memory.peak_above_start
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_an_update_launches_no_more_than_a_load_and_awaits_what_it_keeps(family, checkpoint, loaded):
+    path = checkpoint(family, **FILES)
+    (rank,) = loaded("h200", path, updates=(Update("disk", path, recorder="standin.aten:counted"),), **COUNTED).ranks
+    (done,) = rank.updates
+    assert done.success, done.message
+    load, update = rank.recorded, done.recorded
+    awaited, answers = update.pop(DEVICE_TO_HOST), load.pop(DEVICE_TO_HOST)
+    # Copies to the host are what is kept to undo it: of each unit, of each parameter's scales, and of what is in bf16.
+    assert update[HOST_TO_DEVICE] <= load[HOST_TO_DEVICE]
+    assert update.total() - awaited <= load.total() - answers
+    assert awaited <= answers + len(tensors_in(path)) + 10
+
+
+@pytest.mark.parametrize("source", ["tensor", "bucket"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_the_peak_of_an_update_is_a_bucket_and_two_units_of_each_thread(family, source, checkpoint, loaded):
+    path = checkpoint(family, size="demo", overrides=(("num_hidden_layers", 4),))
+    (rank,) = loaded("h200", path, updates=(Update(source, path, calls=8),) * 2, described="sizes").ranks
+    sizes = tensors_in(path)
+    unit = 2 * max(size for name, size in sizes.items() if name.endswith("gate_proj.weight"))
+    # SGLang reads these in bf16 before it quantizes them.
+    deferred = sum(size for name, size in sizes.items() if "kv_b_proj" in name)
+    for done in rank.updates:
+        assert done.success, done.message
+        bucket = done.bucket if source == "bucket" else 0
+        assert done.memory.peak_above_start <= bucket + 2 * LOADER_THREADS * unit + deferred
+    first, second = (done.memory.start for done in rank.updates)
+    assert second <= first

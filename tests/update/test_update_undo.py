@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from core import streams
 from core.test_whole_rows import Split, weight_of
 
+from sglang_overlay.core.errors import ConflictingWriteError
+from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.staging import StagingAccount
 from sglang_overlay.core.stream import Storage
 from sglang_overlay.core.units import UnitGrid
 from sglang_overlay.errors import WeightUpdateError
 from sglang_overlay.update.ready_values import ReadyValues
 from sglang_overlay.update.tensor_groups import TensorGroups
-from sglang_overlay.update.undo import UndoLog
+from sglang_overlay.update.undo import UndoableQuantizer, UndoLog
 from sglang_overlay.update.update_capture import GivenTensors, ServedMemory, UpdateCapture, storage_key
+from sglang_overlay.update.update_sources import UpdateSources
 from sglang_overlay.update.update_stream import UpdateStream
 
 
@@ -169,7 +173,8 @@ def test_tensors_that_nothing_was_done_with_are_known_by_name_in_a_bucket_too(ca
 
 
 def test_call_that_is_undone_leaves_the_whole_rows_of_what_waits():
-    split, weight = Split.of((12, 64), 12, kind=UpdateStream, ready=None, under_way=lambda: None), weight_of(12, 64)
+    split = Split.of((12, 64), 12, kind=UpdateStream, sources=UpdateSources, ready=None, under_way=lambda: None)
+    weight = weight_of(12, 64)
 
     def load(values, rows):
         split.load(values[rows], lambda param, given: param.data[rows].copy_(split.narrow(given)))
@@ -181,6 +186,56 @@ def test_call_that_is_undone_leaves_the_whole_rows_of_what_waits():
     load(weight, slice(6, 12))
     assert (split.stream.incomplete, split.stream.mixed) == (None, None)
     assert split.equals(weight)
+
+
+@pytest.fixture
+def served():
+    """A parameter of one unit that is being updated: its stream, and where upstream writes."""
+    grid, placeholder = UnitGrid(1, (4, 8), sliced=True), streams.make_parameter(torch.empty(1, 4, 8, device="meta"))
+    storage = Storage(torch.zeros(1, 4, 8).to(streams.FP8), torch.ones(1))
+    stream = UpdateStream(
+        "layer.weight", placeholder, grid, streams.one_scale(), storage, StagingAccount(), UpdateSources(), ready=None,
+        under_way=lambda: None, rows=None, executor=Executor(),
+    )  # fmt: skip
+    return streams.Streamed(stream, placeholder, stream._account, stream.sources)
+
+
+def test_lent_memory_is_copied_only_if_it_is_taken_back_before_its_unit_is_complete(served):
+    values = torch.randn(1, 4, 8)
+    first, rest = values[:, :2].clone(), values[:, 2:].clone()
+    with served.capture():
+        served.sources.lend(first)
+        served.placeholder.data[:, :2].copy_(first)
+        assert served.account.peak == 0
+        served.stream.copy_lent()
+        served.sources.take_back()
+        assert served.account.held == first.nbytes
+        first.fill_(7)
+        served.placeholder.data[:, 2:].copy_(rest)
+    assert served.account.held == 0
+    assert served.equals(values)
+
+
+def test_lent_memory_that_is_changed_before_its_unit_is_complete_is_an_error(served):
+    first, rest = torch.randn(1, 2, 8), torch.randn(1, 2, 8)
+    with served.capture():
+        served.sources.lend(first)
+        served.placeholder.data[:, :2].copy_(first)
+        first.fill_(7)
+        with pytest.raises(ConflictingWriteError):
+            served.placeholder.data[:, 2:].copy_(rest)
+
+
+def test_scales_are_kept_once_and_together():
+    undo, scales = UndoLog(), torch.ones(3, 4)
+    quantizer = UndoableQuantizer(streams.one_scale_a_row(4), scales, undo)
+    weight = torch.zeros(3, 4, 8).to(streams.FP8)
+    for unit in range(3):
+        quantizer.quantize_run(torch.randn(1, 4, 8), weight[unit : unit + 1], scales[unit : unit + 1])
+        assert undo.bytes == weight[: unit + 1].nbytes + scales.nbytes
+    undo.undo()
+    assert torch.equal(scales, torch.ones(3, 4))
+    assert not weight.float().any()
 
 
 def test_what_is_kept_has_the_form_of_what_it_was():
