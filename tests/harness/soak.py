@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model, or update its weights, again and again in one process and watch its memory."""
+"""Load a model, or update its weights, again and again in one process and watch what that leaves."""
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,52 +22,55 @@ if TYPE_CHECKING:
     from workbench.loads.updates import Update
 
 
-def soak(checkpoint: Path, folder: Path, loads: int) -> list[int]:
-    """Anonymous memory in bytes after each of `loads` streaming loads, the model let go each time."""
+@dataclass(frozen=True)
+class Held:
+    """What the process holds after a cycle: anonymous memory in bytes, and numbers of the others."""
+
+    memory: int
+    tensors: int
+    threads: int
+    files: int
+
+
+def soak(checkpoint: Path, folder: Path, loads: int) -> list[Held]:
+    """What is held after each of `loads` streaming loads, the model let go each time."""
     return _measured(_load_again_and_again, folder, checkpoint, loads)
 
 
-def soak_updates(checkpoint: Path, updates: tuple[Update, ...], folder: Path, cycles: int) -> list[int]:
-    """Anonymous memory in bytes after each of `cycles` rounds of `updates` of one streamed model."""
+def soak_updates(checkpoint: Path, updates: tuple[Update, ...], folder: Path, cycles: int) -> list[Held]:
+    """What is held after each of `cycles` rounds of `updates` of one streamed model."""
     return _measured(_update_again_and_again, folder, checkpoint, updates, cycles)
 
 
-def _measured(target: Callable[..., None], folder: Path, *arguments: Any) -> list[int]:
+def _measured(target: Callable[..., None], folder: Path, *arguments: Any) -> list[Held]:
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "memory.json"
     with series_process(target, folder / "log.txt", *arguments, results) as process:
         process.join()
     if process.exitcode:
         raise RuntimeError(f"the soak ended with exit code {process.exitcode}: {folder / 'log.txt'}")
-    found: list[int] = json.loads(results.read_text())
-    return found
+    return [Held(**found) for found in json.loads(results.read_text())]
 
 
 def _load_again_and_again(checkpoint: Path, loads: int, results: Path) -> None:
     from workbench.loads.job import changed_environ
-    from workbench.loads.load_worker import release_memory
-
-    from sglang_overlay.observe.memory import meter_for
 
     series = LoadSeries(checkpoint)
-    meter = meter_for("cpu")
-    found = []
-    with changed_environ({MODE_VARIABLE: "require"}):
+
+    def cycles() -> Iterator[Held]:
         for _ in range(loads):
             series.load(checkpoint)
-            release_memory()
-            found.append(meter.read())
-    _conclude(found, results)
+            yield _held()
+
+    with changed_environ({MODE_VARIABLE: "require"}):
+        _conclude([*cycles()], results)
 
 
 def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycles: int, results: Path) -> None:
     from workbench.loads.job import changed_environ
-    from workbench.loads.load_worker import build_runner, release_memory
+    from workbench.loads.load_worker import build_runner
     from workbench.loads.updates import run
 
-    from sglang_overlay.observe.memory import meter_for
-
-    meter = meter_for("cpu")
     found = []
     with changed_environ({MODE_VARIABLE: "require"}):
         runner = build_runner(LoadJob(checkpoint), rank=0, port=free_port())
@@ -72,12 +78,26 @@ def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycle
             failed = [done.message for done in (run(runner, update) for update in updates) if not done.success]
             if failed:
                 raise RuntimeError(f"updates failed: {failed}")
-            release_memory()
-            found.append(meter.read())
+            found.append(_held())
     _conclude(found, results)
 
 
-def _conclude(found: list[int], results: Path) -> None:
+def _held() -> Held:
+    import torch
+    from workbench.loads.load_worker import release_memory
+
+    from sglang_overlay.observe.memory import host_meter
+
+    release_memory()
+    meter = host_meter()
+    memory = meter.read()
+    meter.close()
+    tensors = sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+    threads, files = (len([*Path("/proc/self", kind).iterdir()]) for kind in ("task", "fd"))
+    return Held(memory, tensors, threads, files)
+
+
+def _conclude(found: list[Held], results: Path) -> None:
     if streaming_threads():
         raise RuntimeError(f"threads left: {streaming_threads()}")
-    results.write_text(json.dumps(found))
+    results.write_text(json.dumps([asdict(held) for held in found]))
