@@ -216,6 +216,16 @@ class RearrangedLayer:
         """What has not come of a layer of which some has. To be called while no loader runs."""
         return [] if self._collected is None else list(self._collected.missing)
 
+    def copy_lent(self) -> None:
+        """Copy pieces that wait in memory which is about to be taken back; rearrange what jobs have completed since."""
+        collected = self._collected
+        if collected is None:
+            return
+        for stream, _ in collected.streams.values():
+            stream.copy_lent()
+        if collected.is_complete:
+            self._rearrange(collected)
+
     def finish(self) -> None:
         """Rearrange the layer if units of it had to wait for the end. Nothing may be missing."""
         if self._collected is not None:

@@ -546,8 +546,8 @@ class WeightUpdate:
             with self._executor.reading():
                 yield self._groups.complete(self._noted(weights))
             self._executor.check()
-            for stream in self._streams.values():
-                stream.copy_lent()
+            for _, each in self._all():
+                each.copy_lent()
         finally:
             self.sources.take_back()
 

@@ -89,9 +89,7 @@ def run(runner: Any, update: Update) -> UpdateResult:
     with recorder as recorded, MemorySampler(meter_for(runner.device), _MEMORY_INTERVAL_MS) as sampler:
         success, message = _answer(runner, updater, update, calls)
     took = updater.seconds, updater.cpu_seconds
-    return UpdateResult(
-        success, message, moved_tensors(before, runner.model), sampler.usage, *took, bucket, recorded
-    )
+    return UpdateResult(success, message, moved_tensors(before, runner.model), sampler.usage, *took, bucket, recorded)
 
 
 class _Timed:
