@@ -84,11 +84,11 @@ def _update_again_and_again(checkpoint: Path, updates: tuple[Update, ...], cycle
 
 def _held() -> Held:
     import torch
-    from workbench.loads.load_worker import release_memory
+    from workbench.loads.devices import release_host_memory
 
     from sglang_overlay.observe.memory import host_meter
 
-    release_memory()
+    release_host_memory()
     meter = host_meter()
     memory = meter.read()
     meter.close()

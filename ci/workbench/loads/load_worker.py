@@ -15,7 +15,6 @@ A job runs like SGLang's own ``sglang.benchmark.one_batch``, after ``load_plugin
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -94,7 +93,7 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
 
     def load_model(self) -> None:
         accelerator = Accelerator(self.device)
-        release_memory()
+        devices.release_host_memory()
         accelerator.release_memory()
         with MemorySampler(meter_for(self.device), _MEMORY_INTERVAL_MS) as sampler:
             begin, cpu_begin = time.perf_counter(), time.process_time()
@@ -117,14 +116,6 @@ class MeasuredModelRunner(ModelRunner):  # type: ignore[misc]
             return super().init_torch_distributed()
         finally:
             self.is_draft_worker = role
-
-
-def release_memory() -> None:
-    """Collect garbage and release malloc's free memory, so that the next reading shows only memory in use."""
-    gc.collect()
-    # Only glibc keeps any.
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Filling(TorchDispatchMode):
@@ -290,7 +281,7 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
     finally:
         del runner
         runtime.take_down()
-        release_memory()
+        devices.release_host_memory()
         Accelerator(job.device).release_memory()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from workbench.loads import rebalance
+from workbench.loads import devices, rebalance
 from workbench.loads.fingerprints import named_tensors
 from workbench.loads.rebalance import Rebalance
 
@@ -77,12 +77,11 @@ class UpdateResult:
 def run(runner: Any, update: Update) -> UpdateResult:
     """Update the model of ``runner``, a ``ModelRunner``."""
     from sglang_overlay.observe.memory import MemorySampler, meter_for
-    from workbench.loads.load_worker import release_memory
 
     calls = [] if update.source == "disk" else list(_dealt(update, runner.device))
     bucket = max((sum(tensor.nbytes for _, tensor in tensors) for tensors in calls), default=0)
     before = addresses_of(runner.model)
-    release_memory()
+    devices.release_host_memory()
     recorder = pkgutil.resolve_name(update.recorder)() if update.recorder else nullcontext()
     # Until 0.5.15 the runner updates its weights itself.
     updater = _Timed(getattr(runner, "weight_updater", runner))
