@@ -58,7 +58,7 @@ def load_with_little_memory(checkpoint: Path, folder: Path, allowances: Sequence
 
 def _load(checkpoint: Path, allowances: Sequence[int], results: Path) -> None:
     from workbench.loads.job import changed_environ
-    from workbench.loads.load_worker import release_memory
+    from workbench.loads.devices import release_host_memory
 
     # Memory that a load gives back must not be there for the next one, outside the limit.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
@@ -67,7 +67,7 @@ def _load(checkpoint: Path, allowances: Sequence[int], results: Path) -> None:
     with changed_environ({MODE_VARIABLE: "1"}):
         series.load(checkpoint)
         for allowance in allowances:
-            release_memory()
+            release_host_memory()
             outcomes.append(_load_within(series, checkpoint, allowance))
     results.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
 
