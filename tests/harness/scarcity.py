@@ -57,8 +57,8 @@ def load_with_little_memory(checkpoint: Path, folder: Path, allowances: Sequence
 
 
 def _load(checkpoint: Path, allowances: Sequence[int], results: Path) -> None:
-    from workbench.loads.job import changed_environ
     from workbench.loads.devices import release_host_memory
+    from workbench.loads.job import changed_environ
 
     # Memory that a load gives back must not be there for the next one, outside the limit.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
