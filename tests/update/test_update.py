@@ -123,7 +123,9 @@ def repacked():
     model.load_weights = list
     model.proj = torch.nn.Module()
     model.proj.weight = torch.nn.Parameter(torch.zeros(2, 3).to(torch.float8_e4m3fn), requires_grad=False)
-    plan = SimpleNamespace(registered=lambda _layer, _placeholders: None, scale_placeholders=lambda *_: {})
+    plan = SimpleNamespace(
+        registered=lambda _layer, _placeholders: None, scale_placeholders=lambda *_: {}, fills=frozenset()
+    )
     return model, UpdatableLayer("proj", model.proj, plan, {"weight": placeholder})
 
 
