@@ -98,7 +98,7 @@ class Together:
                 unused=[name for name in outcome.unused if name in earlier.unused],
                 untouched=[*earlier.untouched, *outcome.untouched],
                 advice=earlier.advice or outcome.advice,
-                waiting=[*earlier.waiting, *outcome.waiting],
+                waiting=(*earlier.waiting, *outcome.waiting),
             )
         return self._told
 
