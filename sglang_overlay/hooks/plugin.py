@@ -18,6 +18,7 @@ REFERENCE_PLATFORM = (f"{SETTINGS_PREFIX}_CPU_REFERENCE", "1")
 """The only setting that has nothing to do with streaming."""
 PATCHED_MODULES = frozenset(
     {
+        "sglang.srt.eplb.expert_location_updater",
         "sglang.srt.layers.quantization.fp8",
         "sglang.srt.managers.scheduler",
         "sglang.srt.managers.scheduler_components.weight_updater",
