@@ -442,9 +442,19 @@ LEFT_IN_BF16 = {
 
 @SESSIONS
 @pytest.mark.parametrize("variable", LEFT_IN_BF16)
-def test_first_and_last_layers_in_bf16_biases_and_tied_heads_are_updated_like_the_rest(variable, workers, checkpoint):
+@pytest.mark.parametrize(
+    ("family", "weights", "beside"),
+    # SGLang ties the head of Qwen3, but not that of Qwen2-MoE, which has biases.
+    [
+        ("qwen2_moe", "mlp.experts.w", "model.layers.1.self_attn.qkv_proj.bias"),
+        ("qwen3", "mlp.gate_up_proj.weight", "model.embed_tokens.weight"),
+    ],
+)
+def test_first_and_last_layers_in_bf16_biases_and_tied_heads_are_updated_like_the_rest(
+    family, weights, beside, variable, workers, checkpoint
+):
     seeds = [*zip((2, 0, SEED), ("disk", "flattened buckets", "tensors in many calls"), strict=True)]
-    paths = {seed: checkpoint("qwen2_moe", tied_embeddings=True, seed=seed) for seed in (0, SEED, 2)}
+    paths = {seed: checkpoint(family, tied_embeddings=family == "qwen3", seed=seed) for seed in (0, SEED, 2)}
     job = LoadJob(paths[SEED], streaming="require", environ={variable: LEFT_IN_BF16[variable]}, prompts=PROMPTS)
     fresh = workers.load(job)
     made = tuple(Update(checkpoint=paths[seed], **SOURCES[source]) for seed, source in seeds)
@@ -452,7 +462,7 @@ def test_first_and_last_layers_in_bf16_biases_and_tied_heads_are_updated_like_th
     assert [(done.success, done.moved) for done in updated.ranks[0].updates] == [(True, ())] * 3
     assert compare(fresh, updated) == []
     dtypes = {name: tensor.dtype for name, tensor in updated.ranks[0].tensors.items()}
-    of_layers = {layer: {dtypes[name] for name in dtypes if f"layers.{layer}.mlp.experts.w" in name} for layer in "012"}
+    of_layers = {layer: {dtypes[name] for name in dtypes if f"layers.{layer}.{weights}" in name} for layer in "012"}
     assert str(torch.bfloat16) not in of_layers["1"]
     assert of_layers["0"] == of_layers["2"] == {str(torch.bfloat16)}
-    assert "model.layers.1.self_attn.qkv_proj.bias" in dtypes
+    assert beside in dtypes
