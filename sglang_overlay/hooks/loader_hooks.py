@@ -49,7 +49,7 @@ def load_without_the_series(load: Callable[..., Any], *args: Any) -> Any:
 def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, device_config: Any) -> Any:
     """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
     settings = _settings(loader.load_config)
-    is_draft = bool(getattr(model_config, "is_draft_model", False))
+    is_draft = role_of(model_config) == "draft"
     if model_config.quantization not in ONLINE and settings.report_folder is None:
         _mention_idle_scheme(settings, is_draft=is_draft)
         return original(loader, model_config=model_config, device_config=device_config)

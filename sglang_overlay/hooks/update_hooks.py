@@ -34,8 +34,8 @@ from sglang_overlay.update.updaters import has_sessions, model_of
 
 logger = logging.getLogger(__name__)
 
-_DIRECT = ("direct", "_model_load_weights_direct")
-"""Load formats of tensors that have parameters' names: upstream's own, and its function as a custom weight loader."""
+_KINDS = {"flattened_bucket": "buckets", "direct": "direct", "_model_load_weights_direct": "direct"}
+"""Kinds of tensors that are sent, by their load format: upstream's own, or its function as a custom weight loader."""
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Answer = tuple[bool, str]
@@ -345,11 +345,7 @@ def update_weights_from_tensor(
     original: Callable[..., Answer], updater: Any, named_tensors: Any, load_format: str | None = None
 ) -> Answer:
     """Around ``WeightUpdater.update_weights_from_tensor``."""
-    kind = "tensors"
-    if load_format is not None:
-        is_direct = load_format.rpartition(".")[2] in _DIRECT
-        kind = "direct" if is_direct else "buckets" if load_format == "flattened_bucket" else kind
-    names = _names_of(named_tensors)
+    kind, names = _KINDS.get((load_format or "").rpartition(".")[2], "tensors"), _names_of(named_tensors)
     return _answered(updater, lambda: original(updater, named_tensors, load_format), kind, names)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from sglang_overlay.errors import DumpError
 from sglang_overlay.load.checkpoint_files import fingerprint
+from sglang_overlay.load.summary import role_of
 from sglang_overlay.schemes import capabilities
 from sglang_overlay.settings import Settings
 
@@ -148,8 +149,7 @@ def _differences(was: Made, made: Made) -> Iterator[str]:
 
 def _model(model_config: Any) -> str:
     """Tells a target's dumps from its draft's, which may lie in the same folder."""
-    role = "draft" if model_config.is_draft_model else "target"
-    return f"{', '.join(model_config.hf_config.architectures)}, {role}"
+    return f"{', '.join(model_config.hf_config.architectures)}, {role_of(model_config)}"
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -107,7 +107,7 @@ class UpdatableModel:
         """Close the open update, if any, and keep what it has written."""
         update = self._taken()
         if update is not None:
-            self.close(update)
+            self._close(update)
 
     def abort(self, failure: str) -> None:
         """Undo and close the open update, if any.
@@ -117,15 +117,11 @@ class UpdatableModel:
         """
         update = self._taken()
         if update is not None:
-            self.undo(update, failure)
-            self.close(update)
+            update.failure = failure
+            update.undo()
+            self._close(update)
 
-    def undo(self, update: WeightUpdate, failure: str) -> None:
-        """Restore what an update has replaced; it still has to be closed."""
-        update.failure = failure
-        update.undo()
-
-    def close(self, update: WeightUpdate) -> None:
+    def _close(self, update: WeightUpdate) -> None:
         """Close an update that is not open any more, and tell what became of it."""
         model = None if self._model is None else self._model()
         report = None if model is None else self._report(update, model)
