@@ -87,6 +87,17 @@ def live(started):
 WAYS = {"disk": update_from_disk, "tensors": send_all}
 
 
+def paused_for_an_update(way, live, mode, *, flush_cache):
+    """The tokens of a request that is paused for an update, and how many of them it had by then."""
+    request = live.begin_long_answer()
+    post(live.url, "pause_generation", {"mode": mode})
+    WAYS[way](live.url, live.new, flush_cache=flush_cache)
+    so_far = request.wait_until_quiet()
+    assert STARTED <= so_far < LONG
+    post(live.url, "continue_generation", {})
+    return request.end(), so_far
+
+
 @pytest.mark.parametrize("way", WAYS)
 class TestRequestsMeanwhile:
     def test_update_waits_for_them(self, way, live):
@@ -97,26 +108,14 @@ class TestRequestsMeanwhile:
         assert live.serves(live.new)
 
     def test_those_that_are_retracted_go_on_with_the_new_weights_alone(self, way, live):
-        request = live.begin_long_answer()
-        post(live.url, "pause_generation", {"mode": "retract"})
-        WAYS[way](live.url, live.new, flush_cache=True)
-        so_far = request.wait_until_quiet()
-        assert STARTED <= so_far < LONG
-        post(live.url, "continue_generation", {})
-        tokens = request.end()
+        tokens, so_far = paused_for_an_update(way, live, "retract", flush_cache=True)
         assert tokens[:so_far] == live.answers[live.old][:so_far]
         until_idle(live.url)
         assert tokens[so_far:] == live.answer(LONG - so_far, (*PROMPT, *tokens[:so_far]))
         assert live.serves(live.new)
 
     def test_those_that_are_paused_in_place_go_on(self, way, live):
-        request = live.begin_long_answer()
-        post(live.url, "pause_generation", {"mode": "in_place"})
-        WAYS[way](live.url, live.new, flush_cache=False)
-        so_far = request.wait_until_quiet()
-        assert STARTED <= so_far < LONG
-        post(live.url, "continue_generation", {})
-        tokens = request.end()
+        tokens, so_far = paused_for_an_update(way, live, "in_place", flush_cache=False)
         assert len(tokens) == LONG
         old = live.answers[live.old]
         assert tokens[:so_far] == old[:so_far]
