@@ -186,7 +186,8 @@ def test_post_that_nobody_answers_is_a_server_error() -> None:
 def test_command_is_the_one_a_user_types() -> None:
     command = serving.sglang_command("python", "models/m", 30000, ("--quantization", "fp8"))
     assert " ".join(command) == (
-        "python -m sglang.launch_server --model-path models/m --host 127.0.0.1 --port 30000 --quantization fp8"
+        "python -m sglang.launch_server --model-path models/m --host 127.0.0.1 --port 30000 --sleep-on-idle"
+        " --quantization fp8"
     )
 
 
