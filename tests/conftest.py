@@ -83,13 +83,44 @@ FULL = (
 """Tests that only ``ci/test --full`` runs, by what their names begin with: servers, processes, measurements, and what
 shorter tests hold for another release, GPU or loader."""
 
+NIGHTLY = (
+    "hooks/test_launch.py::test_one_batch_benchmark_streams[2]",
+    "hooks/test_option_hooks.py::test_server_and_engine_take_the_flag",
+    "hooks/test_ray_actors.py::test_driver_warns_without_the_setup_hook",
+    "load/test_mxfp8.py::test_peak_is",
+    "load/test_nodes.py",
+    "load/test_signals.py::test_server_ends_as_stock_does_while_loading[SIGINT]",
+    "load/test_signals.py::test_server_ends_as_stock_does_while_loading[scheduler killed]",
+    "load/test_soak.py",
+    "offline/plan/test_baselines.py::test_layer_sized_staging_is_caught",
+    "offline/plan/test_baselines.py::test_the_same_code_gives_the_same_figures",
+    "offline/plan/test_baselines.py::test_what_is_planned_now_is_what_the_baseline_says[DeepSeek-V2-Lite",
+    "offline/plan/test_simulate.py::test_backend_that_only_a_chosen_scheme_can_have_is_planned",
+    "offline/plan/test_simulate.py::test_planned_peaks_are_within_two_percent_of_measured_ones[deepseek_v3",
+    "offline/plan/test_simulate.py::test_planned_peaks_are_within_two_percent_of_measured_ones[qwen3_moe",
+    "standin/test_costs.py::test_the_peak_of_an_update_is_a_bucket_and_two_units_of_each_thread[deepseek_v3",
+    "test_container.py::test_dockerfiles_step_installs_the_package_where_sglang_streams_with_it",
+    "update/test_clients.py::test_trainers_own_code_updates_a_dense_model",
+    "update/test_lora.py::test_experts_with_an_adapter_are_updated",
+    "update/test_replicas.py::test_each_rank_is_told_and_one_that_differs_is_named",
+    "update/test_update_serving.py::test_server",
+    "workbench/test_fork.py::test_series_is_rebased",
+    "workbench/test_gpu_check.py::test_rehearsal_runs_steps_one_after_another",
+    "workbench/test_make_patches.py::test_sglang_with_the_first_patches_imports_and_passes_their_tests",
+    "workbench/test_quality.py::test_served_losses",
+    "workbench/test_restart_bench.py::test_second_start",
+)
+"""Tests that run every night alone, by what their names begin with: each shows at length, with another process, family
+or signal, what another test of CI shows."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark those of ``FULL``."""
+    """Mark those of ``FULL`` and ``NIGHTLY``."""
     for item in items:
-        if item.nodeid.removeprefix("tests/").startswith(FULL):
-            item.add_marker("full")
+        for marker, names in (("full", FULL), ("nightly", NIGHTLY)):
+            if item.nodeid.removeprefix("tests/").startswith(names):
+                item.add_marker(marker)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

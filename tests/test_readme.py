@@ -39,6 +39,8 @@ ELSEWHERE = {
     "SGLANG_STREAMFP8_CPU_REFERENCE=": "tests/workbench/test_demo.py::test_command_serves_a_checkpoint_both_ways",
     "SGLANG_STREAMFP8_SCHEME=": "tests/schemes/test_schemes.py::"
     "test_block_is_what_stock_has_after_loading_a_block_fp8_checkpoint",
+    "python -m sglang_overlay compare URL": "tests/update/test_replicas.py::"
+    "test_server_tells_what_became_of_each_update_and_what_it_serves_then",
     "python -m sglang_overlay run": "tests/hooks/test_launch.py::test_one_batch_benchmark_streams",
     "ray job submit": "tests/hooks/test_ray_actors.py::test_actors_stream_with_the_setup_hook",
     "ci/container/install": "tests/test_container.py::"
@@ -84,7 +86,7 @@ def parts_of(command: str) -> list[str]:
 
 
 def is_light(command: str) -> bool:
-    return command.startswith("python -m sglang_overlay ") and not command.startswith("python -m sglang_overlay run ")
+    return command.startswith("python -m sglang_overlay ") and runner_of(command) is None
 
 
 def runner_of(part: str) -> str | None:

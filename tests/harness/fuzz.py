@@ -94,12 +94,15 @@ def fuzz(family: str, checkpoint: Path, folder: Path, first: int, cases: int) ->
 def _followed(is_alive: Callable[[], bool], results: Path, number: int, stop: int) -> Iterator[Case]:
     """Cases as they are written to `results`; the last one is the culprit where the process crashes or hangs."""
     deadline = time.monotonic() + _START_SECONDS
+    line = ""
     with results.open() as lines:
         while number < stop:
             alive = is_alive()
-            line = lines.readline()
-            if line:
+            # The other process may be in the middle of a line.
+            line += lines.readline()
+            if line.endswith("\n"):
                 yield Case(**json.loads(line))
+                line = ""
                 number += 1
                 deadline = time.monotonic() + _CASE_SECONDS
             elif not alive:

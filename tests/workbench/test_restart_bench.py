@@ -34,7 +34,8 @@ def test_second_start_reads_only_what_the_first_has_written(workers, checkpoint_
     assert [run.contender for run in done] == 2 * ["stock bf16", "streaming", FIRST, SECOND]
     found = figures(result.runs)
     assert result.bytes_read["streaming"] >= result.checkpoint_bytes
-    assert found[SECOND].final <= result.bytes_read[SECOND] < 1.05 * found[SECOND].final
+    # A dump leaves out what a model computes for itself, such as the cosines of rotary embeddings.
+    assert 0.99 * found[SECOND].final < result.bytes_read[SECOND] < 1.05 * found[SECOND].final
     assert list(restart_bench.rows_of(restart_bench.document([result])))[3][1] == SECOND
 
 
