@@ -16,9 +16,7 @@ from workbench.loads.updates import Update
 
 from sglang_overlay.hooks.update_hooks import BEFORE_UPDATE
 
-WAYS = pytest.mark.parametrize(
-    "source", [pytest.param("disk", marks=pytest.mark.nightly), "tensors in many calls"]
-)
+WAYS = pytest.mark.parametrize("source", [pytest.param("disk", marks=pytest.mark.nightly), "tensors in many calls"])
 
 PLACES = {
     "expert parallel": ("qwen3_moe", {"tp_size": 2, "ep_size": 2, "prompts": PROMPTS}),
