@@ -63,7 +63,7 @@ class Launch:
 def sglang_command(python: str, model: str, port: int, arguments: tuple[str, ...]) -> tuple[str, ...]:
     """The command a user types to serve `model`, with the port filled in.
 
-    An idle server sleeps: SGLang's scheduler asks for requests in a loop, which takes a whole core from what runs beside it.
+    An idle server sleeps: SGLang's scheduler asks for requests in a loop, which takes a core from what runs beside it.
     """
     served = ("--model-path", model, "--host", HOST, "--port", str(port), "--sleep-on-idle")
     return (python, "-m", "sglang.launch_server", *served, *arguments)
