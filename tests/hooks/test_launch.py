@@ -51,10 +51,13 @@ def tell(generation):
     if generation < 2:
         start(generation + 1)
 def start(generation):
-    process = multiprocessing.get_context("spawn").Process(target=tell, args=(generation,))
+    # Programs take either name.
+    context = multiprocessing if generation == 1 else multiprocessing.get_context("spawn")
+    process = context.Process(target=tell, args=(generation,))
     process.start()
     process.join()
 if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
     start(1)
 """
 

@@ -182,6 +182,22 @@ def test_update_from_disk_ends_as_a_fresh_load(changes, workers, checkpoint, cha
     assert warnings_of(result) == []
 
 
+def test_entries_beside_weights_that_wait_for_each_other_are_not_kept(workers, checkpoint, changed):
+    """A model that joins two weights itself gets both in one call of an update; what is no tensor has no other half."""
+
+    def notes(entries):
+        for name in [name for name in entries if ".q_a_proj." in name]:
+            entries[name.replace(".weight", ".note")] = "no tensor"
+
+    path = changed(notes, "deepseek_v3")
+    assert any("note" in name for file in path.glob("*.bin") for name in torch.load(file, weights_only=True))
+    old = checkpoint("deepseek_v3", seed=1)
+    result = workers.load(LoadJob(old, streaming="require", updates=(Update("disk", path),)))
+    (done,) = result.ranks[0].updates
+    assert done.success, done.message
+    assert compare(workers.load(LoadJob(path, streaming="require")), result) == []
+
+
 REFUSED = {
     "none": lambda: None,
     "number": lambda: 1.5,
