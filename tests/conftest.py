@@ -170,9 +170,10 @@ def both(workers: LoadWorkers, tmp_path: Path) -> Callable[..., Both]:
     return load
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def hub(tmp_path_factory):
-    """The cache of models from the hub that ``odd_workers`` have: puts a checkpoint there, and returns its name."""
+    """The cache of models from the hub that processes of tests have, and no hub: puts a checkpoint there, and returns its
+    name. Set before the first process starts, since huggingface_hub reads the variables when it is imported."""
     folder = tmp_path_factory.mktemp("hub")
 
     def add(checkpoint, name):
@@ -181,20 +182,18 @@ def hub(tmp_path_factory):
         (repository / "refs" / "main").write_text("0123abcd")
         return Path("tiny", name), shutil.copytree(checkpoint, repository / "snapshots" / "0123abcd")
 
-    add.folder = folder
-    return add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(folder))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield add
 
 
 @pytest.fixture(scope="session")
-def odd_workers(tmp_path_factory, hub):
-    """Workers that know the models of ``misbehaving``, and those in ``hub``."""
+def odd_workers(tmp_path_factory):
+    """Workers that know the models of ``misbehaving``."""
     with pytest.MonkeyPatch.context() as patch:
-        # A spawned process gets its parent's sys.path.
+        # A process gets its parent's sys.path.
         patch.syspath_prepend(str(HARNESS))
-        environ = {
-            "SGLANG_EXTERNAL_MODEL_PACKAGE": "misbehaving",
-            "HF_HUB_CACHE": str(hub.folder),
-            "HF_HUB_OFFLINE": "1",
-        }
-        with LoadWorkers(tmp_path_factory.mktemp("odd"), environ, start_method="spawn") as group:
+        environ = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "misbehaving"}
+        with LoadWorkers(tmp_path_factory.mktemp("odd"), environ) as group:
             yield group

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 # Imports every model, which would otherwise take seconds in the first job of each forked worker.
-importlib.import_module("sglang.srt.models.registry")
+registry = importlib.import_module("sglang.srt.models.registry")
 
 # Otherwise every collection would walk all objects of SGLang, near a second each time.
 gc.collect()
@@ -364,6 +364,9 @@ def serve(rank: int, orders: Connection, log_path: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    if models := os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE"):
+        # As registry.py does for the variables of the process that imported it, here maybe the fork server.
+        registry.ModelRegistry.register(models, overwrite=True)
     orders.send(READY)
     with contextlib.suppress(EOFError):
         while True:
