@@ -172,8 +172,8 @@ def both(workers: LoadWorkers, tmp_path: Path) -> Callable[..., Both]:
 
 @pytest.fixture(scope="session", autouse=True)
 def hub(tmp_path_factory):
-    """The cache of models from the hub that processes of tests have, and no hub: puts a checkpoint there, and returns its
-    name. Set before the first process starts, since huggingface_hub reads the variables when it is imported."""
+    """The cache of models from the hub that processes of tests have, and no hub: puts a checkpoint there, and returns
+    its name. Set before the first process starts, since huggingface_hub reads the variables when it is imported."""
     folder = tmp_path_factory.mktemp("hub")
 
     def add(checkpoint, name):
