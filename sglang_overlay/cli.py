@@ -312,7 +312,7 @@ def compare_command(urls: tuple[str, ...], api_key: str | None, as_json: bool) -
     "model",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder of a checkpoint, or a config.json; not a name on the hub.",
+    help="Folder of a checkpoint, a config.json, or a name on the hub that is in this machine's cache.",
 )
 @click.option("--tp", "--tp-size", default=1, show_default=True, type=click.IntRange(1), help="Tensor-parallel ranks.")
 @click.option("--ep", "--ep-size", default=1, show_default=True, type=click.IntRange(1), help="Expert-parallel ranks.")
@@ -351,14 +351,33 @@ def compare_command(urls: tuple[str, ...], api_key: str | None, as_json: bool) -
 @click.option(
     "--gpu",
     "gpu_name",
-    help=f"Say whether it fits this GPU: {', '.join(_gpu_names())}.",
+    help=f"Say whether it fits this GPU, and how much it then serves: {', '.join(_gpu_names())}.",
     shell_complete=_completes(_gpu_names),
 )
+@click.option(
+    "--fits",
+    is_flag=True,
+    help="List the fewest tensor-parallel ranks of each GPU that load it and serve its longest request.",
+)
+@click.option("--context-length", type=click.IntRange(1), help="As the server's: tokens of the longest request.")
+@click.option("--max-running-requests", type=click.IntRange(1), help="As the server's.")
+@click.option("--mem-fraction-static", type=click.FloatRange(0, 1), help="As the server's; SGLang's own for the GPU.")
+@click.option("--kv-cache-dtype", help="As the server's: auto, fp8_e4m3, ...")
 @click.option("--every-rank", is_flag=True, help="Compute each rank, not one for each pipeline stage.")
 @click.option("--from-config", is_flag=True, help="Take names and shapes from config.json although there are headers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (schema sglang-streamfp8/plan, version 1).")
 @click.option("--png", type=click.Path(path_type=Path), help=f"Draw memory over bytes read into this file. {_CHART}")
-def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked: Any) -> None:  # noqa: FBT001
+def plan_command(
+    gpu_name: str | None,
+    fits: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+    png: Path | None,
+    context_length: int | None,
+    max_running_requests: int | None,
+    mem_fraction_static: float | None,
+    kv_cache_dtype: str | None,
+    **asked: Any,
+) -> None:
     """Work out what memory loading a model with --quantization fp8 takes, without a GPU and without its weights.
 
     SGLang's own model is built for each rank and its own loader run over the headers of the checkpoint, on tensors
@@ -373,12 +392,23 @@ def plan_command(gpu_name: str | None, as_json: bool, png: Path | None, **asked:
     \b
     Examples:
       python -m sglang_overlay plan --model-path MODEL --tp 8 --gpu H200
+      python -m sglang_overlay plan --model-path MODEL --fits --context-length 131072
       python -m sglang_overlay plan --model-path config.json --tp 8 --ep 8 --order shuffled --png plan.png
       python -m sglang_overlay plan --model-path MODEL --json | jq '.ranks[0].loads.streaming.peak_bytes'
     """
     from sglang_overlay.offline.plan import command
 
+    asked["served"] = {
+        "context_length": context_length,
+        "max_running_requests": max_running_requests,
+        "mem_fraction_static": mem_fraction_static,
+        "kv_cache_dtype": kv_cache_dtype,
+    }
+    if fits and (png is not None or asked["device"] != "cuda"):
+        raise click.UsageError("--fits is about GPUs, and has no chart")
     try:
+        if fits:
+            sys.exit(command.run_fits(asked, gpu_name, as_json=as_json))
         sys.exit(command.run(asked, gpu_name, png, command.JSON if as_json else command.TABLE))
     except StreamFP8Error as error:
         click.echo(f"Error: {error}", err=True)

@@ -41,10 +41,23 @@ Weights = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 @dataclass(frozen=True)
 class SimulatedRank:
-    """What is needed to load a model on one rank; valid inside ``simulated_rank``."""
+    """What is needed to load a model on one rank; valid inside ``simulated_rank``.
 
+    Attributes:
+        folder, layout, rank, server_args: as given.
+        model_config, load_config: SGLang's.
+    """
+
+    folder: Path
+    layout: Layout
+    rank: int
+    server_args: Mapping[str, Any]
     model_config: Any
     load_config: Any
+
+    def publish(self, **changes: Any) -> Any:
+        """Publish the server's arguments once more, with ``changes`` to what the user has not set; return them."""
+        return _publish(self.folder, self.layout, self.rank, {**changes, **self.server_args})
 
     @property
     def architecture(self) -> str:
@@ -110,11 +123,7 @@ def simulated_rank(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(torch.cuda, "get_device_capability", _hopper))
-        arguments = _server_args(folder, layout, server_args)
-        pp_rank, tp_rank = divmod(rank, layout.tp)
-        place = runtime_context.spawn_world_rank(arguments, tp_rank=tp_rank, pp_rank=pp_rank)
-        ranks = runtime_context.SpawnRanks(world_rank=place, gpu_id=0)
-        runtime_context.publish(arguments, role="scheduler", ranks=ranks)
+        arguments = _publish(folder, layout, rank, server_args)
         _initialize_kernels()
         model_config = ModelConfig.from_server_args(arguments)
         try:
@@ -124,11 +133,22 @@ def simulated_rank(
                     backend="fake", dist_init_method="fake", server_args=arguments, gpu_id=0
                 )
                 bootstrap.init_layer_runtime(model_config=model_config)
-                yield SimulatedRank(model_config, LoadConfig())
+                yield SimulatedRank(folder, layout, rank, server_args, model_config, LoadConfig())
         finally:
             parallel_state.destroy_model_parallel()
             parallel_state.destroy_distributed_environment()
             runtime_context.reset_context()
+
+
+def _publish(folder: Path, layout: Layout, rank: int, server_args: Mapping[str, Any]) -> Any:
+    from sglang.srt import runtime_context
+
+    arguments = _server_args(folder, layout, server_args)
+    pp_rank, tp_rank = divmod(rank, layout.tp)
+    place = runtime_context.spawn_world_rank(arguments, tp_rank=tp_rank, pp_rank=pp_rank)
+    ranks = runtime_context.SpawnRanks(world_rank=place, gpu_id=0)
+    runtime_context.publish(arguments, role="scheduler", ranks=ranks)
+    return arguments
 
 
 def _server_args(folder: Path, layout: Layout, more: Mapping[str, Any]) -> Any:

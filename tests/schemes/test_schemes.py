@@ -193,9 +193,9 @@ def workers_with_another_package(tmp_path_factory):
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: power-of-two\nVersion: 1.0\n")
     (described / "entry_points.txt").write_text("[sglang_streamfp8.schemes]\npow2 = power_of_two:POWER_OF_TWO\n")
     with pytest.MonkeyPatch.context() as patch:
-        # A spawned process gets its parent's sys.path.
+        # A process gets its parent's sys.path.
         patch.syspath_prepend(str(site))
-        with LoadWorkers(tmp_path_factory.mktemp("loads"), {}, start_method="spawn") as group:
+        with LoadWorkers(tmp_path_factory.mktemp("loads")) as group:
             yield group
 
 

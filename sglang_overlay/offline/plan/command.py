@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from sglang_overlay.observe import terminal
 from sglang_overlay.offline.plan import document, gpus, planner, table, timeline
 from sglang_overlay.offline.plan.gpus import GPU
 from sglang_overlay.offline.plan.job import MODES, Layout
-from sglang_overlay.offline.plan.planner import Plan, Request
+from sglang_overlay.offline.plan.planner import Plan, Request, RequestError
 from sglang_overlay.schemes import registry
 from sglang_overlay.settings import load_settings
+
+_PARTS_OF_A_NAME = 2
+"""Owner and name."""
 
 Output = Callable[[Plan, "GPU | None"], None]
 
@@ -39,7 +43,7 @@ def run(asked: Mapping[str, Any], gpu_name: str | None, png: Path | None, output
         StreamFP8Error: it cannot be planned.
     """
     gpu = None if gpu_name is None else gpus.find(gpu_name)
-    request = _request(**asked)
+    request = _request(gpu, **asked)
     with terminal.waiting("Importing SGLang and loading without memory ..."):
         found = planner.plan(request)
     output(found, gpu)
@@ -49,9 +53,66 @@ def run(asked: Mapping[str, Any], gpu_name: str | None, png: Path | None, output
     return int(gpu is not None and not found.fits(best, gpu))
 
 
+def run_fits(asked: Mapping[str, Any], gpu_name: str | None, *, as_json: bool) -> int:
+    """Print which GPUs load and serve the model; the exit code: 1 if none does with streaming.
+
+    Raises:
+        StreamFP8Error: it cannot be planned.
+    """
+    kinds = gpus.known() if gpu_name is None else (gpus.find(gpu_name),)
+    request = replace(_request(None, **asked), gpus=kinds)
+    if not asked["modes"]:
+        request = replace(request, modes=("stock", "streaming"))
+    with terminal.waiting("Importing SGLang and loading without memory ..."):
+        found = planner.fits(request)
+    if as_json:
+        click.echo(json.dumps(document.fits_to_json(request.model, found), indent=2))
+    else:
+        table.print_fits(terminal.console(), request.model.name, found)
+    best = "streaming" if "streaming" in request.modes else request.modes[-1]
+    return int(all(fit.tp is None for fit in found if fit.mode == best))
+
+
 def _request(
-    *, model: Path, tp: int, ep: int, pp: int, dp: int, dp_attention: bool, modes: tuple[Any, ...], **more: Any
+    gpu: GPU | None,
+    *,
+    model: Path,
+    tp: int,
+    ep: int,
+    pp: int,
+    dp: int,
+    dp_attention: bool,
+    modes: tuple[Any, ...],
+    served: Mapping[str, Any],
+    **more: Any,
 ) -> Request:
     schemes = load_settings(os.environ).schemes
     registry.check(schemes)
-    return Request(model, Layout(tp, ep, pp, dp, dp_attention), modes or MODES, schemes=schemes, **more)
+    return Request(
+        in_cache(model),
+        Layout(tp, ep, pp, dp, dp_attention),
+        modes or MODES,
+        schemes=schemes,
+        server_args=tuple((name, value) for name, value in served.items() if value is not None),
+        gpus=(gpu,) if gpu is not None and more["device"] == "cuda" else (),
+        **more,
+    )
+
+
+def in_cache(model: Path) -> Path:
+    """``model`` or, if it is a name on the hub, its folder in this machine's cache of the hub.
+
+    Raises:
+        RequestError: it is such a name, and not in the cache.
+    """
+    if model.exists() or model.is_absolute() or len(model.parts) != _PARTS_OF_A_NAME:
+        return model
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{model} is no folder, and no model of that name is in this machine's cache of the hub: download at least "
+            f"its config.json (`hf download {model} config.json`), or name a folder with a config.json"
+        ) from error

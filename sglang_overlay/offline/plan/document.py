@@ -6,6 +6,7 @@ Within one version, fields are only ever added. Sizes are bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from sglang_overlay import __version__
 from sglang_overlay.observe.memory import thin
 from sglang_overlay.offline.plan.gpus import GPU
 from sglang_overlay.offline.plan.job import PlannedLoad
-from sglang_overlay.offline.plan.planner import Plan, PlannedRank
+from sglang_overlay.offline.plan.planner import Fit, Plan, PlannedRank
 
 SCHEMA = "sglang-streamfp8/plan"
+FITS_SCHEMA = "sglang-streamfp8/fits"
 VERSION = 1
 SCHEMA_FILE = Path(__file__).with_name("plan.schema.json")
 MAX_SAMPLES = 400
@@ -44,7 +46,17 @@ def to_json(plan: Plan, gpu: GPU | None = None) -> dict[str, Any]:
         "device": request.device,
         "schemes": asdict(request.schemes),
         "ranks": [_rank(rank) for rank in plan.ranks],
-        "gpu": None if gpu is None else {**asdict(gpu), "fits": {mode: plan.fits(mode, gpu) for mode in request.modes}},
+        "gpu": None if gpu is None else _gpu(plan, gpu),
+    }
+
+
+def _gpu(plan: Plan, gpu: GPU) -> dict[str, Any]:
+    modes = plan.request.modes
+    serving = {mode: plan.serving(mode, gpu) for mode in modes if plan.fits(mode, gpu)}
+    return {
+        **asdict(gpu),
+        "fits": {mode: plan.fits(mode, gpu) for mode in modes},
+        "serving": {mode: asdict(left) for mode, left in serving.items() if left is not None},
     }
 
 
@@ -72,3 +84,9 @@ def _load(load: PlannedLoad) -> dict[str, Any]:
         "device_work": asdict(load.work),
         "samples": [list(sample) for sample in thin(load.samples, MAX_SAMPLES)],
     }
+
+
+def fits_to_json(model: Path, found: Sequence[Fit]) -> dict[str, Any]:
+    """``planner.fits`` as plain JSON data."""
+    rows = [{**asdict(fit), "gpu": fit.gpu.name} for fit in found]
+    return {"schema": FITS_SCHEMA, "version": VERSION, "model": str(model), "fits": rows}

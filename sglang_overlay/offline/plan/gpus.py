@@ -24,12 +24,16 @@ class GPU:
         memory: total bytes, as ``nvidia-smi`` shows them.
         usable: bytes of those that weights may take.
         capability: major and minor compute capability.
+        taken_alone, taken_among_ranks: bytes that are taken before anything is loaded, by a single rank or by one of
+            several.
     """
 
     name: str
     memory: int
     usable: int
     capability: tuple[int, int]
+    taken_alone: int = 0
+    taken_among_ranks: int = 0
 
     @property
     def serves_experts(self) -> bool:
@@ -41,12 +45,19 @@ class GPU:
 def known() -> tuple[GPU, ...]:
     """All GPUs in the table, in its order."""
     table = json.loads(resources.files(__package__).joinpath("gpus.json").read_text(encoding="utf-8"))
-    return tuple(_gpu(entry, table["usable_fraction"]) for entry in table["gpus"])
+    return tuple(_gpu(entry, table) for entry in table["gpus"])
 
 
-def _gpu(entry: dict[str, Any], usable: float) -> GPU:
-    memory = entry["memory_mib"] << 20
-    return GPU(entry["name"], memory, int(memory * usable), tuple(entry["capability"]))
+def _gpu(entry: dict[str, Any], table: dict[str, Any]) -> GPU:
+    memory, taken = entry["memory_mib"] << 20, table["before_loading"]
+    return GPU(
+        entry["name"],
+        memory,
+        int(memory * table["usable_fraction"]),
+        tuple(entry["capability"]),
+        taken["alone_mib"] << 20,
+        taken["among_ranks_mib"] << 20,
+    )
 
 
 def find(name: str) -> GPU:

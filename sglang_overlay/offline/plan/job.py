@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sglang_overlay.offline.plan.gpus import GPU
 from sglang_overlay.offline.plan.host import HostMemory
 from sglang_overlay.schemes.choice import SchemeChoice
 
@@ -80,6 +81,7 @@ class Job:
         from_config: take names and shapes from ``config.json`` even if there are headers.
         schemes: as for ``SGLANG_STREAMFP8_SCHEME``; mode ``stock`` ignores them.
         server_args: further fields of SGLang's ``ServerArgs``.
+        gpus: those for which to plan what is left for serving.
     """
 
     model: Path
@@ -91,6 +93,32 @@ class Job:
     from_config: bool = False
     schemes: SchemeChoice = field(default_factory=SchemeChoice)
     server_args: tuple[tuple[str, Any], ...] = ()
+    gpus: tuple[GPU, ...] = ()
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a rank can serve once the model is loaded.
+
+    Attributes:
+        gpu: name of the rank's.
+        mem_fraction_static: as given, or SGLang's own for this GPU.
+        tokens: of KV cache (SGLang's ``max_total_num_tokens``); 0 if the weights leave no room.
+        requests: that run at the same time at most (``max_running_requests``).
+        context_length: tokens of the longest request that the model takes.
+        why_none: SGLang's error where there are no tokens.
+    """
+
+    gpu: str
+    mem_fraction_static: float
+    tokens: int
+    requests: int
+    context_length: int
+    why_none: str | None = None
+
+    def serves(self, context_length: int | None = None) -> bool:
+        """Whether a request of so many tokens fits, by default the longest that the model takes."""
+        return self.tokens >= (context_length or self.context_length)
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,7 @@ class PlannedLoad:
         samples: memory over the bytes read; all after the last tensor is at the last position.
         host: host memory for reading, in addition to the above.
         work: the device's other work.
+        serving: what is left for serving, for each of the job's GPUs.
     """
 
     mode: Mode
@@ -131,3 +160,8 @@ class PlannedLoad:
     samples: tuple[Sample, ...]
     host: HostMemory
     work: DeviceWork
+    serving: tuple[Serving, ...] = ()
+
+    def serving_on(self, gpu: GPU) -> Serving | None:
+        """What is left on this GPU, if that was planned."""
+        return next((found for found in self.serving if found.gpu == gpu.name), None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sglang_overlay.errors import StreamFP8Error
 from sglang_overlay.offline.plan.gpus import GPU
-from sglang_overlay.offline.plan.job import MODES, Device, Job, Layout, Mode, Order, PlannedLoad
+from sglang_overlay.offline.plan.job import MODES, Device, Job, Layout, Mode, Order, PlannedLoad, Serving
 from sglang_overlay.offline.plan.process import Planners
 from sglang_overlay.schemes.choice import SchemeChoice
 
@@ -27,6 +27,7 @@ class Request:
 
     Attributes:
         every_rank: compute each rank; otherwise the first TP rank of each pipeline stage represents its stage.
+        gpus: those for which to plan what is left for serving.
     """
 
     model: Path
@@ -38,6 +39,7 @@ class Request:
     from_config: bool = False
     schemes: SchemeChoice = field(default_factory=SchemeChoice)
     server_args: tuple[tuple[str, Any], ...] = ()
+    gpus: tuple[GPU, ...] = ()
 
     def jobs(self) -> list[Job]:
         """A job for each computed rank and mode, ranks first.
@@ -55,6 +57,7 @@ class Request:
             from_config=self.from_config,
             schemes=self.schemes,
             server_args=self.server_args,
+            gpus=self.gpus,
         )
         return [replace(base, rank=rank, mode=mode) for rank in self.computed_ranks() for mode in self.modes]
 
@@ -110,9 +113,67 @@ class Plan:
         """Whether every rank's peak fits into the GPU's usable memory."""
         return all(rank.load(mode).peak <= gpu.usable for rank in self.ranks)
 
+    def serving(self, mode: Mode, gpu: GPU) -> Serving | None:
+        """What all ranks can serve together in one mode, if that was planned: what the one with the least can."""
+        found = [rank.load(mode).serving_on(gpu) for rank in self.ranks]
+        return min((left for left in found if left is not None), key=lambda left: left.tokens, default=None)
+
     def highest(self, mode: Mode) -> PlannedLoad:
         """The load of the rank that needs the most in one mode."""
         return max((rank.load(mode) for rank in self.ranks), key=lambda load: load.peak)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The fewest tensor-parallel ranks with which a kind of GPU loads and serves a model in one mode.
+
+    Attributes:
+        tp: how many; None if there are none up to the last of ``DEGREES``.
+        serving: what they serve.
+    """
+
+    gpu: GPU
+    mode: Mode
+    tp: int | None = None
+    serving: Serving | None = None
+
+
+DEGREES = (1, 2, 4, 8, 16)
+"""Tensor-parallel degrees that are tried."""
+
+
+def fits(request: Request) -> list[Fit]:
+    """For each of the request's GPUs and modes: with how many ranks the longest request can be served.
+
+    From the most ranks to the fewest, until no GPU is left. Degrees that SGLang refuses for this model are passed over.
+
+    Raises:
+        StreamFP8Error: the model does not exist, or no degree could be planned.
+    """
+    found = {(gpu.name, mode): Fit(gpu, mode) for gpu in request.gpus for mode in request.modes}
+    refused: StreamFP8Error | None = None
+    with Planners(len(os.sched_getaffinity(0))) as planners:
+        for tp in reversed(DEGREES):
+            asked = replace(request, layout=Layout(tp))
+            try:
+                planned = collect(asked, planners.run(asked.jobs()))
+            except StreamFP8Error as error:
+                refused = error
+                continue
+            now = {key: _fit(planned, tp, fit) for key, fit in found.items()}
+            found.update({key: fit for key, fit in now.items() if fit is not None})
+            if not any(now.values()):
+                return list(found.values())
+    if refused is not None and all(fit.tp is None for fit in found.values()):
+        raise refused
+    return list(found.values())
+
+
+def _fit(planned: Plan, tp: int, fit: Fit) -> Fit | None:
+    serving = planned.serving(fit.mode, fit.gpu)
+    if serving is None or not serving.serves() or not planned.fits(fit.mode, fit.gpu):
+        return None
+    return replace(fit, tp=tp, serving=serving)
 
 
 def plan(request: Request) -> Plan:

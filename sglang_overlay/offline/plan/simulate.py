@@ -28,6 +28,7 @@ from sglang_overlay.offline.plan.from_config import from_config
 from sglang_overlay.offline.plan.host import HeldTensors, HostMemory
 from sglang_overlay.offline.plan.job import DeviceWork, Job, PlannedLoad
 from sglang_overlay.offline.plan.layers import whole_layers
+from sglang_overlay.offline.plan.serving import serving
 from sglang_overlay.offline.plan.weightless import EmptyFile, weightless
 from sglang_overlay.offline.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
 from sglang_overlay.settings import Mode as StreamingMode
@@ -94,6 +95,7 @@ def loaded(job: Job) -> Iterator[Loaded]:
         account.finish()
         host = HostMemory.of(_read_by(job, checkpoint), held.peak)
         summary = _summary(job, checkpoint, account, load, model, rank.architecture, host)
+        summary = replace(summary, serving=serving(rank, model, summary.final, job.gpus))
         yield Loaded(model, load, device, summary, weights, account.work)
 
 

@@ -10,14 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from sglang_overlay.observe.formats import bytes_text, count_text
+from sglang_overlay.offline.plan.planner import DEGREES
 from sglang_overlay.offline.plan.timeline import LABELS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sglang_overlay.offline.plan.gpus import GPU
-    from sglang_overlay.offline.plan.job import PlannedLoad
-    from sglang_overlay.offline.plan.planner import Plan
+    from sglang_overlay.offline.plan.job import Mode, PlannedLoad, Serving
+    from sglang_overlay.offline.plan.planner import Fit, Plan
 
 NOT_COUNTED = "Weights while loading, and nothing else: no KV cache, activations, CUDA graphs, CUDA context or NCCL."
 
@@ -115,8 +116,49 @@ def _print_verdict(out: Console, plan: Plan, gpu: GPU) -> None:
     room = f"{gpu.name}: {bytes_text(gpu.memory)}, of which {bytes_text(gpu.usable)} for weights"
     for mode in plan.request.modes:
         fits = plan.fits(mode, gpu)
-        left = gpu.usable - plan.highest(mode).final
         verdict = "[red]does not load[/red]"
         if fits:
-            verdict = f"[green]loads[/green], and leaves {bytes_text(left)} for KV cache and activations"
+            verdict = f"[green]loads[/green], and leaves {_left_text(plan, mode, gpu)}"
         out.print(f"{room}; {LABELS[mode]} {verdict}", soft_wrap=True)
+
+
+def print_fits(out: Console, model: str, found: Sequence[Fit]) -> None:
+    """Print a row for each GPU, with a column for each mode."""
+    modes = list(dict.fromkeys(fit.mode for fit in found))
+    longest = max((fit.serving.context_length for fit in found if fit.serving), default=None)
+    request = "one request of the longest context" if longest is None else f"a request of {longest:,} tokens"
+    out.print(f"[bold]{escape(model)}[/bold]: fewest tensor-parallel ranks that load it and serve {request}\n")
+    table = Table(header_style="dim", box=None, pad_edge=False)
+    for heading in ("GPU", *(LABELS[mode] for mode in modes)):
+        table.add_column(heading, no_wrap=True)
+    by_gpu: dict[str, list[str]] = {}
+    for fit in found:
+        by_gpu.setdefault(fit.gpu.name, []).append(_fit_text(fit))
+    for gpu, cells in by_gpu.items():
+        table.add_row(gpu, *cells)
+    out.print(table)
+
+
+def _fit_text(fit: Fit) -> str:
+    if fit.tp is None or fit.serving is None:
+        return f"[red]none up to TP {DEGREES[-1]}[/red]"
+    return f"TP {fit.tp}: {fit.serving.tokens:,} tokens"
+
+
+def _left_text(plan: Plan, mode: Mode, gpu: GPU) -> str:
+    serving = plan.serving(mode, gpu)
+    if serving is None:
+        return f"{bytes_text(gpu.usable - plan.highest(mode).final)} for KV cache and activations"
+    return serving_text(serving)
+
+
+def serving_text(serving: Serving) -> str:
+    """How many tokens and requests can be served, and whether the longest request is among them."""
+    fraction = f"--mem-fraction-static {serving.mem_fraction_static:g}"
+    if serving.tokens == 0:
+        return f"no room for a KV cache at {fraction}: {serving.why_none}"
+    longest = f"the longest request, {serving.context_length:,} tokens"
+    return (
+        f"{serving.tokens:,} tokens of KV cache, {serving.requests:,} requests at most ({fraction}; "
+        f"{'room for' if serving.serves() else 'too few for'} {longest})"
+    )

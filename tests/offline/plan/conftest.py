@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from sglang_overlay.hooks import releases
+from sglang_overlay.offline.plan import planner
 from sglang_overlay.offline.plan.job import Job, PlannedLoad
 from sglang_overlay.offline.plan.planner import Plan, Request, collect
 from sglang_overlay.offline.plan.process import Planners
@@ -35,3 +37,9 @@ def simulated(planners) -> Callable[[Job], PlannedLoad]:
 @pytest.fixture(scope="session")
 def planned(planners) -> Callable[[Request], Plan]:
     return lambda request: collect(request, planners.run(request.jobs()))
+
+
+@pytest.fixture
+def planned_here(planners, monkeypatch) -> None:
+    """The command plans in the session's process."""
+    monkeypatch.setattr(planner, "Planners", lambda _workers: contextlib.nullcontext(planners))

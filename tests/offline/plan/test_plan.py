@@ -83,6 +83,7 @@ def test_a_scheme_that_is_none_is_exit_code_2(scheme, message, monkeypatch):
     assert message in result.output
 
 
+@pytest.mark.usefixtures("planned_here")
 def test_what_does_not_fit_is_exit_code_1():
     result = _run("--model-path", CONFIGS / "DeepSeek-V2-Lite.json", "--mode", "stock", "--gpu", "L4")
     assert result.exit_code == 1, result.output
