@@ -80,7 +80,7 @@ class ForkedPython:
 
     def _started(self) -> subprocess.Popen[str]:
         names = self._folder / "names.txt"
-        with series_process(_write_names, self._folder / "log.txt", names) as process:
+        with series_process(write_names, self._folder / "log.txt", names) as process:
             process.join(_SECONDS)
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-m", "harness.forked_python", str(names)]
@@ -90,12 +90,12 @@ class ForkedPython:
             )
 
 
-def _write_names(path: Path) -> None:
+def write_names(path: Path) -> None:
     """Names of what a process that loads models in SGLang has imported of other packages, in that order."""
     path.write_text("\n".join(name for name in sys.modules if name.partition(".")[0] not in _MINE))
 
 
-def _import_all(names: Sequence[str]) -> None:
+def import_all(names: Sequence[str]) -> None:
     for name in names:
         if name not in sys.modules and not name.startswith("__"):
             with warnings.catch_warnings(action="ignore"):
@@ -152,10 +152,12 @@ def _run(order: dict[str, Any]) -> int:
 
 
 def _main() -> None:
-    _import_all(Path(sys.argv[1]).read_text().splitlines())
+    gc.disable()
+    import_all(Path(sys.argv[1]).read_text().splitlines())
     # Collections in each program would otherwise walk, and so copy, everything that is imported.
     gc.collect()
     gc.freeze()
+    gc.enable()
     ended = _run(_serve())
     atexit._run_exitfuncs()
     sys.stdout.flush()

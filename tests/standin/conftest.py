@@ -17,6 +17,7 @@ from workbench.loads.loads import LoadResult, LoadWorkers
 
 from sglang_overlay.hooks import built_in
 from standin.checkpoints import with_zeros
+from standin.fork import PREPARE, Context
 from standin.gpus import SERVER_ARGS, environ
 
 DEVICES = 2
@@ -47,7 +48,7 @@ def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnGpu]:
         @cache
         def workers(gpu: str, variables: tuple[tuple[str, str], ...]) -> LoadWorkers:
             surroundings = {**environ(gpu, devices=DEVICES), **dict(variables)}
-            return stack.enter_context(LoadWorkers(tmp_path_factory.mktemp(gpu), surroundings, "spawn"))
+            return stack.enter_context(LoadWorkers(tmp_path_factory.mktemp(gpu), surroundings, Context(), PREPARE))
 
         yield lambda gpu, **variables: workers(gpu, tuple(sorted(variables.items())))
 
@@ -85,7 +86,7 @@ def loads_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Sur
     def load(there: Surroundings, job: LoadJob) -> LoadResult:
         if there not in held:
             close()
-            held[there] = LoadWorkers(tmp_path_factory.mktemp(there.gpu), there.environ(), "spawn")
+            held[there] = LoadWorkers(tmp_path_factory.mktemp(there.gpu), there.environ(), Context(), PREPARE)
         return held[there].load(job)
 
     yield load

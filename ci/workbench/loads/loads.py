@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pkgutil
 import random
 import socket
 import time
@@ -161,10 +162,14 @@ def process_context(start_method: StartMethod) -> ForkServerContext | SpawnConte
     return context
 
 
-def _serve(rank: int, orders: connection.Connection, log_path: str, environ: dict[str, str]) -> None:
+def _serve(
+    rank: int, orders: connection.Connection, log_path: str, environ: dict[str, str], prepare: str | None
+) -> None:
     """The main function of a worker process: set `environ`, then import SGLang unless the fork server has done so."""
     os.environ.clear()
     os.environ.update(environ)
+    if prepare is not None:
+        pkgutil.resolve_name(prepare)()
     from workbench.loads.load_worker import serve
 
     serve(rank, orders, log_path)
@@ -173,15 +178,22 @@ def _serve(rank: int, orders: connection.Connection, log_path: str, environ: dic
 class _RankProcess:
     """One worker process: an :class:`Order` in, a :class:`RankResult` or :class:`RankError` out."""
 
-    def __init__(self, rank: int, folder: Path, environ: Mapping[str, str], start_method: StartMethod) -> None:
+    def __init__(
+        self,
+        rank: int,
+        folder: Path,
+        environ: Mapping[str, str],
+        start_method: StartMethod | ForkServerContext,
+        prepare: str | None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rank = rank
         self.log_path = folder / f"rank{rank}.log"
-        context = process_context(start_method)
+        context = process_context(start_method) if isinstance(start_method, str) else start_method
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve,
-            args=(rank, theirs, str(self.log_path), dict(environ)),
+            args=(rank, theirs, str(self.log_path), dict(environ), prepare),
             name=f"load-rank{rank}",
             daemon=True,
         )
@@ -227,15 +239,21 @@ class LoadWorkers:
         environ: variables added to this process's environment in all workers.
         start_method: ``forkserver``, or ``spawn`` for workers that import SGLang themselves: needed where a variable
             in `environ` is read when SGLang is imported or plugins are loaded (``SGLANG_PLUGINS``), and with CUDA,
-            which does not survive a fork.
+            which does not survive a fork; or a context whose fork server has not imported SGLang.
+        prepare: ``module:function`` that workers call before they import SGLang.
     """
 
     def __init__(
-        self, folder: Path, environ: Mapping[str, str] | None = None, start_method: StartMethod = "forkserver"
+        self,
+        folder: Path,
+        environ: Mapping[str, str] | None = None,
+        start_method: StartMethod | ForkServerContext = "forkserver",
+        prepare: str | None = None,
     ) -> None:
         self._folder = folder
         self._environ = dict(environ or {})
-        self._start_method: StartMethod = start_method
+        self._start_method = start_method
+        self._prepare = prepare
         self._groups: dict[int, list[_RankProcess]] = {}
         self._started = 0
 
@@ -274,7 +292,9 @@ class LoadWorkers:
         For measuring memory: memory that an earlier job's allocator kept makes the next job's peak look smaller.
         """
         self._started += 1
-        with LoadWorkers(self._folder / f"fresh-{self._started}", self._environ, self._start_method) as workers:
+        with LoadWorkers(
+            self._folder / f"fresh-{self._started}", self._environ, self._start_method, self._prepare
+        ) as workers:
             return workers.load(job)
 
     def load_all(self, jobs: Sequence[LoadJob]) -> list[LoadResult]:
@@ -293,7 +313,9 @@ class LoadWorkers:
             self._started += 1
             folder = self._folder / f"tp{ranks}-{self._started}"
             environ = {"SGLANG_CPU_OMP_THREADS_BIND": core_binding(ranks), **os.environ, **self._environ}
-            self._groups[ranks] = [_RankProcess(rank, folder, environ, self._start_method) for rank in range(ranks)]
+            self._groups[ranks] = [
+                _RankProcess(rank, folder, environ, self._start_method, self._prepare) for rank in range(ranks)
+            ]
             _wait_until_ready(self._groups[ranks])
         return self._groups[ranks]
 
