@@ -109,19 +109,23 @@ def local_files(model_config: Any, load_config: Any) -> list[Path]:
     """The weight files of a model that are on this machine, in a folder or in the cache of the hub."""
     folder = Path(model_config.model_path)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            cached = snapshot_download(
-                model_config.model_path,
-                revision=model_config.revision,
-                cache_dir=load_config.download_dir,
-                local_files_only=True,
-            )
-        except (OSError, ValueError):
+        cached = in_hub_cache(
+            model_config.model_path, revision=model_config.revision, cache_dir=load_config.download_dir
+        )
+        if cached is None:
             return []
-        folder = Path(cached)
+        folder = cached
     return [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pt")]
+
+
+def in_hub_cache(name: str, **where: Any) -> Path | None:
+    """The folder of this model in the local cache of the hub, if it is there; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True, **where))
+    except (OSError, ValueError):
+        return None
 
 
 def values_not_finite(files: Collection[Path], names: Collection[str]) -> dict[str, tuple[int, int]]:

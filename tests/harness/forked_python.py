@@ -79,9 +79,7 @@ class ForkedPython:
         return subprocess.CompletedProcess(["python", "-c", program, *arguments], int(answer), out, err)
 
     def _started(self) -> subprocess.Popen[str]:
-        names = self._folder / "names.txt"
-        with series_process(write_names, self._folder / "log.txt", names) as process:
-            process.join(_SECONDS)
+        names = imported_names(self._folder)
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-m", "harness.forked_python", str(names)]
         with (self._folder / "log.txt").open("a") as log:
@@ -90,13 +88,23 @@ class ForkedPython:
             )
 
 
-def write_names(path: Path) -> None:
+def imported_names(folder: Path) -> Path:
+    """A file in ``folder`` with the names of what a process that loads models in SGLang has imported of others'."""
+    names = folder / "names.txt"
+    with series_process(_write_names, folder / "log.txt", names) as process:
+        process.join(_SECONDS)
+    return names
+
+
+def _write_names(path: Path) -> None:
     """Names of what a process that loads models in SGLang has imported of other packages, in that order."""
     path.write_text("\n".join(name for name in sys.modules if name.partition(".")[0] not in _MINE))
 
 
-def import_all(names: Sequence[str]) -> None:
-    for name in names:
+def import_all(names: Path) -> None:
+    """Import what ``imported_names`` lists, for processes that are forked from this one."""
+    gc.disable()
+    for name in names.read_text(encoding="utf-8").splitlines():
         if name not in sys.modules and not name.startswith("__"):
             with warnings.catch_warnings(action="ignore"):
                 try:
@@ -104,6 +112,10 @@ def import_all(names: Sequence[str]) -> None:
                 except Exception as error:
                     # What packages put there themselves.
                     print(f"{name} is not imported: {error}", file=sys.stderr)
+    # Collections in each forked process would otherwise walk, and so copy, everything that is imported.
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _serve() -> dict[str, Any]:
@@ -152,12 +164,7 @@ def _run(order: dict[str, Any]) -> int:
 
 
 def _main() -> None:
-    gc.disable()
-    import_all(Path(sys.argv[1]).read_text().splitlines())
-    # Collections in each program would otherwise walk, and so copy, everything that is imported.
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    import_all(Path(sys.argv[1]))
     ended = _run(_serve())
     atexit._run_exitfuncs()
     sys.stdout.flush()

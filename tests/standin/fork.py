@@ -7,7 +7,6 @@ This is a second one: a new interpreter takes five times as long.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import tempfile
@@ -19,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.forked_python import import_all, write_names
-from harness.load_series import series_process
+from harness.forked_python import import_all, imported_names
 from workbench.loads.job import changed_environ
 
 from sglang_overlay.offline.plan.replacing import replaced
@@ -29,7 +27,6 @@ PREPARE = "standin.process:install"
 """What a process does first, with the variables of its GPU."""
 
 _NAMES = "STANDIN_IMPORTS"
-_SECONDS = 300.0
 
 
 class _Process(ForkServerProcess):
@@ -66,21 +63,10 @@ def _server(_preloaded: str) -> forkserver.ForkServer:
 
 @cache
 def _names() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="standin-"))
-    with series_process(write_names, folder / "log.txt", folder / "names.txt") as process:
-        process.join(_SECONDS)
-    return folder / "names.txt"
-
-
-def _import_packages() -> None:
-    gc.disable()
-    # torch does not use CUDA in a process whose parent has asked it for devices.
-    with replaced(torch.cuda, "is_available", lambda: False), replaced(torch.cuda, "device_count", lambda: 0):
-        import_all(Path(os.environ[_NAMES]).read_text(encoding="utf-8").splitlines())
-    gc.freeze()
-    gc.enable()
+    return imported_names(Path(tempfile.mkdtemp(prefix="standin-")))
 
 
 if _NAMES in os.environ and "STANDIN_GPU" not in os.environ:
-    # In the fork server.
-    _import_packages()
+    # In the fork server. torch does not use CUDA in a process whose parent has asked it for devices.
+    with replaced(torch.cuda, "is_available", lambda: False), replaced(torch.cuda, "device_count", lambda: 0):
+        import_all(Path(os.environ[_NAMES]))

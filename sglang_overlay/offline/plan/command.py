@@ -12,10 +12,11 @@ from typing import Any
 
 import click
 
+from sglang_overlay.load.checkpoint_files import in_hub_cache
 from sglang_overlay.observe import terminal
 from sglang_overlay.offline.plan import document, gpus, planner, table, timeline
 from sglang_overlay.offline.plan.gpus import GPU
-from sglang_overlay.offline.plan.job import MODES, Layout
+from sglang_overlay.offline.plan.job import MODES, Layout, Mode
 from sglang_overlay.offline.plan.planner import Plan, Request, RequestError
 from sglang_overlay.schemes import registry
 from sglang_overlay.settings import load_settings
@@ -49,8 +50,7 @@ def run(asked: Mapping[str, Any], gpu_name: str | None, png: Path | None, output
     output(found, gpu)
     if png is not None:
         timeline.draw(found, png, f"Memory while loading {request.model.stem}, {request.order} files", gpu)
-    best = "streaming" if "streaming" in request.modes else request.modes[-1]
-    return int(gpu is not None and not found.fits(best, gpu))
+    return int(gpu is not None and not found.fits(_judged(request), gpu))
 
 
 def run_fits(asked: Mapping[str, Any], gpu_name: str | None, *, as_json: bool) -> int:
@@ -69,8 +69,12 @@ def run_fits(asked: Mapping[str, Any], gpu_name: str | None, *, as_json: bool) -
         click.echo(json.dumps(document.fits_to_json(request.model, found), indent=2))
     else:
         table.print_fits(terminal.console(), request.model.name, found)
-    best = "streaming" if "streaming" in request.modes else request.modes[-1]
-    return int(all(fit.tp is None for fit in found if fit.mode == best))
+    return int(all(fit.tp is None for fit in found if fit.mode == _judged(request)))
+
+
+def _judged(request: Request) -> Mode:
+    """The mode that the exit code is about."""
+    return "streaming" if "streaming" in request.modes else request.modes[-1]
 
 
 def _request(
@@ -107,12 +111,10 @@ def in_cache(model: Path) -> Path:
     """
     if model.exists() or model.is_absolute() or len(model.parts) != _PARTS_OF_A_NAME:
         return model
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(model), local_files_only=True))
-    except (OSError, ValueError) as error:
+    cached = in_hub_cache(str(model))
+    if cached is None:
         raise RequestError(
             f"{model} is no folder, and no model of that name is in this machine's cache of the hub: download at least "
             f"its config.json (`hf download {model} config.json`), or name a folder with a config.json"
-        ) from error
+        )
+    return cached
