@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from sglang_overlay import __version__
 from sglang_overlay.errors import StreamFP8Error
@@ -306,6 +307,14 @@ def compare_command(urls: tuple[str, ...], api_key: str | None, as_json: bool) -
     sys.exit(0 if all(rank.is_equal for rank in ranks) else 1)
 
 
+def _refuse_what_fits_chooses(context: click.Context) -> None:
+    """``plan --fits`` tries tensor-parallel degrees on GPUs: options that say otherwise would be ignored."""
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name in ("tp", "ep", "pp", "dp", "dp_attention", "every_rank", "device", "png"):
+            raise click.UsageError(f"--fits lists GPUs and tensor-parallel degrees: leave out {option.opts[0]}")
+
+
 @main.command("plan", short_help="Will a model load, and with what peak?")
 @click.option(
     "--model-path",
@@ -404,8 +413,8 @@ def plan_command(
         "mem_fraction_static": mem_fraction_static,
         "kv_cache_dtype": kv_cache_dtype,
     }
-    if fits and (png is not None or asked["device"] != "cuda"):
-        raise click.UsageError("--fits is about GPUs, and has no chart")
+    if fits:
+        _refuse_what_fits_chooses(click.get_current_context())
     try:
         if fits:
             sys.exit(command.run_fits(asked, gpu_name, as_json=as_json))

@@ -13,6 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+
+# Before torch: OpenMP threads that wait for work would otherwise spin, and take the cores from the tests beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from harness.streamed import load_reported
 from workbench.loads.checkpoints import CheckpointSpec, build
 from workbench.loads.job import LoadJob

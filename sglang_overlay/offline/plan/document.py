@@ -54,7 +54,10 @@ def _gpu(plan: Plan, gpu: GPU) -> dict[str, Any]:
     modes = plan.request.modes
     serving = {mode: plan.serving(mode, gpu) for mode in modes if plan.fits(mode, gpu)}
     return {
-        **asdict(gpu),
+        "name": gpu.name,
+        "memory": gpu.memory,
+        "usable": gpu.usable,
+        "capability": gpu.capability,
         "fits": {mode: plan.fits(mode, gpu) for mode in modes},
         "serving": {mode: asdict(left) for mode, left in serving.items() if left is not None},
     }

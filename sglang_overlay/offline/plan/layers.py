@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PART_BYTES = 1 << 18
-"""Size of a job when a layer is quantized at once, so that worker threads share it."""
+"""Size of a job when a layer is quantized at once on a CPU, so that worker threads share it."""
 
 
 class _Layer:
@@ -90,12 +90,13 @@ class GatheredStream(CheckpointStream):
         self._missing = [part for box in self._missing for part in difference(box, placement.box)]
 
     def _pass_on(self) -> None:
-        """Quantize everything, on all threads like stock's operators, and wait: jobs read the collected memory."""
+        """Quantize everything, on a CPU on all threads like stock's operators, and wait: jobs read this memory."""
         gathered = self._gathered
         assert gathered is not None
         self._is_passed_on = True
         self.sources.offer(gathered)
-        parts = min(self.units, max(1, gathered.nbytes // _PART_BYTES)) if self._grid.sliced else 1
+        shared = self._grid.sliced and gathered.device.type == "cpu"
+        parts = min(self.units, max(1, gathered.nbytes // _PART_BYTES)) if shared else 1
         placeholder = self._placeholder.detach().view(self._shape)
         for place, values in zip(placeholder.chunk(parts), gathered.chunk(parts), strict=True):
             super().write(place, values)

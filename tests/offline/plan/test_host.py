@@ -82,7 +82,8 @@ def test_real_loads_need_what_is_planned(checkpoint, simulated, workers):
     )
     assert mapped < host.pickled
     assert 0.8 * host.pickled < from_bin - mapped < 1.2 * host.pickled
-    assert 0.5 * host.unmapped < unmapped - mapped < 1.2 * host.unmapped
+    # How many of the threads hold their file twice at the same time is the scheduler's choice.
+    assert 0.6 * host.pickled < unmapped - mapped < 1.2 * host.unmapped
 
 
 def test_it_is_told_in_the_table_and_in_json(checkpoint_folder, planned, capsys):

@@ -120,6 +120,15 @@ def test_command_lists_what_fits(checkpoint):
     assert [(row["gpu"], row["mode"], row["tp"]) for row in rows] == [("H200", "stock", 1), ("H200", "streaming", 1)]
 
 
+@pytest.mark.parametrize(
+    "given", [("--tp", "2"), ("--ep", "1"), ("--enable-dp-attention",), ("--device", "cpu"), ("--png", "chart.png")]
+)
+def test_what_the_list_would_ignore_is_refused(given, tmp_path):
+    ran = CliRunner().invoke(main, ["plan", "--model-path", str(tmp_path), "--fits", *given])
+    assert ran.exit_code == 2
+    assert f"leave out {given[0]}" in ran.output
+
+
 class TestNameOnTheHub:
     @pytest.mark.usefixtures("planned_here")
     def test_in_the_cache_is_planned(self, checkpoint, hub, monkeypatch):
