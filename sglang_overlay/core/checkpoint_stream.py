@@ -18,7 +18,7 @@ from sglang_overlay.core.errors import (
 )
 from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.quantizers import Magnitudes, UnitQuantizer
-from sglang_overlay.core.regions import slices
+from sglang_overlay.core.regions import intersection, shifted, slices
 from sglang_overlay.core.shortage import shortage_explained
 from sglang_overlay.core.sources import CheckpointSources, Watch
 from sglang_overlay.core.staging import Piece, StagedUnit, StagingAccount
@@ -80,7 +80,7 @@ class CheckpointStream(ParameterStream):
     Attributes:
         sources, rows: as given.
         origins: names of the checkpoint tensors that were written.
-        rewritten: checkpoint tensors (or the parameter, if unknown) that replaced other values of quantized units.
+        rewritten: checkpoint tensors (or the parameter, if unknown) that replaced other values, staged or quantized.
     """
 
     _quantizer: UnitQuantizer
@@ -210,6 +210,19 @@ class CheckpointStream(ParameterStream):
     def _wait(self) -> None:
         super()._wait()
         self._executor.check()
+
+    def _replace(self, unit: int, piece: Piece) -> None:
+        """Notes if other values are discarded; zeros that a loader fills a parameter with are meant to be."""
+        if not piece.is_fill and any(self._differs(held, piece) for held in self._staged[unit].pieces):
+            self.rewritten.add(self.sources.name_of(piece.values) or self.name)
+        super()._replace(unit, piece)
+
+    def _differs(self, held: Piece, piece: Piece) -> bool:
+        common = intersection(held.box, piece.box)
+        if common is None or held.is_fill:
+            return False
+        before, now = (one.values[slices(shifted(common, one.box))] for one in (held, piece))
+        return not torch.equal(before, now.to(device=before.device, dtype=before.dtype))
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece) -> None:
         """Keeps ``piece`` itself if it lies in a mapped file."""

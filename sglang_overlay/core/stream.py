@@ -155,8 +155,10 @@ class ParameterStream:
 
     def _write_whole(self, units: range, values: torch.Tensor) -> None:
         with self._claim(units):
-            for unit in units:
-                self._drop(unit)
+            for number, unit in enumerate(units):
+                if unit in self._staged:
+                    self._replace(unit, Piece(self._grid.full, values if len(units) == 1 else values[number]))
+                    self._drop(unit)
         if len(units) == 1:
             job = partial(self._quantize, units.start, [Piece(self._grid.full, values)])
         else:
@@ -169,13 +171,18 @@ class ParameterStream:
             staged = self._staged.get(unit)
             if staged is None:
                 staged = self._staged[unit] = StagedUnit(self._account)
-            staged.overwrite(piece.box)
+            else:
+                self._replace(unit, piece)
             if not self._completes(staged, piece):
                 self._stage(unit, staged, piece)
                 self._release(units)
                 return
             job = partial(self._quantize, unit, [*staged.pieces, piece])
         self._run(units, piece.values, job)
+
+    def _replace(self, unit: int, piece: Piece) -> None:
+        """Discard what is staged where ``piece`` is about to be written: the last write wins, as in stock."""
+        self._staged[unit].overwrite(piece.box)
 
     def _run(self, units: range, values: torch.Tensor, job: Callable[[], None]) -> None:
         """Run ``job``, which reads ``values`` as they were written, then end the claim on ``units``."""

@@ -333,6 +333,32 @@ def test_unit_that_comes_again_with_other_values_is_noted(parts, factor, named):
     assert sorted(streamed.stream.rewritten) == named
 
 
+@pytest.mark.parametrize(("factor", "named"), [(1, []), (2, ["again"])])
+@pytest.mark.parametrize("rows", [1, 2, 4], ids=["some rows", "half", "the whole unit"])
+def test_part_that_comes_again_before_its_unit_is_whole_is_noted(rows, factor, named):
+    weight = weight_of((2, 4, 8))
+    again = weight * factor
+    streamed = per_expert((2, 4, 8))
+    streamed.sources.offer(again, "again")
+    with streamed.capture():
+        for source, part in ((weight, slice(2)), (again, slice(rows)), (weight, slice(rows, 4))):
+            streamed.placeholder.data[:, part].copy_(source[:, part])
+    assert streamed.stream.settle() == []
+    assert streamed.equals(torch.cat([again[:, :rows], weight[:, rows:]], dim=1))
+    assert sorted(streamed.stream.rewritten) == named
+
+
+def test_zeros_that_are_filled_in_before_or_after_are_no_other_values():
+    weight = weight_of((2, 4, 8))
+    streamed = per_expert((2, 4, 8))
+    with streamed.capture():
+        streamed.placeholder.data.zero_()
+        streamed.placeholder.data[:, :3].copy_(weight[:, :3])
+        streamed.placeholder.data[:, 2:].zero_()
+    streamed.stream.settle()
+    assert not streamed.stream.rewritten
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("build", [per_expert_by_kernel, per_expert, per_channel])
 @pytest.mark.parametrize("parts", [1, 2])

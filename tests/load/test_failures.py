@@ -544,12 +544,12 @@ class TestConfigThatIsNotTrue:
 class TestTensorsThatComeTwice:
     @pytest.fixture
     def doubled(self, damaged):
-        """A checkpoint of which a second file repeats tensors with other values."""
+        """A checkpoint of which another file, read before or after, has tensors of the same names with other values."""
 
-        def make(*names):
+        def make(*names, file):
             copies = {}
             path = damaged(lambda tensors: copies.update({name: tensors[name] * 2 for name in names}))
-            save_file(copies, path / "zz.safetensors", {"format": "pt"})
+            save_file(copies, path / file, {"format": "pt"})
             return path
 
         return make
@@ -558,12 +558,14 @@ class TestTensorsThatComeTwice:
         "names",
         [
             pytest.param((O_PROJ,), id="a whole unit"),
-            pytest.param((UP, UP.replace("up_proj", "gate_proj")), id="a unit of two tensors"),
+            pytest.param((UP, UP.replace("up", "gate")), id="a unit of two tensors"),
             pytest.param((UP,), id="part of a unit"),
+            pytest.param((UP.replace("up", "gate"),), id="the part that is read first"),
         ],
     )
-    def test_last_one_wins_as_in_stock_with_a_warning_that_names_it(self, names, both, doubled):
-        stock, result, report = both(doubled(*names))
+    @pytest.mark.parametrize("file", ["aa.safetensors", "zz.safetensors"])
+    def test_last_one_wins_as_in_stock_with_a_warning_that_names_it(self, names, file, both, doubled):
+        stock, result, report = both(doubled(*names, file=file))
         assert compare(stock, result) == []
         assert len(warnings_of(result)) == 1
         assert names[0] in warnings_of(result)[0]

@@ -103,10 +103,10 @@ class Serving:
     Attributes:
         gpu: name of the rank's.
         mem_fraction_static: as given, or SGLang's own for this GPU.
-        tokens: of KV cache (SGLang's ``max_total_num_tokens``); 0 if the weights leave no room.
+        tokens: of KV cache (SGLang's ``max_total_num_tokens``); 0 if it serves nothing.
         requests: that run at the same time at most (``max_running_requests``).
         context_length: tokens of the longest request that the model takes.
-        why_none: SGLang's error where there are no tokens.
+        why_none: why there are no tokens: SGLang's error, or that it has no kernels for this GPU.
     """
 
     gpu: str

@@ -38,6 +38,8 @@ _ON_A_CPU: Mapping[str, Any] = {
 }
 """Defaults of the platform that SGLang takes here, but for its limits."""
 
+_NO_EXPERTS = "SGLang's Triton kernels of fp8 experts need compute capability 8.9"
+
 
 def serving(rank: SimulatedRank, model: torch.nn.Module, weights: int, gpus: Iterable[GPU]) -> tuple[Serving, ...]:
     """What ``rank`` can serve with a GPU of its own, for each of ``gpus``.
@@ -50,6 +52,7 @@ def serving(rank: SimulatedRank, model: torch.nn.Module, weights: int, gpus: Ite
     """
     runner = None
     found = []
+    experts = any(layer.w13_weight.dtype is torch.float8_e4m3fn for layer in model.modules() if _has_experts(layer))
     for gpu in gpus:
         fraction = _mem_fraction_static(rank, gpu)
         with _without_limits_of_the_reference():
@@ -57,13 +60,21 @@ def serving(rank: SimulatedRank, model: torch.nn.Module, weights: int, gpus: Ite
         runner = runner or runner_of(model, rank.model_config, arguments)
         free = gpu.memory - (gpu.taken_alone if rank.layout.ranks == 1 else gpu.taken_among_ranks)
         context = rank.model_config.context_len
+        if experts and not gpu.serves_experts:
+            found.append(Serving(gpu.name, fraction, 0, 0, context, _NO_EXPERTS))
+            continue
         try:
             pools = pool_sizes(runner, free / 2**30, (free - weights) / 2**30)
         except (RuntimeError, ValueError) as error:
-            found.append(Serving(gpu.name, fraction, 0, 0, context, str(error)))
+            why = f"no room for a KV cache at --mem-fraction-static {fraction:g}: {error}"
+            found.append(Serving(gpu.name, fraction, 0, 0, context, why))
         else:
             found.append(Serving(gpu.name, fraction, pools.max_total_num_tokens, pools.max_running_requests, context))
     return tuple(found)
+
+
+def _has_experts(layer: torch.nn.Module) -> bool:
+    return isinstance(getattr(layer, "w13_weight", None), torch.Tensor)
 
 
 def runner_of(model: torch.nn.Module, model_config: Any, arguments: Any) -> Any:

@@ -118,7 +118,7 @@ def _print_verdict(out: Console, plan: Plan, gpu: GPU) -> None:
         fits = plan.fits(mode, gpu)
         verdict = "[red]does not load[/red]"
         if fits:
-            verdict = f"[green]loads[/green], and leaves {_left_text(plan, mode, gpu)}"
+            verdict = f"[green]loads[/green] {_left_text(plan, mode, gpu)}"
         out.print(f"{room}; {LABELS[mode]} {verdict}", soft_wrap=True)
 
 
@@ -148,15 +148,13 @@ def _fit_text(fit: Fit) -> str:
 def _left_text(plan: Plan, mode: Mode, gpu: GPU) -> str:
     serving = plan.serving(mode, gpu)
     if serving is None:
-        return f"{bytes_text(gpu.usable - plan.highest(mode).final)} for KV cache and activations"
-    return serving_text(serving)
+        return f"and leaves {bytes_text(gpu.usable - plan.highest(mode).final)} for KV cache and activations"
+    return f"but serves nothing: {serving.why_none}" if serving.why_none else f"and leaves {serving_text(serving)}"
 
 
 def serving_text(serving: Serving) -> str:
     """How many tokens and requests can be served, and whether the longest request is among them."""
     fraction = f"--mem-fraction-static {serving.mem_fraction_static:g}"
-    if serving.tokens == 0:
-        return f"no room for a KV cache at {fraction}: {serving.why_none}"
     longest = f"the longest request, {serving.context_length:,} tokens"
     return (
         f"{serving.tokens:,} tokens of KV cache, {serving.requests:,} requests at most ({fraction}; "

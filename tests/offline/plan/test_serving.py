@@ -80,7 +80,7 @@ def test_weights_that_leave_no_room_serve_nothing(simulated, checkpoint):
     ).serving
     assert (left.tokens, left.serves(1)) == (0, False)
     assert "leave no GPU memory for the KV cache" in left.why_none
-    assert "no room for a KV cache at --mem-fraction-static 0.5" in table.serving_text(left)
+    assert "no room for a KV cache at --mem-fraction-static 0.5" in left.why_none
 
 
 def test_table_says_what_is_served_and_whether_the_longest_request_is(planned, checkpoint, capsys):
@@ -107,6 +107,20 @@ def test_fewest_ranks_of_each_gpu(checkpoint):
     assert by_mode["smaller", "streaming"] > 1
     assert by_mode["none", "streaming"] is None
     assert all(fit.serving.serves() for fit in found if fit.tp)
+
+
+def test_table_says_why_nothing_is_served(planned, checkpoint, capsys):
+    a100 = gpus.find("A100")
+    found = planned(Request(checkpoint("qwen3_moe"), modes=("streaming",), gpus=(a100,)))
+    table.print_plan(terminal.console(), found, a100)
+    assert "loads but serves nothing: SGLang's Triton kernels of fp8 experts" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("planned_here")
+@pytest.mark.parametrize(("family", "tp"), [("qwen3_moe", None), ("qwen3", 1)])
+def test_gpu_that_has_no_kernels_for_fp8_experts_serves_none(family, tp, checkpoint):
+    (fit,) = planner.fits(Request(checkpoint(family), modes=("streaming",), gpus=(gpus.find("A100"),)))
+    assert fit.tp == tp
 
 
 @pytest.mark.usefixtures("planned_here")
