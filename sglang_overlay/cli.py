@@ -491,7 +491,7 @@ def _print(groups: list[Group]) -> None:
 def _as_json(groups: list[Group]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from sglang_overlay.observe.compare import pair_up
+    from sglang_overlay.observe.pairs import pair_up
     from sglang_overlay.observe.report import to_json
 
     pairs = pair_up(groups[0].loads, groups[1].loads) if len(groups) == 2 else []

@@ -71,7 +71,8 @@ def quantize(
         tensors: high-precision tensors, whole, under their checkpoint names. Those that are not quantized stay as they
             are, and so do weights of unknown names: a server takes these in high precision, and quantizes them itself.
         scheme: as ``SGLANG_STREAMFP8_SCHEME`` takes it, or ``mxfp8``. ``stock`` is SGLang's own choice for this
-            process's GPU.
+            process's GPU. A scheme of another package needs a ``SerializedPlan``, and has to be one that can be
+            exported (``Scheme.stored``).
         tp_size: number of ranks that share each weight: of experts, without expert parallelism; of attention, without
             data parallelism.
         kv_heads: number of key-value heads of the model; needed under ``tensor`` and ``stock`` with several ranks.
@@ -81,7 +82,8 @@ def quantize(
         ``tensors`` in the same order, with each quantized weight replaced, and followed by its scales.
 
     Raises:
-        QuantizeError: a part of what is served with one scale is missing, or ranks cannot share it.
+        QuantizeError: a part of what is served with one scale is missing, ranks cannot share it, or nothing tells how
+            the scheme stores a weight.
         SchemeError: there is no such scheme, or not for this kind of layer.
     """
     choice = SchemeChoice(MXFP8, MXFP8) if scheme == MXFP8 else parse(scheme, "scheme")

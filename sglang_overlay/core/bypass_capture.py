@@ -6,7 +6,7 @@ Some models write weights themselves: ``default_weight_loader(param, w)`` where 
 and a dispatch mode around all of ``load_weights`` would cost microseconds for each of its operations. Here ``copy_``,
 through which tensors are read too, and other operations in place get another kernel for the meta device, as
 ``torch.library`` allows: torch calls it, in any thread, if one of their tensors has no memory; other tensors are not
-affected. Writes inside wrapped loaders do not come this far.
+affected. Of writes inside wrapped loaders, only those through views that are older than the call come this far.
 
 Limitations: operations with ``out=`` and rare ones that are not in ``_CHANGES`` have no such kernel. What they write is
 missed, and reported as missing unless it had been written before.

@@ -5,8 +5,7 @@
 seven per call of an experts' loader, which a model calls tens of thousands of times. Here the placeholder and its views
 belong to a tensor subclass, which implements what experts' loaders do with them (``data``, an index, ``narrow``,
 ``copy_``). Any other operation runs inside a ``WriteCapture``, so both ways accept and refuse the same writes in the
-same order. Writes through views taken before the loader was called are missed and reported as missing weights; no
-upstream loader makes any.
+same order. Writes through views taken before the loader was called reach the sinks by ``bypass_capture.py``.
 """
 
 from __future__ import annotations

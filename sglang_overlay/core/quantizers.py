@@ -104,12 +104,12 @@ class AssembledUnits(ABC):
     at_once: ClassVar[int] = 1 << 27
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """As of ``UnitQuantizer``."""
+        """As of ``Quantizer``."""
         unit = assemble(pieces, weight)
         return self.quantize_run(unit.unsqueeze(0), weight.unsqueeze(0), scale.unsqueeze(0))[0]
 
     def quantize_run(self, values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """As of ``UnitQuantizer``."""
+        """As of ``Quantizer``."""
         units = max(1, self.at_once * len(values) // values.numel())
         if len(values) <= units:
             return self.quantize_units(values, weight, scale)

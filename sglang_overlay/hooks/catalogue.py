@@ -23,8 +23,8 @@ _WHEN_UPSTREAM_STREAMS = "SGLang streams online fp8 itself (PR #17945 or a succe
 _WHEN_UPSTREAM_CHOOSES = "SGLang offers a choice of online schemes"
 _NO_PRESHARDED = "Nothing: this release has no presharded loader."
 _NO_SESSIONS = (
-    "Sessions of several calls: each call updates by itself, so what shares a scale must come in one call, and a call "
-    "that brings only a part is answered with a failure that names it."
+    "Sessions: each call is kept or undone by itself. A weight of which a call brings a part keeps its values until "
+    "later calls bring the rest; the answer, a success, names it."
 )
 _MEMORY_ISSUES = ("sgl-project/sglang#2895", "sgl-project/sglang#5576", "sgl-project/sglang#8337")
 

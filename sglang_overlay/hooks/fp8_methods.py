@@ -18,7 +18,7 @@ from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.mxfp8 import Mxfp8ExpertsPlan, Mxfp8LinearPlan
 from sglang_overlay.schemes.stock_experts import ExpertsPlan
 from sglang_overlay.schemes.stock_linear import LinearPlan, is_per_channel
-from sglang_overlay.update import session
+from sglang_overlay.update import weight_update
 
 
 def create_linear_weights(original: Callable[..., None], method: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ def create_experts_weights(
 
 def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Module) -> None:
     """Around ``process_weights_after_loading`` of both methods."""
-    if session.is_updating(layer):
+    if weight_update.is_updating(layer):
         return
     load = current()
     plan = None if load is None else load.finish(layer)
@@ -58,7 +58,7 @@ def device_loading_context(original: Callable[..., Any], module: Module, target_
 
     During an update placeholders are in place, which some releases refuse.
     """
-    if session.is_updating(module):
+    if weight_update.is_updating(module):
         return nullcontext(module)
     load = current()
     if load is not None:

@@ -118,11 +118,14 @@ def _smaller_degrees(method: Any, layer: torch.nn.Module, call: Mapping[str, Any
     block = getattr(getattr(method, "quant_config", None), "weight_block_size", None)
     if not block:
         return ""
+    height, width = block
     if "output_partition_sizes" in call:
         parts, whole = call["output_partition_sizes"], call["output_size"]
-        sizes = [call["input_size"], *(part * (whole // sum(parts)) for part in parts)]
+        edges = [(call["input_size"], width), *((part * (whole // sum(parts)), height) for part in parts)]
     else:
-        sizes = [call["intermediate_size_per_partition"] * getattr(layer, "moe_tp_size", 1)]
-    multiple, rest = divmod(gcd(*sizes), max(block))
-    degrees = [] if rest else [str(size) for size in range(1, multiple + 1) if multiple % size == 0]
+        # Rows of gate_proj and up_proj, and columns of down_proj.
+        intermediate = call["intermediate_size_per_partition"] * getattr(layer, "moe_tp_size", 1)
+        edges = [(intermediate, height), (intermediate, width)]
+    multiple = 0 if any(size % edge for size, edge in edges) else gcd(*(size // edge for size, edge in edges))
+    degrees = [str(size) for size in range(1, multiple + 1) if multiple % size == 0]
     return f"Use --tp-size {' or '.join(degrees)}. Or: " if degrees else "No tensor parallel size helps. "

@@ -29,8 +29,8 @@ from sglang_overlay.load.checkpoint_files import CheckpointFiles, noted_problems
 from sglang_overlay.load.ranks import gathered, parallel_ranks
 from sglang_overlay.observe.weights_report import SESSION, UpdateReport
 from sglang_overlay.update.model import UpdatableModel, any_in_session, updatable
-from sglang_overlay.update.session import WeightUpdate
 from sglang_overlay.update.updaters import has_sessions, model_of
+from sglang_overlay.update.weight_update import WeightUpdate
 
 logger = logging.getLogger(__name__)
 

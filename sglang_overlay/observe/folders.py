@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_overlay.observe.chart import Curve
-from sglang_overlay.observe.compare import stock_first
 from sglang_overlay.observe.differences import differences
 from sglang_overlay.observe.labels import labels_of, model_name
 from sglang_overlay.observe.load_metrics import state_of
+from sglang_overlay.observe.pairs import stock_first
 from sglang_overlay.observe.report import LoadReport, read_tree
 
 Loads = Sequence[LoadReport]

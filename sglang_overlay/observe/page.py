@@ -13,11 +13,11 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sglang_overlay import __version__
-from sglang_overlay.observe.compare import Pair, pair_up
 from sglang_overlay.observe.folders import Group, curves, subject
 from sglang_overlay.observe.formats import bytes_text, count_text, ratio_text, seconds_text
 from sglang_overlay.observe.labels import model_name
 from sglang_overlay.observe.layer_table import Layer, by_reason, layers_of
+from sglang_overlay.observe.pairs import Pair, pair_up
 from sglang_overlay.observe.report import LoadReport, ReportError
 from sglang_overlay.observe.timeline import timeline
 

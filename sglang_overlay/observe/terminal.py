@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from sglang_overlay.observe.compare import pair_up
 from sglang_overlay.observe.folders import Group, subject
 from sglang_overlay.observe.formats import bytes_text, count_text, ratio_text, seconds_text
+from sglang_overlay.observe.pairs import pair_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

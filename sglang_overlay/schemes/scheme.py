@@ -23,7 +23,7 @@ class Scheme(Protocol):
     """How layers are quantized while they are loaded, and served afterwards.
 
     Attributes:
-        summary: one line for messages and documentation.
+        summary: what it is, in one line, for readers of the code: nothing prints it.
     """
 
     summary: str
@@ -32,7 +32,10 @@ class Scheme(Protocol):
         """Why layers of this kind cannot have the scheme on this platform; None if they can."""
 
     def method(self, kind: LayerKind, layer: torch.nn.Module, name: str) -> Any:
-        """SGLang's quantization method that serves a layer.
+        """The quantization method that serves a layer, SGLang's or the scheme's own.
+
+        A ``Fp8LinearMethod`` or ``Fp8MoEMethod`` needs a config that ``eligibility.is_online_fp8`` refuses: serialized
+        (as ``block``) or a subclass (``ChosenFp8Config``). Otherwise the hooks for stock's scheme plan the layer too.
 
         Args:
             kind: of the layer.
@@ -50,11 +53,13 @@ class Scheme(Protocol):
 
         Args:
             kind: of the layer.
-            method: the result of ``method`` for it.
+            method: the result of ``method`` for it; None where only the plan's ``quantizer()`` is wanted, without a
+                layer (``sglang_overlay.quantize``).
         """
 
     def stored(self) -> StoredFormat | None:
-        """How its weights are stored in a checkpoint that stock SGLang serves.
+        """How its weights are stored in a checkpoint that stock SGLang serves: ``export`` and ``quantize`` write that.
 
-        None if stock creates no such parameters for a checkpoint, or has no kernel for them.
+        None if stock creates no such parameters for a checkpoint, has no kernel for them, or quantizes the values again
+        when it loads them (``tensor``).
         """

@@ -16,7 +16,7 @@ from sglang_overlay.load import metrics
 from sglang_overlay.load.diagnostics import WantedShapes
 from sglang_overlay.load.updatable_layer import UpdatableLayer
 from sglang_overlay.observe.weights_report import UpdateReport
-from sglang_overlay.update.session import NOTHING_KNOWN, WeightUpdate
+from sglang_overlay.update.weight_update import NOTHING_KNOWN, WeightUpdate
 
 logger = logging.getLogger(__name__)
 

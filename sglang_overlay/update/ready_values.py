@@ -65,6 +65,9 @@ class ReadyValues:
         scale_name: of that placeholder, for messages.
         undo: keeps replaced values.
         account: counts waiting values.
+
+    Attributes:
+        name: ``scale_name``, since as a ``WriteSink`` this takes the writes to the scales' placeholder.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from sglang_overlay.errors import PartialUpdateError, StagingMemoryError, Weight
 from sglang_overlay.hooks import releases
 from sglang_overlay.hooks.update_hooks import BEFORE_CALL, BEFORE_UPDATE, Outcome, Together
 
-UPDATE = "sglang_overlay.update.session:WeightUpdate"
+UPDATE = "sglang_overlay.update.weight_update:WeightUpdate"
 KEEP = "sglang_overlay.update.undo:UndoLog.keep"
 LOAD = "sglang.srt.models.qwen3:Qwen3ForCausalLM.load_weights"
 POSTPROCESS = "sglang.srt.model_loader.loader:DefaultModelLoader.postprocess_weights"

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from workbench.loads.loads import PROMPTS, STORED_AS_FP8, LoadFailed, LoadWorker
 from workbench.loads.updates import Update
 from workbench.quality import families
 
+from sglang_overlay.hooks import scheme_hooks
 from sglang_overlay.schemes.arithmetic import quantize_rows
 from sglang_overlay.schemes.int8 import Int8RowQuantizer
 
@@ -31,6 +33,8 @@ SHARED = (*BLOCKS, ("shared_expert_intermediate_size", 256))
 FAMILIES = {"qwen3": BLOCKS, "qwen2_moe": SHARED, "qwen3_moe": BLOCKS, "deepseek_v3": MLA}
 MANY = {"files": 5, "assignment": "shuffled"}
 SESSIONS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update"
+LINEAR = {"output_partition_sizes": [96, 32], "output_size": 256}
+"""What ``create_weights`` gets for a linear layer over two ranks, beside the size of its input."""
 TENSOR_BY_TENSOR = pytest.param(
     {"source": "tensor", "calls": 7, "order": "shuffled"}, marks=pytest.mark.needs(SESSIONS), id="calls"
 )
@@ -329,6 +333,20 @@ def test_layer_that_does_not_divide_into_blocks_is_named_with_what_helps(
     assert told[2].endswith(f'or leave them in bf16 with "ignore": ["{last}"].')
     choice = json.loads(re.search(r"SGLANG_STREAMFP8_SCHEME='(.*)'", told[2])[1])
     assert choice == {"linear": "block", "moe": "block", "overrides": {last: "channel"}}
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        ({**LINEAR, "input_size": 256}, "Use --tp-size 1 or 2 or 4. Or: "),
+        ({**LINEAR, "input_size": 96}, "No tensor parallel size helps. "),
+        ({"intermediate_size_per_partition": 128}, "Use --tp-size 1 or 2 or 4. Or: "),
+    ],
+)
+def test_advice_divides_rows_by_the_height_of_blocks_and_columns_by_their_width(call, advice):
+    """Blocks of one row and 64 columns, as another package's scheme may have them."""
+    method = SimpleNamespace(quant_config=SimpleNamespace(weight_block_size=[1, 64]))
+    assert scheme_hooks._smaller_degrees(method, SimpleNamespace(moe_tp_size=2), call) == advice
 
 
 def test_what_is_offered_in_place_of_blocks_loads(load, checkpoint):

@@ -17,10 +17,10 @@ from sglang_overlay.errors import WeightUpdateError
 from sglang_overlay.load.updatable_layer import UpdatableLayer
 from sglang_overlay.update import model as known_models
 from sglang_overlay.update.model import UpdatableModel
-from sglang_overlay.update.session import WeightUpdate
 from sglang_overlay.update.tensor_attributes import TensorAttributes
 from sglang_overlay.update.tensor_groups import TensorGroups
 from sglang_overlay.update.undo import UndoLog
+from sglang_overlay.update.weight_update import WeightUpdate
 
 MLA = ["model.layers.0.self_attn.fused_qkv_a_proj_with_mqa", "model.layers.0.self_attn.o_proj"]
 Q, KV = "model.layers.0.self_attn.q_a_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"

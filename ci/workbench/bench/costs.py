@@ -13,7 +13,7 @@ import torch
 from sglang_overlay.offline.plan.job import DeviceWork, Job, Layout
 from sglang_overlay.offline.plan.simulate import Loaded, loaded
 from sglang_overlay.schemes.choice import STOCK, SchemeChoice
-from sglang_overlay.update.session import WeightUpdate
+from sglang_overlay.update.weight_update import WeightUpdate
 from workbench.bench import page_tables
 from workbench.bench.plans import CONFIGS
 

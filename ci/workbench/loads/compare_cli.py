@@ -24,8 +24,9 @@ _SHOWN = 40
 def main(context: click.Context, checkpoint: Path, tp_size: int, ep_size: int, device: str, scheme: str | None) -> None:
     """Name every tensor in which CHECKPOINT, loaded streaming, differs from stock's --quantization fp8.
 
-    Values, dtype, shape, strides, class and flags of all parameters, buffers and further tensors on all ranks. Exits
-    with 1 where anything differs.
+    Values, dtype, shape, strides, class and flags of all parameters, buffers and further tensors on all ranks. Experts
+    are numbered by the rank's own slots. A checkpoint that `require` refuses is an error here. Exits with 1 where
+    anything differs.
     """
     environ = {SCHEME_VARIABLE: scheme} if scheme else {}
     with tempfile.TemporaryDirectory() as logs, LoadWorkers(Path(logs)) as workers:

@@ -15,6 +15,9 @@ A unit is replaced when all of it has been sent: in high precision, or already q
 scales. Everything is copied to host memory before it is overwritten (``undo.py``). So after a failed call the weights
 are those of before that call; after an update that failed, or ended with incomplete units, those of before the update.
 No path writes a high-precision value into quantized memory (``update_capture.py``).
+
+Without sessions (before 0.5.21) an update by tensors stays open while weights wait for later calls. Each call that
+succeeds is kept for good. What waits is dropped when a tensor comes again, or an update from disk or by ipc begins.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare two sets of loads: pair each load with its counterpart, and compute ratios."""
+"""Pair each load of one set with its counterpart in another, and compute ratios."""
 
 from __future__ import annotations
 

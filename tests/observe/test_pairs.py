@@ -2,8 +2,8 @@ from dataclasses import replace
 
 from reports import load_report
 
-from sglang_overlay.observe.compare import pair_up, stock_first
 from sglang_overlay.observe.memory import MemoryUsage
+from sglang_overlay.observe.pairs import pair_up, stock_first
 from sglang_overlay.observe.report import LoadReport, ParallelRank, Ranks
 
 STOCK = load_report(
