@@ -244,7 +244,7 @@ def loading_in_this_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_kernels(work: DeviceWork) -> Iterator[None]:
-    """Choose schemes as on a Hopper or later GPU; kernels' results are allocated, not computed.
+    """Choose schemes as on a Hopper or later GPU; kernels' results are filled with zeros, not computed.
 
     ``scaled_fp8_quant`` and ``per_token_group_quant_fp8`` of ``fp8_kernel.py`` allocate only their results. The former
     launches two kernels (``per_tensor_quant_fp8.cuh``), the latter one (``per_token_quant_fp8.cuh``).
@@ -265,18 +265,19 @@ def cuda_kernels(work: DeviceWork) -> Iterator[None]:
 
     def per_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = torch.zeros(1, dtype=torch.float32, device=values.device)
-        work.launches += 2
-        return torch.empty(values.shape, dtype=fp8.fp8_dtype, device=values.device), scale
+        # What writes the result is the other launch.
+        work.launches += 1
+        return torch.zeros(values.shape, dtype=fp8.fp8_dtype, device=values.device), scale
 
     def per_group(
         values: torch.Tensor, size: int, *, output_q: torch.Tensor | None = None, output_s: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        work.launches += 1
+        # What writes the values is the launch.
         if output_q is not None and output_s is not None:
-            return output_q, output_s
+            return output_q.zero_(), output_s
         shape = (*values.shape[:-1], values.shape[-1] // size)
         scale = torch.empty(shape, dtype=torch.float32, device=values.device)
-        return torch.empty(values.shape, dtype=fp8.fp8_dtype, device=values.device), scale
+        return torch.zeros(values.shape, dtype=fp8.fp8_dtype, device=values.device), scale
 
     with (
         replaced(fp8, "cutlass_fp8_supported", lambda: True),

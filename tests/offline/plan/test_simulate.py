@@ -142,6 +142,12 @@ def test_streaming_needs_less_than_whole_layers_and_these_less_than_stock(larger
     assert stock.final == layers.final == streaming.final
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+def test_whole_layers_need_at_least_the_model_that_they_end_with(family, checkpoint, simulated):
+    found = simulated(Job(checkpoint(family), mode="layers"))
+    assert found.peak >= found.final
+
+
 def test_the_same_job_gives_the_same_plan(larger, planners):
     first, second = planners.run([Job(larger, order="shuffled")] * 2)
     assert first == second
