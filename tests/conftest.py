@@ -17,6 +17,7 @@ import pytest
 # Before torch: OpenMP threads that wait for work would otherwise spin, and take the cores from the tests beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from harness.forked_python import ForkedPython
 from harness.streamed import load_reported
 from workbench.loads.checkpoints import CheckpointSpec, build
 from workbench.loads.job import LoadJob
@@ -62,6 +63,7 @@ FULL = (
     "load/test_server.py",
     "offline/export/test_export.py",
     "offline/plan/test_baselines.py",
+    "offline/plan/test_from_config.py",
     "offline/plan/test_host.py",
     "offline/plan/test_plan.py",
     "offline/plan/test_serving.py",
@@ -71,18 +73,23 @@ FULL = (
     "standin/test_rearranged.py",
     "standin/test_rocm.py",
     "standin/test_sleep.py",
+    "test_packaging.py::test_wheel_installs_and_its_command_runs",
     "test_quantizing.py",
     "test_readme.py::test_light_command_runs",
     "update/test_clients.py",
     "update/test_dummy_start.py",
     "update/test_update_live.py",
     "update/test_update_ranks.py",
+    "update/test_update_rule.py::test_two_ranks_hold_what_they_answer",
+    "update/test_updates.py::test_update_needs_memory_for_what_it_replaces_and_for_units",
     "workbench/test_bench.py",
     "workbench/test_demo.py",
     "workbench/test_gpu_check.py",
+    "workbench/test_layer_granular.py",
     "workbench/test_make_patches.py",
     "workbench/test_quality.py",
     "workbench/test_update_bench.py",
+    "workbench/test_watch.py::test_function_that_takes_something_else_or_more_is_reported_by_name",
 )
 """Tests that only ``ci/test --full`` runs, by what their names begin with: servers, processes, measurements, and what
 shorter tests hold for another release, GPU or loader."""
@@ -179,6 +186,13 @@ def both(workers: LoadWorkers, tmp_path: Path) -> Callable[..., Both]:
         return stock, *load_reported(workers.load, job, tmp_path / "reports")
 
     return load
+
+
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedPython]:
+    """Runs programs that import SGLang."""
+    with ForkedPython(tmp_path_factory.mktemp("python")) as python:
+        yield python
 
 
 @pytest.fixture(scope="session", autouse=True)

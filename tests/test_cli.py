@@ -6,7 +6,6 @@ import re
 import select
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
@@ -256,11 +255,14 @@ def test_version():
     assert sglang_overlay.__version__ == metadata.version("sglang-streamfp8")
 
 
-def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _environ(**changes: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
-    clean[CPU_REFERENCE_VARIABLE] = "1"
+    return {**clean, CPU_REFERENCE_VARIABLE: "1", **changes}
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**clean, **environment}
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=_environ(**environment)
     )
 
 
@@ -316,21 +318,23 @@ for arguments in (["check", "--json"], ["check"], ["check", "--verbose"]):
     except SystemExit as end:
         print(f"exit {end.code}")
 """
+_AS_JSON = """
+from sglang_overlay.cli import main
+
+main(["check", "--json"])
+"""
 
 
 @pytest.fixture(scope="module")
-def checks():
+def checks(forked_python):
     """``check`` under different settings, each in its own process: SGLang loads plugins once in a process."""
     runs = {
-        "default": (["-c", _EACH_FORM], {}),
-        "off": (["-c", _EACH_FORM], {"SGLANG_STREAMFP8": "0"}),
-        "left out": (
-            ["-m", "sglang_overlay", "check", "--json"],
-            {"SGLANG_PLUGINS": "other,streamfp8_cpu_reference"},
-        ),
-        "other platform": (["-m", "sglang_overlay", "check", "--json"], {"SGLANG_USE_CPU_ENGINE": "1"}),
+        "default": (_EACH_FORM, {}),
+        "off": (_EACH_FORM, {"SGLANG_STREAMFP8": "0"}),
+        "left out": (_AS_JSON, {"SGLANG_PLUGINS": "other,streamfp8_cpu_reference"}),
+        "other platform": (_AS_JSON, {"SGLANG_USE_CPU_ENGINE": "1"}),
         "no accelerator": (
-            ["-m", "sglang_overlay", "check", "--json"],
+            _AS_JSON,
             # As in a pod of ci/container/kubernetes.yaml that has lost its GPU.
             {
                 CPU_REFERENCE_VARIABLE: "0",
@@ -340,11 +344,7 @@ def checks():
             },
         ),
     }
-    with ThreadPoolExecutor(2) as pool:
-        started = {
-            name: pool.submit(_python, *arguments, **environment) for name, (arguments, environment) in runs.items()
-        }
-    return {name: future.result() for name, future in started.items()}
+    return {name: forked_python.run(program, (), _environ(**changes)) for name, (program, changes) in runs.items()}
 
 
 @pytest.fixture(scope="module")

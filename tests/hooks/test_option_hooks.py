@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-from harness.forked_python import ForkedPython
 from harness.streamed import assert_streamed, load_reported
 from workbench.loads import serving
 from workbench.loads.job import LoadJob
@@ -52,16 +51,15 @@ finally:
 """
 
 
-@pytest.fixture(scope="module")
-def parse(tmp_path_factory, checkpoint):
+@pytest.fixture
+def parse(forked_python, checkpoint):
     """What SGLang makes of values of ``--quantization``, in a process of its own with its plugins loaded."""
-    with ForkedPython(tmp_path_factory.mktemp("python")) as python:
 
-        def run(*quantizations, others=(), **variables):
-            given = [",".join(quantizations), "--model-path", str(checkpoint("qwen3")), "--device", "cpu", *others]
-            return python.run(PARSED, given, {**os.environ, **variables})
+    def run(*quantizations, others=(), **variables):
+        given = [",".join(quantizations), "--model-path", str(checkpoint("qwen3")), "--device", "cpu", *others]
+        return forked_python.run(PARSED, given, {**os.environ, **variables})
 
-        yield run
+    return run
 
 
 @pytest.mark.every_release
@@ -155,7 +153,7 @@ def test_what_cannot_be_is_refused(fields, said, workers, checkpoint):
 
 @pytest.mark.full
 @pytest.mark.server
-def test_server_and_engine_take_the_flag(checkpoint, tmp_path):
+def test_server_and_engine_take_the_flag(checkpoint, tmp_path, forked_python):
     path = checkpoint("qwen3_moe", overrides=BLOCKS)
     port = serving.free_port()
     options = ("--quantization", "fp8_block", "--device", "cpu", "--log-level", "info", "--random-seed", "0")
@@ -167,9 +165,8 @@ def test_server_and_engine_take_the_flag(checkpoint, tmp_path):
         sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
         answers = serving.post(url, "generate", {"input_ids": prompts, "sampling_params": sampling}).json()
     assert "StreamFP8: scheme: block; " in server.log.read_text()
-    with ForkedPython(tmp_path) as python:
-        given = json.dumps([str(path), serving.free_port(), "fp8_block", prompts])
-        engine = python.run(ENGINE, [given], {**os.environ, **reports})
+    given = json.dumps([str(path), serving.free_port(), "fp8_block", prompts])
+    engine = forked_python.run(ENGINE, [given], {**os.environ, **reports})
     (tokens,) = re.findall(r"^TOKENS (.*)$", engine.stdout, re.MULTILINE)
     assert json.loads(tokens) == [answer["output_ids"] for answer in answers]
     assert [report.scheme for report in read_folder(tmp_path / "reports")] == ["block", "block"]

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import sglang
 import wrapt
-from harness.forked_python import ForkedPython
 
 from sglang_overlay.hooks import applying, plugin, ray_actors, releases, source_tree
 from sglang_overlay.hooks.catalogue import MEASURING, OPTIONS, STREAMING, TELLING
@@ -153,14 +152,13 @@ def environ_with(**variables):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(forked_python):
     """A process that loads SGLang's plugins, and then makes an fp8 config as a model load does."""
-    with ForkedPython(tmp_path_factory.mktemp("python")) as python:
 
-        def start(change="", then=EPILOGUE, arguments=(), **variables):
-            return python.run(PROLOGUE + change + then, arguments, environ_with(**variables))
+    def start(change="", then=EPILOGUE, arguments=(), **variables):
+        return forked_python.run(PROLOGUE + change + then, arguments, environ_with(**variables))
 
-        yield start
+    return start
 
 
 def warnings_of(result):
