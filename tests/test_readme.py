@@ -45,8 +45,10 @@ ELSEWHERE = {
     "ray job submit": "tests/hooks/test_ray_actors.py::test_actors_stream_with_the_setup_hook",
     "ci/container/install": "tests/test_container.py::"
     "test_dockerfiles_step_installs_the_package_where_sglang_streams_with_it",
+    "curl": "tests/update/test_update_live.py::test_last_tensor_of_a_session_has_the_wrong_shape",
     "docker build": "tests/test_container.py::test_dockerfiles_step_installs_the_package_where_sglang_streams_with_it",
     "kubectl apply": "tests/test_container.py::test_sglang_knows_the_pods_arguments_and_serves_where_the_pod_is_asked",
+    "kubectl exec": "tests/test_cli.py::test_command_runs_as_a_module_and_piped_output_has_no_colour",
     "kubectl logs": "tests/test_cli.py::test_check_says_no_without_an_accelerator_and_how_to_try_it_all_the_same",
     "ci/baseline": ".github/workflows/nightly.yml",
     "ci/bench": "tests/workbench/test_bench.py::test_command_measures_writes_and_leaves_no_checkpoint_behind",

@@ -70,7 +70,12 @@ class CheckpointStream(ParameterStream):
     add to ``origins`` and ``rewritten``; they are read when no loader runs, or for a message.
 
     Args:
-        name, placeholder, grid, quantizer, storage, account: as of ``ParameterStream``.
+        name: as of ``ParameterStream``, as the next five.
+        placeholder: the meta parameter.
+        grid: its units.
+        quantizer: of one unit or several.
+        storage: fp8 values and scales.
+        account: of staging memory.
         sources: knows the names of checkpoint tensors, and which memory stays unchanged after a loader has returned.
         executor: runs the quantizing jobs.
         progress: called, from any thread, with the bytes of fp8 written each time units are done.
@@ -78,7 +83,8 @@ class CheckpointStream(ParameterStream):
         mark: fills the memory that a fallback to stock gets, so that the load can find what is never written.
 
     Attributes:
-        sources, rows: as given.
+        sources: as given.
+        rows: as given.
         origins: names of the checkpoint tensors that were written.
         rewritten: checkpoint tensors (or the parameter, if unknown) that replaced other values, staged or quantized.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--load-format dummy``, as SkyRL, NeMo-RL and verl start: the first full update makes it what a load would."""
+"""``--load-format dummy``, as NeMo-RL and verl start: the first full update makes it what a load would."""
 
 from __future__ import annotations
 

@@ -75,11 +75,14 @@ def test_update_ends_as_a_fresh_load_in_the_same_memory(family, source, update, 
     assert compare(fresh(family, 1), result) == []
 
 
-@pytest.mark.parametrize("source", ["disk", "tensors in many calls"])
-def test_update_of_two_ranks_ends_as_a_fresh_load(source, update, fresh):
-    result = update("deepseek_v3", (SEED, SOURCES[source]), tp_size=2)
+@pytest.mark.parametrize(
+    ("family", "source"),
+    [("deepseek_v3", "disk"), ("deepseek_v3", "tensors in many calls"), ("qwen3_moe", "tensors in many calls")],
+)
+def test_update_of_two_ranks_ends_as_a_fresh_load(family, source, update, fresh):
+    result = update(family, (SEED, SOURCES[source]), tp_size=2)
     assert all(rank.updates[0].success and rank.updates[0].moved == () for rank in result.ranks)
-    assert compare(fresh("deepseek_v3", 2), result) == []
+    assert compare(fresh(family, 2), result) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
