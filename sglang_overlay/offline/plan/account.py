@@ -8,7 +8,9 @@ written to, as ``RssAnon`` does for a process on the CPU: the system allocates p
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +21,22 @@ CUDA_BLOCK = 512
 
 Sample = tuple[int, int]
 """Bytes of the checkpoint read so far, bytes of memory."""
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a piece of work took.
+
+    Attributes:
+        highest: most bytes held meanwhile, above those held before.
+        work: the device's other work.
+    """
+
+    highest: int
+    work: DeviceWork
 
 
 @dataclass
@@ -75,6 +93,20 @@ class Account:
         record = self._records.get(tensor.untyped_storage()._cdata)
         if record is not None:
             self._count(record, min(record.size - record.counted, elements * tensor.element_size()))
+
+    def watched(self, work: Callable[[], Result]) -> tuple[Result, Taken]:
+        """Do ``work``, and return its result and what it took."""
+        before, held, highest = replace(self.work), self.held, self._highest
+        self._highest = held
+        result = work()
+        meanwhile = self._highest - held
+        self._highest = max(highest, self._highest)
+        return result, Taken(meanwhile, self.work.minus(before))
+
+    def take(self, taken: Taken) -> None:
+        """Note work of which the same was watched before."""
+        self.pulse(taken.highest)
+        self.work.add(taken.work)
 
     def pulse(self, size: int) -> None:
         """Note memory, in bytes, that an operation allocates and frees before it returns."""

@@ -68,6 +68,16 @@ class DeviceWork:
     uploads: int = 0
     waits: int = 0
 
+    def add(self, other: DeviceWork) -> None:
+        """Count ``other`` as well."""
+        self.launches += other.launches
+        self.uploads += other.uploads
+        self.waits += other.waits
+
+    def minus(self, before: DeviceWork) -> DeviceWork:
+        """What has been counted since ``before``."""
+        return DeviceWork(self.launches - before.launches, self.uploads - before.uploads, self.waits - before.waits)
+
 
 @dataclass(frozen=True)
 class Job:

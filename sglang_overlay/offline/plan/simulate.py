@@ -28,6 +28,7 @@ from sglang_overlay.offline.plan.from_config import from_config
 from sglang_overlay.offline.plan.host import HeldTensors, HostMemory
 from sglang_overlay.offline.plan.job import DeviceWork, Job, PlannedLoad
 from sglang_overlay.offline.plan.layers import whole_layers
+from sglang_overlay.offline.plan.replay import Replaying
 from sglang_overlay.offline.plan.serving import serving
 from sglang_overlay.offline.plan.weightless import EmptyFile, weightless
 from sglang_overlay.offline.simulation import cuda_kernels, loading_in_this_thread, simulated_rank
@@ -83,7 +84,7 @@ def loaded(job: Job) -> Iterator[Loaded]:
     _check_hooked()
     account, held = _account(job), HeldTensors()
     device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
-    load = _load(job, device)
+    load = _load(job, device, account)
     weights = partial(_weights, job, checkpoint, account, held)
     with _config_folder(job.model) as folder, ExitStack() as stack:
         rank = stack.enter_context(simulated_rank(folder, job.layout, job.rank, dict(job.server_args)))
@@ -147,11 +148,11 @@ def _modelled(job: Job, work: DeviceWork) -> Iterator[None]:
         yield
 
 
-def _load(job: Job, device: torch.device) -> ModelLoad:
+def _load(job: Job, device: torch.device, account: Account) -> ModelLoad:
     if job.mode == "stock":
         return ModelLoad(Settings(StreamingMode.OFF), device)
     settings = Settings(StreamingMode.ON, schemes=job.schemes)
-    return ModelLoad(settings, device, executor=Executor() if job.device == "cuda" else _NoComputing())
+    return ModelLoad(settings, device, executor=Replaying(account) if job.device == "cuda" else _NoComputing())
 
 
 def _read_by(job: Job, checkpoint: Checkpoint) -> list[WeightFile]:
