@@ -307,12 +307,12 @@ def compare_command(urls: tuple[str, ...], api_key: str | None, as_json: bool) -
     sys.exit(0 if all(rank.is_equal for rank in ranks) else 1)
 
 
-def _refuse_what_fits_chooses(context: click.Context) -> None:
+def _refuse_options_that_fits_ignores(context: click.Context) -> None:
     """``plan --fits`` tries tensor-parallel degrees on GPUs: options that say otherwise would be ignored."""
     for option in context.command.params:
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
         if given and option.name in ("tp", "ep", "pp", "dp", "dp_attention", "every_rank", "device", "png"):
-            raise click.UsageError(f"--fits lists GPUs and tensor-parallel degrees: leave out {option.opts[0]}")
+            raise click.UsageError(f"--fits tries tensor-parallel degrees on GPUs itself: leave out {option.opts[0]}")
 
 
 @main.command("plan", short_help="Will a model load, and with what peak?")
@@ -414,7 +414,7 @@ def plan_command(
         "kv_cache_dtype": kv_cache_dtype,
     }
     if fits:
-        _refuse_what_fits_chooses(click.get_current_context())
+        _refuse_options_that_fits_ignores(click.get_current_context())
     try:
         if fits:
             sys.exit(command.run_fits(asked, gpu_name, as_json=as_json))

@@ -45,6 +45,8 @@ ELSEWHERE = {
     "ray job submit": "tests/hooks/test_ray_actors.py::test_actors_stream_with_the_setup_hook",
     "ci/container/install": "tests/test_container.py::"
     "test_dockerfiles_step_installs_the_package_where_sglang_streams_with_it",
+    "curl localhost:30000/update_weights_from_disk": "tests/update/test_update_serving.py::"
+    "test_server_is_updated_from_disk_and_back_by_broadcast",
     "curl": "tests/update/test_update_live.py::test_last_tensor_of_a_session_has_the_wrong_shape",
     "docker build": "tests/test_container.py::test_dockerfiles_step_installs_the_package_where_sglang_streams_with_it",
     "kubectl apply": "tests/test_container.py::test_sglang_knows_the_pods_arguments_and_serves_where_the_pod_is_asked",

@@ -228,7 +228,10 @@ class CheckpointStream(ParameterStream):
         if common is None or held.is_fill:
             return False
         before, now = (one.values[slices(shifted(common, one.box))] for one in (held, piece))
-        return not torch.equal(before, now.to(device=before.device, dtype=before.dtype))
+        now = now.to(device=before.device, dtype=before.dtype)
+        # As bits: NaN differs from itself.
+        bits = {2: torch.int16, 4: torch.int32}[before.element_size()]
+        return not torch.equal(before.view(bits), now.view(bits))
 
     def _stage(self, unit: int, staged: StagedUnit, piece: Piece) -> None:
         """Keeps ``piece`` itself if it lies in a mapped file."""

@@ -121,11 +121,16 @@ def _smaller_degrees(method: Any, layer: torch.nn.Module, call: Mapping[str, Any
     height, width = block
     if "output_partition_sizes" in call:
         parts, whole = call["output_partition_sizes"], call["output_size"]
-        edges = [(call["input_size"], width), *((part * (whole // sum(parts)), height) for part in parts)]
+        # SGLang checks columns that ranks split, and rows that ranks split or that are of several fused layers.
+        edges = [(call["input_size"], width)] if call["input_size_per_partition"] < call["input_size"] else []
+        if len(parts) > 1 or sum(parts) < whole:
+            edges += [(part * (whole // sum(parts)), height) for part in parts]
+        loads_alone = len(parts) == 1
     else:
-        # Rows of gate_proj and up_proj, and columns of down_proj.
+        # Rows of gate_proj and up_proj; columns of down_proj, unless there is one rank.
         intermediate = call["intermediate_size_per_partition"] * getattr(layer, "moe_tp_size", 1)
         edges = [(intermediate, height), (intermediate, width)]
+        loads_alone = intermediate % height == 0
     multiple = 0 if any(size % edge for size, edge in edges) else gcd(*(size // edge for size, edge in edges))
-    degrees = [str(size) for size in range(1, multiple + 1) if multiple % size == 0]
+    degrees = [str(size) for size in range(1, multiple + 1) if multiple % size == 0] or ["1"] * loads_alone
     return f"Use --tp-size {' or '.join(degrees)}. Or: " if degrees else "No tensor parallel size helps. "

@@ -119,7 +119,7 @@ class Weight(Protocol):
 
     @property
     def rewritten(self) -> Collection[str]:
-        """Checkpoint tensors that replaced other values of already quantized units."""
+        """Checkpoint tensors that replaced other values, staged or quantized."""
 
     @property
     def magnitudes(self) -> torch.Tensor:

@@ -265,14 +265,14 @@ def cuda_kernels(work: DeviceWork) -> Iterator[None]:
 
     def per_tensor(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = torch.zeros(1, dtype=torch.float32, device=values.device)
-        # What writes the result is the other launch.
+        # The zeros of the result count as the second launch.
         work.launches += 1
         return torch.zeros(values.shape, dtype=fp8.fp8_dtype, device=values.device), scale
 
     def per_group(
         values: torch.Tensor, size: int, *, output_q: torch.Tensor | None = None, output_s: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # What writes the values is the launch.
+        # The zeros of the values count as the launch.
         if output_q is not None and output_s is not None:
             return output_q.zero_(), output_s
         shape = (*values.shape[:-1], values.shape[-1] // size)

@@ -348,6 +348,17 @@ def test_part_that_comes_again_before_its_unit_is_whole_is_noted(rows, factor, n
     assert sorted(streamed.stream.rewritten) == named
 
 
+def test_nan_that_comes_again_is_no_other_value():
+    weight = weight_of((2, 4, 8))
+    weight[0, 0, 0] = torch.nan
+    streamed = per_expert((2, 4, 8))
+    with streamed.capture():
+        for part in (slice(2), slice(2), slice(2, 4)):
+            streamed.placeholder.data[:, part].copy_(weight[:, part])
+    assert streamed.stream.settle() == []
+    assert not streamed.stream.rewritten
+
+
 def test_zeros_that_are_filled_in_before_or_after_are_no_other_values():
     weight = weight_of((2, 4, 8))
     streamed = per_expert((2, 4, 8))

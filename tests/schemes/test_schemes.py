@@ -33,8 +33,9 @@ SHARED = (*BLOCKS, ("shared_expert_intermediate_size", 256))
 FAMILIES = {"qwen3": BLOCKS, "qwen2_moe": SHARED, "qwen3_moe": BLOCKS, "deepseek_v3": MLA}
 MANY = {"files": 5, "assignment": "shuffled"}
 SESSIONS = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.begin_weight_update"
-LINEAR = {"output_partition_sizes": [96, 32], "output_size": 256}
-"""What ``create_weights`` gets for a linear layer over two ranks, beside the size of its input."""
+FUSED = {"output_partition_sizes": [96, 32], "output_size": 256, "input_size": 96, "input_size_per_partition": 96}
+SPLIT = {"output_partition_sizes": [256], "output_size": 256}
+"""What ``create_weights`` gets for a linear layer over two ranks that splits rows, or columns."""
 TENSOR_BY_TENSOR = pytest.param(
     {"source": "tensor", "calls": 7, "order": "shuffled"}, marks=pytest.mark.needs(SESSIONS), id="calls"
 )
@@ -338,9 +339,11 @@ def test_layer_that_does_not_divide_into_blocks_is_named_with_what_helps(
 @pytest.mark.parametrize(
     ("call", "advice"),
     [
-        ({**LINEAR, "input_size": 256}, "Use --tp-size 1 or 2 or 4. Or: "),
-        ({**LINEAR, "input_size": 96}, "No tensor parallel size helps. "),
+        ({**SPLIT, "input_size": 192, "input_size_per_partition": 96}, "Use --tp-size 1 or 3. Or: "),
+        ({**SPLIT, "input_size": 96, "input_size_per_partition": 48}, "Use --tp-size 1. Or: "),
+        (FUSED, "Use --tp-size 1 or 2 or 4 or 8 or 16 or 32 or 64. Or: "),
         ({"intermediate_size_per_partition": 128}, "Use --tp-size 1 or 2 or 4. Or: "),
+        ({"intermediate_size_per_partition": 48}, "Use --tp-size 1. Or: "),
     ],
 )
 def test_advice_divides_rows_by_the_height_of_blocks_and_columns_by_their_width(call, advice):

@@ -27,15 +27,17 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What a piece of work took.
+class Cost:
+    """What something took.
 
     Attributes:
         highest: most bytes held meanwhile, above those held before.
+        kept: bytes held afterwards, above those held before.
         work: the device's other work.
     """
 
     highest: int
+    kept: int
     work: DeviceWork
 
 
@@ -94,19 +96,19 @@ class Account:
         if record is not None:
             self._count(record, min(record.size - record.counted, elements * tensor.element_size()))
 
-    def watched(self, work: Callable[[], Result]) -> tuple[Result, Taken]:
-        """Do ``work``, and return its result and what it took."""
+    def measured(self, run: Callable[[], Result]) -> tuple[Result, Cost]:
+        """Run it, and return its result and what it took."""
         before, held, highest = replace(self.work), self.held, self._highest
         self._highest = held
-        result = work()
+        result = run()
         meanwhile = self._highest - held
         self._highest = max(highest, self._highest)
-        return result, Taken(meanwhile, self.work.minus(before))
+        return result, Cost(meanwhile, self.held - held, self.work.minus(before))
 
-    def take(self, taken: Taken) -> None:
-        """Note work of which the same was watched before."""
-        self.pulse(taken.highest)
-        self.work.add(taken.work)
+    def repeat(self, cost: Cost) -> None:
+        """Note something that takes what was measured before, and keeps nothing."""
+        self.pulse(cost.highest)
+        self.work.add(cost.work)
 
     def pulse(self, size: int) -> None:
         """Note memory, in bytes, that an operation allocates and frees before it returns."""

@@ -129,7 +129,7 @@ class Fit:
 
     Attributes:
         tp: how many; None if there are none up to the last of ``DEGREES``.
-        serving: what they serve.
+        serving: what they serve, or what so many would.
     """
 
     gpu: GPU
@@ -161,19 +161,18 @@ def fits(request: Request) -> list[Fit]:
                 refused = error
                 continue
             now = {key: _fit(planned, tp, fit) for key, fit in found.items()}
-            found.update({key: fit for key, fit in now.items() if fit is not None})
-            if not any(now.values()):
+            found.update({key: fit for key, fit in now.items() if fit.tp == tp or found[key].serving is None})
+            if not any(fit.tp == tp for fit in now.values()):
                 return list(found.values())
     if refused is not None and all(fit.tp is None for fit in found.values()):
         raise refused
     return list(found.values())
 
 
-def _fit(planned: Plan, tp: int, fit: Fit) -> Fit | None:
+def _fit(planned: Plan, tp: int, fit: Fit) -> Fit:
     serving = planned.serving(fit.mode, fit.gpu)
-    if serving is None or not serving.serves() or not planned.fits(fit.mode, fit.gpu):
-        return None
-    return replace(fit, tp=tp, serving=serving)
+    serves = serving is not None and serving.serves() and planned.fits(fit.mode, fit.gpu)
+    return replace(fit, tp=tp if serves else None, serving=serving)
 
 
 def plan(request: Request) -> Plan:

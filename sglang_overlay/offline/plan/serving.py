@@ -55,14 +55,14 @@ def serving(rank: SimulatedRank, model: torch.nn.Module, weights: int, gpus: Ite
     experts = any(layer.w13_weight.dtype is torch.float8_e4m3fn for layer in model.modules() if _has_experts(layer))
     for gpu in gpus:
         fraction = _mem_fraction_static(rank, gpu)
-        with _without_limits_of_the_reference():
-            arguments = rank.publish(**_ON_A_CPU, mem_fraction_static=fraction)
-        runner = runner or runner_of(model, rank.model_config, arguments)
-        free = gpu.memory - (gpu.taken_alone if rank.layout.ranks == 1 else gpu.taken_among_ranks)
         context = rank.model_config.context_len
         if experts and not gpu.serves_experts:
             found.append(Serving(gpu.name, fraction, 0, 0, context, _NO_EXPERTS))
             continue
+        with _without_limits_of_the_reference():
+            arguments = rank.publish(**_ON_A_CPU, mem_fraction_static=fraction)
+        runner = runner or runner_of(model, rank.model_config, arguments)
+        free = gpu.memory - (gpu.taken_alone if rank.layout.ranks == 1 else gpu.taken_among_ranks)
         try:
             pools = pool_sizes(runner, free / 2**30, (free - weights) / 2**30)
         except (RuntimeError, ValueError) as error:

@@ -118,7 +118,7 @@ def _print_verdict(out: Console, plan: Plan, gpu: GPU) -> None:
         fits = plan.fits(mode, gpu)
         verdict = "[red]does not load[/red]"
         if fits:
-            verdict = f"[green]loads[/green] {_left_text(plan, mode, gpu)}"
+            verdict = f"[green]loads[/green] {_served_text(plan, mode, gpu)}"
         out.print(f"{room}; {LABELS[mode]} {verdict}", soft_wrap=True)
 
 
@@ -141,11 +141,12 @@ def print_fits(out: Console, model: str, found: Sequence[Fit]) -> None:
 
 def _fit_text(fit: Fit) -> str:
     if fit.tp is None or fit.serving is None:
-        return f"[red]none up to TP {DEGREES[-1]}[/red]"
+        why = f": {fit.serving.why_none}" if fit.serving and fit.serving.why_none else ""
+        return f"[red]none up to TP {DEGREES[-1]}[/red]{why}"
     return f"TP {fit.tp}: {fit.serving.tokens:,} tokens"
 
 
-def _left_text(plan: Plan, mode: Mode, gpu: GPU) -> str:
+def _served_text(plan: Plan, mode: Mode, gpu: GPU) -> str:
     serving = plan.serving(mode, gpu)
     if serving is None:
         return f"and leaves {bytes_text(gpu.usable - plan.highest(mode).final)} for KV cache and activations"

@@ -116,6 +116,9 @@ def _needs_fake(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def _on_fakes(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is aten.equal.default:
+        # Nothing is known to differ.
+        return True
     if func in _PLAIN or _is_view(func):
         result = _without_special_cases(mode, func, args, kwargs)
     else:

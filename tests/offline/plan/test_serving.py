@@ -118,9 +118,11 @@ def test_table_says_why_nothing_is_served(planned, checkpoint, capsys):
 
 @pytest.mark.usefixtures("planned_here")
 @pytest.mark.parametrize(("family", "tp"), [("qwen3_moe", None), ("qwen3", 1)])
-def test_gpu_that_has_no_kernels_for_fp8_experts_serves_none(family, tp, checkpoint):
+def test_gpu_that_has_no_kernels_for_fp8_experts_serves_none(family, tp, checkpoint, capsys):
     (fit,) = planner.fits(Request(checkpoint(family), modes=("streaming",), gpus=(gpus.find("A100"),)))
     assert fit.tp == tp
+    table.print_fits(terminal.console(), family, [fit])
+    assert ("kernels of fp8 experts" in capsys.readouterr().out) == (tp is None)
 
 
 @pytest.mark.usefixtures("planned_here")
@@ -135,7 +137,17 @@ def test_command_lists_what_fits(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "given", [("--tp", "2"), ("--ep", "1"), ("--enable-dp-attention",), ("--device", "cpu"), ("--png", "chart.png")]
+    "given",
+    [
+        ("--tp", "2"),
+        ("--ep", "1"),
+        ("--pp", "2"),
+        ("--dp", "2"),
+        ("--enable-dp-attention",),
+        ("--every-rank",),
+        ("--device", "cpu"),
+        ("--png", "chart.png"),
+    ],
 )
 def test_what_the_list_would_ignore_is_refused(given, tmp_path):
     ran = CliRunner().invoke(main, ["plan", "--model-path", str(tmp_path), "--fits", *given])

@@ -142,6 +142,14 @@ def test_streaming_needs_less_than_whole_layers_and_these_less_than_stock(larger
     assert stock.final == layers.final == streaming.final
 
 
+@pytest.mark.parametrize("mode", ["layers", "streaming"])
+def test_units_that_are_counted_again_take_what_computed_ones_take(mode, larger, simulated):
+    job = Job(larger, mode=mode)
+    with Planners(1, "harness.regressions:every_unit_computed") as planners:
+        (computed,) = planners.run([job])
+    assert simulated(job) == computed
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
 def test_whole_layers_need_at_least_the_model_that_they_end_with(family, checkpoint, simulated):
     found = simulated(Job(checkpoint(family), mode="layers"))

@@ -36,6 +36,11 @@ def weight(device=GPU):
     return torch.empty(SHAPE, dtype=torch.bfloat16, device=device)
 
 
+def test_tensors_whose_contents_are_unknown_are_equal(account):
+    assert torch.equal(weight(), weight())
+    assert torch.equal(*(EmptyFile(SIZE).tensor(SHAPE, torch.bfloat16) for _ in range(2)))
+
+
 def test_a_tensor_on_a_gpu_that_is_not_there_is_counted_while_it_lives(account):
     tensor = weight()
     assert tensor.device == GPU
