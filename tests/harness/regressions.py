@@ -11,6 +11,7 @@ from sglang_overlay.core.executor import Executor
 from sglang_overlay.offline.plan import simulate as simulating
 from sglang_overlay.offline.plan.job import Job, PlannedLoad
 from sglang_overlay.offline.plan.layers import whole_layers
+from sglang_overlay.offline.plan.replacing import replaced
 from sglang_overlay.offline.plan.simulate import simulate
 
 _held: list[Any] = []
@@ -33,8 +34,8 @@ def _holding(original: Any) -> Any:
 
 def every_unit_computed(job: Job) -> PlannedLoad:
     """Quantizers run for each unit, not for two of each kind."""
-    simulating.Replaying = lambda _account: Executor()  # type: ignore[assignment,misc]
-    return simulate(job)
+    with replaced(simulating, "Replaying", lambda _account: Executor()):
+        return simulate(job)
 
 
 def killed(_job: Job) -> PlannedLoad:
