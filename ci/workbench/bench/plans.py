@@ -31,6 +31,9 @@ _SIZES = {
     "Gemma-4-26B-A4B": (1,),
     "GPT-OSS-120B": (1,),
     "Mixtral-8x22B": (2,),
+    "Nemotron-H-56B": (1,),
+    "MiniMax-M2": (2,),
+    "Qwen3-VL-235B-A22B": (8,),
 }
 """TP sizes at which a rank's FP8 weights fit one of the largest GPUs."""
 
