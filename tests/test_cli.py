@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from harness.forked_python import environ_with
 from reports import STOCK_LOAD, STREAMED_LOAD
 from rich.console import Console
 
@@ -255,14 +256,9 @@ def test_version():
     assert sglang_overlay.__version__ == metadata.version("sglang-streamfp8")
 
 
-def _environ(**changes: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
-    return {**clean, CPU_REFERENCE_VARIABLE: "1", **changes}
-
-
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=_environ(**environment)
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=environ_with(**environment)
     )
 
 
@@ -344,7 +340,7 @@ def checks(forked_python):
             },
         ),
     }
-    return {name: forked_python.run(program, (), _environ(**changes)) for name, (program, changes) in runs.items()}
+    return {name: forked_python.run(program, (), environ_with(**changes)) for name, (program, changes) in runs.items()}
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness.forked_python import environ_with
 from reports import load_report
 from workbench.releases import patched, series
 
 from sglang_overlay.observe.memory import MemoryUsage
 from sglang_overlay.observe.report import StagingUsage, UnitCounts, summary_line, write
 from sglang_overlay.offline.simulation import FIRST_RELEASE, can_simulate
-from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -159,13 +159,11 @@ def test_light_command_runs(command, places, tmp_path):
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command as a user types it, with this Python."""
     _, *arguments = shlex.split(command)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
-    clean[CPU_REFERENCE_VARIABLE] = "1"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**clean, "PYTHONPATH": path},
+        env=environ_with(PYTHONPATH=path),
         capture_output=True,
         text=True,
         timeout=300,

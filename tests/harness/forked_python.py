@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.load_series import series_process
+from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -86,6 +87,12 @@ class ForkedPython:
             return subprocess.Popen(
                 command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
+
+
+def environ_with(**variables: str) -> dict[str, str]:
+    """This process's variables, of SGLang's those given; the CPU reference is asked for."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+    return {**environ, CPU_REFERENCE_VARIABLE: "1", **variables}
 
 
 def imported_names(folder: Path) -> Path:

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import sglang
 import wrapt
+from harness.forked_python import environ_with
 
 from sglang_overlay.hooks import applying, plugin, ray_actors, releases, source_tree
 from sglang_overlay.hooks.catalogue import MEASURING, OPTIONS, STREAMING, TELLING
 from sglang_overlay.observe.report import read_folder
-from sglang_overlay.settings import CPU_REFERENCE_VARIABLE
 
 pytestmark = pytest.mark.every_release
 
@@ -143,12 +143,6 @@ LOADER = "sglang.srt.model_loader.loader"
 FP8_LINEAR = "sglang.srt.layers.quantization.fp8.Fp8LinearMethod.create_weights"
 ABSENT = len(releases.absent())
 PRESENT = len(STREAMING) - ABSENT
-
-
-def environ_with(**variables):
-    """This process's, of SGLang's variables those given."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
-    return {**environ, CPU_REFERENCE_VARIABLE: "1", **variables}
 
 
 @pytest.fixture(scope="module")
