@@ -50,7 +50,8 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     """Around ``load_model`` of ``DefaultModelLoader`` and of the other loaders that fill parameters."""
     settings = _settings(loader.load_config)
     is_draft = role_of(model_config) == "draft"
-    if model_config.quantization not in ONLINE and settings.report_folder is None:
+    is_fp8 = model_config.quantization in ONLINE
+    if not is_fp8 and settings.report_folder is None:
         _mention_idle_scheme(settings, is_draft=is_draft)
         return original(loader, model_config=model_config, device_config=device_config)
     registry.check(settings.schemes)
@@ -71,7 +72,7 @@ def load_model(original: Callable[..., Any], loader: Any, *, model_config: Any, 
     with MemorySampler(meter) if is_sampled else MemoryWatch(meter) as watch:
         load, model = load_streamed(
             lambda: original(loader, model_config=model_config, device_config=device_config),
-            partial(ModelLoad, settings, device, is_part=is_part),
+            partial(ModelLoad, settings, device, is_part=is_part, is_fp8=is_fp8),
             obstacle,
             model_config,
         )

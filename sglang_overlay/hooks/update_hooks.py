@@ -28,6 +28,7 @@ from sglang_overlay.load import metrics, model_load
 from sglang_overlay.load.checkpoint_files import CheckpointFiles, noted_problems
 from sglang_overlay.load.ranks import gathered, parallel_ranks
 from sglang_overlay.observe.weights_report import SESSION, UpdateReport
+from sglang_overlay.update.cast_guard import casts_refused, refuse_casts
 from sglang_overlay.update.model import UpdatableModel, any_in_session, updatable
 from sglang_overlay.update.updaters import has_sessions, model_of
 from sglang_overlay.update.weight_update import WeightUpdate
@@ -146,8 +147,10 @@ def load_weights_and_postprocess(
     Raises:
         WeightUpdateError: reading or quantizing failed on some rank.
     """
-    known = updatable(model)
-    if known is None or model_load.current() is not None:
+    known, load = updatable(model), model_load.current()
+    if load is not None:
+        return original(model, _seen(load, weights), target_device)
+    if known is None:
         return original(model, weights, target_device)
     disk = _disk.get()
     if disk is not None and disk.failure is not None:
@@ -362,10 +365,10 @@ def load_weights_direct(original: Callable[..., None], model: torch.nn.Module, n
     Raises:
         WeightUpdateError: a layer cannot be updated with these values.
     """
-    known = updatable(model)
+    known, tensors = updatable(model), list(named_tensors)
     if known is None or known.open is None:
-        return original(model, named_tensors)
-    tensors = list(named_tensors)
+        refuse_casts(model, tensors)
+        return original(model, tensors)
     mine = [(name, tensor) for name, tensor in tensors if known.open.takes(name) and tensor.dtype.itemsize > 1]
     names = {name for name, _ in mine}
     others = [(name, tensor) for name, tensor in tensors if name not in names]
@@ -635,7 +638,11 @@ def _answered(
 def _noted(updater: Any, kind: str, call: Callable[[], Answer]) -> Answer:
     """Upstream's answer of a model that is not streamed, recorded; it may have used any tensor."""
     began = time.perf_counter()
-    success, message = call()
+    try:
+        with casts_refused(model_of(updater)):
+            success, message = call()
+    except WeightUpdateError as error:
+        success, message = False, str(error)
     failure = None if success else message
     _joined_with_earlier(Outcome(failure))
     # All others are calls of sessions, where there are sessions.
@@ -684,12 +691,25 @@ def _names_of(named_tensors: Any) -> list[str]:
     return [named[0] for named in named_tensors] if isinstance(named_tensors, (list, tuple)) else []
 
 
+def _seen(load: model_load.ModelLoad, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """``weights``, of which the load sees those of the Run:ai streamer here: ``get_all_weights`` sees all others."""
+    for name, tensor, is_reused in _with_reuse(weights):
+        if is_reused:
+            load.checkpoint.see(name, tensor)
+        yield name, tensor
+
+
 def _offered(update: WeightUpdate, weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
     """``weights``, after noting which of them come from a checkpoint and so stay unchanged."""
+    for name, tensor, is_reused in _with_reuse(weights):
+        if not is_reused:
+            update.sources.offer(tensor)
+        yield name, tensor
+
+
+def _with_reuse(weights: NamedTensors) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """``weights``, and whether each one's memory is the next one's too, as the Run:ai streamer's is."""
     from sglang.srt.model_loader.weight_utils import RUNAI_STREAMER_TENSOR_ATTR
 
     for name, tensor in weights:
-        # The Run:ai streamer reuses the memory for the next tensor.
-        if not getattr(tensor, RUNAI_STREAMER_TENSOR_ATTR, False):
-            update.sources.offer(tensor)
-        yield name, tensor
+        yield name, tensor, getattr(tensor, RUNAI_STREAMER_TENSOR_ATTR, False)

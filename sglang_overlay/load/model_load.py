@@ -65,6 +65,7 @@ class ModelLoad:
         told: which of ``excluded`` have been warned of by earlier attempts to load the model.
         watches_reads: whether layers whose weights the model reads while it is loaded are found, and go back to stock.
         is_part: whether settings that name layers may mean those of another model or pipeline stage.
+        is_fp8: whether the model is quantized to fp8, online or in its checkpoint; else the load is only measured.
 
     Attributes:
         final: errors that building the model without placeholders would not mend.
@@ -90,6 +91,7 @@ class ModelLoad:
         told: Collection[str] = (),
         watches_reads: bool = False,
         is_part: bool = False,
+        is_fp8: bool = True,
         executor: Executor | None = None,
     ) -> None:
         if executor is None:
@@ -109,6 +111,7 @@ class ModelLoad:
         self._told = told
         self._watches_reads = watches_reads
         self._is_part = is_part
+        self._is_fp8 = is_fp8
         self._obstacle = obstacle
         self._is_online = False
         # Whether what is read fills what upstream makes of empty parameters, and is fp8 already.
@@ -407,7 +410,7 @@ class ModelLoad:
 
     def _watch(self, model: torch.nn.Module) -> None:
         """Look at what is loaded into parameters that are not streamed."""
-        if self.abandoned is None:
+        if self._is_fp8 and self.abandoned is None:
             # Loaders that are not covered keep those of parameters for later (``flash_rl``).
             self._dtypes = StoredDtypes(model, self.sources)
         if self._streams:

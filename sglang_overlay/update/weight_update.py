@@ -243,7 +243,7 @@ class WeightUpdate:
             cache_scales.restore(model)
         self._wrappers = dict(wrapped_layers(model, self._layers.values()))
         derived = TensorAttributes(model)
-        served = self._served(model)
+        served, without_memory = self._served(model), _without_memory(model)
         token = _current.set(self)
         self._thread.inside = True
         self._calls.misfits.clear()
@@ -274,7 +274,7 @@ class WeightUpdate:
                 "upstream made these tensors anew in another form, so they keep their old memory and values: "
                 f"{shortened(changed)}. Load the new weights by starting the server with them"
             )
-        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta] if self._layers else []
+        leaks = sorted(_without_memory(model) - without_memory)
         if leaks:
             raise WeightUpdateError(
                 "computed from a weight that is quantized while it is read, these tensors hold no data: "
@@ -714,6 +714,10 @@ def _refuse_cast(name: str, served: torch.dtype, sent: torch.dtype) -> None:
 
 def _suffix(name: str) -> str:
     return name.rpartition(".")[2].rpartition("weight")[2]
+
+
+def _without_memory(model: torch.nn.Module) -> set[str]:
+    return {name for name, tensor in tensors_of(model) if tensor.is_meta}
 
 
 def _put_back(bindings: Bindings | None) -> None:

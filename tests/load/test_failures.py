@@ -314,6 +314,12 @@ class TestNames:
         assert told in str(failure.value)
         assert "download it anew" not in str(failure.value)
 
+    def test_prefix_of_what_the_runai_streamer_reads_is_told(self, workers, damaged):
+        pytest.importorskip("runai_model_streamer")
+        path = damaged(renamed(lambda name: f"_orig_mod.{name}"), "qwen3_moe")
+        with pytest.raises(LoadFailed, match=r"leave out '_orig_mod\.'"):
+            workers.load(LoadJob(path, server_args={"load_format": "runai_streamer"}))
+
     def test_renamed_tensors_are_listed_beside_what_is_missing(self, workers, damaged):
         change = renamed(lambda name: name.replace("layers.1.self_attn.o_proj", "layers.1.self_attn.out_proj"))
         with pytest.raises(LoadFailed) as failure:
@@ -512,6 +518,12 @@ class TestConfigThatIsNotTrue:
         assert "1 tensors of fp8: model.unknown.weight." in report.warnings[0]
         with pytest.raises(LoadFailed, match=r"UnsupportedDtypeError: .* model\.unknown\.weight"):
             workers.load(LoadJob(path, streaming="require"))
+
+    def test_model_that_is_served_in_bf16_is_cast_as_in_stock(self, both, damaged):
+        path = damaged(lambda tensors: tensors.update({O_PROJ: tensors[O_PROJ].to(torch.float8_e4m3fn)}))
+        stock, result, (report,) = both(path, quantization=None)
+        assert compare(stock, result) == []
+        assert report.mode == "stock"
 
     @staticmethod
     def quantization_config(stored):

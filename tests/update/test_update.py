@@ -20,6 +20,7 @@ from sglang_overlay.update.model import UpdatableModel
 from sglang_overlay.update.tensor_attributes import TensorAttributes
 from sglang_overlay.update.tensor_groups import TensorGroups
 from sglang_overlay.update.undo import UndoLog
+from sglang_overlay.update.update_sources import UpdateSources
 from sglang_overlay.update.weight_update import WeightUpdate
 
 MLA = ["model.layers.0.self_attn.fused_qkv_a_proj_with_mqa", "model.layers.0.self_attn.o_proj"]
@@ -60,6 +61,13 @@ def test_what_waits_is_counted_and_what_completes_is_not_copied():
 def test_what_is_no_tensor_waits_for_nothing():
     entries = [("model.layers.0.self_attn.q_a_proj.note", None)]
     assert list(TensorGroups(MLA, StagingAccount()).complete(entries)) == entries
+
+
+def test_what_is_no_tensor_is_not_lent():
+    sources = UpdateSources()
+    for entry in (None, "text", torch.ones(2).to_sparse()):
+        sources.lend(entry)
+    assert not sources.is_lent(torch.ones(2))
 
 
 def test_model_that_does_not_fuse_them_gets_each_at_once():

@@ -379,6 +379,35 @@ def test_layer_that_a_model_has_deleted_after_reading_it_is_updated(workers, che
     assert compare(workers.load(LoadJob(new, streaming="1")), result) == []
 
 
+def test_tensors_that_a_model_leaves_without_memory_are_no_matter(odd_workers, checkpoint):
+    described = (("architectures", ("LeavingTensorsWithoutMemoryForCausalLM",)),)
+    old, new = (checkpoint("qwen3", overrides=described, seed=seed) for seed in (0, SEED))
+    result = odd_workers.load(LoadJob(old, streaming="1", updates=(Update("tensor", new), Update("disk", new))))
+    for done in result.ranks[0].updates:
+        assert done.success, done.message
+    assert compare(odd_workers.load(LoadJob(new, streaming="1")), result) == []
+
+
+@pytest.mark.parametrize("source", ["tensor", "bucket", "direct", "disk"])
+@pytest.mark.parametrize(("family", "stored"), [("qwen3", "fp8"), ("qwen3_moe", "fp8_block")])
+def test_fp8_checkpoint_is_never_updated_by_a_cast(family, stored, source, workers, checkpoint):
+    """Stock answers success, and serves values without their scales: of square layers, or of blocks."""
+    served = checkpoint(family, stored=stored)
+    update = Update(source, checkpoint(family, seed=SEED), names=r"layers\.1\.self_attn\.o_proj")
+    (done,) = workers.load(LoadJob(served, streaming="1", updates=(update,))).ranks[0].updates
+    assert not done.success
+    assert "is served as fp8 that SGLang itself has loaded" in done.message
+
+
+def test_fp8_checkpoint_is_updated_by_another_as_in_stock(workers, checkpoint):
+    served, new = (checkpoint("qwen3_moe", stored="fp8_block", seed=seed) for seed in (0, SEED))
+    job = LoadJob(served, updates=(Update("disk", new),))
+    stock, result = (workers.load(replace(job, streaming=mode)) for mode in ("0", "1"))
+    stock_done, done = (loaded.ranks[0].updates[0] for loaded in (stock, result))
+    assert done.success == stock_done.success, done.message
+    assert compare(stock, result) == []
+
+
 GATE, DOWN, O_PROJ = (
     f"model.layers.1.{part}.weight" for part in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")
 )
