@@ -30,9 +30,8 @@ VERSION = 1
 NOTES = (
     "Ray's scheduler actors (--use-ray) load no plugins: give the Ray job the runtime environment "
     '{"worker_process_setup_hook": "sglang.srt.plugins.load_plugins"}',
-    "sglang.benchmark.one_batch (sglang.bench_one_batch before 0.5.15), the weight-cache daemon "
-    "(sglang.srt.weight_cache.daemon, or sglang.launch_server --weight-cache-mode daemon), and the ranks of an encoder "
-    "server (sglang.launch_server --encoder-only with --tp-size or --dp-size) load no plugins: start each as "
+    "sglang.benchmark.one_batch (sglang.bench_one_batch before 0.5.15), and the ranks of an encoder server "
+    "(sglang.launch_server --encoder-only with --tp-size or --dp-size) load no plugins: start each as "
     "python -m sglang_overlay run <module> <arguments>",
 )
 """Ways to start SGLang in which streaming is not active, whatever the result of this check."""

@@ -21,7 +21,7 @@ def test_installed_and_listed_plugin_is_no_problem():
     assert activation._installation_problems({"SGLANG_PLUGINS": "other, streamfp8"}) == []
 
 
-@pytest.mark.parametrize("process", ["--use-ray", "one_batch", "sglang.srt.weight_cache.daemon", "--encoder-only"])
+@pytest.mark.parametrize("process", ["--use-ray", "one_batch", "--encoder-only"])
 def test_processes_that_load_no_plugins_are_named(process):
     found = activation.to_json(_activation(()))
     assert process in " ".join(found["notes"])

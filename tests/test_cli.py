@@ -17,6 +17,7 @@ from reports import STOCK_LOAD, STREAMED_LOAD
 from rich.console import Console
 
 import sglang_overlay
+from sglang_overlay.activation import NOTES
 from sglang_overlay.cli import main
 from sglang_overlay.hooks import launch
 from sglang_overlay.observe import terminal
@@ -361,6 +362,7 @@ def test_check_says_active_with_every_hook_in_place(active):
     assert {hook["state"] for hook in found["telling"]} == {"active"}
     # Nor did other plugins' hooks come to harm.
     assert found["messages"] == []
+    assert found["notes"][-len(NOTES) :] == list(NOTES)
     targets = [hook["target"] for hook in found["streaming"]]
     assert "sglang.srt.layers.quantization.fp8.Fp8MoEMethod.create_weights" in targets
 
@@ -372,6 +374,8 @@ def test_check_fits_a_screen_where_nothing_is_wrong(active):
     assert f"Hooks for streaming: {len(found['streaming'])} active" in text
     assert "why:" not in text
     assert len(text.splitlines()) < 24
+    flowing = re.sub(r"\s+", " ", text)
+    assert all(note in flowing for note in NOTES)
 
 
 def test_check_describes_each_hook_with_its_reason_and_end_when_asked(active):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start an SGLang program with plugins loaded in this process and in all that it starts with ``multiprocessing``.
 
-SGLang itself does not load them in ``sglang.benchmark.one_batch``, in the weight-cache daemon
-(``weight_cache/daemon.py``), and in all but the first process of an encoder server
-(``disaggregation/encoder/runtime.py``).
+SGLang itself does not load them in ``sglang.benchmark.one_batch``, and in all but the first process of an encoder
+server (``disaggregation/encoder/runtime.py``).
 """
 
 from __future__ import annotations

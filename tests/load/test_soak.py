@@ -11,7 +11,6 @@ from harness.soak import soak, soak_updates
 from workbench.loads.updates import Update
 
 LOADS = int(os.environ.get("STREAMFP8_SOAK_LOADS", "200"))
-SHORT = 30
 SETTLED = 20
 
 
@@ -38,9 +37,8 @@ def test_many_loads_leave_what_a_few_leave(family, checkpoint, tmp_path, steady)
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("cycles", [SHORT, pytest.param(LOADS, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("family", SPECS)
-def test_many_updates_leave_what_a_few_leave(family, cycles, checkpoint, tmp_path, steady):
+def test_many_updates_leave_what_a_few_leave(family, checkpoint, tmp_path, steady):
     old, new = (checkpoint(**SPECS[family], seed=seed) for seed in (0, 1))
     updates = (
         Update("disk", new),
@@ -48,4 +46,4 @@ def test_many_updates_leave_what_a_few_leave(family, cycles, checkpoint, tmp_pat
         Update("tensor", old, calls=5, order="shuffled"),
         Update("bucket", new, names=r"layers\.1\.mlp\.experts\.[12]\.|layers\.0\.self_attn", calls=2),
     )
-    steady(soak_updates(old, updates, tmp_path, cycles), cycles)
+    steady(soak_updates(old, updates, tmp_path, LOADS), LOADS)

@@ -45,13 +45,14 @@ def test_two_ranks_hold_what_they_answer(workers, checkpoint):
         assert 0.3 < sum(answers) / len(answers) < 0.95
 
 
-def test_model_that_is_sent_values_with_scales_holds_what_it_answers(workers, checkpoint, tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+def test_model_that_is_sent_values_with_scales_holds_what_it_answers(lora, workers, checkpoint, tmp_path):
     paths, ready = paths_of(checkpoint, "qwen3", overrides=SHAPE[:1]), []
     for number, path in enumerate(paths):
         run_export(ExportJob(path, tmp_path / str(number), "block"))
         ready.append(tmp_path / str(number))
-    share = -(-COUNT // 4)
-    updates = RandomUpdates(paths, tuple(ready), FIRST, share)
+    share = -(-COUNT // 8)
+    updates = RandomUpdates(paths, tuple(ready), FIRST, share, lora)
     held(workers, LoadJob(paths[0], streaming="require", environ={SCHEME_VARIABLE: "block"}, updates=(updates,)), share)
 
 
