@@ -34,6 +34,11 @@ _SIZES = {
     "Nemotron-H-56B": (1,),
     "MiniMax-M2": (2,),
     "Qwen3-VL-235B-A22B": (8,),
+    "Qwen3-Next-80B-A3B": (1,),
+    "Qwen3.5-397B-A17B": (8,),
+    "GLM-5": (8,),
+    "DeepSeek-V3.2": (8,),
+    "Kimi-K2": (8,),
 }
 """TP sizes at which a rank's FP8 weights fit one of the largest GPUs."""
 
