@@ -33,6 +33,7 @@ from sglang_overlay.observe.report import LoadReport, ReportError, summary_line,
 from sglang_overlay.schemes import registry
 from sglang_overlay.schemes.choice import MXFP8
 from sglang_overlay.settings import MODE_VARIABLE, Mode, Settings, load_settings
+from sglang_overlay.update import cast_guard
 from sglang_overlay.update.model import UpdatableModel, remember
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def _mention_idle_scheme(settings: Settings, *, is_draft: bool) -> None:
 def _remember(load: ModelLoad, model: torch.nn.Module, loader: Any, model_config: Any) -> None:
     """Keep what later weight updates of the model need, and tell what is served."""
     if streamed_loaders.updates_itself(loader):
+        cast_guard.note_quantizing(model)
         return
     if model_config.quantization in ONLINE:
         metrics.serve(model, ServedWeights(model, role_of(model_config)))

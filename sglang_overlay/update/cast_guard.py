@@ -8,6 +8,7 @@ answers success. Here that is an error. Values in fp8 are none of this package's
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from sglang_overlay.core.layer import WeightLoader
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+_quantizing: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Models whose ``load_weights`` quantizes what it is given."""
+
+
+def note_quantizing(model: torch.nn.Module) -> None:
+    """Leave a model alone whose loader has given it a ``load_weights`` that quantizes (``flash_rl``)."""
+    _quantizing.add(model)
 
 
 def casts_refused(model: torch.nn.Module) -> AbstractContextManager[None]:
@@ -84,7 +94,9 @@ class _CastRefusal(TorchDispatchMode):
 
 
 def _quantized_by_sglang(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The fp8 parameters of layers that SGLang's own fp8 methods serve, by name."""
+    """The fp8 parameters of layers that SGLang's own fp8 methods serve, by name, where nothing quantizes for them."""
+    if model in _quantizing:
+        return {}
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod, Fp8MoEMethod
 
     methods = (Fp8LinearMethod, Fp8MoEMethod)
