@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sglang_overlay.core.layer import WeightLoader
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
-
 
 _quantizing: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 """Models whose ``load_weights`` quantizes what it is given."""
@@ -42,6 +41,8 @@ def casts_refused(model: torch.nn.Module) -> AbstractContextManager[None]:
     Raises:
         WeightUpdateError: from ``load_weights``; what it has written by then stays.
     """
+    if not _quantized_by_sglang(model):
+        return nullcontext()
     return load_weights_given(model, functools.partial(_guarded, model))
 
 
@@ -59,10 +60,8 @@ def refuse_casts(model: torch.nn.Module, tensors: NamedTensors) -> None:
 
 @contextmanager
 def _guarded(model: torch.nn.Module, weights: NamedTensors) -> Iterator[NamedTensors]:
+    # Anew: SGLang may have replaced parameters since, to undo how it packs them.
     quantized = {storage_key(weight): name for name, weight in _quantized_by_sglang(model).items()}
-    if not quantized:
-        yield weights
-        return
 
     def wrap(_: str, loader: WeightLoader) -> WeightLoader:
         @functools.wraps(loader)

@@ -116,7 +116,7 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "",
         "A model that is published in FP8 or MXFP4, such as DeepSeek-V3 or GPT-OSS-120B, is planned as a bf16 copy,",
         "and without its layers for multi-token prediction.",
-        "[Where each configuration comes from](../tests/offline/plan/configs/README.md).",
+        "`tests/offline/plan/configs/README.md` says where each configuration comes from.",
     ]
     return "\n".join(lines) + "\n"
 
