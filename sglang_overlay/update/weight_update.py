@@ -243,7 +243,7 @@ class WeightUpdate:
             cache_scales.restore(model)
         self._wrappers = dict(wrapped_layers(model, self._layers.values()))
         derived = TensorAttributes(model)
-        served, without_memory = self._served(model), _without_memory(model)
+        served, without_memory = self._served(model)
         token = _current.set(self)
         self._thread.inside = True
         self._calls.misfits.clear()
@@ -274,7 +274,7 @@ class WeightUpdate:
                 "upstream made these tensors anew in another form, so they keep their old memory and values: "
                 f"{shortened(changed)}. Load the new weights by starting the server with them"
             )
-        leaks = sorted(_without_memory(model) - without_memory)
+        leaks = [name for name, tensor in tensors_of(model) if tensor.is_meta and name not in without_memory]
         if leaks:
             raise WeightUpdateError(
                 "computed from a weight that is quantized while it is read, these tensors hold no data: "
@@ -527,14 +527,20 @@ class WeightUpdate:
         )
         return stream, ready
 
-    def _served(self, model: torch.nn.Module) -> ServedMemory:
-        """All memory of the model as it is served. To be called while no placeholders are shown."""
+    def _served(self, model: torch.nn.Module) -> tuple[ServedMemory, set[str]]:
+        """All memory of the model as it is served, and names of tensors that the model itself leaves without any.
+
+        To be called while no placeholders are shown.
+        """
         quantized: dict[int, str] = dict(self._quantized)
         others: dict[int, str] = {}
+        without_memory = set()
         for name, tensor in tensors_of(model):
-            if not tensor.is_meta:
+            if tensor.is_meta:
+                without_memory.add(name)
+            else:
                 (quantized if tensor.dtype in QUANTIZED else others).setdefault(storage_key(tensor), name)
-        return ServedMemory(quantized, others, self._undo)
+        return ServedMemory(quantized, others, self._undo), without_memory
 
     @contextmanager
     def _offered(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
@@ -714,10 +720,6 @@ def _refuse_cast(name: str, served: torch.dtype, sent: torch.dtype) -> None:
 
 def _suffix(name: str) -> str:
     return name.rpartition(".")[2].rpartition("weight")[2]
-
-
-def _without_memory(model: torch.nn.Module) -> set[str]:
-    return {name for name, tensor in tensors_of(model) if tensor.is_meta}
 
 
 def _put_back(bindings: Bindings | None) -> None:
