@@ -458,7 +458,7 @@ CLIENTS: dict[str, Callable[[argparse.Namespace], Callable[[Path], None]]] = {
 }
 
 
-def _shared_by_name() -> None:
+def _share_tensors_by_name() -> None:
     """Serialize tensors for processes that are no relatives."""
     import torch.multiprocessing
     from torch.multiprocessing import reductions
@@ -477,7 +477,7 @@ def main() -> None:
     # Answers go where nothing else is printed.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _shared_by_name()
+    _share_tensors_by_name()
     steps: dict[str, Callable[[Path], None]] = {}
     for line in sys.stdin:
         client, checkpoint = line.split()

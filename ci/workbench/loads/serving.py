@@ -61,7 +61,7 @@ class Launch:
 
 
 def sglang_command(python: str, model: str, port: int, arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """The command a user types to serve `model`, with the port filled in.
+    """The command that serves `model`: what a user types, on this port and with `--sleep-on-idle`.
 
     An idle server sleeps: SGLang's scheduler asks for requests in a loop, which takes a core from what runs beside it.
     """
