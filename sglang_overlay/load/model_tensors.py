@@ -15,6 +15,9 @@ MOST_NESTED = 3
 """Lists and dicts within each other in which tensors are looked for."""
 
 
+_HOLDING = (torch.Tensor, list, tuple, dict)
+
+
 def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter, buffer and tensor in an attribute (MLA's ``w_kc``) of a model, with its name."""
     for prefix, module in model.named_modules():
@@ -60,10 +63,14 @@ def _tensors_in(value: Any, name: str, depth: int) -> Iterator[tuple[str, torch.
             yield from _tensors_in(item, f"{name}[{key!r}]", depth - 1)
 
 
-def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    attributes = {name: value for name, value in vars(module).items() if name not in TORCH_ATTRIBUTES}
-    for values in (module._parameters, module._buffers, attributes):
-        yield from values.items()
+def _held(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """What may hold tensors of what a module itself holds. A model has some hundred attributes that cannot for one."""
+    return [
+        (name, value)
+        for values in (module._parameters, module._buffers, vars(module))
+        for name, value in values.items()
+        if isinstance(value, _HOLDING) and (values is not vars(module) or name not in TORCH_ATTRIBUTES)
+    ]
 
 
 def _holds_tensors(value: Any) -> bool:
