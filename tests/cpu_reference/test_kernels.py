@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 
@@ -85,3 +88,25 @@ def test_torch_converts_where_nothing_can_be_compiled(monkeypatch):
         assert kernels.source(torch.ones(8, dtype=torch.bfloat16)) is None
     finally:
         kernels._compiled_once.cache_clear()
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(0, 1024)])
+def test_fresh_memory_gets_its_pages_at_once_and_nothing_beside_it(columns):
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 16 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    out = torch.frombuffer(memory, dtype=torch.float8_e4m3fn).view(-1, page // 2)[6:13, columns]
+    kernels.populate(kernels.target(out))
+    resident = (ctypes.c_ubyte * 16)()
+    start = ctypes.c_void_p(out.data_ptr() - 3 * page)
+    assert ctypes.CDLL(None).mincore(start, ctypes.c_size_t(16 * page), resident) == 0
+    assert list(resident) == [0] * 3 + [1] * 4 + [0] * 9
+
+
+def test_memory_that_cannot_get_its_pages_at_once_is_filled_all_the_same(monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels, "_madvise", lambda *arguments: asked.append(arguments) or -1)
+    values = FINITE[FINITE.abs() <= 448].contiguous()
+    out = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
+    quantize(values, 1.0, out)
+    assert asked
+    assert torch.equal(out.view(torch.uint8), values.to(torch.float8_e4m3fn).view(torch.uint8))
