@@ -82,8 +82,8 @@ def quantize(
         ``tensors`` in the same order, with each quantized weight replaced, and followed by its scales.
 
     Raises:
-        QuantizeError: a part of what is served with one scale is missing, ranks cannot share it, or nothing tells how
-            the scheme stores a weight.
+        QuantizeError: a part of what is served with one scale is missing, ranks cannot share it, the scheme does not
+            fit its size, or nothing tells how the scheme stores a weight.
         SchemeError: there is no such scheme, or not for this kind of layer.
     """
     choice = SchemeChoice(MXFP8, MXFP8) if scheme == MXFP8 else parse(scheme, "scheme")
@@ -93,7 +93,10 @@ def quantize(
     for layer in _layers(tensors):
         name = _scheme_of(layer, choice)
         if name != NONE:
-            made.update(_quantized(layer, _form(name, layer.kind), tp_size, kv_heads, dtype))
+            try:
+                made.update(_quantized(layer, _form(name, layer.kind), tp_size, kv_heads, dtype))
+            except ValueError as error:
+                raise QuantizeError(f"{layer.names[0]} as {name!r}: {error}") from error
     return {key: value for name in tensors for key, value in made.get(name, {name: tensors[name]}).items()}
 
 
@@ -253,6 +256,8 @@ def _rows(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _groups(shape: Sequence[int]) -> tuple[int, ...]:
+    if shape[1] % mxfp8.GROUP:
+        raise ValueError(f"{shape[1]} columns are not a multiple of {mxfp8.GROUP}")
     return (shape[0], shape[1] // mxfp8.GROUP)
 
 

@@ -170,6 +170,7 @@ def test_values_times_scales_are_the_weights_rounded():
         ),
         ({"qkv_proj": (64, 32)}, {"tp_size": 2, "kv_heads": 4}, "qkv_proj.weight is one tensor, of whose parts"),
         ({"o_proj": (64, 32)}, {"tp_size": 3}, r"o_proj.weight \[64, 32\] does not divide over 3 ranks"),
+        ({"o_proj": (64, 40)}, {"scheme": "mxfp8"}, "o_proj as 'mxfp8': 40 columns are not a multiple of 32"),
     ],
 )
 def test_what_the_tensors_do_not_tell_is_an_error_that_names_them(tensors, arguments, said):

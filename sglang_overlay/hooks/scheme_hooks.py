@@ -16,7 +16,7 @@ from sglang_overlay.hooks import fp8_methods
 from sglang_overlay.load import eligibility
 from sglang_overlay.load.model_load import current
 from sglang_overlay.schemes import registry
-from sglang_overlay.schemes.choice import NONE, STOCK
+from sglang_overlay.schemes.choice import NONE, STOCK, SchemeChoice
 from sglang_overlay.schemes.layer_plan import LayerPlan
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.settings import SCHEME_VARIABLE
@@ -54,7 +54,7 @@ def get_quant_method(original: Callable[..., Any], config: Any, layer: torch.nn.
     if reason is not None:
         raise SchemeError(f"{prefix} cannot have the quantization scheme {name!r}: {reason}")
     method = scheme.method(kind, layer, prefix)
-    return _streamed(method, scheme.plan(kind, method), prefix, name)
+    return _streamed(method, kind, scheme.plan(kind, method), prefix, name)
 
 
 def _kind(config: Any, layer: torch.nn.Module, prefix: str) -> LayerKind | None:
@@ -82,7 +82,7 @@ def _unquantized(original: Callable[..., Any], layer: torch.nn.Module, names: Se
     return original(Fp8Config(ignored_layers=list(names)), layer, names[0])
 
 
-def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
+def _streamed(method: Any, kind: LayerKind, plan: LayerPlan, prefix: str, name: str) -> Any:
     """Make ``method``, which belongs to one layer and the scheme ``name``, load that layer by ``plan``."""
     what = f"{prefix} as {name!r}"
     create, process = method.create_weights, method.process_weights_after_loading
@@ -97,12 +97,9 @@ def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
         try:
             load.create_weights(functools.partial(create, layer, *args, **kwargs), layer, call["params_dtype"], plan)
         except ValueError as error:
-            last = prefix.rpartition(".")[2]
-            choice = load.schemes.choice.with_override(last, OTHERS.get(name, CHANNEL))
-            raise SchemeError(
-                f"{what}: {error} {_smaller_degrees(method, layer, call)}Give layers of this kind another scheme, "
-                f'{SCHEME_VARIABLE}=\'{choice}\', or leave them in bf16 with "ignore": ["{last}"].'
-            ) from error
+            smaller = _smaller_degrees(method, layer, call)
+            instead = what_else(load.schemes.choice, name, kind, prefix.rpartition(".")[2])
+            raise SchemeError(f"{what}: {error} {smaller}{instead}") from error
 
     @functools.wraps(process)
     def process_weights_after_loading(layer: torch.nn.Module) -> None:
@@ -111,6 +108,15 @@ def _streamed(method: Any, plan: LayerPlan, prefix: str, name: str) -> Any:
     method.create_weights = create_weights
     method.process_weights_after_loading = process_weights_after_loading
     return method
+
+
+def what_else(choice: SchemeChoice, name: str, kind: LayerKind, layer: str) -> str:
+    """A message: what to choose for layers of this kind and last name, whose sizes the scheme ``name`` does not fit."""
+    bf16, other = f'bf16 with "ignore": ["{layer}"].', OTHERS.get(name, CHANNEL)
+    if registry.find(other).why_not(kind) is not None:
+        return f"Leave layers of this kind in {bf16}"
+    new = choice.with_override(layer, other)
+    return f"Give layers of this kind another scheme, {SCHEME_VARIABLE}='{new}', or leave them in {bf16}"
 
 
 def _smaller_degrees(method: Any, layer: torch.nn.Module, call: Mapping[str, Any]) -> str:

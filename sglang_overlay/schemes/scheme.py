@@ -45,7 +45,7 @@ class Scheme(Protocol):
         Returns:
             A new object for this layer, since the load modifies it. Its ``create_weights`` has a parameter
             ``params_dtype``. SGLang's linear layers choose their weight loader by the name of the method's class
-            (``WEIGHT_LOADER_V2_SUPPORTED``), so a subclass of ``Fp8LinearMethod`` needs that name.
+            (``WEIGHT_LOADER_V2_SUPPORTED``), so a subclass of ``Fp8LinearMethod`` has to be called so as well.
         """
 
     def plan(self, kind: LayerKind, method: Any) -> LayerPlan:

@@ -42,8 +42,8 @@ class SerializedPlan(LayerPlan):
     def grid(self, layer: torch.nn.Module, name: str, weight: torch.Tensor) -> UnitGrid:
         """How a parameter divides into units. On a device they should be large, since each operation is a launch.
 
-        A unit holds all values of each of its scales; the scale parameter has as many elements for each unit. It should
-        hold no rows of two parts of a fused layer: such a unit waits for both, and an update has to bring both.
+        A unit holds all values of each of its scales, and every unit has equally many scales. It should hold no rows of
+        two parts of a fused layer: such a unit waits for both, and an update has to bring both.
 
         Args:
             layer: after upstream's ``create_weights``: ``logical_widths`` and the like can be read.

@@ -20,7 +20,7 @@ class StoredFormat:
         config: ``quantization_config`` of config.json, without the list of modules that are not quantized.
         ignored: the config's key for that list.
         scale: suffix that turns the matrix's name into that of its scales, for example ``_scale_inv``.
-        scale_shape: maps a matrix's shape to that of its scales.
+        scale_shape: maps a matrix's shape to that of its scales; raises ``ValueError`` for a size not supported.
         quantizer: turns rows into values and scales, on the CPU.
         rows: number of rows that share scales. A matrix is quantized in runs of a multiple of it, from its first row.
         same_as: which online loads have the same weights as the checkpoint.

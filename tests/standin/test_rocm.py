@@ -147,20 +147,24 @@ def test_unshuffle_undoes_what_aiter_does():
 
 
 REFUSED = """
+from sglang_overlay.hooks import scheme_hooks
 from sglang_overlay.schemes import granularity, int8
+from sglang_overlay.schemes.choice import SchemeChoice
 from sglang_overlay.schemes.scheme import LayerKind
 from sglang_overlay.load import eligibility
 print(granularity.CHANNEL.why_not(LayerKind.LINEAR))
 print(granularity.TENSOR.why_not(LayerKind.LINEAR))
 print(int8.INT8.why_not(LayerKind.EXPERTS))
 print(eligibility.why_not_platform())
+print(scheme_hooks.what_else(SchemeChoice("block"), "block", LayerKind.LINEAR, "qkv_proj"))
 """
 
 
 def test_what_is_not_covered_is_named():
     variables = {**os.environ, **environ("mi300x-aiter"), "SGLANG_INT4_WEIGHT": "1"}
     done = subprocess.run([sys.executable, "-c", REFUSED], env=variables, capture_output=True, text=True, check=True)
-    channel, tensor, experts, platform = done.stdout.splitlines()[-4:]
+    channel, tensor, experts, platform, advice = done.stdout.splitlines()[-5:]
     assert "SGLANG_USE_AITER_FP8_PER_TOKEN=1" in channel
     assert (tensor, experts) == ("None", "it has not been run on ROCm")
     assert platform == "SGLANG_INT4_WEIGHT has experts in int4"
+    assert advice == 'Leave layers of this kind in bf16 with "ignore": ["qkv_proj"].'

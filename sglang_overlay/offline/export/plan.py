@@ -109,7 +109,10 @@ def _item(tensor: SourceTensor, regions: Sequence[Destination], form: StoredForm
     dtype = _dtype_loaded(tensor, regions)
     for region in regions:
         _check_region(tensor, region, form)
-    scales = Entry(tensor.name + form.scale, form.scale_shape(tensor.shape), torch.float32)
+    try:
+        scales = Entry(tensor.name + form.scale, form.scale_shape(tensor.shape), torch.float32)
+    except ValueError as error:
+        raise ExportError(f"{tensor.name} cannot have scales: {error}") from error
     return Item(tensor, (Entry(tensor.name, tensor.shape, form.dtype), scales), dtype)
 
 

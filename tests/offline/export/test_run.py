@@ -12,6 +12,7 @@ from sglang_overlay.errors import ExportError
 from sglang_overlay.offline import tracing
 from sglang_overlay.offline.export.run import export
 from sglang_overlay.offline.tracing import Destination, Trace
+from sglang_overlay.schemes import block
 from sglang_overlay.schemes.choice import parse
 
 BLOCK = parse("block", "--scheme")
@@ -86,6 +87,15 @@ def test_tensor_that_is_loaded_in_two_dtypes_is_refused(checkpoint_of, tmp_path)
     source = checkpoint_of({"m.weight": matrix()}, [torch.bfloat16, torch.float16])
     with pytest.raises(ExportError, match=r"m\.weight goes into .* of dtype torch\.bfloat16 and .* of dtype"):
         export(source, tmp_path / "out", BLOCK)
+
+
+def test_size_that_the_scheme_does_not_store_is_refused_by_name(checkpoint_of, tmp_path, monkeypatch):
+    def refuse(shape):
+        raise ValueError(f"{shape[1]} columns are too few")
+
+    monkeypatch.setattr(block, "_blocks", refuse)
+    with pytest.raises(ExportError, match=r"m\.weight cannot have scales: 128 columns are too few"):
+        export(checkpoint_of({"m.weight": matrix()}), tmp_path / "out", BLOCK)
 
 
 def test_what_another_export_has_written_meanwhile_is_not_written_again(checkpoint_of, tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scheme of another package, that docs/schemes.md points to: 128 x 128 blocks whose scales are powers of two."""
+"""A scheme of another package, that docs/adding.md points to: 128 x 128 blocks whose scales are powers of two."""
 
 from __future__ import annotations
 
