@@ -27,9 +27,6 @@ class Executor:
     quantizes_late = False
     uploads = False
 
-    def prepare(self) -> None:
-        """Called before each layer is created."""
-
     def quantizer(self, quantizer: UnitQuantizer) -> UnitQuantizer:
         """The quantizer to use in place of a layer plan's ``quantizer``."""
         return quantizer

@@ -12,7 +12,6 @@ import torch
 from sglang_overlay.core.executor import Executor
 from sglang_overlay.core.quantizers import RowKernelQuantizer, UnitQuantizer, WholeUnitQuantizer
 from sglang_overlay.core.whole_rows import WholeRowsQuantizer
-from sglang_overlay.cpu_reference import kernels
 from sglang_overlay.cpu_reference.mxfp8 import mxfp8_group_quantize
 from sglang_overlay.cpu_reference.per_tensor import KernelArithmetic, PerTensorQuantizer, RatioArithmetic
 from sglang_overlay.cpu_reference.workers import Workers, one_thread_each, threads_beside_loader
@@ -31,9 +30,6 @@ class CpuExecutor(Executor):
 
     def __init__(self) -> None:
         self._workers: Workers | None = None
-
-    def prepare(self) -> None:
-        kernels.prepare()
 
     def quantizer(self, quantizer: UnitQuantizer) -> UnitQuantizer:
         return on_cpu(quantizer)

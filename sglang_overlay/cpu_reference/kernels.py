@@ -8,10 +8,8 @@ two whose last place is theirs). Where they cannot be compiled, torch does the w
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
-import mmap
 import struct
 import threading
 from collections.abc import Iterator
@@ -31,13 +29,6 @@ _INFINITY = 0x7F80
 _BFLOAT_BYTES = 2
 
 
-_POPULATE_WRITE = 23
-"""``MADV_POPULATE_WRITE`` of Linux 5.14 and later."""
-
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-
-
 class Matrix(NamedTuple):
     """Where a tensor lies that the loops can take. Valid as long as the tensor lives.
 
@@ -53,10 +44,9 @@ class Matrix(NamedTuple):
     stride: int
 
 
-@cache
 def prepare() -> None:
-    """Compile the loops beside what the caller does, once a process: some 50 ms. Who needs them before that waits."""
-    threading.Thread(target=_loops, name="streamfp8-loops", daemon=True).start()
+    """Compile the loops, once a process: 0.1 s, most of it for the import of llvmlite. Otherwise the first use does."""
+    _loops()
 
 
 def source(values: torch.Tensor) -> Matrix | None:
@@ -101,19 +91,9 @@ def quantize(values: Matrix, multiplier: float, out: Matrix) -> None:
         out: a ``target`` of as many rows and columns.
     """
     convert = _compiled().convert
-    populate(out)
     for lanes, start, count in _steps(values.columns, CONVERTED):
         read, write = values.address + _BFLOAT_BYTES * start, out.address + start
         convert[lanes](read, values.stride, write, out.stride, values.rows, count, multiplier)
-
-
-def populate(out: Matrix) -> None:
-    """Give fp8 memory its pages at once: a page fault for each takes nearly twice as long, and half of a load.
-
-    A kernel that cannot do it refuses, and the pages come one by one.
-    """
-    begin = out.address // mmap.PAGESIZE * mmap.PAGESIZE
-    _madvise(begin, out.address + (out.rows - 1) * out.stride + out.columns - begin, _POPULATE_WRITE)
 
 
 _compiling = threading.Lock()

@@ -13,7 +13,7 @@ import torch
 from sglang.srt.platforms import interface
 from sglang.srt.platforms.device_mixin import DeviceCapability, PlatformEnum
 
-from sglang_overlay.cpu_reference import kv_pools
+from sglang_overlay.cpu_reference import kernels, kv_pools
 
 #: Tokens the KV pool holds unless ``--max-total-tokens`` says otherwise. SGLang sizes the pool to fill the device; here
 #: the device is the host's memory, which the pool would not only reserve but touch.
@@ -102,9 +102,10 @@ class CpuReferencePlatform(interface.SRTPlatform):  # type: ignore[misc]
         self._bind_cores(server_args.tp_size * (server_args.pp_size * server_args.dp_size if all_ranks_bound() else 1))
 
     def init_backend(self) -> None:
-        """Give this rank its share of the cores; SGLang calls it once in each worker."""
+        """Give this rank its share of the cores, and compile; SGLang calls it once in each worker."""
         ranks = os.environ.get(CORES_PER_RANK, "all").count("|") + 1
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        kernels.prepare()
 
     def _bind_cores(self, ranks: int) -> None:
         # The value set for an earlier engine of this process is not the user's choice: ranks may differ.

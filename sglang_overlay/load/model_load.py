@@ -166,7 +166,6 @@ class ModelLoad:
             with OneElementAllocation(dtype):
                 create()
             return
-        self.executor.prepare()
         try:
             made = plan.create(create, layer, dtype)
         except UnexpectedParametersError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,11 @@ EVERY_VALUE = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).v
 
 def quantize(values, multiplier, out):
     kernels.quantize(kernels.source(values), multiplier, kernels.target(out))
+
+
+def populate(out):
+    matrix = kernels.target(out)
+    kernels._compiled().populate(matrix.address, matrix.stride, matrix.rows, matrix.columns)
 
 
 def largest(values):
@@ -95,18 +102,28 @@ def test_fresh_memory_gets_its_pages_at_once_and_nothing_beside_it(columns):
     page = mmap.PAGESIZE
     memory = mmap.mmap(-1, 16 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     out = torch.frombuffer(memory, dtype=torch.float8_e4m3fn).view(-1, page // 2)[6:13, columns]
-    kernels.populate(kernels.target(out))
+    populate(out)
     resident = (ctypes.c_ubyte * 16)()
     start = ctypes.c_void_p(out.data_ptr() - 3 * page)
     assert ctypes.CDLL(None).mincore(start, ctypes.c_size_t(16 * page), resident) == 0
     assert list(resident) == [0] * 3 + [1] * 4 + [0] * 9
 
 
-def test_memory_that_cannot_get_its_pages_at_once_is_filled_all_the_same(monkeypatch):
-    asked = []
-    monkeypatch.setattr(kernels, "_madvise", lambda *arguments: asked.append(arguments) or -1)
+def test_memory_that_cannot_get_its_pages_at_once_is_filled_all_the_same(tmp_path):
     values = FINITE[FINITE.abs() <= 448].contiguous()
-    out = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
-    quantize(values, 1.0, out)
-    assert asked
-    assert torch.equal(out.view(torch.uint8), values.to(torch.float8_e4m3fn).view(torch.uint8))
+    file = tmp_path / "out"
+    file.write_bytes(bytes(len(values)))
+    # The kernel refuses to give pages beyond the end of a file.
+    with file.open("r+b") as opened:
+        memory = mmap.mmap(opened.fileno(), 0)
+    whole = torch.frombuffer(memory, dtype=torch.float8_e4m3fn)
+    assert kernels._compiled().populate(whole.data_ptr(), 1, 1, 1 << 40) is None
+    quantize(values, 1.0, whole)
+    assert torch.equal(whole.view(torch.uint8), values.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+def test_loops_are_compiled_when_sglang_makes_the_platform_ready(tmp_path):
+    code = "import sglang.srt.model_executor.model_runner; from sglang_overlay.cpu_reference import kernels\n"
+    code += "print(kernels._compiled_once.cache_info().currsize)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split()[-1] == "1"

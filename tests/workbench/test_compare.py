@@ -17,3 +17,10 @@ def test_what_differs_is_named(checkpoint):
     assert told.exit_code == 1, told.output
     assert "rank 0: model.layers.0.self_attn.qkv_proj.weight_scale: shape" in told.output
     assert told.output.splitlines()[-1].endswith(" differences")
+
+
+def test_only_so_many_differences_are_named_as_wanted(checkpoint):
+    told = CliRunner().invoke(main, ["--scheme", "channel", "--most", "1", str(checkpoint("qwen3"))])
+    first, rest, number = told.output.splitlines()
+    assert first.startswith("rank 0: ")
+    assert rest == f"and {int(number.split()[0]) - 1} more"

@@ -47,9 +47,6 @@ def main(
             for mode in ("0", "require")
         )
     found = compare(stock, streaming)
-    # What the load warned of first: it may say why.
-    for line in dict.fromkeys(line for rank in streaming.ranks for line in rank.log if line.startswith("WARNING")):
-        click.echo(line)
     for line in found[:most]:
         click.echo(line)
     if len(found) > most:
