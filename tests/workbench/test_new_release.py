@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench.releases import new_release
+from workbench.releases import bodies, environment, make_patches, new_release
 from workbench.releases.environment import CLONE, RELEASES
 
 from sglang_overlay.hooks.hook import Hook, HookKind, Place
@@ -103,6 +103,26 @@ def test_lock_is_put_on_that_of_a_release_with_the_same_torch_and_transformers()
     other = new_release.lock_input({**known[-1], "release": "9.9", "torch": "9.9"}, known)
     assert "# on" not in other
     assert other.endswith("\nsglang==9.9\n\n-r project.in\n")
+
+
+def test_release_gets_its_series_before_anything_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, ...]] = []
+    monkeypatch.setattr(new_release, "enter", lambda *_: None)
+    monkeypatch.setattr(new_release, "check", lambda _: [])
+    monkeypatch.setattr(new_release, "_run", lambda *command, check: done.append(command) or True)
+    assert new_release.take_on("9.9", Path()) == []
+    first, *others = (script for script, *_ in done)
+    assert first == "ci/make_patches"
+    assert "ci/bodies" in others
+
+
+def test_functions_of_a_release_without_a_series_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = make_patches.stored
+    monkeypatch.setattr(environment, "supported", lambda: ["0.5.22", "0.5.23"])
+    monkeypatch.setattr(make_patches, "stored", lambda release: {} if release == "0.5.23" else stored(release))
+    found = json.loads(bodies.made())["functions"]
+    names = {name for fingerprints in found.values() for known in fingerprints.values() for name in known}
+    assert names == {"0.5.22", "0.5.22 with the series", "0.5.23"}
 
 
 def test_previous_release_is_the_newest_before() -> None:

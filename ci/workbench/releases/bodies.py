@@ -1,5 +1,5 @@
 """Writes `sglang_overlay/hooks/bodies.json`: fingerprints of each hooked function in each supported release, with the
-patch series and without.
+patch series, if there is one, and without.
 
 Each release's own package is fetched once. With --check nothing is written; the exit code is 1 if the file is stale.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sglang_overlay import patches
 from sglang_overlay.hooks import bodies
-from workbench.releases import environment, new_release, patched
+from workbench.releases import environment, make_patches, new_release, patched
 
 _CHANGED = re.compile(r"^--- a/python/(\S+)$", re.MULTILINE)
 FILE = environment.CLONE / "sglang_overlay" / "hooks" / bodies.DATA
@@ -26,7 +26,11 @@ def made() -> str:
     """The file's text."""
     roots = {release: new_release.fetch(release) for release in environment.supported()}
     with tempfile.TemporaryDirectory() as scratch:
-        trees = {release: _patched(release, root, Path(scratch) / release) for release, root in roots.items()}
+        trees = {
+            release: _patched(release, root, Path(scratch) / release)
+            for release, root in roots.items()
+            if make_patches.stored(release)
+        }
         return json.dumps(bodies.described(roots, trees), indent=1) + "\n"
 
 

@@ -3,9 +3,9 @@
 1. Fetches its package, and that of the newest supported release before it.
 2. Compares every function that is hooked: where it is, what it takes, what it does.
 3. Enters it into releases.json and the table in docs/releases.md, with its date, what its package says of Python, torch
-   and transformers, and what it lacks, and what its hooked functions do into bodies.json (`ci/bodies`).
+   and transformers, and what it lacks.
 4. Resolves its lock (`ci/lock`), put on that of a release with the same torch and transformers if there is one.
-5. Makes its patch series (`ci/make_patches`).
+5. Makes its patch series (`ci/make_patches`), and notes what its hooked functions do (`ci/bodies`).
 6. Makes its environment, and has `python -m sglang_overlay check` look at the release itself.
 7. Runs the tests that have to pass with each release, as overlay and on the patched release.
 8. Measures its peaks (`ci/peaks`), and if it is the newest makes its baselines (`ci/baseline`), half an hour for the
@@ -171,7 +171,7 @@ def lock_input(entry: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) ->
 
 
 def enter(release: str, package: Path) -> None:
-    """Write the release into releases.json, bodies.json and its page, and its lock."""
+    """Write the release into releases.json and its page, and its lock."""
     file = environment.CLONE / environment.RELEASES
     entry = entry_of(package, release, published(release))
     text = with_entry(file.read_text(encoding="utf-8"), entry)
@@ -181,7 +181,6 @@ def enter(release: str, package: Path) -> None:
     wanted = environment.CLONE / "ci" / "locks" / f"{release}.in"
     if not wanted.exists():
         wanted.write_text(lock_input(entry, entries), encoding="utf-8")
-    _run("ci/bodies")
     _run("ci/lock", release)
 
 
@@ -230,6 +229,8 @@ def take_on(release: str, package: Path) -> list[str]:
     enter(release, package)
     steps = [
         ("no patch series", "ci/make_patches", "--release", release),
+        # Of functions with the series, too, where there is one.
+        ("no fingerprints", "ci/bodies"),
         ("tests fail", "ci/test", "--release", release, "--tests-only", "--", *TESTS),
         ("tests fail", "ci/test", "--release", release, "--patched"),
         ("no peaks", "ci/peaks", "--release", release),
