@@ -348,7 +348,7 @@ def _refuse_options_that_fits_ignores(context: click.Context) -> None:
     multiple=True,
     type=click.Choice(MODES),
     help="Only this way of loading; repeatable. stock: quantized after loading; layers: each when it is complete; "
-    "streaming: this package.",
+    "complete_layers: the same, on the device only then; streaming: this package.",
 )
 @click.option(
     "--device",

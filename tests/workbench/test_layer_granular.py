@@ -9,6 +9,7 @@ from workbench.loads.loads import compare
 
 from sglang_overlay.load import model_load
 from sglang_overlay.observe.report import read_folder
+from sglang_overlay.offline.plan.job import WHOLE_LAYERS
 from sglang_overlay.offline.plan.layers import whole_layers
 
 LAYOUTS = {
@@ -29,16 +30,19 @@ def staging_of(workers, path, folder, **fields):
 def test_gathering_layers_gives_stocks_model(workers, checkpoint, tmp_path, family, layout):
     path = checkpoint(family, **LAYOUTS[layout])
     stock = workers.load(LoadJob(path, streaming="0"))
-    layers, held = staging_of(workers, path, tmp_path, streaming="require", staging="layers")
-    assert compare(stock, layers) == []
-    assert held > 0
+    for staging in WHOLE_LAYERS:
+        layers, held = staging_of(workers, path, tmp_path / staging, streaming="require", staging=staging)
+        assert compare(stock, layers) == [], staging
+        assert held > 0
 
 
 def test_ranks_gather_their_own_parts(workers, checkpoint, tmp_path):
     path = checkpoint("qwen3_moe", files=5)
     fields = {"tp_size": 2, "environ": {"SGLANG_SORT_WEIGHT_FILES": "1"}}
     stock = workers.load(LoadJob(path, streaming="0", **fields))
-    assert compare(stock, workers.load(LoadJob(path, streaming="require", staging="layers", **fields))) == []
+    for staging in WHOLE_LAYERS:
+        layers = workers.load(LoadJob(path, streaming="require", staging=staging, **fields))
+        assert compare(stock, layers) == [], staging
 
 
 def test_a_layers_bf16_bytes_are_held_where_units_hold_few(workers, checkpoint, tmp_path):

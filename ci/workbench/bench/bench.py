@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory and load time of a checkpoint, loaded in four ways in alternating runs.
+"""Peak memory and load time of a checkpoint, loaded in several ways in alternating runs.
 
 Every run is ``ModelRunner.load_model`` in real SGLang, in a process that has loaded a model before, so that no run
 includes imports and first-use costs. Times on a shared machine drift: quote the ratios, which compare neighbouring
@@ -43,7 +43,7 @@ class Contender:
     name: str
     quantization: str | None
     streaming: str
-    staging: Literal["units", "layers"] = "units"
+    staging: Literal["units", "layers", "complete_layers"] = "units"
     quantizing: Literal["units", "once", "none"] = "units"
     without: str | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -52,13 +52,14 @@ class Contender:
 
 BF16 = Contender("stock bf16", None, "0")
 STOCK = Contender("stock fp8", "fp8", "0")
-LAYERS = Contender("layer-granular", "fp8", "require", staging="layers")
+LAYERS = Contender("whole layers", "fp8", "require", staging="layers")
+COMPLETE_LAYERS = Contender("complete layers", "fp8", "require", staging="complete_layers")
 STREAMING = Contender("streaming", "fp8", "require")
 INTERCEPTING = Contender("not quantizing", "fp8", "require", quantizing="none")
 """Streaming that only captures and stages every write: the cost of interception."""
 ONE_PASS = Contender("one pass", "fp8", "require", quantizing="once")
 """Streaming that reads and writes each weight once, with a scale of 1: a lower bound for a load."""
-CONTENDERS = (BF16, STOCK, LAYERS, STREAMING)
+CONTENDERS = (BF16, STOCK, LAYERS, COMPLETE_LAYERS, STREAMING)
 ABLATED = tuple(Contender(f"without {part}", "fp8", "require", without=part) for part in ABLATIONS)
 """Streaming without one of the CPU reference's optimizations."""
 

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from sglang_overlay.observe.chart import GRID, INK
 from workbench.bench.bench import (
     BF16,
+    COMPLETE_LAYERS,
     GIGABYTE,
     INTERCEPTING,
     LAYERS,
@@ -33,6 +34,7 @@ _COLOURS = {
     BF16.name: "#777777",
     STOCK.name: "#D55E00",
     LAYERS.name: "#E69F00",
+    COMPLETE_LAYERS.name: "#F0E442",
     STREAMING.name: "#0072B2",
     INTERCEPTING.name: "#009E73",
     ONE_PASS.name: "#CC79A7",
@@ -42,6 +44,7 @@ _MARKERS = {
     BF16.name: "s",
     STOCK.name: "o",
     LAYERS.name: "^",
+    COMPLETE_LAYERS.name: "<",
     STREAMING.name: "D",
     INTERCEPTING.name: "v",
     ONE_PASS.name: "P",

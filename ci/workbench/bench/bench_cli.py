@@ -111,7 +111,7 @@ def main(
     png: Path | None,
     page: Path | None,
 ) -> None:
-    """Compare peak memory and load time of stock bf16, stock fp8, layer-granular streaming and streaming."""
+    """Compare peak memory and load time of stock bf16, stock fp8, streaming of layers in two ways, and streaming."""
     if everything:
         families, orders = BENCH_FAMILIES, ORDERS
     series, axis = _series(families, sizes, orders, tp, scaling=scaling, overhead=overhead)

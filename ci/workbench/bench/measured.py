@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sglang_overlay.observe.memory import DEFAULT_INTERVAL_MS
 from sglang_overlay.observe.report import LoadReport, read_folder
-from sglang_overlay.offline.plan.job import MODES, Job, Layout, Mode
+from sglang_overlay.offline.plan.job import MODES, WHOLE_LAYERS, Job, Layout, Mode
 from sglang_overlay.settings import REPORT_VARIABLE
 from workbench.loads.checkpoints import CheckpointSpec, build
 from workbench.loads.job import LoadJob
@@ -43,7 +43,7 @@ class MeasuredModel:
 
         DeepSeek's loader distributes experts over threads, so the number of whole layers in progress depends on timing.
         """
-        return tuple(mode for mode in MODES if mode != "layers" or not self.spec.family.startswith("deepseek"))
+        return tuple(mode for mode in MODES if mode not in WHOLE_LAYERS or not self.spec.family.startswith("deepseek"))
 
     def planned(self, mode: Mode, folder: Path) -> Job:
         """The same load as a planning job; checkpoints are kept in ``folder``."""
@@ -54,7 +54,7 @@ class MeasuredModel:
         return LoadJob(
             build(self.spec, folder),
             streaming="0" if mode == "stock" else "require",
-            staging="layers" if mode == "layers" else "units",
+            staging=mode if mode in WHOLE_LAYERS else "units",
             peak_seconds=3 * DEFAULT_INTERVAL_MS / 1000,
             tp_size=self.tp,
         )

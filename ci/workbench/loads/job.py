@@ -44,7 +44,7 @@ class LoadJob:
         recorded_inputs: file for what the prompts give each linear and expert layer (``layer_inputs.py``).
         uninitialized: fills memory that nobody writes (parameters which the checkpoint lacks) with this value, so that
             two loads agree on it; None does not.
-        staging: what streaming collects until it is complete; ``layers`` is ``sglang_overlay.offline.plan.layers``.
+        staging: what streaming collects until it is complete; layers are ``sglang_overlay.offline.plan.layers``.
         peak_seconds: how long a whole layer is kept after it is quantized, so that samples do not miss the peak.
         quantizing: ``once`` leaves out the pass that finds the scale, ``none`` captures every write but quantizes
             nothing (``interception.py``).
@@ -77,7 +77,7 @@ class LoadJob:
     new_tokens: int = 8
     recorded_inputs: Path | None = None
     uninitialized: float | None = None
-    staging: Literal["units", "layers"] = "units"
+    staging: Literal["units", "layers", "complete_layers"] = "units"
     peak_seconds: float = 0.0
     quantizing: Literal["units", "once", "none"] = "units"
     without: str | None = None

@@ -259,8 +259,8 @@ def run_job(job: LoadJob, rank: int, port: int) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             if job.uninitialized is not None:
                 stack.enter_context(Filling(job.uninitialized))
-            if job.staging == "layers":
-                stack.enter_context(whole_layers(job.peak_seconds))
+            if job.staging != "units":
+                stack.enter_context(whole_layers(job.peak_seconds, when_complete=job.staging == "complete_layers"))
             if job.quantizing == "none":
                 stack.enter_context(nothing_quantized())
             if job.quantizing == "once":

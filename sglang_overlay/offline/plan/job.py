@@ -11,12 +11,16 @@ from sglang_overlay.offline.plan.gpus import GPU
 from sglang_overlay.offline.plan.host import HostMemory
 from sglang_overlay.schemes.choice import SchemeChoice
 
-Mode = Literal["stock", "layers", "streaming"]
+Mode = Literal["stock", "layers", "complete_layers", "streaming"]
 """When weights are quantized: after everything is loaded (``stock``); one layer at a time, as soon as all of it has
-been read (``layers``: vLLM's layerwise loading, SGLang's PR #17945); one unit at a time (``streaming``, this
-package)."""
+been read, held on the device from its first tensor on (``layers``: vLLM #31914, SGLang #17945) or only then
+(``complete_layers``: vLLM 0.33, which keeps the arguments of its weight loaders until then); one unit at a time
+(``streaming``, this package)."""
 
-MODES: tuple[Mode, ...] = ("stock", "layers", "streaming")
+MODES: tuple[Mode, ...] = ("stock", "layers", "complete_layers", "streaming")
+
+WHOLE_LAYERS: tuple[Mode, ...] = ("layers", "complete_layers")
+"""The modes that hold layers, for comparison."""
 
 Order = Literal["sorted", "staggered", "shuffled"]
 """Order of checkpoint files; see ``Checkpoint.read_by``."""
@@ -139,7 +143,7 @@ class PlannedLoad:
         peak: peak memory.
         final: memory of the loaded model's tensors.
         staging_peak: peak high-precision memory for incomplete units, or layers.
-        units: quantization units; layers in mode ``layers``.
+        units: quantization units; layers in the modes of whole layers.
         direct_units: how many of these came whole from one checkpoint tensor.
         streamed, deferred, fallback: numbers of layers by how they are loaded (see the load report).
         why_none: the reason if the whole model is loaded as in stock.

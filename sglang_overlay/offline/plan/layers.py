@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer-granular streaming, for comparison: collect a whole layer in high precision, quantize it, release it.
 
-vLLM #31914 and SGLang #17945 work like this. Here it is a mode of this package's own streaming, so that comparisons
-show only the granularity: capture, kernels, threads and reports are the same. For plans and benchmarks (``ci/bench``)
-only, never for serving.
+vLLM #31914 and SGLang #17945 write to a layer's memory from its first tensor on. vLLM 0.33 keeps the arguments of its
+weight loaders (``model_loader/reload/layerwise.py``), and makes the layer when it has all. Here both are modes of this
+package's own streaming, so that comparisons show only the granularity: capture, kernels, threads and reports are the
+same. For plans and benchmarks (``ci/bench``) only, never for serving.
 
     with whole_layers(): load()
 
@@ -36,8 +37,9 @@ _PART_BYTES = 1 << 18
 class _Layer:
     """The parameters of one layer; ``lock`` guards collecting them. Complete when each is completely written."""
 
-    def __init__(self, peak_seconds: float) -> None:
+    def __init__(self, peak_seconds: float, *, when_complete: bool) -> None:
         self.peak_seconds = peak_seconds
+        self.when_complete = when_complete
         self.lock = threading.Lock()
         self.members: list[GatheredStream] = []
 
@@ -54,6 +56,7 @@ class GatheredStream(CheckpointStream):
         super().__init__(name, placeholder, *arguments, **options)
         self._placeholder = placeholder
         self._layer = layer
+        self._arguments: list[tuple[Placement, torch.Tensor]] = []
         self._gathered: torch.Tensor | None = None
         self._missing: list[Box] = [whole(self._shape)]
         self._is_passed_on = False
@@ -66,12 +69,19 @@ class GatheredStream(CheckpointStream):
             if self._is_passed_on:
                 super().write(destination, source)
                 return
-            self._gather(Placement(destination, self._shape), source)
+            placement = Placement(destination, self._shape)
+            self._arguments.append((placement, source))
+            self._missing = [part for box in self._missing for part in difference(box, placement.box)]
+            if not self._layer.when_complete:
+                self._gather()
             if not any(member._missing for member in self._layer.members):
+                for member in self._layer.members:
+                    member._gather()
                 for member in self._layer.members:
                     member._pass_on()
 
     def restore(self) -> torch.Tensor:
+        self._gather()
         if self._gathered is None:
             return super().restore()
         gathered = self._gathered
@@ -82,12 +92,15 @@ class GatheredStream(CheckpointStream):
         self._let_go()
         super().drop_staged()
 
-    def _gather(self, placement: Placement, source: torch.Tensor) -> None:
-        if self._gathered is None:
+    def _gather(self) -> None:
+        """Copy what was written into high-precision memory, made at the first call that finds something."""
+        if self._gathered is None and self._arguments:
             self._gathered = torch.empty(self._shape, dtype=self._dtype, device=self.storage.weight.device)
             self._account.add(self._gathered.nbytes)
-        self._gathered[slices(placement.box)].copy_(placement.lay_out(source))
-        self._missing = [part for box in self._missing for part in difference(box, placement.box)]
+        for placement, source in self._arguments:
+            assert self._gathered is not None
+            self._gathered[slices(placement.box)].copy_(placement.lay_out(source))
+        self._arguments.clear()
 
     def _pass_on(self) -> None:
         """Quantize everything, on a CPU on all threads like stock's operators, and wait: jobs read this memory."""
@@ -105,20 +118,26 @@ class GatheredStream(CheckpointStream):
         self._let_go()
 
     def _let_go(self) -> None:
+        self._arguments.clear()
         if self._gathered is not None:
             self._account.add(-self._gathered.nbytes)
             self._gathered = None
 
 
 @contextlib.contextmanager
-def whole_layers(peak_seconds: float = 0.0) -> Iterator[None]:
-    """Make loads in this process collect layers: all parameters whose names differ only in the last part."""
+def whole_layers(peak_seconds: float = 0.0, *, when_complete: bool = False) -> Iterator[None]:
+    """Make loads in this process collect layers: all parameters whose names differ only in the last part.
+
+    Args:
+        peak_seconds: by which each layer's peak is prolonged.
+        when_complete: keep what is written as it comes, and make a layer's memory when it has all; else with the first.
+    """
     layers: dict[tuple[StagingAccount, str], _Layer] = {}
 
     def stream(name: str, *arguments: Any, **options: Any) -> GatheredStream:
         # One load has one account.
         account = next(value for value in arguments if isinstance(value, StagingAccount))
-        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds))
+        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds, when_complete=when_complete))
         return GatheredStream(layer, name, *arguments, **options)
 
     with replaced(model_load, "CheckpointStream", stream):

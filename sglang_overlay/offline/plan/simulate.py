@@ -26,7 +26,7 @@ from sglang_overlay.offline.plan.account import CUDA_BLOCK, Account, AllocatedLa
 from sglang_overlay.offline.plan.checkpoint import Checkpoint, WeightFile, arranged, read_headers, read_index
 from sglang_overlay.offline.plan.from_config import from_config
 from sglang_overlay.offline.plan.host import HeldTensors, HostMemory
-from sglang_overlay.offline.plan.job import DeviceWork, Job, PlannedLoad
+from sglang_overlay.offline.plan.job import WHOLE_LAYERS, DeviceWork, Job, PlannedLoad
 from sglang_overlay.offline.plan.layers import whole_layers
 from sglang_overlay.offline.plan.replay import Replaying
 from sglang_overlay.offline.plan.serving import serving
@@ -112,7 +112,7 @@ def _check_hooked() -> None:
 def _account(job: Job) -> Account:
     if job.device == "cpu":
         return TouchedMemory("cpu")
-    return (AllocatedLate if job.mode == "layers" else AllocatedMemory)("cuda", CUDA_BLOCK)
+    return (AllocatedLate if job.mode in WHOLE_LAYERS else AllocatedMemory)("cuda", CUDA_BLOCK)
 
 
 @cache
@@ -141,8 +141,8 @@ def _config_folder(model: Path) -> Iterator[Path]:
 def _modelled(job: Job, work: DeviceWork) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(loading_in_this_thread())
-        if job.mode == "layers":
-            stack.enter_context(whole_layers())
+        if job.mode in WHOLE_LAYERS:
+            stack.enter_context(whole_layers(when_complete=job.mode == "complete_layers"))
         if job.device == "cuda":
             stack.enter_context(cuda_kernels(work))
         yield

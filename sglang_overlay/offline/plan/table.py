@@ -96,8 +96,8 @@ def _print_notes(out: Console, plan: Plan) -> None:
 
 
 def _print_host(out: Console, plan: Plan) -> None:
-    """Host memory for reading: independent of the mode and, except for the files' order, of the rank."""
-    load = max((load for rank in plan.ranks for load in rank.loads), key=lambda load: load.host.unmapped)
+    """Host memory for reading: independent of the rank, except for the files' order; one mode keeps what it reads."""
+    load = max((rank.loads[-1] for rank in plan.ranks), key=lambda load: load.host.unmapped)
     out.print(
         f"Host memory of each rank for what it reads, beside the page cache: none where safetensors files are mapped; "
         f"up to {bytes_text(load.host.unmapped)} with --weight-loader-disable-mmap; {bytes_text(load.host.pickled)} "
@@ -108,6 +108,13 @@ def _print_host(out: Console, plan: Plan) -> None:
         out.print(
             "This model's loader collects the whole checkpoint before it loads a weight: formats that read to the GPU "
             f"(fastsafetensors, instanttensor) need {bytes_text(load.checkpoint_bytes)} more there.",
+            soft_wrap=True,
+        )
+    elif "complete_layers" in plan.request.modes:
+        held = max(load.host.held for rank in plan.ranks for load in rank.loads if load.mode == "complete_layers")
+        out.print(
+            f"{LABELS['complete_layers']}: {bytes_text(held)} of tensors wait for the rest of their layers, in host "
+            "memory where files are not mapped.",
             soft_wrap=True,
         )
 

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from sglang_overlay.offline.plan.job import Mode, PlannedLoad, Sample
     from sglang_overlay.offline.plan.planner import Plan
 
-LABELS: dict[Mode, str] = {"stock": "stock", "layers": "whole layers", "streaming": "streaming"}
-_COLOURS: dict[Mode, int] = {"stock": 0, "layers": 2, "streaming": 1}
+LABELS: dict[Mode, str] = {
+    "stock": "stock",
+    "layers": "whole layers",
+    "complete_layers": "complete layers",
+    "streaming": "streaming",
+}
+_COLOURS: dict[Mode, int] = {"stock": 0, "layers": 2, "complete_layers": 3, "streaming": 1}
 _AFTER_READING = 0.15
 """Width of the part after the last byte read, relative to the part before, since bytes do not measure its progress."""
 

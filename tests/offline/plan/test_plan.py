@@ -14,7 +14,7 @@ from sglang_overlay.cli import main
 from sglang_overlay.observe import terminal
 from sglang_overlay.offline.plan import document, gpus, table, timeline
 from sglang_overlay.offline.plan.gpus import GPU
-from sglang_overlay.offline.plan.job import Layout
+from sglang_overlay.offline.plan.job import MODES, Layout
 from sglang_overlay.offline.plan.planner import Request
 from sglang_overlay.settings import SCHEME_VARIABLE
 
@@ -53,7 +53,7 @@ def test_json_is_what_its_schema_says(plan):
     for gpu in (None, gpus.find("h200")):
         data = json.loads(json.dumps(document.to_json(plan, gpu)))
         jsonschema.validate(data, schema, jsonschema.Draft202012Validator)
-    assert data["gpu"]["fits"] == {"stock": True, "layers": True, "streaming": True}
+    assert data["gpu"]["fits"] == dict.fromkeys(MODES, True)
     load = data["ranks"][0]["loads"]["streaming"]
     assert load["peak_bytes"] == max(held for _, held in load["samples"])
 

@@ -15,7 +15,7 @@ from workbench.loads.job import LoadJob
 from workbench.quality import families
 
 from sglang_overlay.observe.report import read_folder
-from sglang_overlay.offline.plan.job import MODES, Job, Layout
+from sglang_overlay.offline.plan.job import MODES, WHOLE_LAYERS, Job, Layout
 from sglang_overlay.offline.plan.process import PlanError, Planners
 from sglang_overlay.schemes.choice import parse
 from sglang_overlay.settings import REPORT_VARIABLE, SCHEME_VARIABLE
@@ -135,14 +135,14 @@ def larger(checkpoint):
 
 
 def test_streaming_needs_less_than_whole_layers_and_these_less_than_stock(larger, simulated):
-    stock, layers, streaming = (simulated(Job(larger, mode=mode)) for mode in MODES)
+    stock, layers, complete, streaming = (simulated(Job(larger, mode=mode, order="shuffled")) for mode in MODES)
     assert stock.peak > 2 * stock.final
-    assert stock.peak > layers.peak > streaming.peak
+    assert stock.peak > layers.peak > complete.peak > streaming.peak
     assert streaming.peak < 1.1 * streaming.final
-    assert stock.final == layers.final == streaming.final
+    assert stock.final == layers.final == complete.final == streaming.final
 
 
-@pytest.mark.parametrize("mode", ["layers", "streaming"])
+@pytest.mark.parametrize("mode", [*WHOLE_LAYERS, "streaming"])
 def test_units_that_are_counted_again_take_what_computed_ones_take(mode, larger, simulated):
     job = Job(larger, mode=mode)
     with Planners(1, "harness.regressions:every_unit_computed") as planners:
@@ -151,8 +151,9 @@ def test_units_that_are_counted_again_take_what_computed_ones_take(mode, larger,
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
-def test_whole_layers_need_at_least_the_model_that_they_end_with(family, checkpoint, simulated):
-    found = simulated(Job(checkpoint(family), mode="layers"))
+@pytest.mark.parametrize("mode", WHOLE_LAYERS)
+def test_whole_layers_need_at_least_the_model_that_they_end_with(mode, family, checkpoint, simulated):
+    found = simulated(Job(checkpoint(family), mode=mode))
     assert found.peak >= found.final
 
 
@@ -165,6 +166,13 @@ def test_layers_wait_longer_where_files_are_shuffled(checkpoint, simulated):
     path = checkpoint("qwen3_moe", files=12)
     ordered, shuffled = (simulated(Job(path, mode="layers", order=order)) for order in ("sorted", "shuffled"))
     assert shuffled.staging_peak > ordered.staging_peak
+
+
+def test_layers_that_are_made_when_complete_wait_on_the_host(checkpoint, simulated):
+    path = checkpoint("qwen3_moe", files=12)
+    ordered, shuffled = (simulated(Job(path, mode="complete_layers", order=order)) for order in ("sorted", "shuffled"))
+    assert shuffled.staging_peak == ordered.staging_peak
+    assert shuffled.host.held > 2 * ordered.host.held
 
 
 def test_a_config_alone_gives_the_plan_of_its_checkpoint(checkpoint, simulated):
