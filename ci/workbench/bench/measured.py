@@ -54,7 +54,7 @@ class MeasuredModel:
         return LoadJob(
             build(self.spec, folder),
             streaming="0" if mode == "stock" else "require",
-            staging=mode if mode in WHOLE_LAYERS else "units",
+            staging=mode if mode == "layers" or mode == "complete_layers" else "units",
             peak_seconds=3 * DEFAULT_INTERVAL_MS / 1000,
             tp_size=self.tp,
         )

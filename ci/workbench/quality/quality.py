@@ -8,6 +8,7 @@ back from what its ``ShardedStateLoader`` saves, and layers' inputs are those of
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from sglang_overlay.settings import MODE_VARIABLE, SCHEME_VARIABLE
 from workbench.loads import serving
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import LoadWorkers
+from workbench.quality import activations
 from workbench.quality.corpus import windows
 from workbench.quality.small_models import SmallModel
 
@@ -40,25 +42,27 @@ class Contender:
         name: for tables.
         quantization: as ``--quantization``.
         scheme: as ``SGLANG_STREAMFP8_SCHEME``.
+        activations: how a GPU rounds what weights are multiplied with, as for ``activations.VARIABLE``.
     """
 
     name: str
     quantization: str | None
     scheme: str
+    activations: str
 
 
-BF16 = Contender("bf16", None, "stock")
-STOCK = Contender("stock (GPU)", "fp8", '{"linear": "channel", "moe": "tensor"}')
+BF16 = Contender("bf16", None, "stock", "none,none")
+STOCK = Contender("stock (GPU)", "fp8", '{"linear": "channel", "moe": "tensor"}', "token,tensor")
 """The scheme that stock SGLang uses on NVIDIA GPUs."""
 
 CONTENDERS = (
     BF16,
     STOCK,
-    Contender("tensor", "fp8", "tensor"),
-    Contender("channel", "fp8", "channel"),
-    Contender("block", "fp8", "block"),
-    Contender("mxfp8", "mxfp8", "stock"),
-    Contender("int8 experts", "fp8", '{"linear": "channel", "moe": "int8"}'),
+    Contender("tensor", "fp8", "tensor", "token,tensor"),
+    Contender("channel", "fp8", "channel", "token,token"),
+    Contender("block", "fp8", "block", "block,block"),
+    Contender("mxfp8", "mxfp8", "stock", "mxfp8,mxfp8"),
+    Contender("int8 experts", "fp8", '{"linear": "channel", "moe": "int8"}', "token,none"),
 )
 
 
@@ -81,13 +85,15 @@ class Quality:
     """One contender's figures.
 
     Attributes:
-        losses: mean loss of each window, in nats per token.
+        losses: mean loss of each window, in nats per token; activations are in the model's dtype.
+        with_activations: the same with activations that are rounded as on a GPU; for bf16 the same.
         model_bytes: bytes of the loaded model.
         layers: errors of the quantized layers.
     """
 
     contender: Contender
     losses: tuple[float, ...]
+    with_activations: tuple[float, ...]
     model_bytes: int
     layers: tuple[LayerError, ...]
 
@@ -148,12 +154,24 @@ def measure(model: SmallModel, workers: LoadWorkers, logs: Path, length: int, co
             )
             model_bytes = workers.load(job).ranks[0].model_bytes
             errors = () if is_original else layer_errors(_tensors(original), _tensors(state), load_file(inputs))
-            losses = served_losses(model.folder, contender, text, logs / f"{model.family}-{number}.log")
-            yield Quality(contender, losses, model_bytes, tuple(errors))
+            log = logs / f"{model.family}-{number}.log"
+            losses = rounded = served_losses(model.folder, contender, text, log)
+            if not is_original:
+                rounded = served_losses(model.folder, contender, text, log, with_activations=True)
+            yield Quality(contender, losses, rounded, model_bytes, tuple(errors))
 
 
-def served_losses(model: Path, contender: Contender, text: Windows, log: Path) -> tuple[float, ...]:
+def served_losses(
+    model: Path, contender: Contender, text: Windows, log: Path, *, with_activations: bool = False
+) -> tuple[float, ...]:
     """Mean loss of each window, in nats per token, from the logprobs that a server returns.
+
+    Args:
+        model: folder of the checkpoint.
+        contender: how it is served.
+        text: the windows.
+        log: file for the server's log.
+        with_activations: round activations as on a GPU.
 
     Raises:
         ServerError: the server did not start, or did not answer.
@@ -162,21 +180,24 @@ def served_losses(model: Path, contender: Contender, text: Windows, log: Path) -
     quantization = () if contender.quantization is None else ("--quantization", contender.quantization)
     command = serving.sglang_command(sys.executable, str(model), port, (*quantization, "--device", "cpu"))
     variables = {MODE_VARIABLE: "require", SCHEME_VARIABLE: contender.scheme}
+    if with_activations:
+        command = tuple(activations.__name__ if word == "sglang.launch_server" else word for word in command)
+        variables |= {activations.VARIABLE: contender.activations, "PYTHONPATH": os.pathsep.join(sys.path)}
     with serving.running(serving.Launch(command, port, log, variables), SERVER_SECONDS) as url:
         # One at a time: other windows in the same batch would change the rounding.
         found = [serving.input_logprobs(url, [window])[0] for window in text]
     return tuple(-statistics.fmean(window) for window in found)
 
 
-def difference(one: Quality, other: Quality) -> Difference:
-    """How much worse ``one`` is than ``other``."""
-    found = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
+def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
+    """How much higher losses of the same windows are."""
+    found = [a - b for a, b in zip(one, other, strict=True)]
     return Difference(statistics.fmean(found), statistics.stdev(found) / math.sqrt(len(found)))
 
 
 def is_pointless(found: Quality, stock: Quality) -> bool:
     """Whether a contender is certainly worse than stock without being smaller."""
-    worse = difference(found, stock)
+    worse = difference(found.losses, stock.losses)
     return bool(found.layers) and worse.is_certain and worse.mean > 0 and found.model_bytes >= stock.model_bytes
 
 

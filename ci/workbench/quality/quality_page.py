@@ -75,11 +75,15 @@ loads each with every scheme. The logprobs that its server returns give the perp
 standard error. Errors are those of the weights SGLang serves, against the bf16 weights in float64; outputs are products
 with what the bf16 model gives the layer on the same text (for experts: every token to every expert).
 
-The CPU reference does not quantize activations, so what that costs on a GPU is not in these figures. `stock (GPU)` is
-what stock SGLang chooses on NVIDIA GPUs, linear layers per channel and experts per tensor; without a GPU it is
-`tensor`. A scheme is marked **pointless** if its loss is certainly (by two standard errors) above that of
-`stock (GPU)` and the model is not smaller. Training runs on one thread; its minutes are wall time, whatever else the
-machine was doing.
+The CPU reference does not quantize activations, so the perplexity, `+loss` and errors are of weights alone. `+
+activations` is how much the loss rises further when activations are rounded as SGLang 0.5.23 rounds them on NVIDIA GPUs
+before each product: by token for linear layers; for experts all tokens of a call together where an expert has one
+scale, else by token, by 128 columns (`block`), by 32 (`mxfp8`), and not at all with `int8`. Scales and what is rounded
+are those of SGLang's Triton kernel (`tests/workbench/test_quality.py` runs it in Triton's interpreter); the products
+after it are made in bf16. `stock (GPU)` is what stock SGLang chooses on NVIDIA GPUs, linear layers per channel and
+experts per tensor; without a GPU it is `tensor`. A scheme is marked **pointless** if its loss is certainly (by two
+standard errors) above that of `stock (GPU)` and the model is not smaller. Training runs on one thread; its minutes are
+wall time, whatever else the machine was doing.
 
 {versions}"""
 
@@ -87,20 +91,21 @@ machine was doing.
 def _summary(found: Sequence[Quality]) -> Iterator[str]:
     bf16 = next(quality for quality in found if quality.contender == BF16)
     stock = next(quality for quality in found if quality.contender == STOCK)
-    yield "| Scheme | Model | Perplexity | +loss, 10⁻³ nats | vs stock (GPU), 10⁻³ nats | |"
-    yield "|---|---:|---:|---:|---:|---|"
+    yield "| Scheme | Model | Perplexity | +loss, 10⁻³ nats | vs stock (GPU), 10⁻³ nats | + activations, 10⁻³ nats | |"
+    yield "|---|---:|---:|---:|---:|---:|---|"
     for quality in found:
         mark = "**pointless**" if is_pointless(quality, stock) else ""
         yield (
             f"| {quality.contender.name} | {bytes_text(quality.model_bytes)} | {quality.perplexity:.4f} | "
-            f"{_thousandths(quality, bf16)} | {_thousandths(quality, stock)} | {mark} |"
+            f"{_thousandths(quality.losses, bf16.losses)} | {_thousandths(quality.losses, stock.losses)} | "
+            f"{_thousandths(quality.with_activations, quality.losses)} | {mark} |"
         )
 
 
-def _thousandths(quality: Quality, other: Quality) -> str:
-    if quality is other:
+def _thousandths(losses: Sequence[float], others: Sequence[float]) -> str:
+    if losses is others:
         return "-"
-    found = difference(quality, other)
+    found = difference(losses, others)
     return f"{found.mean * 1e3:+.2f} ± {found.error * 1e3:.2f}"
 
 
@@ -156,7 +161,7 @@ def _draw_layers(panel: Any, found: Sequence[Quality]) -> None:
 def _draw_loss(panel: Any, found: Sequence[Quality]) -> None:
     bf16 = found[0]
     for number, quality in enumerate(found[1:], 1):
-        against = difference(quality, bf16)
+        against = difference(quality.losses, bf16.losses)
         panel.errorbar(
             [quality.contender.name],
             [against.mean * 1e3],
