@@ -11,7 +11,7 @@ the elements of ``copy_`` in the same way, but looks neither at where they go no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -70,7 +70,7 @@ class WriteCapture(TorchDispatchMode):
         try:
             return func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            self._explain(func, args, error)
+            self._explain(func, args, kwargs, error)
             raise
 
     @classmethod
@@ -82,14 +82,22 @@ class WriteCapture(TorchDispatchMode):
         return self._sinks.get(storage_key(tensor)) if tensor.is_meta else None
 
     def _refuse_change(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            sink = self._sink(value) if isinstance(value, torch.Tensor) else None
+        for tensor in _tensors(args, kwargs):
+            sink = self._sink(tensor)
             if sink is not None:
                 raise UnsupportedWriteError(f"{sink.name} is changed by {func}, which is no plain write")
 
-    def _explain(self, func: Any, args: tuple[Any, ...], error: Exception) -> None:
-        if any(isinstance(value, torch.Tensor) and value.is_meta for value in args):
+    def _explain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+        if any(tensor.is_meta for tensor in _tensors(args, kwargs)):
             raise UnsupportedWriteError(f"{func} needs the contents of a parameter that is being streamed") from error
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """An operation's tensors, with those in lists, as ``cat`` and ``_foreach_copy_`` take them."""
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item
 
 
 @cache

@@ -140,16 +140,19 @@ class CheckpointStream(ParameterStream):
         """As of ``ParameterStream``.
 
         Raises:
-            UnsupportedWriteError: the view is not a box of the parameter, nor a run of rows.
+            UnsupportedWriteError: the view is not a box of the parameter, nor a run of rows, or has another dtype.
             UnsupportedDtypeError: the source holds integers.
             ConflictingWriteError: a staged checkpoint tensor was changed after its loader returned.
             StagingMemoryError: memory ran out.
         """
         self._executor.check()
-        self._refuse_integers(source)
+        if destination.dtype == self._dtype:
+            self._refuse_integers(source)
         try:
             super().write(destination, source)
         except UnsupportedWriteError as refused:
+            if destination.dtype != self._dtype:
+                raise
             for part in row_runs.split(self._grid, destination, source, refused):
                 self.write(*part)
 

@@ -9,11 +9,11 @@ class StreamFP8Error(Exception):
 
 
 class UnsupportedWriteError(StreamFP8Error):
-    """A weight loader touched a parameter in a way that cannot be captured; the layer must take stock's path."""
+    """A weight loader touched a parameter in a way that cannot be captured."""
 
 
 class LayerNotStreamableError(StreamFP8Error):
-    """A layer cannot be streamed, and part of it has been quantized already: it must be loaded again, as in stock.
+    """A layer cannot be streamed, and part of it has been quantized already: it must be loaded again, without streaming.
 
     Attributes:
         parameter: the parameter's qualified name.
@@ -29,7 +29,7 @@ class LayerNotStreamableError(StreamFP8Error):
 
 
 class ConflictingWriteError(LayerNotStreamableError):
-    """Part of a unit was written again, with other values, after the unit had been quantized."""
+    """Part of a unit was written again after the unit had been quantized."""
 
 
 class UnsupportedDtypeError(StreamFP8Error):

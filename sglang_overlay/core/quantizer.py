@@ -66,7 +66,7 @@ def assemble(pieces: Sequence[Piece], like: torch.Tensor) -> torch.Tensor:
 def aligned(values: torch.Tensor) -> torch.Tensor:
     """``values`` as kernels need them: contiguous, and aligned to 16 bytes.
 
-    A view of a flattened bucket may begin at any address, and an unaligned 16-byte load is a fault.
+    A view of another tensor's memory may begin at any address, and an unaligned 16-byte load is a fault.
     """
     values = values.contiguous()
     # Fake tensors have no address.

@@ -98,7 +98,7 @@ class StagedUnit:
     _held: dict[int, int] = field(default_factory=dict)
 
     def overwrite(self, box: Box) -> None:
-        """Discard earlier writes to ``box``: the last write wins, as in stock."""
+        """Discard earlier writes to ``box``: the last write wins, as without streaming."""
         touched = [piece for piece in self.pieces if intersection(piece.box, box) is not None]
         if not touched:
             return

@@ -14,6 +14,7 @@ import torch
 from sglang_overlay.core.errors import (
     ConflictingWriteError,
     UnsupportedDtypeError,
+    UnsupportedWriteError,
 )
 from sglang_overlay.core.quantizer import Quantizer, made_current
 from sglang_overlay.core.regions import slices
@@ -94,11 +95,13 @@ class ParameterStream:
         """Take a write of ``source`` to the view ``destination`` of the placeholder. Shapes are equal.
 
         Raises:
-            UnsupportedWriteError: the view is not a box of the parameter.
+            UnsupportedWriteError: the view is not a box of the parameter, or has another dtype.
             UnsupportedDtypeError: the source holds integers.
         """
         if not destination.numel():
             return
+        if destination.dtype != self._dtype:
+            raise UnsupportedWriteError(f"{self.name} is written as {destination.dtype}")
         # A fill's single element is exact in any dtype.
         if not source.is_floating_point() and any(source.stride()):
             raise UnsupportedDtypeError(f"{self.name} was to be filled from a tensor of dtype {source.dtype}")
@@ -181,7 +184,7 @@ class ParameterStream:
         self._run(units, piece.values, job)
 
     def _replace(self, unit: int, piece: Piece) -> None:
-        """Discard what is staged where ``piece`` is about to be written: the last write wins, as in stock."""
+        """Discard what is staged where ``piece`` is about to be written: the last write wins, as without streaming."""
         self._staged[unit].overwrite(piece.box)
 
     def _run(self, units: range, values: torch.Tensor, job: Callable[[], None]) -> None:
@@ -237,7 +240,7 @@ class ParameterStream:
         return piece if piece.values.dtype == self._dtype else Piece(piece.box, self._on_device(piece.values))
 
     def _on_device(self, values: torch.Tensor) -> torch.Tensor:
-        # Stock casts to the parameter's dtype before it quantizes; a float32 checkpoint needs the same here.
+        # Without streaming a float32 checkpoint is cast to the parameter's dtype before it is quantized.
         return values.to(device=self.storage.weight.device, dtype=self._dtype)
 
     def _claim(self, units: range) -> ReleaseOnError:

@@ -254,6 +254,12 @@ def test_empty_write_is_no_write():
         pytest.param(lambda data: data.copy_(torch.empty(4, 8, device="meta")), id="written from nothing"),
         pytest.param(lambda data: torch.add(data, 1, out=data), id="given as out"),
         pytest.param(lambda data: data[:, ::2].copy_(torch.ones(4, 4)), id="written with a step"),
+        pytest.param(lambda data: torch._foreach_copy_([data], [torch.ones(4, 8)]), id="copied to in a list"),
+        pytest.param(lambda data: torch.cat([data, torch.ones(4, 8, dtype=data.dtype)]), id="joined with another"),
+        pytest.param(
+            lambda data: data.view(torch.int16).copy_(torch.ones(4, 8, dtype=torch.int16)), id="written as bits"
+        ),
+        pytest.param(lambda data: data.view(torch.half).copy_(torch.ones(4, 8)), id="written as another dtype"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(touch):
