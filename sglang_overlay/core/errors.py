@@ -13,7 +13,7 @@ class UnsupportedWriteError(StreamFP8Error):
 
 
 class LayerNotStreamableError(StreamFP8Error):
-    """A layer cannot be streamed, and part of it has been quantized already: it must be loaded again, without streaming.
+    """A layer cannot be streamed, and part of it is quantized already: it must be loaded again, without streaming.
 
     Attributes:
         parameter: the parameter's qualified name.

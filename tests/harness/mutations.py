@@ -41,6 +41,21 @@ def altered(checkpoint: Path, into: Path, change: Callable[[dict[str, torch.Tens
     return into
 
 
+def without_shared_keys_and_values(checkpoints: Path, into: Path) -> Path:
+    """A Gemma 4 whose last layer takes keys and values from the first; published checkpoints have none for it."""
+    from workbench.quality import families
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("k_proj", "v_proj", "k_norm"):
+            del tensors[f"model.layers.1.self_attn.{name}.weight"]
+
+    path = altered(families.build("Gemma4ForCausalLM", checkpoints), into, drop)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"num_kv_shared_layers": 1, "layer_types": ["full_attention", "full_attention"]}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 def pickled(checkpoint: Path, into: Path, change: Callable[[dict[str, Any]], Any], suffix: str = "bin") -> Path:
     """A copy of a single-file checkpoint as `torch.save` writes it, with `change` made to its entries.
 

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
-from harness.mutations import altered
+from harness.mutations import without_shared_keys_and_values
 from harness.streamed import assert_streamed, warnings_of
 from workbench.loads.loads import PROMPTS, compare
 from workbench.quality import families
@@ -171,16 +170,7 @@ def test_embedding_model_streams(both, checkpoint):
 
 
 def test_keys_and_values_that_no_layer_uses_may_lack(both, checkpoint_folder, tmp_path):
-    """Gemma 4 whose last layer takes keys and values from the first; published checkpoints have none for it."""
-
-    def drop(tensors):
-        for name in ("k_proj", "v_proj", "k_norm"):
-            del tensors[f"model.layers.1.self_attn.{name}.weight"]
-
-    path = altered(families.build("Gemma4ForCausalLM", checkpoint_folder), tmp_path / "gemma4", drop)
-    config = json.loads((path / "config.json").read_text())
-    config |= {"num_kv_shared_layers": 1, "layer_types": ["full_attention", "full_attention"]}
-    (path / "config.json").write_text(json.dumps(config))
+    path = without_shared_keys_and_values(checkpoint_folder, tmp_path / "gemma4")
     stock, result, _ = both(path, uninitialized=0.0)
     assert compare(stock, result) == []
     assert any("that nothing uses" in line for line in result.log)

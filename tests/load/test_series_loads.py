@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from harness.mutations import altered
+from harness.mutations import altered, without_shared_keys_and_values
 from workbench.loads.job import LoadJob
 from workbench.loads.loads import PROMPTS, LoadFailed, compare
 
@@ -15,14 +15,24 @@ pytestmark = [
     pytest.mark.skipif(not built_in.streams_itself(), reason="is about an SGLang with the patch series"),
 ]
 
-STREAMED = ["CustomLoaderForCausalLM", "LoaderlessForCausalLM", "ReusedBufferForCausalLM", "BypassingForCausalLM"]
+STREAMED = [
+    "CustomLoaderForCausalLM",
+    "LoaderlessForCausalLM",
+    "ReusedBufferForCausalLM",
+    "BypassingForCausalLM",
+    "LeavingTensorsWithoutMemoryForCausalLM",
+]
 LOADED_AGAIN = [
     "RepackingForCausalLM",
     "ReadingInInitForCausalLM",
     "AddingLoaderForCausalLM",
     "FusedAddingLoaderForCausalLM",
     "LateAddingLoaderForCausalLM",
-    "LeavingTensorsWithoutMemoryForCausalLM",
+    "MergingForCausalLM",
+    "ReadingAfterLoadingForCausalLM",
+    "ReplacingDataForCausalLM",
+    "ReplacingParameterForCausalLM",
+    "ScalingForCausalLM",
 ]
 
 
@@ -50,6 +60,14 @@ def test_model_that_writes_in_its_own_way_streams(architecture, loaded):
 def test_model_that_cannot_stream_is_loaded_again_with_one_warning(architecture, loaded):
     (line,) = loaded(architecture)
     assert line.startswith(f"WARNING {built_in.PACKAGE}.loading: Loading again")
+
+
+def test_keys_and_values_that_no_layer_uses_may_lack(workers, checkpoint_folder, tmp_path):
+    path = without_shared_keys_and_values(checkpoint_folder, tmp_path / "gemma4")
+    stock, result = (workers.load(LoadJob(path, streaming=mode, uninitialized=0.0)) for mode in ("0", "1"))
+    assert compare(stock, result) == []
+    (line,) = [line for line in result.log if f" {built_in.PACKAGE}." in line]
+    assert "to fp8 while loading" in line
 
 
 def test_missing_expert_is_named(workers, checkpoint, tmp_path):

@@ -61,6 +61,7 @@ PATCHES = (
             f"{PACKAGE_FOLDER}/whole_unit.py",
             "python/sglang/test/kits/streaming_fp8_kit.py",
             "test/registered/quant/test_streaming_fp8_moe.py",
+            f"{UNIT_TESTS}/test_streaming_fp8_loading.py",
         ),
     ),
     Patch(4, files=("test/registered/quant/test_streaming_fp8.py",)),
@@ -115,8 +116,9 @@ def reader(release: Path, changed: Mapping[str, str] | None = None) -> Read:
     def read(path: str) -> str | None:
         if changed and path in changed:
             return changed[path]
-        file = release / Path(path).relative_to("python")
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        # The published package is SGLang's folder `python`.
+        file = release / Path(path).relative_to("python") if path.startswith("python/") else None
+        return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
 
     return read
 

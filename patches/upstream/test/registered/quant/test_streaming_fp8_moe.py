@@ -15,6 +15,8 @@ register_amd_ci(est_time=300, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 class TestStreamingFp8Experts(StreamingFp8Mixin, CustomTestCase):
     model = DEFAULT_SMALL_MOE_MODEL_NAME_FOR_TEST_BASE
+    # Linear layers, 8 % of what is left, are bf16 until all is loaded
+    max_peak_ratio = 1.10
 
     @classmethod
     def setUpClass(cls):

@@ -70,6 +70,10 @@ class TestWriteCapture(CustomTestCase):
         with self.capture, self.assertRaises(UnsupportedWriteError):
             self.placeholder[0].sum().item()
         with self.capture, self.assertRaises(UnsupportedWriteError):
+            torch._foreach_copy_([self.placeholder], [torch.ones(SHAPE)])
+        with self.capture, self.assertRaises(UnsupportedWriteError):
+            torch.cat([self.placeholder, torch.ones(SHAPE)])
+        with self.capture, self.assertRaises(UnsupportedWriteError):
             self.placeholder[:, ::2].copy_(torch.ones(4, 3, 8))
 
     def test_other_tensors_are_left_alone(self):

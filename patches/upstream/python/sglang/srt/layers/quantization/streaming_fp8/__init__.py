@@ -4,6 +4,5 @@ With ``--quantization fp8`` a model would otherwise be loaded in bf16 and quanti
 memory while the model is built (``placeholders.py``). What a weight loader writes to it is caught (``capture.py``), and
 sorted into the units of which each scale is computed (``regions.py``, ``units.py``). A unit, such as one expert's w13,
 is quantized as soon as the checkpoint has filled it (``stream.py``), so hardly anything waits in high precision. A
-layer
-whose loader does more than write is loaded as without all this (``layer.py``).
+model whose loaders do more than write is loaded a second time, without streaming (``loading.py``).
 """

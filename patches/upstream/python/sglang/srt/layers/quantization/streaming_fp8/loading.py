@@ -14,16 +14,14 @@ from typing import Any, Optional
 
 import torch
 
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.streaming_fp8.capture import (
     WriteCapture,
     storage_key,
 )
-from sglang.srt.layers.quantization.streaming_fp8.errors import (
-    LayerNotStreamableError,
-    StreamFP8Error,
-    UnsupportedWriteError,
-)
+from sglang.srt.layers.quantization.streaming_fp8.errors import StreamFP8Error
 from sglang.srt.layers.quantization.streaming_fp8.placeholders import (
     materialize,
     set_loader,
@@ -38,7 +36,7 @@ from sglang.srt.layers.quantization.streaming_fp8.whole_unit import (
 
 logger = logging.getLogger(__name__)
 
-# MLA computes w_kc and w_vc from this weight before it is quantized.
+# MLA computes w_kc and w_vc from this weight before it is quantized. A model that reads another one is loaded again.
 READ_AFTER_LOADING = ("kv_b_proj",)
 
 
@@ -78,20 +76,23 @@ class ModelStream:
         self.layers: dict[torch.nn.Module, dict[str, ParameterStream]] = {}
         # With the placeholders' storages, which tell whether a model replaces its weights while it is built.
         self.created: dict[torch.nn.Module, dict[str, tuple[StreamedWeight, int]]] = {}
-        self.is_started = False
+        self.is_used = False
         self.finished = 0
+        # Tensors that a model itself leaves without memory.
+        self._left: list[torch.Tensor] = []
         self._sinks: dict[int, ParameterStream] = {}
         self._thread = threading.get_ident()
 
     def create(self, layer: torch.nn.Module, weights: dict[str, StreamedWeight]) -> None:
+        self.is_used = True
         self.created[layer] = {name: (weight, storage_key(weight.parameter)) for name, weight in weights.items()}
 
     def start(self, model: torch.nn.Module) -> None:
         """The model is built: capture what is loaded into it from now on."""
         names = {module: name for name, module in model.named_modules()}
         keys = {key for weights in self.created.values() for _, key in weights.values()}
-        if any(storage_key(tensor) not in keys for tensor in _meta_tensors_of(model).values()):
-            raise NotStreamableError("The model has tensors without memory of its own.")
+        self._left = [tensor for tensor in _meta_tensors_of(model).values() if storage_key(tensor) not in keys]
+        kinds = {}
         for layer, weights in self.created.items():
             for each, (weight, key) in weights.items():
                 if layer._parameters.get(each) is not weight.parameter or storage_key(weight.parameter) != key:
@@ -105,11 +106,11 @@ class ModelStream:
                 self.layers[layer] = streams
                 for each, stream in streams.items():
                     self._capture(weights[each][0].parameter, stream)
+                    kinds[stream.kind, getattr(weights[each][0].quantize, "__func__", None)] = stream
         # Compile kernels once, in this thread, before several threads of a model's loader need them.
-        for stream in {stream.kind: stream for stream in self._sinks.values()}.values():
+        for stream in kinds.values():
             stream.warm_up()
         self.created.clear()
-        self.is_started = True
 
     def _capture(self, parameter: torch.nn.Parameter, stream: ParameterStream) -> None:
         self._sinks[storage_key(parameter)] = stream
@@ -136,22 +137,25 @@ class ModelStream:
         streams = self.layers.pop(layer, None)
         if streams is None:
             return None
-        for stream in streams.values():
-            missing = stream.settle(zeros=True)
-            if missing:
-                logger.warning(f"{stream.name}: {len(missing)} of {stream.units} units are not loaded, and zero")
+        for name, stream in streams.items():
+            parameter = layer._parameters.get(name)
+            if parameter is None or not parameter.is_meta or self._sinks.get(storage_key(parameter)) is not stream:
+                raise NotStreamableError(f"{stream.name} is replaced while it is loaded.")
+            if stream.settle():
+                raise NotStreamableError(f"{stream.name} is not loaded completely.")
         self.finished += 1
         return {name: stream.storage for name, stream in streams.items()}
 
     def check(self, model: torch.nn.Module) -> None:
         """Loading has ended."""
-        left = list(_meta_tensors_of(model))
-        if self.finished and left:
-            raise NotStreamableError(f"Computed from weights before they are quantized: {', '.join(left[:8])}")
+        own = {storage_key(tensor) for tensor in self._left}
+        left = [name for name, tensor in _meta_tensors_of(model).items() if storage_key(tensor) not in own]
+        if left:
+            raise NotStreamableError(f"Without memory after loading: {', '.join(left[:8])}")
 
     def close(self) -> None:
         """Parameters refer to this as long as they live, through their loaders."""
-        for held in (self.created, self.layers, self._sinks):
+        for held in (self.created, self.layers, self._left, self._sinks):
             held.clear()
 
 
@@ -183,7 +187,7 @@ def stream_weights(layer: torch.nn.Module, **weights: StreamedWeight) -> None:
 def streaming(model: torch.nn.Module) -> Iterator[None]:
     """Context for loading the weights of ``model``, which has just been built."""
     stream = _current.get()
-    if stream is None:
+    if stream is None or not stream.created:
         yield
         return
     stream.start(model)
@@ -200,42 +204,72 @@ def finish_streaming(layer: torch.nn.Module) -> Optional[dict[str, Storage]]:
 def load_streaming(load: Callable[..., torch.nn.Module], *args: Any) -> torch.nn.Module:
     """Load a model, streamed where it can be; again without where that turns out to be impossible.
 
-    Each rank decides for itself. Ranks wait for each other only when they have loaded.
+    The ranks of a tensor parallel group load again together.
     """
     if not envs.SGLANG_STREAMFP8.get() or not _is_supported():
         return load(*args)
-    stream, model = ModelStream(), None
+    stream, model, reason = ModelStream(), None, None
     token = _current.set(stream)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         model = load(*args)
-        stream.check(model)
-        if stream.finished:
-            staged = stream.account.peak / (1 << 20)
-            logger.info(f"Quantized {stream.finished} layers to fp8 while loading, staged {staged:.1f} MiB at most.")
-        return model
-    except (NotStreamableError, LayerNotStreamableError, UnsupportedWriteError) as error:
-        reason = str(error)
+        if stream.is_used:
+            stream.check(model)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        # A model that is being built may not get along with weights without memory.
-        if stream.is_started or not stream.created or isinstance(error, torch.OutOfMemoryError):
+        # Any error may come of a weight without memory. One that does not is raised by the second load, too.
+        if not stream.is_used:
             raise
         reason = f"{type(error).__name__}: {error}"
     finally:
         _current.reset(token)
         stream.close()
-    logger.warning(f"Loading again, to quantize weights to fp8 after all of them are loaded. {reason}")
+    if not stream.is_used:
+        return model
+    if not _any_rank_fails(reason):
+        staged = stream.account.peak / (1 << 20)
+        logger.info(
+            f"Quantized {stream.finished} layers to fp8 while loading, staged {staged:.1f} MiB at most.{_peak()}"
+        )
+        return model
+    why = reason or "Another rank does."
+    logger.warning(f"Loading again, to quantize weights to fp8 after all of them are loaded. {why}")
     # Outside of the except block, whose traceback keeps the first model's memory.
     del model
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return load(*args)
 
 
+def _any_rank_fails(reason: Optional[str]) -> bool:
+    fails = reason is not None
+    if not model_parallel_is_initialized() or get_tp_group().world_size == 1:
+        return fails
+    found = torch.tensor(int(fails))
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=get_tp_group().cpu_group)
+    return bool(found)
+
+
+def _peak() -> str:
+    """Used in tests to verify memory savings."""
+    if not torch.cuda.is_available():
+        return ""
+    peak, final = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    return f" GPU memory: peak {peak / (1 << 30):.3f} GiB, final {final / (1 << 30):.3f} GiB."
+
+
 def _is_supported() -> bool:
-    from sglang.srt.utils import get_bool_env_var, is_cpu, is_npu, is_xpu, offloader
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.utils import get_bool_env_var, is_cuda, is_hip, offloader
 
     offloads = not isinstance(offloader.get_offloader(), offloader.NoopOffloader)
     packs_experts = get_bool_env_var("SGLANG_INT4_WEIGHT")
-    return not (is_cpu() or is_npu() or is_xpu() or offloads or packs_experts)
+    # Other devices change the layout of weights after loading in ways of their own.
+    is_known = is_cuda() or is_hip() or current_platform.is_out_of_tree()
+    return is_known and not offloads and not packs_experts
 
 
 def _meta_tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

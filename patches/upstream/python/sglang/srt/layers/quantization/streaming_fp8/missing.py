@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.streaming_fp8.errors import StreamFP8Error
 
@@ -32,6 +34,16 @@ class MissingUnits:
         listed = ", ".join(map(str, self.units[:MOST_LISTED]))
         more = ", ..." if len(self.units) > MOST_LISTED else ""
         return f"{self.parameter} ({len(self.units)} of {self.count} experts: {listed}{more})"
+
+
+def has_unused_rows(model: torch.nn.Module, parameter: str) -> bool:
+    """Whether a parameter is of an attention that takes keys and values from another layer.
+
+    Its rows for them are not used, and checkpoints may lack them (``gemma3n_causal.py``, ``gemma4_causal.py`` with
+    ``num_kv_shared_layers``, and Gemma 4's drafts, ``gemma4_mtp.py``).
+    """
+    attention = model.get_submodule(parameter.rsplit(".", 2)[0])
+    return getattr(attention, "is_kv_shared_layer", False) or hasattr(model, "bind_frozen_kv_context")
 
 
 def report_missing(missing: Sequence[MissingUnits]) -> None:

@@ -22,6 +22,8 @@ class WholeUnitQuantizer:
 
     def quantize(self, pieces: Sequence[Piece], weight: torch.Tensor, scale: torch.Tensor) -> None:
         values, scales = self.function(aligned(assemble(pieces, weight)))
+        assert values.dtype == weight.dtype
+        assert scales.numel() == scale.numel()
         weight.copy_(values)
         scale.copy_(scales.reshape(scale.shape))
 
