@@ -64,7 +64,11 @@ def test_model_that_cannot_stream_is_loaded_again_with_one_warning(architecture,
 
 def test_keys_and_values_that_no_layer_uses_may_lack(workers, checkpoint_folder, tmp_path):
     path = without_shared_keys_and_values(checkpoint_folder, tmp_path / "gemma4")
-    stock, result = (workers.load(LoadJob(path, streaming=mode, uninitialized=0.0)) for mode in ("0", "1"))
+    try:
+        stock = workers.load(LoadJob(path, streaming="0", uninitialized=0.0))
+    except LoadFailed as error:
+        pytest.skip(f"stock cannot load Gemma 4 on a CPU in this release: {str(error).splitlines()[-1]}")
+    result = workers.load(LoadJob(path, streaming="1", uninitialized=0.0))
     assert compare(stock, result) == []
     (line,) = [line for line in result.log if f" {built_in.PACKAGE}." in line]
     assert "to fp8 while loading" in line

@@ -105,7 +105,8 @@ def to_markdown(release: str, found: Sequence[tuple[PublishedPlan, Mapping[str, 
         "",
         _summary_table(found),
         "*Whole layers* holds layers in bf16 until they are complete, which with shuffled files can be most of them at",
-        "once; of the other loads the higher peak of both orders is shown.",
+        "once (vLLM #31914, SGLang #17945). *Complete layers* makes a layer when all its tensors are there (vLLM 0.33).",
+        "Of these and of other loads the higher peak of both orders is shown.",
         "",
         "## Each order of files",
         "",
@@ -151,6 +152,7 @@ _SUMMARY = (
     "stock:",
     "whole layers, files sorted:",
     "shuffled:",
+    "complete layers:",
     "streaming:",
     "FP8 model:",
     "stock loads on",
@@ -160,10 +162,13 @@ _SUMMARY = (
 
 def _summary(orders: Mapping[Order, Mapping[str, Any]], experts: bool) -> list[str]:  # noqa: FBT001
     """A row: the higher figure of both file orders where it depends on that, except for whole layers."""
-    stock, streaming = (max(loads[mode]["peak_bytes"] for loads in orders.values()) for mode in ("stock", "streaming"))
+    stock, complete, streaming = (
+        max(loads[mode]["peak_bytes"] for loads in orders.values())
+        for mode in ("stock", "complete_layers", "streaming")
+    )
     layers = [orders[order]["layers"]["peak_bytes"] if order in orders else 0 for order in ORDERS]
     (model,) = {loads["streaming"]["final_bytes"] for loads in orders.values()}
-    sizes = [bytes_text(size) if size else "not planned" for size in (stock, *layers, streaming, model)]
+    sizes = [bytes_text(size) if size else "not planned" for size in (stock, *layers, complete, streaming, model)]
     return [*sizes, _smallest_gpu(stock, experts), _smallest_gpu(streaming, experts)]
 
 
