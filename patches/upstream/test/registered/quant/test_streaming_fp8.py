@@ -4,7 +4,6 @@ from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.kits.streaming_fp8_kit import StreamingFp8Mixin
 from sglang.test.test_utils import DEFAULT_MODEL_NAME_FOR_TEST, CustomTestCase
 
-# On AMD input_to_float8 makes copies in float32 of the one weight that is quantized
 register_cuda_ci(est_time=240, stage="base-b", runner_config="1-gpu-large")
 
 
