@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from harness.mutations import altered, without_shared_keys_and_values
 from workbench.loads.job import LoadJob
@@ -14,6 +17,25 @@ pytestmark = [
     pytest.mark.patched,
     pytest.mark.skipif(not built_in.streams_itself(), reason="is about an SGLang with the patch series"),
 ]
+
+IN_ONE_PART = """
+import torch
+from sglang.srt.layers.quantization.fp8_utils import input_to_float8
+
+def in_one_part(x):
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    smallest, largest = x.aminmax()
+    scale = limit / torch.maximum(smallest.abs(), largest.abs()).float().clamp(min=1e-12)
+    return (x.float() * scale).clamp(min=-limit, max=limit).to(torch.float8_e4m3fn), scale.float().reciprocal()
+
+weights = [torch.randn(shape).bfloat16() for shape in ((3, 5), (2048, 1537), (7, 500, 1000))]
+weights += [weights[1].t(), torch.zeros(4, 4), weights[1].index_fill(0, torch.tensor([3]), torch.nan)]
+for weight in weights:
+    (values, scale), (expected, expected_scale) = input_to_float8(weight), in_one_part(weight)
+    assert values.is_contiguous() and values.shape == weight.shape
+    assert torch.equal(values.view(torch.uint8), expected.contiguous().view(torch.uint8))
+    assert torch.equal(scale, expected_scale) or scale.isnan() and expected_scale.isnan()
+"""
 
 STREAMED = [
     "CustomLoaderForCausalLM",
@@ -72,6 +94,10 @@ def test_keys_and_values_that_no_layer_uses_may_lack(workers, checkpoint_folder,
     assert compare(stock, result) == []
     (line,) = [line for line in result.log if f" {built_in.PACKAGE}." in line]
     assert "to fp8 while loading" in line
+
+
+def test_input_to_float8_gives_in_parts_what_it_gave_in_one():
+    subprocess.run([sys.executable, "-c", IN_ONE_PART], check=True)
 
 
 def test_missing_expert_is_named(workers, checkpoint, tmp_path):
