@@ -113,7 +113,7 @@ def _compared(
     overlay: RemoteWorkers, patched: RemoteWorkers, spec: CheckpointSpec, rounds: int, checkpoints: Path
 ) -> dict[str, Any]:
     path = build(spec, checkpoints)
-    asked = LoadJob(path, prompts=PROMPTS, timeout_seconds=900)
+    asked = LoadJob(path, prompts=PROMPTS, new_tokens=2, timeout_seconds=900)
     stock = overlay.load(replace(asked, streaming="0"))
     streamed, series_streamed = overlay.load(replace(asked, streaming="require")), patched.load(asked)
     if not any(built_in.PACKAGE in line and "Quantized" in line for line in series_streamed.log):
@@ -216,12 +216,12 @@ def keep(release: str, figures: Sequence[Figures]) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--release", default="all", show_default=True, help="all, or a supported release.")
+@click.option("--release", "releases", multiple=True, help="A supported release; repeatable. All by default.")
 @click.option("--gigabytes", default=2.0, show_default=True, help="Size of each checkpoint in bf16.")
 @click.option("--rounds", default=3, show_default=True, help="Counted loads of each.")
 @click.option("--render", "only_renders", is_flag=True, help="Measure nothing.")
 @click.option("--check", is_flag=True, help="Measure and write nothing; the exit code is 1 if a table is stale.")
-def main(*, release: str, gigabytes: float, rounds: int, only_renders: bool, check: bool) -> None:
+def main(*, releases: tuple[str, ...], gigabytes: float, rounds: int, only_renders: bool, check: bool) -> None:
     """Measure, keep, and write the tables; or check them.
 
     Raises:
@@ -232,11 +232,12 @@ def main(*, release: str, gigabytes: float, rounds: int, only_renders: bool, che
             raise click.ClickException(STALE)
         return
     supported = environment.supported()
-    if release not in ("all", *supported):
-        raise click.BadParameter(f"{release} is not supported; these are: {', '.join(supported)}")
+    for release in releases:
+        if release not in supported:
+            raise click.BadParameter(f"{release} is not supported; these are: {', '.join(supported)}")
     if not only_renders:
         with tempfile.TemporaryDirectory() as checkpoints:
-            for name in supported if release == "all" else [release]:
+            for name in releases or supported:
                 figures = list(measured(name, gigabytes, rounds, Path(checkpoints)))
                 keep(name, figures)
                 click.echo("\n".join(f"{name}: {each}" for each in figures))
