@@ -135,11 +135,12 @@ def _compare_outputs(first: RankResult, second: RankResult) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port that is free now on the loopback interface. SGLang derives others from it by adding up to 30000."""
+    """A TCP port that is free now on all interfaces. SGLang derives others from it by adding up to 30000."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            # torch's store listens on all of them; a port that is taken on another one is not free for it.
+            probe.bind(("", port))
             return port
 
 
