@@ -141,7 +141,7 @@ def _read_settings(environ: Mapping[str, str]) -> tuple[str | None, str | None, 
 
 def _installation_problems(environ: Mapping[str, str]) -> list[str]:
     if releases.installed() is None:
-        return [f'SGLang is not installed for {sys.executable}; run: pip install "sglang-streamfp8[sglang]"']
+        return [f"SGLang is not installed for {sys.executable}; run: pip install sglang"]
     problems = []
     reason = compatibility.unsupported_reason()
     if reason is not None:
@@ -149,7 +149,7 @@ def _installation_problems(environ: Mapping[str, str]) -> list[str]:
     if PLUGIN_NAME not in metadata.entry_points(group=PLUGIN_GROUP).names:
         problems.append(
             f"no entry point {PLUGIN_NAME!r} in {PLUGIN_GROUP}, so SGLang does not know this plugin; run: "
-            f"{sys.executable} -m pip install sglang-streamfp8 (from a clone: pip install -e .)"
+            f"{sys.executable} -m pip install . (in a clone of this package)"
         )
     allowed = [name.strip() for name in environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
     if allowed and PLUGIN_NAME not in allowed:
@@ -186,7 +186,7 @@ def _platform_problems() -> list[str]:
 
     reason = eligibility.why_not_platform()
     if reason is not None:
-        return [f"{reason}: fp8 loads are stock's here. CUDA is covered, and the CPU reference"]
+        return [f"{reason}: fp8 loads are stock's here. CUDA and ROCm are covered, and the CPU reference"]
     try:
         get_device()
     except RuntimeError as error:

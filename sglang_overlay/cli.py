@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-_CHART = 'Needs pip install "sglang-streamfp8[chart]".'
+_CHART = "Needs matplotlib."
 
 
 def _completes(names: Callable[[], Iterable[str]]) -> Callable[[Any, Any, str], list[str]]:

@@ -45,7 +45,7 @@ def test_unsupported_release_is_named_with_those_supported(monkeypatch):
 def test_missing_entry_point_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(activation, "PLUGIN_NAME", "not-installed")
     [problem] = activation._installation_problems({})
-    assert f"{sys.executable} -m pip install sglang-streamfp8" in problem
+    assert f"{sys.executable} -m pip install ." in problem
 
 
 def test_mismatched_signature_is_shown_with_what_was_found():

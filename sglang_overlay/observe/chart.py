@@ -80,9 +80,7 @@ def empty_figure() -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ChartError(
-            'a chart needs matplotlib, which is an extra: pip install "sglang-streamfp8[chart]"'
-        ) from error
+        raise ChartError("a chart needs matplotlib: pip install matplotlib") from error
     # Without pyplot, whose global state and window toolkits do not belong in a server process.
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
