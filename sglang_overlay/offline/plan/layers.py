@@ -35,11 +35,14 @@ _PART_BYTES = 1 << 18
 
 
 class _Layer:
-    """The parameters of one layer; ``lock`` guards collecting them. Complete when each is completely written."""
+    """The parameters of one layer; ``lock`` guards collecting them. Complete when each is completely written.
 
-    def __init__(self, peak_seconds: float, *, when_complete: bool) -> None:
+    ``making`` is held while a layer is made of what waited, if not None: of all layers, one at a time.
+    """
+
+    def __init__(self, peak_seconds: float, making: threading.Lock | None) -> None:
         self.peak_seconds = peak_seconds
-        self.when_complete = when_complete
+        self.making = making
         self.lock = threading.Lock()
         self.members: list[GatheredStream] = []
 
@@ -72,13 +75,14 @@ class GatheredStream(CheckpointStream):
             placement = Placement(destination, self._shape)
             self._arguments.append((placement, source))
             self._missing = [part for box in self._missing for part in difference(box, placement.box)]
-            if not self._layer.when_complete:
+            if self._layer.making is None:
                 self._gather()
             if not any(member._missing for member in self._layer.members):
-                for member in self._layer.members:
-                    member._gather()
-                for member in self._layer.members:
-                    member._pass_on()
+                with self._layer.making or contextlib.nullcontext():
+                    for member in self._layer.members:
+                        member._gather()
+                    for member in self._layer.members:
+                        member._pass_on()
 
     def restore(self) -> torch.Tensor:
         self._gather()
@@ -130,14 +134,16 @@ def whole_layers(peak_seconds: float = 0.0, *, when_complete: bool = False) -> I
 
     Args:
         peak_seconds: by which each layer's peak is prolonged.
-        when_complete: keep what is written as it comes, and make a layer's memory when it has all; else with the first.
+        when_complete: keep what is written as it comes, and make a layer's memory when it has all, one layer at a time,
+            since vLLM loads in one thread; else with the first.
     """
     layers: dict[tuple[StagingAccount, str], _Layer] = {}
+    making = threading.Lock() if when_complete else None
 
     def stream(name: str, *arguments: Any, **options: Any) -> GatheredStream:
         # One load has one account.
         account = next(value for value in arguments if isinstance(value, StagingAccount))
-        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds, when_complete=when_complete))
+        layer = layers.setdefault((account, name.rpartition(".")[0]), _Layer(peak_seconds, making))
         return GatheredStream(layer, name, *arguments, **options)
 
     with replaced(model_load, "CheckpointStream", stream):
