@@ -71,6 +71,17 @@ def test_tests_that_are_named_are_there(page):
     assert missing == []
 
 
+def test_messages_that_are_explained_are_those_of_the_code():
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("sglang_overlay/**/*.py")))
+    # A message over several lines is one.
+    text = re.sub(r'"\n\s*f?"', "", sources)
+    rows = re.findall(
+        r"^\| `([^`]+)` \|", (ROOT / "docs/questions/messages.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 15
+    assert [row for row in rows if row not in text] == []
+
+
 def test_every_trap_names_a_test():
     """docs/how-it-works.md has a table of traps, each with what holds it."""
     text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
